@@ -1,0 +1,253 @@
+"""Builds what a run is made of, in one explicit order, and refuses what cannot be trained exactly or at all."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import device as devices
+from . import distributed, tasks
+from .batching import BatchPlan, micro_batch_bounds
+from .config import Config
+from .console import DeepSpeedLog, say
+from .distributed import Ranks, raise_together
+from .errors import TrainerError, UserError
+from .learning_rate import factor, scaling_factor
+from .order import key, seed_generators
+from .splits import Split, as_splits
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Ranks wait this long for one another before giving up; the first step may compile kernels.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+@dataclass
+class Pieces:
+    """What a run is made of.
+
+    Attributes:
+        host_splits, splits: the data on the CPU and on the device.
+        inexact: why the run is not bitwise; empty if it is.
+    """
+
+    config: Config
+    ranks: Ranks
+    plan: BatchPlan
+    task: tasks.Task
+    device: torch.device
+    host_splits: dict[str, Split]
+    splits: dict[str, Split]
+    engine: Engine
+    steps_per_epoch: int
+    total_steps: int
+    inexact: list[str]
+    facts: dict[str, Any]
+    hosts: list[str]
+
+    @property
+    def exactness(self) -> str:
+        """ "bitwise", or "tolerance" where something cannot be exact."""
+        return "tolerance" if self.inexact else "bitwise"
+
+    def micro_batch_counts(self) -> set[int]:
+        """Every number of micro-batches that a step of this run has: M, and that of an epoch's last batch."""
+        rest = len(self.splits["train"]) % self.plan.global_batch_size
+        counts = {self.plan.micro_batches}
+        if rest and not self.config.trainer.drop_last:
+            counts.add(len(micro_batch_bounds(rest, self.plan.micro_batch_size)))
+        return counts
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything that the result follows from, for manifest.json."""
+        return {
+            "config": self.config.as_dict(),
+            "batch_plan": asdict(self.plan) | {"micro_batches": self.plan.micro_batches},
+            "exactness": self.exactness,
+            "inexact": self.inexact,
+            "seed": self.config.trainer.seed,
+            "samples": {name: len(split) for name, split in self.host_splits.items()},
+            "data_sha256": {name: split.data_hash() for name, split in self.host_splits.items()},
+            "facts": self.facts,
+            "hosts": self.hosts,
+        }
+
+
+def build(config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog) -> Pieces:
+    """Builds everything a run needs. Collective: every rank.
+
+    Raises:
+        UserError: something has to change first; before anything is computed.
+    """
+    device, backend = devices.choose(config, ranks)
+    devices.settle(config)
+    with log.capture():
+        from . import engine as engines
+    engines.check_optimizer(config)
+    task = tasks.load(config.trainer.task, config.trainer.task_options)
+    distributed.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
+
+    # From here on ranks wait for one another, so an error of one is raised on all.
+    error: TrainerError | None = None
+    host_splits: dict[str, Split] = {}
+    model, steps_per_epoch, total_steps = nn.Module(), 0, 0
+    try:
+        host_splits = as_splits(task.splits(), type(task).__name__)
+        samples = len(host_splits["train"])
+        steps_per_epoch, total_steps = _count_steps(config, plan, samples)
+        seed_generators(key(config.trainer.seed, "model"), device)
+        model = task.model()
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")
+        _check_smallest_micro_batch(config, plan, samples, model)
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+
+    facts = devices.facts(device, engines.VERSION)
+    inexact = _zero_reason(config) + _sync_batch_norm_reason(model) + _compare_facts(facts, config, host_splits)
+    refuse_inexact(config, inexact)
+
+    if engines.builds_an_op(config) and ranks.first:
+        say(
+            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine: one to three "
+            'minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
+        )
+    model.to(device).train()
+    try:
+        with log.capture():
+            engine = engines.Engine(
+                model,
+                config,
+                micro_batch_size=plan.micro_batch_size,
+                world_size=ranks.world_size,
+                schedule=_schedule(config, plan, steps_per_epoch, total_steps),
+            )
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    return Pieces(
+        config=config,
+        ranks=ranks,
+        plan=plan,
+        task=task,
+        device=device,
+        host_splits=host_splits,
+        splits={name: split.to(device) for name, split in host_splits.items()},
+        engine=engine,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        inexact=inexact,
+        facts=facts,
+        hosts=distributed.gather_objects(f"{socket.gethostname()} {device}"),
+    )
+
+
+def refuse_inexact(config: Config, reasons: list[str]) -> None:
+    """Raises UserError, on every rank, if the config asks for bitwise and there is a reason against it."""
+    if reasons and config.trainer.exactness == "bitwise":
+        raise UserError(
+            f'trainer.exactness is "bitwise", but {"; ".join(reasons)}.\n'
+            'With "auto" the run goes on and is labelled tolerance.',
+            agreed=True,
+        )
+
+
+def _count_steps(config: Config, plan: BatchPlan, samples: int) -> tuple[int, int]:
+    B = plan.global_batch_size
+    if samples < B:
+        growth = f" (weak scaling on {plan.world_size} ranks)" if plan.scaling == "weak" else ""
+        raise UserError(
+            f"A global batch of {B} samples{growth} is larger than the training set of {samples}.\n"
+            + (
+                f"Use at most {samples * plan.world_size // B} ranks, or a smaller train_micro_batch_size_per_gpu."
+                if plan.scaling == "weak" and samples * plan.world_size >= B
+                else f"Use a train_batch_size of at most {samples}."
+            )
+        )
+    steps_per_epoch = samples // B if config.trainer.drop_last else -(-samples // B)
+    total = steps_per_epoch * config.trainer.epochs
+    return steps_per_epoch, min(total, config.trainer.max_steps or total)
+
+
+def _check_smallest_micro_batch(config: Config, plan: BatchPlan, samples: int, model: nn.Module) -> None:
+    rest = samples % plan.global_batch_size
+    bounds = micro_batch_bounds(plan.global_batch_size, plan.micro_batch_size)
+    if rest and not config.trainer.drop_last:
+        bounds = bounds + micro_batch_bounds(rest, plan.micro_batch_size)
+    if min(stop - start for start, stop in bounds) > 1:
+        return
+    if any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        raise UserError(
+            f"A micro-batch of one sample has no variance for BatchNorm1d, and this plan has one: training set "
+            f"{samples}, train_batch_size {plan.global_batch_size}, train_micro_batch_size_per_gpu "
+            f"{plan.micro_batch_size}.\nUse a larger micro-batch, or trainer.drop_last=true if the rest of the "
+            f"training set ({rest}) is the cause."
+        )
+
+
+def _schedule(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps: int) -> Callable[[int], float] | None:
+    """step -> multiple of optimizer.params.lr; None where the rate is constant or DeepSpeed's scheduler sets it."""
+    rate = config.trainer.learning_rate
+    scale = 1.0
+    if rate.scaling_rule != "none":
+        scale = scaling_factor(rate.scaling_rule, plan.global_batch_size, config.base_global_batch_size())
+    if scale == 1.0 and rate.schedule == "constant" and not rate.warmup_epochs:
+        return None
+    return functools.partial(
+        factor,
+        scale=scale,
+        warmup_steps=round(rate.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+        schedule=rate.schedule,
+        final_fraction=rate.final_fraction,
+    )
+
+
+def _zero_reason(config: Config) -> list[str]:
+    if config.zero_stage == 0:
+        return []
+    return [f"ZeRO stage {config.zero_stage} reduces gradients in an order that depends on the number of ranks"]
+
+
+def _sync_batch_norm_reason(model: nn.Module) -> list[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            return [f"{name} is a SyncBatchNorm, whose statistics are those of whichever micro-batches run at once"]
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_mean.dtype != torch.float32:
+            return [f"{name} keeps its running statistics in {module.running_mean.dtype}"]
+    return []
+
+
+def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Split]) -> list[str]:
+    """Compares what the bits depend on over the ranks. Collective: every rank.
+
+    Returns:
+        A reason against bitwise if the device models differ.
+
+    Raises:
+        UserError: on every rank, if anything else differs: the run would be nobody's.
+    """
+    own: dict[str, Any] = {**facts, "config": repr(config.as_dict())}
+    own.update({f"data of {name}": split.data_hash() for name, split in splits.items()})
+    everyone = distributed.gather_objects((socket.gethostname(), own))
+    for name in own:
+        values = [facts_of.get(name) for _, facts_of in everyone]
+        usual = distributed.common_value(values)
+        for rank, value in enumerate(values):
+            if value == usual:
+                continue
+            where = f"rank {rank} on {everyone[rank][0]}"
+            if name in ("device_model", "cpu_capability"):
+                return [f"{where} runs on {value}, others on {usual}"]
+            shown = "" if name == "config" else f": {value}, others {usual}"
+            raise UserError(f"{where} has another {name} than the other ranks{shown}.", agreed=True)
+    return []

@@ -1,0 +1,79 @@
+"""Command lines: the launched script's flags, and `python -m trainer` with its commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from .config import Config, load, parse_override
+from .errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing usage from every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what to run; a flag wins over the file, the file over the default."""
+    parser.add_argument("--ds_config", required=True, metavar="FILE", help="JSON config: DeepSpeed's keys and a trainer block")
+    parser.add_argument("--task", help="trainer.task: a built-in task, or path/to/file.py:ClassName")
+    parser.add_argument("--epochs", type=int, help="trainer.epochs")
+    parser.add_argument("--max_steps", type=int, help="trainer.max_steps")
+    parser.add_argument("--seed", type=int, help="trainer.seed")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: trainer.seed=3"
+    )
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of trainer/main.py."""
+    parser = _Parser(
+        prog="trainer/main.py",
+        description="Trains one config on this rank; start it with deepspeed, torchrun or plain python.",
+        allow_abbrev=False,
+    )
+    add_config_flags(parser)
+    parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
+    return parser
+
+
+def config_from(flags: argparse.Namespace) -> Config:
+    """The checked config that parsed flags describe. Raises UserError."""
+    overrides: dict[str, Any] = dict(parse_override(text) for text in flags.set)
+    for name in ("task", "epochs", "max_steps", "seed", "output_dir"):
+        value = getattr(flags, name, None)
+        if value is not None:
+            overrides[f"trainer.{name}"] = value
+    return load(flags.ds_config, overrides)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m trainer plan|verify`. Returns the exit code."""
+    parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan and verify.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
+    verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
+    for command in (plan, verify):
+        add_config_flags(command)
+        command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
+    try:
+        flags = parser.parse_args(arguments)
+        if min(flags.world_sizes) < 1:
+            raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
+        config = config_from(flags)
+        if flags.command == "plan":
+            from .plan import plan_table
+
+            print(plan_table(config, flags.world_sizes))
+            return 0
+        from .verify import verify as run_verify
+
+        return run_verify(config, flags.world_sizes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

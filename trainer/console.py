@@ -1,0 +1,176 @@
+"""What a person sees: the start-up lines, the progress, the table at the end. Rank 0 only.
+
+DeepSpeed's own messages are kept from the console and go to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .build import Pieces
+
+
+def say(*lines: str) -> None:
+    """Prints lines at once, without breaking a progress bar."""
+    for line in lines:
+        print(line, flush=True)
+
+
+class DeepSpeedLog(logging.Filter):
+    """Catches what DeepSpeed logs and prints, in memory until there is a file for it.
+
+    `install` before deepspeed is imported: it attaches a console handler to its logger on import, and a
+    filter on the logger itself comes first.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self._sink: TextIO = io.StringIO()
+        self._keep = keep
+        self._formatter = logging.Formatter("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s")
+
+    def install(self) -> None:
+        """Starts catching log records of this process."""
+        logging.getLogger("DeepSpeed").addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Takes the record; logging's name for the hook."""
+        if self._keep:
+            print(self._formatter.format(record), file=self._sink)
+        return False
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Also catches what is printed in this context; what was printed before an error stays visible in the log."""
+        with contextlib.redirect_stdout(self._sink), contextlib.redirect_stderr(self._sink):
+            yield
+
+    def open(self, path: Path) -> None:
+        """Writes what was caught to a file, and everything from now on."""
+        assert isinstance(self._sink, io.StringIO)
+        path.parent.mkdir(exist_ok=True)
+        caught = self._sink.getvalue()
+        self._sink = path.open("w", encoding="utf-8", buffering=1)
+        self._sink.write(caught)
+
+    def close(self) -> None:
+        """Ends the catching."""
+        logging.getLogger("DeepSpeed").removeFilter(self)
+        self._sink.close()
+
+
+class Progress:
+    """A bar on a terminal, a plain line every tenth of the run elsewhere.
+
+    Args:
+        total: steps of the run.
+        visible: False on every rank but 0.
+    """
+
+    def __init__(self, total: int, visible: bool) -> None:
+        self._total, self._visible = total, visible
+        self._bar: Any = None
+        self._next_line = self._next_evaluation = 0
+        if visible and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+
+    def logged(self, record: dict[str, float]) -> None:
+        """Shows a logging window."""
+        if not self._visible:
+            return
+        step = int(record["step"])
+        rate = f"{record['throughput/samples_per_s']:,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record['train/loss']:.4f}, {rate}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step >= self._next_line:
+            say(
+                f"step {step:,} of {self._total:,}  epoch {record['epoch']:g}  loss {record['train/loss']:.4f}  "
+                f"learning rate {record['train/learning_rate']:.3g}  {rate}"
+            )
+            self._next_line = step + max(1, self._total // 10)
+
+    def evaluated(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """Shows an evaluation, about as often as a logging window."""
+        if self._visible and self._bar is None and step >= self._next_evaluation:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            say(f"step {step:,} of {self._total:,}  {split}: {shown}")
+            self._next_evaluation = step + max(1, self._total // 10)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:
+    """Aligned columns; the first is flush left, the others flush right where a header is given."""
+    rows = [list(map(str, row)) for row in rows]
+    every = [list(header), *rows] if header else rows
+    widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
+
+    def line(row: list[str]) -> str:
+        cells = [c.rjust(w) if header and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        return "  ".join(cells).rstrip()
+
+    lines = [line(row) for row in every]
+    if header:
+        lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def banner(p: Pieces) -> list[str]:
+    """The start-up lines: the batch arithmetic as an equation, the length of the run, and what is exact."""
+    trainer, plan = p.config.trainer, p.plan
+    sizes = " / ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
+    epochs = p.total_steps / p.steps_per_epoch
+    precision = "bfloat16 autocast" if p.config.torch_autocast.enabled else "float32"
+    clipping = p.config.gradient_clipping
+    lines = [
+        f"{plan.scaling} scaling: {plan.equation()}",
+        f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} epochs = "
+        f"{p.total_steps:,} steps",
+        f"{p.config.optimizer.type}, learning rate {p.engine.learning_rate:.4g} at the first step, "
+        + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
+        + f"; {precision} on {p.facts['device_model']}",
+    ]
+    if p.inexact:
+        lines.append(f"exactness: tolerance, because {'; '.join(p.inexact)}")
+    elif plan.scaling == "strong":
+        lines.append(
+            f"exactness: bitwise. Any 1 to {plan.micro_batches} ranks give this very model, on this device model and "
+            "these versions"
+        )
+    else:
+        lines.append(
+            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} gives this very model, on "
+            "this device model and these versions"
+        )
+    return lines
+
+
+def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
+    """The end of a run: metrics on test (or what there is), speed, and where things lie."""
+    metrics = summary["metrics"]
+    measured = "test" if "test" in metrics else next(iter(metrics), None)
+    rows = [(f"{measured} {name}", f"{value:.4f}") for name, value in metrics.get(measured, {}).items()]
+    rows += [
+        ("steps", f"{summary['steps']:,}"),
+        ("samples/s", f"{summary['samples_per_s']:,.0f}"),
+        ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
+        ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),
+        ("parameters", f"sha256 {summary['parameters_sha256'][:16]}... ({summary['exactness']})"),
+        ("results", str(folder)),
+    ]
+    if tensorboard:
+        rows.append(("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"))
+    return table(rows)

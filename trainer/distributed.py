@@ -1,0 +1,195 @@
+"""Who this process is among the ranks, and what ranks say to one another outside of the step.
+
+Everything works undistributed too: with one rank no message is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import BY_EXIT_CODE, TrainerError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: global rank and world size, and the same within its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes files."""
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment(local_rank: int | None = None) -> Ranks:
+        """From what the deepspeed launcher or torchrun set; one rank where neither did.
+
+        Args:
+            local_rank: the launcher's --local_rank flag, which only fills in for a missing LOCAL_RANK.
+
+        Raises:
+            UserError: the variables contradict one another.
+        """
+
+        def read(name: str, default: int) -> int:
+            text = os.environ.get(name, "")
+            if text and not text.isdigit():
+                raise UserError(f"The environment variable {name} is {text!r}. It must be a whole number.")
+            return int(text) if text else default
+
+        world_size, rank = read("WORLD_SIZE", 1), read("RANK", 0)
+        local = read("LOCAL_RANK", local_rank if local_rank is not None and local_rank >= 0 else 0)
+        # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+        local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", world_size))
+        if world_size < 1 or rank >= world_size or local >= local_size:
+            raise UserError(
+                f"The launcher's variables contradict one another: RANK={rank}, WORLD_SIZE={world_size}, "
+                f"LOCAL_RANK={local}, ranks on this machine={local_size}. Start the run with one launcher."
+            )
+        return Ranks(rank, world_size, local, local_size)
+
+
+def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
+    """Joins the process group. Collective: every rank.
+
+    Raises:
+        UserError: the rendezvous address is missing or taken.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    # DeepSpeed insists on this variable, which plain python does not set.
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)
+    timeout = timedelta(seconds=timeout_s)
+    if ranks.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if ranks.local_world_size == ranks.world_size:
+        # All on one machine: nothing has to listen beyond it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set: start them with a launcher.")
+    try:
+        dist.init_process_group(
+            backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+        )
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"The ranks cannot meet at {where}: {str(error).splitlines()[0]}\n"
+            "If another run uses the port, choose one with deepspeed --master_port."
+        ) from error
+
+
+def close() -> None:
+    """Leaves the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank. Collective: every rank. For start-up and rare events, not for the step."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_int64(value: Tensor) -> list[int]:
+    """Every rank's number, by rank: () int64. Collective: every rank. Waits for the device."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [int(value)]
+    if dist.get_backend() == "gloo":
+        value = value.cpu()
+    gathered = torch.empty(dist.get_world_size(), dtype=torch.int64, device=value.device)
+    dist.all_gather_into_tensor(gathered, value.reshape(1))
+    return gathered.tolist()
+
+
+def broadcast_object(value: T | None) -> T:
+    """Rank 0's value, on every rank. Collective: every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert value is not None
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def raise_together(error: TrainerError | None) -> None:
+    """Raises the first rank's error on every rank, so that none goes on or is left waiting.
+
+    Collective: every rank, with its own error or None.
+    """
+    said = gather_objects((error.exit_code, str(error)) if error is not None else None)
+    for exit_code, message in (s for s in said if s is not None):
+        raise BY_EXIT_CODE.get(exit_code, TrainerError)(message, agreed=True)
+
+
+_claim: socket.socket | None = None
+
+
+def first_to_speak(ranks: Ranks) -> bool:
+    """Whether this process is the first of its launch, on this machine, to report an error.
+
+    For errors before there is a process group: every rank finds the same one, and one should say it.
+    The claim is a name in Linux's abstract socket namespace: atomic, private, gone with the process.
+    """
+    global _claim
+    if ranks.world_size == 1 or not sys.platform.startswith("linux"):
+        return ranks.first
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0strong-scaling-trainer-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
+    except OSError:
+        claim.close()
+        return False
+    _claim = claim
+    return True
+
+
+def report(error: TrainerError, ranks: Ranks) -> None:
+    """Prints an error once over all ranks, and keeps the process that printed it alive for its peers.
+
+    A launcher ends the other ranks as soon as one has ended, so the speaker waits until the others
+    have come to the same end; they do within moments, and the launcher then ends the wait.
+    """
+    speaks = ranks.first if error.agreed else first_to_speak(ranks)
+    if speaks:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    if ranks.world_size > 1 and speaks != error.agreed:
+        time.sleep(3.0 if speaks else 2.0)
+
+
+def common_value(values: Sequence[Any]) -> Any:
+    """The value most ranks have (the lowest rank's among equals): whoever differs from it is named."""
+    keys = [repr(v) for v in values]
+    return values[max(range(len(keys)), key=lambda i: (keys.count(keys[i]), -i))]

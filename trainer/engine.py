@@ -1,0 +1,243 @@
+"""DeepSpeed's engine, and the few places where exactness needs it to behave differently.
+
+The engine owns the optimizer, the learning-rate schedule, clipping and the step. At ZeRO stage 0 the
+trainer computes gradients itself (`torch.autograd.grad` on the plain module), sums them along its tree
+and hands them over: the engine's own forward and backward would only add Python work to every
+micro-step, and its all-reduce would add in an order that depends on the number of ranks. At stages 1
+to 3 the engine's forward, backward and reduction are used as they are.
+
+The only module that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from . import deepspeed_keys
+from .config import Config, near
+from .errors import UserError
+
+VERSION: str = deepspeed.__version__
+
+
+def check_optimizer(config: Config) -> None:
+    """Checks an optimizer that is torch.optim's by its signature. Raises UserError."""
+    name = config.optimizer.type
+    if name.lower() in deepspeed_keys.OPTIMIZERS:
+        return
+    known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
+    known.remove("Optimizer")
+    if name not in known:
+        raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam"])}')
+    parameters = list(inspect.signature(getattr(torch.optim, name)).parameters)[1:]
+    for key in config.optimizer.params:
+        if key not in parameters:
+            raise UserError(f'unknown key "optimizer.params.{key}" for {name}. {near(key, parameters)}')
+
+
+def builds_an_op(config: Config) -> bool:
+    """Whether DeepSpeed compiles a kernel when this optimizer is made for the first time."""
+    name = config.optimizer.type.lower()
+    return name in deepspeed_keys.OPTIMIZERS and not config.optimizer.params.get("torch_adam")
+
+
+class Engine:
+    """One DeepSpeed engine around one model.
+
+    Args:
+        model: on its device already.
+        config: the run's.
+        micro_batch_size, world_size: for the batch keys that DeepSpeed wants to agree.
+        schedule: step -> multiple of `optimizer.params.lr`; None leaves the rate to DeepSpeed's own
+            scheduler, or constant.
+
+    Raises:
+        UserError: DeepSpeed or torch refuse the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        micro_batch_size: int,
+        world_size: int,
+        schedule: Callable[[int], float] | None,
+    ) -> None:
+        self.model = model
+        self.zero_stage = config.zero_stage
+        self._max_norm = config.gradient_clipping
+        self._autocast_dtype = torch.bfloat16 if config.torch_autocast.enabled else None
+        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names)
+        if not self.parameters:
+            raise UserError("The model has no parameter that requires a gradient: there is nothing to train.")
+        odd = [n for p, n in self.names.items() if p.dtype != torch.float32]
+        if odd:
+            raise UserError(
+                f"The parameter {odd[0]} is {self._dtype_of(odd[0])}. Trained parameters must be float32; for speed use "
+                "torch_autocast, which computes in bfloat16 and keeps float32 weights."
+            )
+        self.device = self.parameters[0].device
+        # In init_distributed DeepSpeed compiles a shared-memory kernel for CPU ranks, which only its own
+        # all-reduce would use: half a minute and a compiler for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        lr_scheduler = None
+        if schedule is not None:
+            lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)  # noqa: E731
+        try:
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=self.parameters,
+                config=_deepspeed_config(config, micro_batch_size, world_size),
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"The optimizer {config.optimizer.type} cannot be built: {error}") from error
+        except (RuntimeError, ImportError, OSError) as error:
+            if builds_an_op(config):
+                raise UserError(
+                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, and for a "
+                    f'GPU nvcc): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
+                    "torch's fused kernel, which is compiled already."
+                ) from error
+            raise
+        if self.zero_stage == 0:
+            self._take_over()
+
+    def _dtype_of(self, name: str) -> str:
+        return str(self.model.get_parameter(name).dtype).removeprefix("torch.")
+
+    def _take_over(self) -> None:
+        # The gradient arrives reduced.
+        self._engine.enable_backward_allreduce = False
+        # DeepSpeed's clipping divides the norm by W and all-reduces it: one more collective, and at
+        # three ranks another rounding. Ours takes the norm of the reduced gradient where it lies.
+        self._engine.clip_fp32_gradients = self._clip
+        # Gradients live in one buffer that every step overwrites; setting them to None would only make
+        # us put them back.
+        self._engine.zero_grad = lambda: None
+
+    def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
+        """Makes a flat buffer the place where `step` finds gradients: one view a parameter, in order."""
+        self._flat = flat
+        for parameter, view in zip(self.parameters, views):
+            parameter.grad = view
+
+    @property
+    def forward_module(self) -> nn.Module:
+        """What a task's forward is called with."""
+        return self.model if self.zero_stage == 0 else self._engine
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision context of forward and loss."""
+        if self._autocast_dtype is None or self.zero_stage > 0:  # with ZeRO the engine enters its own
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype)
+
+    def skip_update_where(self, flag: Tensor) -> bool:
+        """Lets the optimizer's kernel skip its update wherever `flag`, a scalar on the device, is not 0.
+
+        This keeps the last good parameters without the host waiting for the loss. True where the
+        optimizer can: torch's fused ones take the flag that gradient scalers use.
+        """
+        if self.zero_stage > 0 or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return False
+        self.optimizer.grad_scale = None
+        self.optimizer.found_inf = flag
+        return True
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the reduced gradient, before clipping: a scalar on the device, () float32."""
+        self._norm = torch.linalg.vector_norm(self._flat)
+        return self._norm
+
+    def _clip(self) -> None:
+        # As torch.nn.utils.clip_grad_norm_, in two operations on the flat gradient.
+        self._flat.mul_((self._max_norm / (self._norm + 1e-6)).clamp_(max=1.0))
+
+    def step(self) -> None:
+        """Clips, updates the parameters and advances the schedule; `gradient_norm` comes first."""
+        self._engine.step()
+
+    def zero_step(self, losses: Iterator[Tensor]) -> Tensor:
+        """One step with DeepSpeed's own reduction. Collective: every rank, with equally many losses.
+
+        Args:
+            losses: this rank's micro-batch losses as they are computed, each divided by the global count
+                and multiplied by W, since DeepSpeed averages over ranks.
+
+        Returns:
+            The gradient norm, () float32.
+        """
+        for loss in losses:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self.device)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """A context in which parameters are whole on every rank. Collective: every rank, at ZeRO stage 3."""
+        if self.zero_stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            yield
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of all parameters and buffers, under the model's own names."""
+        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state.update(self.model.named_buffers())
+        return state
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on: parameters, buffers and optimizer state, named by kind."""
+        tensors = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
+        tensors.update({f"buffer {n}": b for n, b in self.model.named_buffers()})
+        for parameter, state in self.optimizer.state.items():
+            name = self.names.get(parameter, "partition")
+            tensors.update({f"optimizer {name}.{k}": v for k, v in state.items() if isinstance(v, Tensor)})
+        return tensors
+
+
+def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Its batch keys only have to agree: accumulation and weights are ours."""
+    result: dict[str, Any] = {
+        "train_batch_size": micro_batch_size * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.gradient_clipping,
+        "optimizer": {"type": config.optimizer.type, "params": dict(config.optimizer.params)},
+        "memory_breakdown": config.memory_breakdown,
+        "dump_state": config.dump_state,
+        "disable_python_gc": config.disable_python_gc,
+        # DeepSpeed's throughput timer synchronises the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if config.scheduler is not None:
+        result["scheduler"] = {"type": config.scheduler.type, "params": dict(config.scheduler.params)}
+    if config.steps_per_print is not None:
+        result["steps_per_print"] = config.steps_per_print
+    if config.zero_stage > 0:
+        result["zero_optimization"] = dict(config.zero_optimization)
+        if config.torch_autocast.enabled:
+            result["torch_autocast"] = {"enabled": True, "dtype": config.torch_autocast.dtype}
+        for key in deepspeed_keys.ONLY_WITH_ZERO:
+            if getattr(config, key) is not None:
+                result[key] = getattr(config, key)
+    return result

@@ -1,0 +1,40 @@
+"""The errors a user can meet, and the exit code each one ends the process with."""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """An error whose message is for a person: it is printed without a traceback.
+
+    Attributes:
+        exit_code: what the process ends with.
+        agreed: every rank raised this same error together, so rank 0 alone prints it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
+
+
+class UserError(TrainerError, ValueError):
+    """Something in the config, the command line, the task or the machine has to change first."""
+
+    exit_code = 2
+
+
+class NonFiniteError(TrainerError):
+    """The loss or the gradient stopped being finite during training."""
+
+    exit_code = 3
+
+
+class RanksDifferError(TrainerError):
+    """Ranks that must be identical are not."""
+
+    exit_code = 4
+
+
+# An agreed error is rebuilt on every rank from its exit code (see distributed.raise_together).
+BY_EXIT_CODE = {cls.exit_code: cls for cls in (TrainerError, UserError, NonFiniteError, RanksDifferError)}

@@ -1,0 +1,92 @@
+"""Comparing what must be the same: hashes of parameters across ranks, and of a whole model for the record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .distributed import common_value, gather_int64, gather_objects
+from .errors import RanksDifferError
+
+_CHUNK = 1 << 20
+_weights: dict[torch.device, Tensor] = {}
+
+
+def _chunk_weights(device: torch.device) -> Tensor:
+    # Odd 64-bit multipliers, so that a single flipped bit always changes the sum (mod 2^64).
+    weights = _weights.get(device)
+    if weights is None:
+        generator = torch.Generator().manual_seed(0x5EED)
+        weights = torch.randint(-(1 << 62), 1 << 62, (_CHUNK,), generator=generator) * 2 + 1
+        weights = _weights[device] = weights.to(device)
+    return weights
+
+
+def hash64(tensors: Iterable[Tensor]) -> Tensor:
+    """A 64-bit hash of tensors' bits: () int64, on their device and without waiting for it.
+
+    A sum of 32-bit words (16 or 8 where a type is narrower) times odd weights, modulo 2^64: integer
+    addition is associative, so the hash is the same however a kernel orders it.
+    """
+    total: Tensor | None = None
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        words = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+        weights = _chunk_weights(flat.device)
+        for start in range(0, max(1, len(words)), _CHUNK):
+            chunk = words[start : start + _CHUNK]
+            part = (chunk.to(torch.int64) * weights[: len(chunk)]).sum()
+            # The multiplier makes the place of a chunk count.
+            total = part if total is None else total * 6364136223846793005 + part
+    assert total is not None
+    return total
+
+
+def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
+    """Checks that every rank holds the same bits. Collective: every rank.
+
+    Args:
+        state: name -> tensor, the same names everywhere.
+        step: for the message.
+
+    Raises:
+        RanksDifferError: on every rank, naming the ranks that differ and the first tensor in which they do.
+    """
+    hashes = gather_int64(hash64(state.values()))
+    if len(set(hashes)) == 1:
+        return
+    by_tensor = gather_objects({name: int(hash64([tensor])) for name, tensor in state.items()})
+    usual = common_value(hashes)
+    wrong = [rank for rank, value in enumerate(hashes) if value != usual]
+    tensor = next(
+        (name for name in state if len({rank_hashes[name] for rank_hashes in by_tensor}) > 1), "an unnamed tensor"
+    )
+    if len(hashes) == 2:
+        who = "ranks 0 and 1 differ"
+    else:
+        who = f"rank{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} differ{'s' * (len(wrong) == 1)} from the others"
+    raise RanksDifferError(
+        f"After step {step} {who}, first in {tensor}. The ranks computed from the same numbers, so this is a "
+        "hardware fault, or randomness or state of one rank's own in the task. Nothing was saved from this step.",
+        agreed=True,
+    )
+
+
+def digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits (BLAKE2b) of a tensor's type, shape and bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(head + data.tobytes(), digest_size=8).hexdigest()
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()

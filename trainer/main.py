@@ -1,0 +1,44 @@
+"""What the launcher starts on every rank: parse, run, say how it ended."""
+
+from __future__ import annotations
+
+import time
+
+_STARTED_AT_S = time.time()
+
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+if __package__ in (None, ""):
+    # `deepspeed trainer/main.py` puts this folder on the path; what belongs there is its parent.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.cli import config_from, run_parser  # noqa: E402
+from trainer.distributed import Ranks, close, first_to_speak, report  # noqa: E402
+from trainer.errors import TrainerError  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a config on this rank. Returns the exit code: 0, 2 bad input, 3 not finite, 4 ranks differ."""
+    ranks = Ranks()
+    try:
+        flags = run_parser().parse_args(arguments)
+        ranks = Ranks.from_environment(flags.local_rank)
+        config = config_from(flags)
+        config.plan(ranks.world_size)  # before torch is loaded
+        from trainer.run import run
+
+        run(config, ranks, config_name=Path(flags.ds_config).stem, started_at_s=_STARTED_AT_S)
+    except TrainerError as error:
+        report(error, ranks)
+        return error.exit_code
+    except Exception:
+        if not first_to_speak(ranks):
+            return 1  # another rank shows the same traceback
+        raise
+    close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""What a run measures of itself: loss, throughput and phases, to TensorBoard and `metrics.jsonl`.
+
+A value is a mean over the logging window. The step never waits for one: on a GPU a window's numbers
+are copied away when it ends and read a window later. Losses are sums of what every rank has in the same
+order (math.fsum rounds once), so the curves of several world sizes lie on one another bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+PHASES = ("data", "compute", "reduce", "optimizer")
+
+
+class PhaseTimer:
+    """Adds up the time of a step's phases: `begin` a step, then `mark(phase)` at each phase's end.
+
+    On a GPU, marks are CUDA events, read long after; on the CPU they are the clock.
+
+    Args:
+        device: where the work happens.
+        clock: seconds, replaceable for tests.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._cuda = device.type == "cuda"
+        self._totals = dict.fromkeys(PHASES, 0.0)
+        self._last = 0.0
+        self._events: list[tuple[str, Any]] = []
+        self._pool: list[Any] = []
+
+    def begin(self) -> None:
+        """Starts a step's first phase now."""
+        if self._cuda:
+            self._record("")
+        else:
+            self._last = self._clock()
+
+    def mark(self, phase: str) -> None:
+        """Books the time since the last mark to `phase`."""
+        if self._cuda:
+            self._record(phase)
+        else:
+            now = self._clock()
+            self._totals[phase] += now - self._last
+            self._last = now
+
+    def _record(self, phase: str) -> None:
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append((phase, event))
+
+    def take(self) -> Callable[[], dict[str, float]]:
+        """Ends a window. Returns a function that gives its seconds by phase, waiting for the device if it must."""
+        totals, self._totals = self._totals, dict.fromkeys(PHASES, 0.0)
+        events, self._events = self._events, []
+
+        def read() -> dict[str, float]:
+            if events:
+                events[-1][1].synchronize()
+                for (_, before), (phase, after) in zip(events, events[1:]):
+                    if phase:
+                        totals[phase] += before.elapsed_time(after) / 1e3
+                self._pool.extend(event for _, event in events)
+            return totals
+
+        return read
+
+
+class Window:
+    """The numbers of the steps since the last log, kept on the device until the window ends.
+
+    Args:
+        steps: capacity.
+        micro_batches: the largest M.
+        device: where losses and norms are.
+        clock: seconds, replaceable for tests.
+    """
+
+    def __init__(
+        self, steps: int, micro_batches: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._device, self._clock = device, clock
+        self._losses = torch.zeros(steps, micro_batches, device=device)
+        self._norms = torch.zeros(steps, device=device)
+        self._capacity = steps
+        self.timer = PhaseTimer(device, clock)
+        self._filled: list[tuple[int, float, int, float]] = []  # M, count, samples, learning rate of each step
+        self._started_at_s = clock()
+        self._paused_s = 0.0
+
+    def begin_step(self) -> None:
+        """Starts a step's time."""
+        if not self._filled:
+            self._started_at_s, self._paused_s = self._clock(), 0.0
+        self.timer.begin()
+
+    def end_step(self, losses: Tensor, norm: Tensor, count: float, samples: int, learning_rate: float) -> None:
+        """Takes one step's numbers: losses (M,) sums of the micro-batches, norm () of the gradient."""
+        i = len(self._filled)
+        self._losses[i, : len(losses)].copy_(losses)
+        self._norms[i].copy_(norm)
+        self._filled.append((len(losses), count, samples, learning_rate))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens in this context out of the window's time."""
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_s += self._clock() - began_s
+
+    @property
+    def filled(self) -> int:
+        """Steps in the window."""
+        return len(self._filled)
+
+    @property
+    def full(self) -> bool:
+        """Whether the window has to be closed before the next step."""
+        return len(self._filled) == self._capacity
+
+    def first_non_finite(self) -> tuple[int, list[float], float] | None:
+        """The first step of the window whose numbers are not finite: (its place, its losses, its norm)."""
+        losses, norms = self._losses[: self.filled].tolist(), self._norms[: self.filled].tolist()  # device to host
+        for i, (row, norm) in enumerate(zip(losses, norms)):
+            own = row[: self._filled[i][0]]
+            if not all(map(math.isfinite, [*own, norm])):
+                return i, own, norm
+        return None
+
+    def close(self, step: int, epoch: int) -> Callable[[], dict[str, float]] | None:
+        """Ends the window after `step`. Returns a function that gives its record, or None if it is empty."""
+        steps, filled = len(self._filled), self._filled
+        if steps == 0:
+            return None
+        elapsed_s = self._clock() - self._started_at_s - self._paused_s
+        phases = self.timer.take()
+        losses, norms = self._copy(self._losses[:steps]), self._copy(self._norms[:steps])
+        self._filled = []
+
+        def read() -> dict[str, float]:
+            seconds = phases()  # on a GPU this waits for the window's last step, and so for the copies
+            sums = losses.tolist()
+            record: dict[str, float] = {
+                "step": step,
+                "epoch": epoch,
+                # fsum rounds once: the mean does not depend on how the sums were made.
+                "train/loss": math.fsum(v for row, (m, *_) in zip(sums, filled) for v in row[:m])
+                / math.fsum(count for _, count, _, _ in filled),
+                "train/learning_rate": math.fsum(rate for *_, rate in filled) / steps,
+                "train/grad_norm": math.fsum(norms.tolist()) / steps,
+                "throughput/samples_per_s": sum(samples for _, _, samples, _ in filled) / elapsed_s,
+                "throughput/step_time_ms": elapsed_s / steps * 1e3,
+            }
+            record.update({f"throughput/{phase}_ms": seconds[phase] / steps * 1e3 for phase in PHASES})
+            return record
+
+        return read
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor.clone()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)  # device to host, not waited for
+
+
+class Pace:
+    """Samples and seconds of the whole run, without evaluation and without the first steps, which warm up.
+
+    Args:
+        total_steps: of the run; a tenth of them, at most ten and at least one, are warm-up.
+        clock: seconds, replaceable for tests.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._warmup = min(10, max(1, total_steps // 10))
+        self._clock = clock
+        self._began_s = 0.0
+        self._seconds = 0.0
+        self._steps = self._samples = 0
+
+    def step(self, done: int, samples: int) -> None:
+        """Counts a step: `done` so far, with this one, of `samples`."""
+        if done == self._warmup:
+            self._began_s = self._clock()
+        elif done > self._warmup:
+            self._steps += 1
+            self._samples += samples
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time out: an evaluation's."""
+        self._began_s += seconds
+
+    def stop(self) -> None:
+        """Ends the run's time, once the device has finished."""
+        self._seconds = self._clock() - self._began_s
+
+    @property
+    def step_time_s(self) -> float:
+        """Mean seconds of a step; nan if there were only warm-up steps."""
+        return self._seconds / self._steps if self._steps else math.nan
+
+    @property
+    def samples_per_s(self) -> float:
+        """Mean samples a second over all ranks; nan if there were only warm-up steps."""
+        return self._samples / self._seconds if self._steps else math.nan
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peak memory of this rank so far: on its GPU, and on the host (resident set)."""
+    import resource
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB
+    result = {"memory/host_peak_gib": host}
+    if device.type == "cuda":
+        result["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return result
+
+
+class Writer:
+    """Rank 0's files: TensorBoard events and one JSON line a record.
+
+    Args:
+        folder: the run's output folder.
+        tensorboard: whether to write events.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self._lines: TextIO = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float]) -> None:
+        """Writes what holds for the whole run, at step 0."""
+        if self._events is not None:
+            for name, text in texts.items():
+                self._events.add_text(name, text, 0)
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, 0)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._events.add_scalar(name if "/" in name else f"train/{name}", value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()

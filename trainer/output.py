@@ -1,0 +1,110 @@
+"""The output folder of a run: claimed before anything is computed, never overwritten, written whole files at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OutputFolder:
+    """Rank 0's folder for one run. `claim` it first; `release` it if the run ends before its first step."""
+
+    def __init__(self, path: Path, created: list[Path]) -> None:
+        self.path = path
+        self._created = created
+
+    @staticmethod
+    def claim(wanted: str | None, config_name: str) -> OutputFolder:
+        """Makes the folder, or takes an existing one that holds no run.
+
+        Args:
+            wanted: the folder; None for a new one, runs/<config_name>-<number>.
+
+        Raises:
+            UserError: it holds a run already, or cannot be written.
+        """
+        created: list[Path] = []
+        try:
+            if wanted is not None:
+                path = Path(wanted)
+                held = [name for name in ("manifest.json", "summary.json", "metrics.jsonl") if (path / name).exists()]
+                if held:
+                    raise UserError(
+                        f"The output folder {path} already holds a run ({held[0]}), and runs are never overwritten.\n"
+                        "Choose another --output_dir, or move or delete that folder."
+                    )
+                _make(path, created)
+                return OutputFolder(path, created)
+            base = Path("runs")
+            _make(base, created)
+            for number in range(1, 100_000):
+                path = base / f"{config_name}-{number:03d}"
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                created.append(path)
+                return OutputFolder(path, created)
+            raise UserError(f"The folder {base} is full of runs of {config_name}. Choose an --output_dir.")
+        except OSError as error:
+            _remove(created)
+            where = wanted if wanted is not None else "runs"
+            raise UserError(f"The output folder {where} cannot be written: {error.strerror or error}.") from error
+
+    def release(self) -> None:
+        """Removes what `claim` created, if nothing was put there since."""
+        _remove(self._created)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a JSON file at once: readers see the old file or the new one, never half of it."""
+        # JSON has no nan: what was not measured is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+        _replace(self.path / name, (json.dumps(finite, indent=2, allow_nan=False) + "\n").encode())
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Writes parameters and buffers to model/model.safetensors."""
+        from safetensors.torch import save
+
+        (self.path / "model").mkdir(exist_ok=True)
+        # Clones: tied weights and statistics in one buffer share memory, which the format refuses.
+        data = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()})
+        _replace(self.path / "model" / "model.safetensors", data)
+
+
+def _make(path: Path, created: list[Path]) -> None:
+    for folder in [*reversed(path.parents), path]:
+        if not folder.exists():
+            folder.mkdir()
+            created.append(folder)
+    if not path.is_dir():
+        raise NotADirectoryError(None, "it is a file")
+    # Permission bits do not tell (root, read-only mounts, quotas): write and see.
+    probe = path / f".probe-{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _remove(created: list[Path]) -> None:
+    for folder in reversed(created):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

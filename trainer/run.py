@@ -1,0 +1,243 @@
+"""One run from top to bottom: claim a folder, build, loop, evaluate, save.
+
+`run` is called by every rank with the same config. The loop is `_train`; a step of it is
+`step.ExactStep`, where the design's promise is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .build import Pieces, build, refuse_inexact
+from .config import Config
+from .console import DeepSpeedLog, Progress, banner, result_table, say
+from .distributed import Ranks, raise_together
+from .errors import NonFiniteError, UserError
+from .guard import compare_ranks, state_sha256
+from .monitor import Pace, Window, Writer, memory_gib
+from .output import OutputFolder
+from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
+
+# Called after every step with (step, state, loss sums of all micro-batches): how `verify` watches a run.
+Trace = Callable[[int, Mapping[str, Tensor], Tensor], None]
+
+
+def run(
+    config: Config, ranks: Ranks, *, config_name: str, started_at_s: float, trace: Trace | None = None
+) -> dict[str, Any]:
+    """Runs a config to its end. Collective: every rank.
+
+    Args:
+        config: checked already.
+        ranks: this rank's place.
+        config_name: names the output folder where the config names none.
+        started_at_s: time.time() at which this process began.
+        trace: called after every step.
+
+    Returns:
+        The summary, as in summary.json, on every rank (files are rank 0's alone).
+
+    Raises:
+        TrainerError: for the user; `agreed` if every rank raises it.
+    """
+    plan = config.plan(ranks.world_size)
+    folder = OutputFolder.claim(config.trainer.output_dir, config_name) if ranks.first else None
+    log = DeepSpeedLog(keep=ranks.first)
+    log.install()
+    try:
+        pieces = build(config, ranks, plan, log)
+        return _train(pieces, folder, log, started_at_s, trace)
+    except BaseException:
+        # A run that ends before its first step leaves nothing behind; later, the folder is not empty.
+        if folder is not None:
+            folder.release()
+        raise
+    finally:
+        log.close()
+
+
+def _train(
+    pieces: Pieces, folder: OutputFolder | None, log: DeepSpeedLog, started_at_s: float, trace: Trace | None
+) -> dict[str, Any]:
+    p, engine, options, device = pieces, pieces.engine, pieces.config.trainer, pieces.device
+    window = Window(options.log_every_steps, max(p.micro_batch_counts()), device)
+    make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer)
+    record = _Recorder(p, window)
+    buffers_before = unordered_buffers(p)
+    time_to_first_step_s = math.nan
+    done = 0  # optimizer steps made
+    if p.ranks.first:
+        say(*banner(p))
+
+    try:
+        for batch in global_batches(p):
+            window.begin_step()
+            rate = engine.learning_rate
+            losses, norm = make_step(batch)
+            window.end_step(losses, norm, batch.count, len(batch.indices), rate)
+            done = batch.step + 1
+            record.pace.step(done, len(batch.indices))
+
+            if done == 1:
+                # Rank 0's files appear only now that the task has shown that it works.
+                _check_buffers(p, buffers_before)
+                time_to_first_step_s = time.time() - started_at_s
+                if folder is not None:
+                    record.open(folder, log)
+            if trace is not None:
+                trace(done, engine.state(), losses)
+            if options.guard_every_steps and done % options.guard_every_steps == 0 and engine.zero_stage == 0:
+                compare_ranks(engine.model_state(), done)
+            if window.full:
+                if make_step.deferred:
+                    _check_window(window, done)
+                record.window(done)
+            if options.evaluate_every_epochs and done < p.total_steps:
+                if done % (p.steps_per_epoch * options.evaluate_every_epochs) == 0:
+                    record.evaluate("validation", done)
+        if make_step.deferred:
+            _check_window(window, done)
+        record.window(done, last=True)
+        if engine.zero_stage == 0:
+            compare_ranks(engine.model_state(), done)
+    except NonFiniteError as failure:
+        record.window(done, last=True)
+        if folder is not None:
+            _save(p, folder, record, {"status": str(failure), "steps": done})
+        raise
+    finally:
+        record.progress.close()
+
+    metrics = {name: record.evaluate(name, done) for name in ("validation", "test") if name in p.splits}
+    record.close()
+    summary = {
+        "status": "finished",
+        "exactness": p.exactness,
+        "world_size": p.plan.world_size,
+        "global_batch_size": p.plan.global_batch_size,
+        "micro_batch_size": p.plan.micro_batch_size,
+        "steps": done,
+        "metrics": metrics,
+        "samples_per_s": record.pace.samples_per_s,
+        "step_time_s": record.pace.step_time_s,
+        "time_to_first_step_s": time_to_first_step_s,
+    }
+    with engine.whole_parameters():
+        summary |= {
+            "parameters_sha256": state_sha256({n: p.detach() for n, p in engine.model.named_parameters()}),
+            "model_sha256": state_sha256(engine.model_state()),
+        }
+        summary["wall_time_s"] = time.time() - started_at_s
+        if folder is not None:
+            _save(p, folder, record, summary)
+            say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
+    return summary
+
+
+class _Recorder:
+    """Sends what is measured to its readers: files and console on rank 0, nowhere on the others."""
+
+    def __init__(self, pieces: Pieces, window: Window) -> None:
+        self._pieces, self._window = pieces, window
+        self._writer: Writer | None = None
+        self._pending: Callable[[], dict[str, float]] | None = None
+        self._eval_s = 0.0
+        self.progress = Progress(pieces.total_steps, pieces.ranks.first)
+        self.pace = Pace(pieces.total_steps)
+
+    def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
+        p = self._pieces
+        manifest = p.manifest() | {"command": shlex.join(sys.argv)}
+        folder.write_json("manifest.json", manifest)
+        log.open(folder.path / "logs" / "deepspeed.log")
+        self._writer = Writer(folder.path, p.config.tensorboard.enabled)
+        self._writer.describe(
+            {"config": f"```json\n{json.dumps(p.config.as_dict(), indent=2)}\n```", "exactness": p.exactness},
+            {"run/world_size": p.plan.world_size, "run/global_batch_size": p.plan.global_batch_size},
+        )
+
+    def window(self, step: int, last: bool = False) -> None:
+        """Ends the logging window. On a GPU it is read when the next one ends, so that nothing waits for it."""
+        closed = self._window.close(step, -(-step // self._pieces.steps_per_epoch))
+        lagging = self._pieces.device.type == "cuda" and not last
+        for read in (self._pending, None if lagging else closed):
+            if read is None:
+                continue
+            record = read() | {"throughput/eval_ms": self._eval_s * 1e3} | memory_gib(self._pieces.device)
+            self.progress.logged(record)
+            if self._writer is not None:
+                self._writer.write(record)
+        self._pending = closed if lagging else None
+        if last:
+            self.pace.stop()
+
+    def evaluate(self, name: str, step: int) -> dict[str, float]:
+        """Measures a split and writes it down. Collective: every rank."""
+        from .evaluate import evaluate
+
+        p = self._pieces
+        if name not in p.splits:
+            return {}
+        with self._window.pause():
+            began_s = time.perf_counter()
+            metrics = evaluate(
+                p.task,
+                p.engine,
+                p.splits[name],
+                p.host_splits[name],
+                p.ranks,
+                p.config.trainer.evaluate_micro_batch_size,
+                p.config.trainer.seed,
+            )
+            self._eval_s = time.perf_counter() - began_s
+            record = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
+            record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
+            if self._writer is not None:
+                self._writer.write(record)
+            self.progress.evaluated(step, name, metrics)
+            self.pace.pause(time.perf_counter() - began_s)
+        return metrics
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _check_buffers(p: Pieces, before: dict[str, tuple[int, int]]) -> None:
+    """Labels or refuses a model whose forward changes a buffer. Collective: every rank."""
+    changed = [name for name, state in unordered_buffers(p).items() if before.get(name) != state]
+    reason = f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another" if changed else ""
+    error = UserError(reason) if reason else None
+    try:
+        raise_together(error)
+    except UserError as agreed:
+        reasons = [str(agreed)]
+        refuse_inexact(p.config, reasons)
+        p.inexact += reasons
+        if p.ranks.first:
+            say(f"not bitwise: {reasons[0]}")
+
+
+def _check_window(window: Window, done: int) -> None:
+    """Raises NonFiniteError for the first bad step of the window. Waits for the device."""
+    bad = window.first_non_finite()
+    if bad is not None:
+        offset, losses, norm = bad
+        raise non_finite(done - window.filled + offset, losses, norm)
+
+
+def _save(p: Pieces, folder: OutputFolder, record: _Recorder, summary: dict[str, Any]) -> None:
+    record.close()
+    # Again, in case the first step changed the label.
+    folder.write_json("manifest.json", p.manifest() | {"command": shlex.join(sys.argv)})
+    folder.save_model(p.engine.model_state())
+    folder.write_json("summary.json", summary)

@@ -1,0 +1,270 @@
+"""One optimizer step: the exact one, and the one that leaves the reduction to DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from .batch_norm import RunningStatistics
+from .batching import micro_batch_bounds, rank_block
+from .build import Pieces
+from .distributed import raise_together
+from .errors import NonFiniteError, UserError
+from .monitor import PhaseTimer
+from .order import SampleRandom, epoch_order, key, seed_generators
+from .summation import TreeSum
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one step, the same on every rank.
+
+    Attributes:
+        step: optimizer steps made before this one.
+        epoch: passes begun before this one.
+        indices: (n,) int64 into the training split, on the device.
+        bounds: its M micro-batches, as positions in `indices`.
+        count: what the summed loss is divided by: samples, or valid tokens.
+    """
+
+    step: int
+    epoch: int
+    indices: Tensor
+    bounds: list[tuple[int, int]]
+    count: float
+
+
+def global_batches(pieces: Pieces) -> Iterator[GlobalBatch]:
+    """All batches of a run, in order: a function of the seed and the plan, not of the world size."""
+    split, B = pieces.host_splits["train"], pieces.plan.global_batch_size
+    step = 0
+    for epoch in range(-(-pieces.total_steps // pieces.steps_per_epoch)):
+        order = epoch_order(pieces.config.trainer.seed, epoch, len(split))
+        on_device = order.to(pieces.device)
+        for start in range(0, pieces.steps_per_epoch * B, B):
+            if step == pieces.total_steps:
+                return
+            samples = order[start : start + B]
+            bounds = micro_batch_bounds(len(samples), pieces.plan.micro_batch_size)
+            # The count is known before anything is computed: from the indices, on the host.
+            yield GlobalBatch(step, epoch, on_device[start : start + B], bounds, split.count_of(samples))
+            step += 1
+
+
+class MicroBatches:
+    """Computes micro-batches: gather, augment, seed, forward, loss."""
+
+    def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
+        self._pieces, self._timer = pieces, timer
+        self._split = pieces.splits["train"]
+        self._augment = getattr(pieces.task, "augment", None)
+        self._seed = pieces.config.trainer.seed
+        self._random = SampleRandom(self._seed, len(self._split), pieces.device)
+
+    def loss(self, batch: GlobalBatch, j: int) -> Tensor:
+        """The summed loss of micro-batch j with its graph: () on the device."""
+        p, task, engine = self._pieces, self._pieces.task, self._pieces.engine
+        start, stop = batch.bounds[j]
+        indices = batch.indices[start:stop]
+        arrays = self._split.gather(indices)
+        if self._augment is not None:
+            if batch.epoch != self._random.epoch:
+                self._random.start_epoch(batch.epoch)
+            arrays = self._augment(arrays, self._random.of(indices))
+        self._timer.mark("data")
+        # Dropout and the like draw from these: a function of the step and the micro-batch.
+        seed_generators(key(self._seed, "forward", batch.step, j), p.device)
+        with engine.autocast():
+            result = task.loss(task.forward(engine.forward_module, arrays), arrays)
+        if batch.step == 0:
+            expected = p.host_splits["train"].count_of(indices.cpu())
+            _check_first_loss(type(task).__name__, result, expected, j)
+        return result[0]
+
+
+class ExactStep:
+    """The step at ZeRO stage 0: the same bits at every world size."""
+
+    def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
+        self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
+        self._micro_batches = MicroBatches(pieces, timer)
+        self._statistics = RunningStatistics(pieces.engine.model)
+        self._tree = TreeSum(
+            self._engine.parameters,
+            leaves=pieces.micro_batch_counts(),
+            record_size=1 + self._statistics.size,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            staging=torch.device("cpu") if dist.get_backend() == "gloo" else None,
+        )
+        self._engine.use_gradient(self._tree.gradient, self._tree.gradient_views)
+        self._scale = torch.zeros((), device=self._device)
+        # On the CPU the loss is at hand, and a bad one is found before the update. On a GPU the host does
+        # not wait for it: a flag on the device makes the optimizer's kernel skip every update from the
+        # bad step on, and the host reads it at the end of the logging window.
+        self.broken = torch.zeros((), device=self._device)
+        self.deferred = self._device.type == "cuda" and self._engine.skip_update_where(self.broken)
+
+    def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """Makes the step. Collective: every rank.
+
+        Returns:
+            The loss sums of all micro-batches in order, (M,), and the gradient norm before clipping, ().
+
+        Raises:
+            UserError: at the first step, on every rank, if the task's loss cannot be right.
+            NonFiniteError: on every rank; the parameters are those before this step.
+        """
+        engine, statistics, tree = self._engine, self._statistics, self._tree
+        # d(sum / count) = d(sum) * 1 / count: given to autograd as the gradient of the loss, it costs nothing.
+        self._scale.fill_(1.0 / batch.count)
+        error: UserError | None = None
+        statistics.begin()
+        try:
+            # A rank adds its own block of the M micro-batches along the tree ...
+            for j in tree.start(len(batch.bounds)):
+                loss = self._micro_batches.loss(batch, j)
+                gradients = torch.autograd.grad(
+                    loss, engine.parameters, self._scale, allow_unused=True, materialize_grads=True
+                )
+                record = tree.record
+                record[0].copy_(loss.detach())
+                if statistics.size:
+                    statistics.collect(record[1:])
+                tree.add(gradients)
+                self._timer.mark("compute")
+        except UserError as own:
+            error = own
+        finally:
+            statistics.settle()
+        if batch.step == 0:
+            raise_together(error)
+        elif error is not None:
+            raise error
+
+        # ... the ranks exchange what is left of it ...
+        records = tree.reduce()  # (M, 1 + statistics.size)
+        losses, norm = records[:, 0], engine.gradient_norm()
+        self._timer.mark("reduce")
+
+        # ... and each makes the same update.
+        health = losses.sum() + norm
+        if self.deferred:
+            torch.maximum(self.broken, (~torch.isfinite(health)).float(), out=self.broken)
+        elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
+            raise non_finite(batch.step, losses.tolist(), float(norm))
+        engine.step()
+        if statistics.size:
+            statistics.apply(records[:, 1:], self.broken if self.deferred else None)
+        self._timer.mark("optimizer")
+        return losses, norm
+
+
+class ZeroStep:
+    """The step at ZeRO stages 1 to 3, with DeepSpeed's forward, backward and reduction: labelled tolerance."""
+
+    def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
+        self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
+        self._micro_batches = MicroBatches(pieces, timer)
+        self._statistics = RunningStatistics(pieces.engine.model)
+        self.deferred = False
+
+    def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """Makes the step. Collective: every rank. Returns losses (M,) and the gradient norm () as ExactStep does."""
+        statistics, W = self._statistics, self._ranks.world_size
+        M = len(batch.bounds)
+        block = rank_block(M, W, self._ranks.rank)
+        most = -(-M // W)
+        records = torch.zeros(most, 1 + statistics.size, device=self._device)
+
+        def losses_of_block() -> Iterator[Tensor]:
+            # DeepSpeed's reduction is collective, in stages 2 and 3 at every micro-step, so every rank makes
+            # equally many: one with less to do adds micro-batches of weight 0.
+            for i in range(most):
+                real = i < len(block)
+                statistics.begin()
+                loss = self._micro_batches.loss(batch, block[i] if real else 0)
+                statistics.settle()
+                if real:
+                    records[i, 0] = loss.detach()
+                if statistics.size:
+                    statistics.collect(records[i, 1:])
+                yield loss * (W / batch.count if real else 0.0)  # DeepSpeed averages over ranks
+                self._timer.mark("compute")
+
+        norm = self._engine.zero_step(losses_of_block())
+        in_order = torch.cat([records] if W == 1 else _gather(records, W, M))[:M]
+        losses = in_order[:, 0]
+        if statistics.size:
+            statistics.apply(in_order[:, 1:])
+        self._timer.mark("optimizer")
+        if not math.isfinite(float(losses.sum())):
+            raise non_finite(batch.step, losses.tolist(), float(norm), kept=False)
+        return losses, norm
+
+
+def _gather(records: Tensor, world_size: int, micro_batches: int) -> list[Tensor]:
+    staged = records.cpu() if dist.get_backend() == "gloo" else records
+    everyone = [torch.empty_like(staged) for _ in range(world_size)]
+    dist.all_gather(everyone, staged)
+    blocks = [rank_block(micro_batches, world_size, r) for r in range(world_size)]
+    return [rows[: len(block)].to(records.device) for rows, block in zip(everyone, blocks)]
+
+
+def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -> NonFiniteError:
+    """The error for a step whose loss or gradient is not finite; every rank has the same numbers."""
+    bad = next((j for j, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        what = f"the loss of micro-batch {bad} is {losses[bad]}"
+    else:
+        what = f"the losses are finite, but the gradient's norm is {norm}"
+    state = "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
+    return NonFiniteError(
+        f"Step {step + 1} is not finite: {what}. {state}\n"
+        "A lower learning rate, warm-up (trainer.learning_rate.warmup_epochs) or gradient_clipping often helps.",
+        agreed=True,
+    )
+
+
+def _check_first_loss(task: str, result: object, expected: float, j: int) -> None:
+    """Raises UserError if the loss of a micro-batch of the first step cannot be a summed loss with its count."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise UserError(f"{task}.loss() must return two things, (summed loss, count); it returned a {type(result).__name__}.")
+    loss, count = result
+    value = float(loss.detach()) if isinstance(loss, Tensor) and loss.ndim == 0 else 0.0
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserError(
+            f"{task}.loss() must return (summed loss, count), the loss a scalar tensor; it returned {got}.\n"
+            'Sum over the micro-batch, for example F.cross_entropy(..., reduction="sum").'
+        )
+    if not loss.requires_grad:
+        raise UserError(f"{task}.loss() returned a loss without a graph: nothing in it depends on the model's parameters.")
+    if isinstance(count, Tensor) and count.ndim != 0 or not isinstance(count, (int, float, Tensor)):
+        got = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
+        raise UserError(f"{task}.loss() must return (summed loss, count), the count a number; it returned {got}.")
+    if not math.isclose(float(count), expected, rel_tol=1e-6):
+        raise UserError(
+            f"{task}.loss() counted {float(count):g} for micro-batch {j}, but its samples' counts add up to {expected:g}.\n"
+            "The count is the number of samples, unless the split says otherwise: Split(arrays, counts=...) "
+            "(valid tokens, or weights, of each sample)."
+        )
+    if not math.isfinite(value):
+        raise UserError(f"{task}.loss() is {value} for micro-batch {j} of the first step. It must be finite.")
+
+
+def unordered_buffers(pieces: Pieces) -> dict[str, tuple[int, int]]:
+    """Name -> (identity, version) of every buffer that nobody updates in micro-batch order.
+
+    A buffer that changes in a forward carries state from one micro-batch to the next, which makes the
+    result depend on who computed what; compare before and after a step.
+    """
+    model = pieces.engine.model
+    ordered = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+    return {n: (id(b), b._version) for n, b in model.named_buffers() if id(b) not in ordered}

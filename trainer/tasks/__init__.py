@@ -1,0 +1,128 @@
+"""What a task is, and how one is found: a name of this folder, or `path/to/file.py:ClassName`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..config import near
+from ..errors import UserError
+from ..order import SampleRandom
+from ..splits import Batch, Split
+
+Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
+
+
+class Task(Protocol):
+    """What the trainer asks of a task. A user's class has the same methods and inherits from nothing.
+
+    It is built as `MyTask(**trainer.task_options)`. It may also have
+    `augment(self, batch, random) -> batch`, applied to training micro-batches only; `random` is an
+    `order.SampleRandom`, whose draws belong to a sample and an epoch, not to a rank.
+    """
+
+    def splits(self) -> Mapping[str, Split | Mapping[str, Any]]:
+        """{"train": ..., "validation": ..., "test": ...}: each name -> (samples, ...) arrays, or a Split.
+
+        The last two may be left out. Called on every rank, so it must give the same data everywhere.
+        """
+        ...
+
+    def model(self) -> nn.Module:
+        """A new model. torch's generators are seeded before the call, so initial weights follow the seed."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """The model's outputs for one micro-batch: a tensor (B, ...), or a dictionary of such."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float | int | Tensor]:
+        """The **summed** loss of one micro-batch (a scalar tensor) and its count (samples, or valid tokens).
+
+        The trainer divides by the count of the whole global batch, which makes the result exact for
+        any cut into micro-batches; a mean could not be.
+        """
+        ...
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, float]:
+        """Metrics of a whole split, from the outputs of all its samples in order; on the CPU, on rank 0."""
+        ...
+
+
+_METHODS = ("splits", "model", "forward", "loss", "metrics")
+
+
+def built_in() -> list[str]:
+    """The names of the tasks that come with the trainer."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(name: str, options: Mapping[str, Any]) -> Task:
+    """Builds the task that `trainer.task` and `trainer.task_options` describe.
+
+    Raises:
+        UserError: there is no such task, file or class, it lacks a method, or an option is unknown.
+    """
+    cls = _from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name)
+    missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
+    if missing:
+        raise UserError(f"The task {name} lacks {', '.join(m + '()' for m in missing)}. A task has: {', '.join(_METHODS)}.")
+    signature = inspect.signature(cls)
+    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+    for option in options:
+        if option not in known and not open_ended:
+            raise UserError(f'unknown key "trainer.task_options.{option}" for the task {name}. {near(option, known)}')
+    for parameter in signature.parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if required and parameter.name not in options:
+            raise UserError(f'"trainer.task_options.{parameter.name}" is missing: the task {name} needs it.')
+    return cls(**options)
+
+
+def _from_folder(name: str) -> Any:
+    if name not in built_in():
+        raise UserError(
+            f'unknown task "{name}". {near(name, built_in())} Your own is given as path/to/file.py:ClassName.'
+        )
+    return importlib.import_module(f"{__name__}.{name}").TASK
+
+
+def _from_file(name: str) -> Any:
+    file, _, cls_name = name.rpartition(":")
+    if not file or not cls_name:
+        raise UserError(f'The task "{name}" must be given as path/to/file.py:ClassName.')
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"The task file {path} does not exist (looked from {Path.cwd()}).")
+    module_name = f"user_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"The task file {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"The task file {path} has a syntax error in line {error.lineno}: {error.msg}.") from error
+    except ImportError as error:
+        raise UserError(f"The task file {path} cannot be imported: {error}.") from error
+    finally:
+        sys.path.pop(0)
+    cls = getattr(module, cls_name, None)
+    if cls is None:
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        raise UserError(f"The task file {path} has no class {cls_name}. {near(cls_name, classes)}")
+    return cls

@@ -1,0 +1,128 @@
+"""Handwritten digits: 1,797 real 8x8 images that come with scikit-learn (UCI, Alpaydin and Kaynak 1998).
+
+The embedded default: no download, a few seconds of training, and with BatchNorm, dropout and
+augmentation everything that exact strong scaling has to get right.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..order import SampleRandom, key
+from ..splits import Batch
+
+SAMPLES = 1797
+TRAIN, VALIDATION = 1200, 297  # the remaining 300 are the test set
+
+
+def read_images() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 64) with values 0..16, and labels (1797,), as scikit-learn's load_digits gives them.
+
+    Reads the file that scikit-learn ships without importing scikit-learn, which costs every rank half a
+    second or more; falls back on load_digits where a release keeps the file elsewhere.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UserError("The task digits reads the images that scikit-learn ships: pip install scikit-learn.")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():
+        with gzip.open(file, "rt") as lines:
+            table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+        return table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    data: Any = load_digits()
+    return data.data.astype(np.float32), data.target.astype(np.int64)
+
+
+class Digits:
+    """Classifies the digits with a small convolutional network or an MLP.
+
+    Args:
+        model: "cnn" (three convolutions with BatchNorm, then dropout) or "mlp" (64-128-128-10, dropout).
+        width: channels of the first convolution, or units of a hidden layer; 0 for the model's own default.
+        dropout: probability of zeroing a feature before the classifier (cnn) or a hidden unit (mlp).
+        shift: augmentation: training images move by up to so many pixels in each direction.
+        split_seed: which images are train, validation and test; the same whatever the run's seed.
+    """
+
+    def __init__(
+        self, model: str = "cnn", width: int = 0, dropout: float = 0.1, shift: int = 1, split_seed: int = 0
+    ) -> None:
+        if model not in ("cnn", "mlp"):
+            raise UserError(f'"trainer.task_options.model" is {model!r}. It must be "cnn" or "mlp".')
+        for name, value, low, high in (("width", width, 0, 4096), ("dropout", dropout, 0, 0.99), ("shift", shift, 0, 4)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise UserError(f'"trainer.task_options.{name}" is {value!r}. It must be a number from {low} to {high}.')
+        self._model, self._dropout, self._shift, self._split_seed = model, dropout, int(shift), split_seed
+        self._width = int(width) or {"cnn": 16, "mlp": 128}[model]
+
+    def splits(self) -> dict[str, dict[str, Tensor]]:
+        """Images (N, 1, 8, 8) float32 in 0..1, labels (N,) int64: 1,200 train, 297 validation, 300 test."""
+        images, labels = read_images()
+        order = np.random.default_rng(key(self._split_seed, "digits split")).permutation(SAMPLES)
+        image = torch.from_numpy(images[order]).reshape(-1, 1, 8, 8) / 16.0
+        label = torch.from_numpy(labels[order])
+        cuts = {"train": slice(0, TRAIN), "validation": slice(TRAIN, TRAIN + VALIDATION)}
+        cuts["test"] = slice(TRAIN + VALIDATION, SAMPLES)
+        return {name: {"image": image[cut], "label": label[cut]} for name, cut in cuts.items()}
+
+    def model(self) -> nn.Module:
+        """(B, 1, 8, 8) -> logits (B, 10)."""
+        w, p = self._width, self._dropout
+        if self._model == "mlp":
+            return nn.Sequential(
+                nn.Flatten(), nn.Linear(64, w), nn.ReLU(), nn.Dropout(p), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 10)
+            )
+
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            # The convolution needs no bias: BatchNorm subtracts it again.
+            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        return nn.Sequential(
+            *block(1, w),
+            *block(w, 2 * w),
+            nn.MaxPool2d(2),
+            *block(2 * w, 4 * w),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(p),
+            nn.Linear(16 * w, 10),
+        )
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        """Moves each image by -shift..shift pixels in both directions, filling with background."""
+        s = self._shift
+        if s == 0:
+            return batch
+        image = batch["image"]  # (B, 1, 8, 8)
+        offset = random.integers(2 * s + 1, columns=2)  # (B, 2): rows, columns
+        window = torch.arange(8, device=image.device)
+        rows, columns = offset[:, :1] + window, offset[:, 1:] + window  # (B, 8) each, into the padded image
+        padded = F.pad(image[:, 0], (s, s, s, s))  # (B, 8 + 2s, 8 + 2s)
+        flat = (rows[:, :, None] * (8 + 2 * s) + columns[:, None, :]).flatten(1)  # (B, 64)
+        return {**batch, "image": padded.flatten(1).gather(1, flat).view(image.shape)}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, 10)."""
+        return model(batch["image"])
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """Summed cross-entropy, and the number of samples."""
+        return F.cross_entropy(outputs, batch["label"], reduction="sum"), len(outputs)
+
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        """The share of images whose likeliest class is the right one."""
+        return {"accuracy": float((outputs.argmax(dim=1) == batch["label"]).double().mean())}
+
+
+TASK = Digits
