@@ -23,7 +23,7 @@ class RunningStatistics:
     """The running mean and variance of every normalisation layer that keeps them, in one flat buffer.
 
     `size` is the number of floats that a micro-batch's statistics take. Around a step's micro-batches:
-    `begin()`, after each forward `collect(out)`, at their end `settle()`, after the exchange `apply(all)`.
+    `begin()`, after each forward `collect()`, at their end `settle()`, after the exchange `apply(all)`.
     Outside of begin/settle the model is as anyone expects it: evaluation, hashing and saving see the
     running statistics under their usual names.
     """
@@ -36,7 +36,7 @@ class RunningStatistics:
         self.size = sum(lengths)
         self._momenta = [m.momentum for m in self._modules]
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self._steps = 0
+        self._scratch: Tensor | None = None
         if not self._modules:
             return
         first = self._modules[0].running_mean
@@ -69,12 +69,9 @@ class RunningStatistics:
                 module._buffers.update(temporary)
                 module.momentum = 1.0
 
-    def collect(self, out: Tensor) -> None:
-        """Copies the statistics of the micro-batch just forwarded into `out`: (size,) float32."""
-        out.copy_(self._scratch)
-        # With momentum 1 the old value is multiplied by 0; clearing it keeps the sign of zero, and a
-        # non-finite value, from reaching the next micro-batch.
-        self._scratch.zero_()
+    def collect(self) -> Tensor | None:
+        """The statistics of the micro-batch just forwarded: (size,) float32, valid until the next forward."""
+        return self._scratch
 
     def settle(self) -> None:
         """Gives the layers their running statistics back."""

@@ -118,6 +118,15 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
+def all_gather_flat(out: Tensor, piece: Tensor) -> None:
+    """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank."""
+    import torch.distributed as dist
+
+    # torch 2.13 renames the collective and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, piece)
+
+
 def gather_int64(value: Tensor) -> list[int]:
     """Every rank's number, by rank: () int64. Collective: every rank. Waits for the device."""
     import torch
@@ -128,7 +137,7 @@ def gather_int64(value: Tensor) -> list[int]:
     if dist.get_backend() == "gloo":
         value = value.cpu()
     gathered = torch.empty(dist.get_world_size(), dtype=torch.int64, device=value.device)
-    dist.all_gather_into_tensor(gathered, value.reshape(1))
+    all_gather_flat(gathered, value.reshape(1))
     return gathered.tolist()
 
 

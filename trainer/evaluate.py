@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batching import micro_batch_bounds, rank_block
-from .distributed import Ranks, broadcast_object, gather_objects
+from .distributed import Ranks, all_gather_flat, broadcast_object, gather_objects
 from .engine import Engine
 from .errors import UserError
 from .order import key, seed_generators
@@ -108,5 +108,5 @@ def _gather_rows(
         padded[: len(part)].copy_(part)
     # As bytes: a collective only moves them, and not every backend knows every type.
     received = torch.empty(len(rows), *padded.shape, dtype=dtype, device=device)
-    dist.all_gather_into_tensor(received.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
+    all_gather_flat(received.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
     return torch.cat([received[r, :count] for r, count in enumerate(rows)]).cpu()

@@ -94,7 +94,7 @@ class SampleRandom:
     table_limit: int = 1 << 20
     _indices: Tensor | None = None
     _stream: int = 0
-    _tables: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _tables: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def start_epoch(self, epoch: int) -> None:
         """Changes to an epoch's numbers."""
@@ -109,19 +109,27 @@ class SampleRandom:
 
     def uniform(self, columns: int = 1) -> Tensor:
         """(B, columns) float32 in [0, 1)."""
-        assert self._indices is not None
-        stream, self._stream = self._stream, self._stream + 1
-        if self.samples * columns > self.table_limit:
-            return hashed_uniform(self._key(stream), self._indices, columns)
-        table = self._tables.get((stream, columns))
-        if table is None:
-            everyone = torch.arange(self.samples, device=self.device)
-            table = self._tables[stream, columns] = hashed_uniform(self._key(stream), everyone, columns)
-        return table.index_select(0, self._indices)
+        return self._draw(columns, 0)
 
     def integers(self, high: int, columns: int = 1) -> Tensor:
         """(B, columns) int64 in 0..high-1 (of 24 random bits: for ranges far below 2^24)."""
-        return (self.uniform(columns) * high).to(torch.int64)
+        return self._draw(columns, high)
+
+    def _draw(self, columns: int, high: int) -> Tensor:
+        assert self._indices is not None
+        stream, self._stream = self._stream, self._stream + 1
+        table = self._tables.get((stream, columns, high))
+        if table is not None:
+            return table.index_select(0, self._indices)
+        few = self.samples * columns <= self.table_limit
+        indices = torch.arange(self.samples, device=self.device) if few else self._indices
+        numbers = hashed_uniform(self._key(stream), indices, columns)
+        if high:
+            numbers = (numbers * high).to(torch.int64)
+        if not few:
+            return numbers
+        self._tables[stream, columns, high] = numbers
+        return numbers.index_select(0, self._indices)
 
     def normal(self, columns: int = 1) -> Tensor:
         """(B, columns) float32, standard normal (Box and Muller 1958)."""

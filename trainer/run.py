@@ -11,8 +11,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,8 +26,12 @@ from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
 from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
 
-# Called after every step with (step, state, loss sums of all micro-batches): how `verify` watches a run.
-Trace = Callable[[int, Mapping[str, Tensor], Tensor], None]
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Called after every step with (steps made, engine, loss sums of all micro-batches): how `verify` and the
+# benchmarks watch a run.
+Trace = Callable[[int, "Engine", Tensor], None]
 
 
 def run(
@@ -93,7 +97,7 @@ def _train(
                 if folder is not None:
                     record.open(folder, log)
             if trace is not None:
-                trace(done, engine.state(), losses)
+                trace(done, engine, losses)
             if options.guard_every_steps and done % options.guard_every_steps == 0 and engine.zero_stage == 0:
                 compare_ranks(engine.model_state(), done)
             if window.full:

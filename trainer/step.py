@@ -18,6 +18,7 @@ from .distributed import raise_together
 from .errors import NonFiniteError, UserError
 from .monitor import PhaseTimer
 from .order import SampleRandom, epoch_order, key, seed_generators
+from .splits import Batch
 from .summation import TreeSum
 
 
@@ -57,6 +58,13 @@ def global_batches(pieces: Pieces) -> Iterator[GlobalBatch]:
             step += 1
 
 
+# Samples are gathered and augmented many micro-batches at a time, up to so many bytes of them.
+CHUNK_BYTES = 64 << 20
+# Memory from torch's allocators starts at a multiple of this. A piece of a chunk that does too is as good
+# as a fresh tensor; any other is copied, since a math library may choose its kernel by alignment.
+ALIGNMENT_BYTES = 64
+
+
 class MicroBatches:
     """Computes micro-batches: gather, augment, seed, forward, loss."""
 
@@ -66,26 +74,64 @@ class MicroBatches:
         self._augment = getattr(pieces.task, "augment", None)
         self._seed = pieces.config.trainer.seed
         self._random = SampleRandom(self._seed, len(self._split), pieces.device)
+        sample_bytes = sum(array[0].numel() * array.element_size() for array in self._split.arrays.values())
+        self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * pieces.plan.micro_batch_size))
 
-    def loss(self, batch: GlobalBatch, j: int) -> Tensor:
-        """The summed loss of micro-batch j with its graph: () on the device."""
-        p, task, engine = self._pieces, self._pieces.task, self._pieces.engine
-        start, stop = batch.bounds[j]
-        indices = batch.indices[start:stop]
-        arrays = self._split.gather(indices)
-        if self._augment is not None:
-            if batch.epoch != self._random.epoch:
-                self._random.start_epoch(batch.epoch)
-            arrays = self._augment(arrays, self._random.of(indices))
+    def losses(self, batch: GlobalBatch, block: range) -> Iterator[Tensor]:
+        """The summed losses of a block of micro-batches, each with its graph: () on the device."""
+        p, task, engine, device = self._pieces, self._pieces.task, self._pieces.engine, self._pieces.device
+        model = engine.forward_module
+        for first in range(block.start, block.stop, self._chunk):
+            chunk = range(first, min(first + self._chunk, block.stop))
+            for j, arrays in zip(chunk, self._load(batch, chunk)):
+                # Dropout and the like draw from these: a function of the step and the micro-batch.
+                seed_generators(key(self._seed, "forward", batch.step, j), device)
+                with engine.autocast():
+                    result = task.loss(task.forward(model, arrays), arrays)
+                if batch.step == 0:
+                    start, stop = batch.bounds[j]
+                    expected = p.host_splits["train"].count_of(batch.indices[start:stop].cpu())
+                    _check_first_loss(type(task).__name__, result, expected, j)
+                yield result[0]
+
+    def _load(self, batch: GlobalBatch, chunk: range) -> list[Batch]:
+        """The samples of some micro-batches, gathered and augmented at once: one dictionary each."""
+        bounds = batch.bounds[chunk.start : chunk.stop]
+        indices = batch.indices[bounds[0][0] : bounds[-1][1]]
+        arrays = self._augmented(batch.epoch, indices)
+        sizes = [stop - start for start, stop in bounds]
+        if batch.step == 0 and self._augment is not None:
+            self._check_augment(batch.epoch, indices[: sizes[0]], {n: a[: sizes[0]] for n, a in arrays.items()})
+        pieces: list[Batch] = [{} for _ in bounds]
+        for name, array in arrays.items():
+            split = array.split(sizes)
+            row_bytes = array[0].numel() * array.element_size()
+            if any(size * row_bytes % ALIGNMENT_BYTES for size in sizes[:-1]) or not array.is_contiguous():
+                split = tuple(piece.clone() for piece in split)
+            for piece, tensor in zip(pieces, split):
+                piece[name] = tensor
         self._timer.mark("data")
-        # Dropout and the like draw from these: a function of the step and the micro-batch.
-        seed_generators(key(self._seed, "forward", batch.step, j), p.device)
-        with engine.autocast():
-            result = task.loss(task.forward(engine.forward_module, arrays), arrays)
-        if batch.step == 0:
-            expected = p.host_splits["train"].count_of(indices.cpu())
-            _check_first_loss(type(task).__name__, result, expected, j)
-        return result[0]
+        return pieces
+
+    def _augmented(self, epoch: int, indices: Tensor) -> Batch:
+        arrays = self._split.gather(indices)
+        if self._augment is None:
+            return arrays
+        if epoch != self._random.epoch:
+            self._random.start_epoch(epoch)
+        return self._augment(arrays, self._random.of(indices))
+
+    def _check_augment(self, epoch: int, indices: Tensor, among_others: Batch) -> None:
+        task = type(self._pieces.task).__name__
+        alone = self._augmented(epoch, indices)
+        for name, array in alone.items():
+            if not torch.equal(array, among_others[name]):
+                raise UserError(
+                    f"{task}.augment() gives other values for {name!r} when the same samples come among more samples. "
+                    "It must treat each sample on its own, with random numbers from its `random` argument.\n"
+                    "Mixing samples of a micro-batch (mixup, statistics) belongs into forward(), which sees one "
+                    "micro-batch at a time."
+                )
 
 
 class ExactStep:
@@ -98,7 +144,7 @@ class ExactStep:
         self._tree = TreeSum(
             self._engine.parameters,
             leaves=pieces.micro_batch_counts(),
-            record_size=1 + self._statistics.size,
+            statistics_size=self._statistics.size,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             staging=torch.device("cpu") if dist.get_backend() == "gloo" else None,
@@ -128,16 +174,11 @@ class ExactStep:
         statistics.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
-            for j in tree.start(len(batch.bounds)):
-                loss = self._micro_batches.loss(batch, j)
+            for loss in self._micro_batches.losses(batch, tree.start(len(batch.bounds))):
                 gradients = torch.autograd.grad(
                     loss, engine.parameters, self._scale, allow_unused=True, materialize_grads=True
                 )
-                record = tree.record
-                record[0].copy_(loss.detach())
-                if statistics.size:
-                    statistics.collect(record[1:])
-                tree.add(gradients)
+                tree.add(gradients, loss, statistics.collect())
                 self._timer.mark("compute")
         except UserError as own:
             error = own
@@ -186,17 +227,17 @@ class ZeroStep:
         def losses_of_block() -> Iterator[Tensor]:
             # DeepSpeed's reduction is collective, in stages 2 and 3 at every micro-step, so every rank makes
             # equally many: one with less to do adds micro-batches of weight 0.
-            for i in range(most):
-                real = i < len(block)
-                statistics.begin()
-                loss = self._micro_batches.loss(batch, block[i] if real else 0)
-                statistics.settle()
-                if real:
-                    records[i, 0] = loss.detach()
+            statistics.begin()
+            for i, loss in enumerate(self._micro_batches.losses(batch, block)):
+                records[i, 0] = loss.detach()
                 if statistics.size:
-                    statistics.collect(records[i, 1:])
-                yield loss * (W / batch.count if real else 0.0)  # DeepSpeed averages over ranks
-                self._timer.mark("compute")
+                    records[i, 1:] = statistics.collect()
+                yield loss * (W / batch.count)  # DeepSpeed averages over ranks
+            for _ in range(most - len(block)):
+                (loss,) = self._micro_batches.losses(batch, range(1))
+                yield loss * 0.0
+            statistics.settle()
+            self._timer.mark("compute")
 
         norm = self._engine.zero_step(losses_of_block())
         in_order = torch.cat([records] if W == 1 else _gather(records, W, M))[:M]

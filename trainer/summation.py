@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batching import rank_block
+from .distributed import all_gather_flat
 
 Node = tuple[int, int]  # (level, index): covers the leaves [index 2^level, (index + 1) 2^level), cut off at M
 
@@ -143,13 +144,13 @@ def _round_up(value: int, multiple: int) -> int:
 class TreeSum:
     """Adds the gradients of micro-batches over all ranks, and carries a few numbers of each along.
 
-    One step: `start(M)`; for each micro-batch of this rank's block, in order, `add(gradients)`, with
-    `record` filled; then `reduce()` (collective: every rank). All buffers are made once.
+    One step: `start(M)`; for each micro-batch of this rank's block, in order, `add(...)`; then `reduce()`
+    (collective: every rank). All buffers are made once.
 
     Args:
         shapes_of: the parameters whose gradients are added, in order; float32.
         leaves: every M that a step may have (a full global batch, and an epoch's last one).
-        record_size: numbers each micro-batch hands to all ranks (its loss, its BatchNorm statistics).
+        statistics_size: floats that each micro-batch hands to all ranks besides its loss.
         rank, world_size: this rank, and how many.
         staging: the device on which collectives run; the CPU where gloo has to carry GPU tensors.
     """
@@ -159,13 +160,13 @@ class TreeSum:
         shapes_of: Sequence[Tensor],
         *,
         leaves: Collection[int],
-        record_size: int,
+        statistics_size: int,
         rank: int,
         world_size: int,
         staging: torch.device | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self.record_size = record_size
+        self.record_size = record_size = 1 + statistics_size
         device = shapes_of[0].device
         offsets, size = [], 0
         for parameter in shapes_of:
@@ -183,6 +184,9 @@ class TreeSum:
         self._nodes = self._storage[self.records_size :].view(positions, self.size)
         self._views = [[_view_like(p, node, o) for p, o in zip(shapes_of, offsets)] for node in self._nodes]
         self._records = self._storage[: self._most_local * record_size].view(self._most_local, record_size)
+        # Made once: indexing costs more than the copy it is for.
+        self._loss_cells = [row[0] for row in self._records]
+        self._statistics_rows = [row[1:] for row in self._records]
         self._gathered_records = torch.zeros(max_leaves, record_size, device=device)
         self._staging = staging or device
         self._received: dict[int, Tensor] = {}
@@ -206,13 +210,17 @@ class TreeSum:
         self._leaves, self._leaf, self._top = leaves, 0, 0
         return block
 
-    @property
-    def record(self) -> Tensor:
-        """Where the next micro-batch's numbers go: (record_size,) float32. Fill it before `add`."""
-        return self._records[self._leaf]
+    def add(self, gradients: Sequence[Tensor], loss: Tensor, statistics: Tensor | None = None) -> None:
+        """Adds the next micro-batch.
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Adds the next micro-batch's gradients, one tensor a parameter."""
+        Args:
+            gradients: one tensor a parameter, in order.
+            loss: () its summed loss.
+            statistics: (statistics_size,) float32; None for none.
+        """
+        self._loss_cells[self._leaf].copy_(loss.detach())
+        if statistics is not None:
+            self._statistics_rows[self._leaf].copy_(statistics)
         merges = self._program[self._leaf]
         top = self._top
         if merges:
@@ -231,7 +239,7 @@ class TreeSum:
         Collective: every rank.
 
         Returns:
-            (M, record_size) float32, the records of all micro-batches in order.
+            (M, 1 + statistics_size) float32: each micro-batch's loss and statistics, in order.
         """
         M, W = self._leaves, self.world_size
         assert self._leaf == len(self._program), (self._leaf, len(self._program))
@@ -286,7 +294,7 @@ class TreeSum:
         if received is None:
             received = torch.empty(self.world_size, length, device=self._staging)
             self._received[length] = received
-        dist.all_gather_into_tensor(received.view(-1), piece.to(self._staging))
+        all_gather_flat(received.view(-1), piece.to(self._staging))
         return received.to(self._storage.device)
 
     def _in_order(self, received: Tensor, leaves: int) -> Tensor:

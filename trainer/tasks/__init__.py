@@ -25,8 +25,9 @@ class Task(Protocol):
     """What the trainer asks of a task. A user's class has the same methods and inherits from nothing.
 
     It is built as `MyTask(**trainer.task_options)`. It may also have
-    `augment(self, batch, random) -> batch`, applied to training micro-batches only; `random` is an
-    `order.SampleRandom`, whose draws belong to a sample and an epoch, not to a rank.
+    `augment(self, batch, random) -> batch`, for training only: called with any number of samples at
+    once, each of which it treats on its own; `random` is an `order.SampleRandom`, whose draws belong to
+    a sample and an epoch, not to a rank.
     """
 
     def splits(self) -> Mapping[str, Split | Mapping[str, Any]]:

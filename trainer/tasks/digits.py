@@ -44,6 +44,14 @@ def read_images() -> tuple[np.ndarray, np.ndarray]:
     return data.data.astype(np.float32), data.target.astype(np.int64)
 
 
+def digit_moves(shift: int) -> Tensor:
+    """((2 shift + 1)^2, 64) int64: for each move, where the 64 pixels lie in a flattened padded image."""
+    side, steps = 8 + 2 * shift, torch.arange(2 * shift + 1)
+    pixel = torch.arange(8)[:, None] * side + torch.arange(8)  # (8, 8)
+    corner = steps[:, None] * side + steps  # (moves, moves)
+    return (corner.reshape(-1, 1, 1) + pixel).flatten(1)
+
+
 class Digits:
     """Classifies the digits with a small convolutional network or an MLP.
 
@@ -64,6 +72,7 @@ class Digits:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f'"trainer.task_options.{name}" is {value!r}. It must be a number from {low} to {high}.')
         self._model, self._dropout, self._shift, self._split_seed = model, dropout, int(shift), split_seed
+        self._moves: Tensor | None = None
         self._width = int(width) or {"cnn": 16, "mlp": 128}[model]
 
     def splits(self) -> dict[str, dict[str, Tensor]]:
@@ -105,12 +114,11 @@ class Digits:
         if s == 0:
             return batch
         image = batch["image"]  # (B, 1, 8, 8)
-        offset = random.integers(2 * s + 1, columns=2)  # (B, 2): rows, columns
-        window = torch.arange(8, device=image.device)
-        rows, columns = offset[:, :1] + window, offset[:, 1:] + window  # (B, 8) each, into the padded image
-        padded = F.pad(image[:, 0], (s, s, s, s))  # (B, 8 + 2s, 8 + 2s)
-        flat = (rows[:, :, None] * (8 + 2 * s) + columns[:, None, :]).flatten(1)  # (B, 64)
-        return {**batch, "image": padded.flatten(1).gather(1, flat).view(image.shape)}
+        if self._moves is None or self._moves.device != image.device:
+            self._moves = digit_moves(s).to(image.device)
+        choice = random.integers(len(self._moves)).view(-1)  # (B,)
+        padded = F.pad(image, (s, s, s, s)).flatten(1)  # (B, (8 + 2s)^2)
+        return {**batch, "image": padded.gather(1, self._moves.index_select(0, choice)).view(image.shape)}
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (B, 10)."""

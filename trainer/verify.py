@@ -1,0 +1,130 @@
+"""`python -m trainer verify`: runs a config at several world sizes and compares every step, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Config
+from .console import say, table
+from .distributed import Ranks
+from .errors import RanksDifferError, TrainerError, UserError
+from .workers import run_ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .engine import Engine
+
+
+def _run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
+    """One rank of one run; rank 0 writes a line of digests after every step."""
+    from .guard import digest
+    from .run import run
+
+    trace_file = (Path(folder) / "trace.jsonl").open("w") if ranks.first else None
+
+    def trace(step: int, engine: Engine, losses: Tensor) -> None:
+        state = engine.state()
+        if trace_file is not None:
+            line = {"loss": digest(losses), **{name: digest(tensor) for name, tensor in state.items()}}
+            trace_file.write(json.dumps(line) + "\n")
+
+    summary = run(config, ranks, config_name="verify", started_at_s=time.time(), trace=trace)
+    if trace_file is not None:
+        trace_file.close()
+    return summary
+
+
+def first_difference(one: Path, other: Path) -> tuple[int, str] | None:
+    """The first step, and in it the first tensor, whose digests differ between two trace files; None if none do.
+
+    Tensors are compared in the order loss, parameters, buffers, optimizer state.
+    """
+    with one.open() as ours, other.open() as theirs:
+        for step, (left, right) in enumerate(zip(ours, theirs, strict=True), start=1):
+            if left == right:
+                continue
+            a, b = json.loads(left), json.loads(right)
+            return step, next(name for name in [*a, *b] if a.get(name) != b.get(name))
+    return None
+
+
+def verify(config: Config, world_sizes: Sequence[int]) -> int:
+    """Runs the config at each world size, compares with the first and prints a table.
+
+    Every step's loss sums, parameters, buffers and optimizer state are compared, and within a run the
+    ranks' parameters after every step.
+
+    Returns:
+        0 if everything is the same bit for bit, else 1.
+
+    Raises:
+        UserError: a world size is impossible, or the config is weak scaling; before anything starts.
+    """
+    plans = [config.plan(world_size) for world_size in world_sizes]
+    if plans[0].scaling == "weak":
+        raise UserError(
+            "This config is weak scaling: its global batch, and so its model, changes with the number of ranks.\n"
+            "Give train_batch_size for strong scaling, which is what verify compares."
+        )
+    trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0)
+    quiet = dataclasses.replace(config, tensorboard=dataclasses.replace(config.tensorboard, enabled=False))
+    rows: list[Sequence[str]] = []
+    same = True
+    reference: tuple[Path, dict[str, Any]] | None = None
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        for plan in plans:
+            W = plan.world_size
+            folder = Path(scratch) / f"{len(rows)}-ranks-{W}"
+            folder.mkdir()
+            this = dataclasses.replace(quiet, trainer=dataclasses.replace(trainer, output_dir=str(folder / "run")))
+            say(f"{W} rank{'s' * (W > 1)}: {plan.equation()} ...")
+            per_rank = plan.micro_batches_per_rank()
+            shown = str(per_rank[0]) if min(per_rank) == max(per_rank) else f"{min(per_rank)} or {max(per_rank)}"
+            began_s = time.perf_counter()
+            try:
+                summary = run_ranks(_run_traced, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
+            except RanksDifferError as error:
+                same = False
+                rows.append((str(W), shown, "-", "-", f"NO: {str(error).splitlines()[0]}"))
+                continue
+            except TrainerError as error:
+                raise type(error)(f"at {W} rank{'s' * (W > 1)}: {error}") from error
+            if reference is None:
+                reference = folder / "trace.jsonl", summary
+                verdict = "reference"
+            else:
+                difference = first_difference(reference[0], folder / "trace.jsonl")
+                if difference is not None:
+                    verdict = f"NO: first at step {difference[0]}, in {difference[1]}"
+                elif summary["metrics"] != reference[1]["metrics"]:
+                    verdict = "NO: the metrics of the final evaluation"
+                else:
+                    verdict = "yes"
+                same = same and difference is None and verdict == "yes"
+            seconds = time.perf_counter() - began_s
+            rows.append((str(W), shown, str(summary["steps"]), f"{seconds:.1f}", f"{verdict}"))
+            rows[-1] = (*rows[-1], summary["parameters_sha256"][:16])
+    rows = [(*row, "-") if len(row) == 5 else row for row in rows]
+    header = ("ranks", "micro-batches per rank", "steps", "seconds", "the same bits", "parameters sha256")
+    say("", table(rows, header), "")
+    steps = reference[1]["steps"] if reference is not None else 0
+    if same:
+        say(f"The same bits at every world size, in each of {steps} steps: loss, parameters, buffers, optimizer state.")
+        return 0
+    say("NOT the same bits at every world size.")
+    return 1
+
+
+def _uses_cuda(config: Config) -> bool:
+    if config.trainer.device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
