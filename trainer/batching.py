@@ -62,16 +62,19 @@ class BatchPlan:
         """Micro-batches of each rank in a full global batch, by rank."""
         return [len(rank_block(self.micro_batches, self.world_size, r)) for r in range(self.world_size)]
 
+    def per_rank(self) -> str:
+        """Micro-batches of a rank, for people: "16", or "10 or 11" where ranks differ."""
+        least, most = self.micro_batches // self.world_size, self.gradient_accumulation_steps
+        return str(most) if least == most else f"{least} or {most}"
+
     def equation(self) -> str:
         """The batch arithmetic in one line, for the console."""
-        per_rank = self.micro_batches_per_rank()
-        each = str(per_rank[0]) if min(per_rank) == max(per_rank) else f"{min(per_rank)} or {max(per_rank)}"
         full = self.micro_batches * self.micro_batch_size == self.global_batch_size
         size = f"{self.micro_batch_size} samples" if full else f"at most {self.micro_batch_size} samples"
         ranks = "rank" if self.world_size == 1 else "ranks"
         return (
             f"global batch {self.global_batch_size:,} samples = {self.micro_batches} micro-batches x {size}; "
-            f"{self.world_size} {ranks} x {each} micro-batches"
+            f"{self.world_size} {ranks} x {self.per_rank()} micro-batches"
         )
 
 

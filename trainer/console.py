@@ -152,7 +152,7 @@ def banner(p: Pieces) -> list[str]:
         )
     else:
         lines.append(
-            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} gives this very model, on "
+            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} and this learning rate gives this very model, on "
             "this device model and these versions"
         )
     return lines

@@ -122,6 +122,19 @@ def all_gather_flat(out: Tensor, piece: Tensor) -> None:
     """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank."""
     import torch.distributed as dist
 
+    if dist.get_backend() == "gloo":
+        # gloo's own all-gather goes through two more copies and fresh memory: sending to each rank takes
+        # a third of its time, for small and large pieces alike (tests/benchmarks/exchange.py).
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rows = out.view(world_size, -1)
+        sources = [(rank - k) % world_size for k in range(1, world_size)]
+        waits = [dist.irecv(rows[source], source) for source in sources]
+        waits += [dist.isend(piece, (rank + k) % world_size) for k in range(1, world_size)]
+        rows[rank].copy_(piece)
+        for wait in waits:
+            assert wait is not None
+            wait.wait()
+        return
     # torch 2.13 renames the collective and warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, piece)

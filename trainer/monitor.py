@@ -8,7 +8,6 @@ order (math.fsum rounds once), so the curves of several world sizes lie on one a
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,8 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+
+from .output import to_json
 
 PHASES = ("data", "compute", "reduce", "optimizer")
 
@@ -255,7 +256,7 @@ class Writer:
 
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
-        self._lines.write(json.dumps(record) + "\n")
+        self._lines.write(to_json(record) + "\n")
         self._lines.flush()
         if self._events is not None:
             for name, value in record.items():

@@ -66,9 +66,7 @@ class OutputFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file at once: readers see the old file or the new one, never half of it."""
-        # JSON has no nan: what was not measured is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-        _replace(self.path / name, (json.dumps(finite, indent=2, allow_nan=False) + "\n").encode())
+        _replace(self.path / name, (to_json(value, indent=2) + "\n").encode())
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Writes parameters and buffers to model/model.safetensors."""
@@ -78,6 +76,19 @@ class OutputFolder:
         # Clones: tied weights and statistics in one buffer share memory, which the format refuses.
         data = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()})
         _replace(self.path / "model" / "model.safetensors", data)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text. JSON has no nan or infinity: what was not measured, or is not finite, becomes null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _make(path: Path, created: list[Path]) -> None:

@@ -25,15 +25,13 @@ def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
             rows.append((str(world_size), "-", "-", "-", "-", f"no; nearest is {nearest}"))
             continue
         scaling = plan.scaling
-        per_rank = plan.micro_batches_per_rank()
-        shown = str(per_rank[0]) if min(per_rank) == max(per_rank) else f"{min(per_rank)} or {max(per_rank)}"
         # The busiest rank sets the pace; communication can only lower this.
         ideal = plan.micro_batches / plan.gradient_accumulation_steps
         rows.append(
             (
                 str(world_size),
                 f"{plan.global_batch_size:,}",
-                shown,
+                plan.per_rank(),
                 str(plan.gradient_accumulation_steps),
                 f"{ideal:.2f}",
                 "yes",

@@ -31,9 +31,9 @@ ALIGNMENT = 16
 
 # Up to this many received bytes the ranks exchange whole nodes in one collective and each adds all of
 # them; beyond it each rank adds one shard, in two collectives of less volume. The same bits either way.
-# Measured over gloo on one machine (tests/benchmarks/exchange.py); two ranks always exchange directly,
-# as that moves the same bytes in one collective instead of two.
-DIRECT_LIMIT_BYTES = 1 << 19
+# Two ranks always exchange whole nodes: that is the same volume in one collective.
+# Measured over gloo on one machine (tests/benchmarks/exchange.py).
+DIRECT_LIMIT_BYTES = 6 << 20
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class TreeSum:
         self._statistics_rows = [row[1:] for row in self._records]
         self._gathered_records = torch.zeros(max_leaves, record_size, device=device)
         self._staging = staging or device
-        self._received: dict[int, Tensor] = {}
+        self._messages: dict[tuple[str, int], Tensor] = {}
         self._program: tuple[tuple[Merge, ...], ...] = ()
         self._leaves = self._leaf = self._top = 0
 
@@ -273,7 +273,7 @@ class TreeSum:
         W, shard, mine = self.world_size, self.shard, counts[self.rank]
         # (node, rank, shard) -> (rank, node, shard): what goes to one rank lies together.
         send = self._nodes[:mine].view(mine, W, shard).transpose(0, 1).contiguous().to(self._staging)
-        rows = torch.empty(sum(counts), shard, device=self._staging)
+        rows = self._memory("rows", sum(counts) * shard).view(-1, shard)
         dist.all_to_all_single(
             rows.view(-1),
             send.view(-1),
@@ -282,20 +282,25 @@ class TreeSum:
         )
         rows = rows.to(self._storage.device)
         run_rounds(exchange_program(self._leaves, W), list(rows))
-        owned = torch.cat([self._storage[: self.records_size], rows[0]])
+        owned = self._memory("owned", self.records_size + shard)
+        owned[: self.records_size].copy_(self._storage[: self.records_size])
+        owned[self.records_size :].copy_(rows[0])
         received = self._gather(owned)
         self._nodes[0].view(W, shard).copy_(received[:, self.records_size :])
         return received
 
     def _gather(self, piece: Tensor) -> Tensor:
-        """(length,) of each rank -> (W, length), into memory kept for the purpose."""
-        length = piece.numel()
-        received = self._received.get(length)
-        if received is None:
-            received = torch.empty(self.world_size, length, device=self._staging)
-            self._received[length] = received
-        all_gather_flat(received.view(-1), piece.to(self._staging))
-        return received.to(self._storage.device)
+        """(length,) of each rank -> (W, length)."""
+        received = self._memory("received", self.world_size * piece.numel())
+        all_gather_flat(received, piece.to(self._staging))
+        return received.view(self.world_size, -1).to(self._storage.device)
+
+    def _memory(self, purpose: str, numel: int) -> Tensor:
+        """Memory for messages, where collectives run; the same at every step."""
+        memory = self._messages.get((purpose, numel))
+        if memory is None:
+            memory = self._messages[purpose, numel] = torch.empty(numel, device=self._staging)
+        return memory
 
     def _in_order(self, received: Tensor, leaves: int) -> Tensor:
         """(W, records_size) -> (M, record_size), micro-batch after micro-batch."""

@@ -76,7 +76,7 @@ def verify(config: Config, world_sizes: Sequence[int]) -> int:
     trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0)
     quiet = dataclasses.replace(config, tensorboard=dataclasses.replace(config.tensorboard, enabled=False))
     rows: list[Sequence[str]] = []
-    same = True
+    verdicts: list[str] = []
     reference: tuple[Path, dict[str, Any]] | None = None
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         for plan in plans:
@@ -85,41 +85,41 @@ def verify(config: Config, world_sizes: Sequence[int]) -> int:
             folder.mkdir()
             this = dataclasses.replace(quiet, trainer=dataclasses.replace(trainer, output_dir=str(folder / "run")))
             say(f"{W} rank{'s' * (W > 1)}: {plan.equation()} ...")
-            per_rank = plan.micro_batches_per_rank()
-            shown = str(per_rank[0]) if min(per_rank) == max(per_rank) else f"{min(per_rank)} or {max(per_rank)}"
             began_s = time.perf_counter()
             try:
                 summary = run_ranks(_run_traced, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
             except RanksDifferError as error:
-                same = False
-                rows.append((str(W), shown, "-", "-", f"NO: {str(error).splitlines()[0]}"))
+                verdicts.append(f"NO: {str(error).splitlines()[0]}")
+                rows.append((str(W), plan.per_rank(), "-", "-", "-", verdicts[-1]))
                 continue
             except TrainerError as error:
                 raise type(error)(f"at {W} rank{'s' * (W > 1)}: {error}") from error
-            if reference is None:
-                reference = folder / "trace.jsonl", summary
-                verdict = "reference"
-            else:
-                difference = first_difference(reference[0], folder / "trace.jsonl")
-                if difference is not None:
-                    verdict = f"NO: first at step {difference[0]}, in {difference[1]}"
-                elif summary["metrics"] != reference[1]["metrics"]:
-                    verdict = "NO: the metrics of the final evaluation"
-                else:
-                    verdict = "yes"
-                same = same and difference is None and verdict == "yes"
             seconds = time.perf_counter() - began_s
-            rows.append((str(W), shown, str(summary["steps"]), f"{seconds:.1f}", f"{verdict}"))
-            rows[-1] = (*rows[-1], summary["parameters_sha256"][:16])
-    rows = [(*row, "-") if len(row) == 5 else row for row in rows]
-    header = ("ranks", "micro-batches per rank", "steps", "seconds", "the same bits", "parameters sha256")
+            reference = reference or (folder / "trace.jsonl", summary)
+            verdicts.append(_verdict(reference, (folder / "trace.jsonl", summary)))
+            digits = summary["parameters_sha256"][:16]
+            rows.append((str(W), plan.per_rank(), str(summary["steps"]), f"{seconds:.1f}", digits, verdicts[-1]))
+    header = ("ranks", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
     say("", table(rows, header), "")
-    steps = reference[1]["steps"] if reference is not None else 0
-    if same:
-        say(f"The same bits at every world size, in each of {steps} steps: loss, parameters, buffers, optimizer state.")
-        return 0
-    say("NOT the same bits at every world size.")
-    return 1
+    if any(verdict.startswith("NO") for verdict in verdicts):
+        say("NOT the same bits at every world size.")
+        return 1
+    assert reference is not None
+    steps = reference[1]["steps"]
+    say(f"The same bits at every world size, in each of {steps} steps: loss, parameters, buffers, optimizer state.")
+    return 0
+
+
+def _verdict(reference: tuple[Path, dict[str, Any]], this: tuple[Path, dict[str, Any]]) -> str:
+    """What a table says of one run: (trace file, summary) against the reference's."""
+    if this is reference or this[0] == reference[0]:
+        return "reference"
+    difference = first_difference(reference[0], this[0])
+    if difference is not None:
+        return f"NO: first at step {difference[0]}, in {difference[1]}"
+    if this[1]["metrics"] != reference[1]["metrics"]:
+        return "NO: the final metrics, though every step is the same"
+    return "yes"
 
 
 def _uses_cuda(config: Config) -> bool:

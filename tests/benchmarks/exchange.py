@@ -1,0 +1,129 @@
+"""What the exact sum costs: the tree's exchange against one all_reduce of the same gradient.
+
+    python tests/benchmarks/exchange.py [--rounds 30]
+
+First the step of the digits models at two ranks, with the tree's exchange and with one all_reduce in its
+place, a few steps each in turn: the ratio of step times. Then the collectives alone over gradient sizes
+and world sizes, for both ways the tree exchanges (whole nodes in one collective, shards in two), which is
+where summation.DIRECT_LIMIT_BYTES comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from trainer.config import Config, load  # noqa: E402
+from trainer.distributed import Ranks  # noqa: E402
+from trainer.workers import run_ranks  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS_A_TURN = 10
+
+
+def _steps(ranks: Ranks, config: Config, rounds: int) -> list[float]:
+    """Ratios of step time, tree to all_reduce, turn by turn."""
+    import torch.distributed as dist
+
+    from trainer.build import build
+    from trainer.console import DeepSpeedLog
+    from trainer.monitor import Window
+    from trainer.step import ExactStep, global_batches
+
+    pieces = build(config, ranks, config.plan(ranks.world_size), DeepSpeedLog(keep=False))
+    step = ExactStep(pieces, Window(10, pieces.plan.micro_batches, pieces.device).timer)
+    tree = step._tree
+    exact = tree.reduce
+
+    def inexact() -> Any:
+        dist.all_reduce(tree.gradient)
+        records = tree._gathered_records[: tree._leaves]
+        records.fill_(1.0)
+        return records
+
+    batches = iter(global_batches(pieces))
+    ratios = []
+    for turn in range(rounds + 3):
+        seconds = {}
+        for name, reduce in (("exact", exact), ("inexact", inexact)) if turn % 2 else (("inexact", inexact), ("exact", exact)):
+            tree.reduce = reduce  # type: ignore[method-assign]
+            dist.barrier()
+            began_s = time.perf_counter()
+            for _ in range(STEPS_A_TURN):
+                step(next(batches))
+            seconds[name] = time.perf_counter() - began_s
+        ratios.append(seconds["exact"] / seconds["inexact"])
+    return ratios[3:]
+
+
+def _collectives(ranks: Ranks, numel: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each way to sum a gradient of `numel` float32, one node a rank."""
+    import torch
+    import torch.distributed as dist
+
+    from trainer import summation
+    from trainer.distributed import start
+
+    torch.set_num_threads(1)
+    start(ranks, "gloo", 600.0)
+    parameter = torch.zeros(numel)
+    tree = summation.TreeSum(
+        [parameter], leaves=[ranks.world_size], statistics_size=0, rank=ranks.rank, world_size=ranks.world_size
+    )
+    gradient, loss = torch.ones(numel), torch.zeros(())
+    counts = [1] * ranks.world_size
+
+    def tree_way(direct: bool) -> None:
+        tree.start(ranks.world_size)
+        tree.add([gradient], loss)
+        if direct:
+            tree._exchange_directly(counts, 1)
+        else:
+            tree._exchange_shards(counts)
+
+    ways = {
+        "all_reduce": lambda: dist.all_reduce(gradient.clone()),
+        "direct": lambda: tree_way(True),
+        "shards": lambda: tree_way(False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            dist.barrier()
+            began_s = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - began_s)
+    return {name: statistics.median(values[2:]) * 1e3 for name, values in times.items()}
+
+
+def main() -> None:
+    """Runs both parts and prints their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    rounds = parser.parse_args().rounds
+    print(f"step time at 2 ranks, exact / one all_reduce, {rounds} rounds of {STEPS_A_TURN} steps: median (quartiles)\n")
+    for model in ("cnn", "mlp"):
+        with tempfile.TemporaryDirectory() as scratch:
+            overrides = {"trainer.task_options": {"model": model}, "trainer.epochs": 100_000, "trainer.output_dir": scratch}
+            config = load(ROOT / "ds_configs" / "strong.json", overrides)
+            ratios = run_ranks(_steps, 2, config, rounds, timeout_s=3600)[0]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{model:6}{middle:.3f}  ({low:.3f} to {high:.3f})", flush=True)
+    print("\nthe collective alone, median ms\n")
+    print(f"{'ranks':>5}{'gradient':>12}{'all_reduce':>12}{'direct':>10}{'shards':>10}")
+    for world_size in (2, 4, 8):
+        for numel in (10_000, 100_000, 300_000, 1_000_000, 10_000_000):
+            ms = run_ranks(_collectives, world_size, numel, max(6, rounds), timeout_s=3600)[0]
+            size = f"{numel * 4 / 2**20:.2f} MiB"
+            print(f"{world_size:>5}{size:>12}{ms['all_reduce']:12.2f}{ms['direct']:10.2f}{ms['shards']:10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What the tests run in ranks: functions importable by name, as `workers.run_ranks` needs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, parse
+from trainer.distributed import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+USER_TASKS = ROOT / "tests" / "user_tasks"
+
+
+def small_config(output_dir: Path | str, **trainer: Any) -> Config:
+    """A short run with everything awkward in it: M = 13, a ragged last batch of 7 micro-batches, clipping.
+
+    500 samples of the user's task: 104 a step, so the fifth step has 84. Keyword arguments go into
+    "trainer"; those with a dot-free name of a top-level key go there.
+    """
+    values: dict[str, Any] = {
+        "train_batch_size": 104,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True, "fused": True}},
+        "tensorboard": {"enabled": False},
+    }
+    top_level = set(Config.__dataclass_fields__) - {"trainer"}
+    values |= {name: trainer.pop(name) for name in list(trainer) if name in top_level}
+    values["trainer"] = {"task": f"{USER_TASKS}/my_task.py:MyTask", "epochs": 3, "output_dir": str(output_dir)} | trainer
+    return parse({name: value for name, value in values.items() if value is not None})
+
+
+def train(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """A whole run; its summary, with the digests of every step as "trace"."""
+    from trainer.guard import digest
+    from trainer.run import run
+
+    trace: list[dict[str, str]] = []
+
+    def watch(step: int, engine: Any, losses: Any) -> None:
+        trace.append({"loss": digest(losses)} | {name: digest(tensor) for name, tensor in engine.state().items()})
+
+    summary = run(config, ranks, config_name="test", started_at_s=time.time(), trace=watch)
+    return summary | {"trace": trace}
+
+
+def train_with_shards(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """The same, with the exchange that large gradients take."""
+    from trainer import summation
+
+    summation.DIRECT_LIMIT_BYTES = 0
+    return train(ranks, config)
+
+
+def train_as_on_a_gpu(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """The same, with the host looking at losses only at the end of a window, as on a GPU."""
+    from trainer import step
+
+    class Deferred(step.ExactStep):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.deferred = self._engine.skip_update_where(self.broken)
+            assert self.deferred
+
+    import trainer.run
+
+    trainer.run.ExactStep = Deferred  # type: ignore[misc]
+    return train(ranks, config)
+
+
+def first_gradient(ranks: Ranks, config: Config) -> list[Any]:
+    """The reduced gradient of the first step, one numpy array a parameter."""
+    from trainer.build import build
+    from trainer.console import DeepSpeedLog
+    from trainer.monitor import PhaseTimer
+    from trainer.step import ExactStep, global_batches
+
+    log = DeepSpeedLog(keep=False)
+    log.install()
+    pieces = build(config, ranks, config.plan(ranks.world_size), log)
+    step = ExactStep(pieces, PhaseTimer(pieces.device))
+    step(next(global_batches(pieces)))
+    return [view.clone().numpy() for view in step._tree.gradient_views]

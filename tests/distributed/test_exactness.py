@@ -1,0 +1,174 @@
+"""The promise: one and the same model, step by step, at every world size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.distributed.jobs import first_gradient, small_config, train, train_as_on_a_gpu, train_with_shards
+from trainer.config import Config
+from trainer.errors import NonFiniteError
+from trainer.order import epoch_order, key
+from trainer.tasks.digits import Digits
+from trainer.workers import run_ranks
+
+BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def same_everywhere(make: Any, world_sizes: list[int], job: Any = train) -> dict[str, Any]:
+    """Runs at every world size and compares all that a user can see; returns the first run's summary."""
+    runs = {W: run_ranks(job, W, make(W)) for W in world_sizes}
+    reference = runs[world_sizes[0]][0]
+    for W, ranks in runs.items():
+        for summary in ranks:
+            assert summary["exactness"] == "bitwise"
+            for step, (a, b) in enumerate(zip(reference["trace"], summary["trace"], strict=True), start=1):
+                assert a == b, f"W={W}: step {step} differs in {[name for name in a if a[name] != b.get(name)]}"
+            for name in ("parameters_sha256", "model_sha256", "metrics", "steps"):
+                assert summary[name] == reference[name], (W, name)
+    return reference
+
+
+def digits(path: Path, model: str, **extra: Any) -> Config:
+    # 1,200 samples: 11 steps of 104 and one of 56, which is 7 micro-batches, fewer than 8 ranks.
+    options = {"task": "digits", "task_options": {"model": model}, "epochs": 2, "max_steps": 14, "log_every_steps": 3}
+    return small_config(path, **options, **extra)
+
+
+@pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["cnn", "mlp"])
+def test_digits(tmp_path: Path, model: str, precision: dict[str, Any]) -> None:
+    summary = same_everywhere(lambda W: digits(tmp_path / str(W), model, **precision), [1, 2, 3, 4, 8])
+    assert summary["steps"] == 14
+
+
+@pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
+def test_a_users_own_task(tmp_path: Path, precision: dict[str, Any]) -> None:
+    summary = same_everywhere(lambda W: small_config(tmp_path / str(W), **precision), [1, 2, 3, 4, 8])
+    assert summary["steps"] == 15
+
+
+def test_powers_of_two_and_every_optimizer_kind(tmp_path: Path) -> None:
+    for kind in ({"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, {"type": "Adagrad", "params": {"lr": 0.01}}):
+        name = kind["type"]
+        same_everywhere(
+            lambda W, kind=kind, name=name: small_config(
+                tmp_path / f"{name}{W}", train_batch_size=64, optimizer=kind, max_steps=6, gradient_clipping=0.0
+            ),
+            [1, 2, 8],
+        )
+
+
+def test_learning_rate_schedules_of_both_kinds(tmp_path: Path) -> None:
+    ours = {"learning_rate": {"schedule": "cosine", "warmup_epochs": 1}, "max_steps": 8}
+    theirs = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}, "max_steps": 8}
+    for name, extra in (("ours", ours), ("theirs", theirs)):
+        same_everywhere(lambda W, extra=extra, name=name: small_config(tmp_path / f"{name}{W}", **extra), [1, 3])
+
+
+def test_large_gradients_take_another_exchange_to_the_same_bits(tmp_path: Path) -> None:
+    direct = run_ranks(train, 1, small_config(tmp_path / "direct"))[0]
+    shards = same_everywhere(lambda W: small_config(tmp_path / f"s{W}"), [3, 4, 5, 8], train_with_shards)
+    assert shards["trace"] == direct["trace"]
+
+
+def test_logged_curves_lie_on_one_another(tmp_path: Path) -> None:
+    def curves(W: int) -> list[dict[str, float]]:
+        run_ranks(train, W, small_config(tmp_path / str(W), log_every_steps=4))
+        lines = [json.loads(line) for line in (tmp_path / str(W) / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "memory/"))} for line in lines]
+
+    one, three = curves(1), curves(3)
+    assert one == three
+    logged = [line["step"] for line in one if "train/loss" in line]
+    assert logged == [4, 8, 12, 15]
+
+
+def test_weak_scaling_on_one_rank_is_weak_scaling_on_many(tmp_path: Path) -> None:
+    """The run at W is the run with a W times larger global batch and the same micro-batches."""
+    for W in (2, 4):
+        rate = {"scaling_rule": "linear", "warmup_epochs": 1, "schedule": "linear"}
+        weak = small_config(
+            tmp_path / f"weak{W}", train_batch_size=None, gradient_accumulation_steps=3, learning_rate=rate
+        )
+        strong = small_config(
+            tmp_path / f"strong{W}", train_batch_size=24 * W, learning_rate=rate | {"base_global_batch_size": 24}
+        )
+        real, emulated = run_ranks(train, W, weak)[0], run_ranks(train, 1, strong)[0]
+        assert real["global_batch_size"] == 24 * W
+        assert real["trace"] == emulated["trace"]
+        assert real["metrics"] == emulated["metrics"]
+
+
+def test_the_gradient_against_float64(tmp_path: Path) -> None:
+    """The reduced gradient of the first, whole batch against autograd in float64 on the same samples."""
+    options = {"model": "mlp", "dropout": 0.0, "shift": 0}
+    config = small_config(tmp_path / "run", task="digits", task_options=options, gradient_clipping=0.0, seed=3)
+    task = Digits(**options)
+    torch.default_generator.manual_seed(key(3, "model"))
+    model = task.model().double()
+    train_split = task.splits()["train"]
+    chosen = epoch_order(3, 0, 1200)[:104]
+    loss = F.cross_entropy(model(train_split["image"][chosen].double()), train_split["label"][chosen])
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for W in (1, 3):
+        for ours, theirs in zip(run_ranks(first_gradient, W, config)[0], expected, strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_it_is_the_training_that_plain_pytorch_does(tmp_path: Path) -> None:
+    """Three epochs against a plain full-batch loop: same samples, mean loss of each batch, torch's own AdamW."""
+    options = {"model": "mlp", "dropout": 0.0, "shift": 0}
+    config = small_config(tmp_path / "run", task="digits", task_options=options, gradient_clipping=0.5)
+    ours = run_ranks(train, 2, config)[0]
+    task = Digits(**options)
+    torch.default_generator.manual_seed(key(0, "model"))
+    model, splits = task.model(), task.splits()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    image, label = splits["train"]["image"], splits["train"]["label"]
+    for epoch in range(3):
+        for chosen in epoch_order(0, epoch, 1200).split(104):
+            optimizer.zero_grad()
+            F.cross_entropy(model(image[chosen]), label[chosen]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    with torch.no_grad():
+        test_loss = F.cross_entropy(model(splits["test"]["image"]), splits["test"]["label"]).item()
+    assert ours["metrics"]["test"]["loss"] == pytest.approx(test_loss, rel=2e-2)
+
+
+def test_a_seed_is_a_run(tmp_path: Path) -> None:
+    one = run_ranks(train, 1, small_config(tmp_path / "a", seed=1, max_steps=2))[0]
+    again = run_ranks(train, 1, small_config(tmp_path / "b", seed=1, max_steps=2))[0]
+    other = run_ranks(train, 1, small_config(tmp_path / "c", seed=2, max_steps=2))[0]
+    assert one["trace"] == again["trace"]
+    assert one["parameters_sha256"] != other["parameters_sha256"]
+
+
+def test_the_deferred_check_of_a_gpu_changes_no_bit(tmp_path: Path) -> None:
+    direct = run_ranks(train, 1, small_config(tmp_path / "direct"))[0]
+    deferred = same_everywhere(lambda W: small_config(tmp_path / f"d{W}"), [1, 2], train_as_on_a_gpu)
+    assert deferred["trace"] == direct["trace"]
+
+
+@pytest.mark.parametrize("job", [train, train_as_on_a_gpu], ids=["cpu", "as on a gpu"])
+def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(tmp_path: Path, job: Any) -> None:
+    task = {"task": str(Path(__file__).parents[1] / "user_tasks" / "bad_tasks.py") + ":InfiniteLater"}
+    place = int((epoch_order(0, 0, 500) == 123).nonzero())
+    step = place // 104
+    assert 0 < step < 4, "the test wants a step in the middle of the first epoch"
+    last = run_ranks(train, 2, small_config(tmp_path / "good", max_steps=step, **task))[0]
+    with pytest.raises(NonFiniteError, match=rf"(?s)Step {step + 1} .*micro-batch {place % 104 // 8} is inf"):
+        run_ranks(job, 2, small_config(tmp_path / "bad", **task))
+    summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
+    assert summary["steps"] >= step
+    assert "not finite" in summary["status"]
+    good, kept = (p.read_bytes() for p in (tmp_path / "good/model/model.safetensors", tmp_path / "bad/model/model.safetensors"))
+    assert good == kept
+    assert last["steps"] == step

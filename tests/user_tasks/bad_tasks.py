@@ -1,0 +1,141 @@
+"""User tasks that go wrong, each in one way."""
+
+import torch
+import torch.nn.functional as F
+from my_task import MyTask
+from torch import nn
+
+
+class MeanLoss(MyTask):
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs["logits"], batch["y"], reduction="none"), len(batch["y"])
+
+
+class NoCount(MyTask):
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs["logits"], batch["y"], reduction="sum")
+
+
+class WrongCount(MyTask):
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs["logits"], batch["y"], reduction="sum"), 1
+
+
+class CountTensor(MyTask):
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs["logits"], batch["y"], reduction="sum"), torch.ones(3)
+
+
+class DetachedLoss(MyTask):
+    def loss(self, outputs, batch):
+        return torch.zeros(()), len(batch["y"])
+
+
+class InfiniteAtOnce(MyTask):
+    def loss(self, outputs, batch):
+        return outputs["logits"].sum() * float("inf"), len(batch["y"])
+
+
+class InfiniteLater(MyTask):
+    """Not finite in step 4, in whichever micro-batch holds sample 123 of the shuffled set."""
+
+    def splits(self):
+        splits = super().splits()
+        splits["train"]["number"] = torch.arange(500)
+        splits["test"]["number"] = torch.zeros(200)
+        return splits
+
+    def loss(self, outputs, batch):
+        loss, count = super().loss(outputs, batch)
+        return loss / (batch["number"] != 123).all().float(), count
+
+
+class MixesSamples(MyTask):
+    def augment(self, batch, random):
+        return {**batch, "x": batch["x"] - batch["x"].mean(0)}
+
+
+class NoForward:
+    def splits(self):
+        return {}
+
+    def model(self):
+        return nn.Linear(1, 1)
+
+    def loss(self, outputs, batch):
+        return None
+
+    def metrics(self, outputs, batch):
+        return {}
+
+
+class EmptySplit(MyTask):
+    def splits(self):
+        return {"train": {"x": torch.zeros(0, 20), "y": torch.zeros(0)}}
+
+
+class RaggedSplit(MyTask):
+    def splits(self):
+        return {"train": {"x": torch.zeros(7, 20), "y": torch.zeros(5)}}
+
+
+class _RankNoise:
+    generator = None
+
+
+class RankNoise(MyTask):
+    """Adds noise from a generator that each process seeds with its rank and lets run on."""
+
+    def forward(self, model, batch):
+        import torch.distributed as dist
+
+        if _RankNoise.generator is None:
+            _RankNoise.generator = torch.Generator().manual_seed(dist.get_rank())
+        noise = torch.randn(batch["x"].shape, generator=_RankNoise.generator)
+        return {"logits": model(batch["x"] + noise)}
+
+
+class FlipsABit(MyTask):
+    """On rank 1, in its third step, one bit of one weight changes: a memory fault."""
+
+    calls = 0
+
+    def forward(self, model, batch):
+        import torch.distributed as dist
+
+        FlipsABit.calls += 1
+        if dist.get_rank() == 1 and FlipsABit.calls == 9:
+            with torch.no_grad():
+                model.outer.weight.view(-1).view(torch.int32)[5] ^= 1 << 3
+        return super().forward(model, batch)
+
+
+class OtherDataOnRank1(MyTask):
+    def splits(self):
+        import torch.distributed as dist
+
+        splits = super().splits()
+        if dist.get_rank() == 1:
+            splits["train"]["x"][3, 3] += 1e-6
+        return splits
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(20, 2)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.linear(x)
+
+
+class StatefulModel(MyTask):
+    def model(self):
+        return Counting()
+
+
+class SyncNorm(MyTask):
+    def model(self):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(super().model())
