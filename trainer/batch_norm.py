@@ -91,10 +91,13 @@ class RunningStatistics:
         change = (statistics * weights).sum(dim=0)
         if skip is None:
             self._running.mul_(decay).add_(change)
+            if self._counters:
+                torch._foreach_add_(self._counters, count)
         else:
             self._running.copy_(torch.where(skip > 0, self._running, self._running * decay + change))
-        if self._counters:
-            torch._foreach_add_(self._counters, count)
+            counted = (count * (1.0 - skip)).to(torch.int64)
+            for counter in self._counters:
+                counter.add_(counted)
         self._seen += count
 
     def _weights_for(self, count: int) -> tuple[Tensor, Tensor]:

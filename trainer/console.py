@@ -48,7 +48,9 @@ class DeepSpeedLog(logging.Filter):
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Also catches what is printed in this context; what was printed before an error stays visible in the log."""
+        """Also catches what is printed in this context, and from now on what DeepSpeed would only tell if asked."""
+        if self._keep:
+            logging.getLogger("DeepSpeed").setLevel(logging.INFO)
         with contextlib.redirect_stdout(self._sink), contextlib.redirect_stderr(self._sink):
             yield
 

@@ -25,9 +25,14 @@ class UserError(TrainerError, ValueError):
 
 
 class NonFiniteError(TrainerError):
-    """The loss or the gradient stopped being finite during training."""
+    """The loss or the gradient stopped being finite during training.
+
+    Attributes:
+        good_steps: optimizer steps that the kept parameters have behind them.
+    """
 
     exit_code = 3
+    good_steps = 0
 
 
 class RanksDifferError(TrainerError):

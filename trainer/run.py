@@ -115,7 +115,7 @@ def _train(
     except NonFiniteError as failure:
         record.window(done, last=True)
         if folder is not None:
-            _save(p, folder, record, {"status": str(failure), "steps": done})
+            _save(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
         raise
     finally:
         record.progress.close()

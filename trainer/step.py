@@ -266,11 +266,13 @@ def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -
     else:
         what = f"the losses are finite, but the gradient's norm is {norm}"
     state = "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
-    return NonFiniteError(
+    error = NonFiniteError(
         f"Step {step + 1} is not finite: {what}. {state}\n"
         "A lower learning rate, warm-up (trainer.learning_rate.warmup_epochs) or gradient_clipping often helps.",
         agreed=True,
     )
+    error.good_steps = step
+    return error
 
 
 def _check_first_loss(task: str, result: object, expected: float, j: int) -> None:

@@ -1,0 +1,97 @@
+"""What watches over the promise: the guard, the comparison of ranks at start-up, `verify`, and the labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import USER_TASKS, small_config, train
+from trainer.errors import RanksDifferError, UserError
+from trainer.verify import first_difference, verify
+from trainer.workers import run_ranks
+
+BAD = f"{USER_TASKS}/bad_tasks.py"
+
+
+def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
+    """13 micro-batches over 3 ranks: rank 1's ninth is the first of its third step; the guard runs every second."""
+    config = small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", guard_every_steps=2)
+    with pytest.raises(RanksDifferError, match=r"After step 4 rank 1 differs from the others, first in \S+\."):
+        run_ranks(train, 3, config)
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_without_the_interval_the_end_of_the_run_still_notices(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", guard_every_steps=0, max_steps=6)
+    with pytest.raises(RanksDifferError, match="After step 6 rank 1 differs"):
+        run_ranks(train, 3, config)
+
+
+def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
+    with pytest.raises(UserError, match="rank 1 on .* has another data of train than the other ranks"):
+        run_ranks(train, 3, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify_passes_an_exact_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_config(tmp_path / "run", epochs=1), [1, 3]) == 0
+    out = capsys.readouterr().out
+    assert "The same bits at every world size, in each of 5 steps" in out
+    assert not (tmp_path / "run").exists(), "verify works in a scratch folder"
+
+
+def test_verify_points_at_the_step_of_rank_seeded_randomness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_config(tmp_path / "run", task=f"{BAD}:RankNoise", max_steps=3), [1, 2]) == 1
+    out = capsys.readouterr().out
+    assert "NO: first at step 1, in loss" in out
+    assert "NOT the same bits" in out
+
+
+def test_verify_reports_ranks_that_differ_within_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", max_steps=4), [2]) == 1
+    assert "NO: After step" in capsys.readouterr().out
+
+
+def test_verify_refuses_weak_scaling(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="weak scaling"):
+        verify(small_config(tmp_path / "run", train_batch_size=None, gradient_accumulation_steps=2), [1, 2])
+
+
+def test_first_difference_names_step_and_tensor(tmp_path: Path) -> None:
+    steps = [{"loss": "a", "parameter w": "b", "optimizer w.exp_avg": "c"}] * 3
+    changed = [steps[0], {**steps[1], "parameter w": "x", "optimizer w.exp_avg": "y"}, steps[2]]
+    for name, lines in (("one", steps), ("other", changed)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert first_difference(tmp_path / "one", tmp_path / "one") is None
+    assert first_difference(tmp_path / "one", tmp_path / "other") == (2, "parameter w")
+
+
+@pytest.mark.parametrize(("task", "reason"), [("StatefulModel", "buffer seen changes"), ("SyncNorm", "is a SyncBatchNorm")])
+def test_a_model_that_cannot_be_exact_is_labelled_or_refused(tmp_path: Path, task: str, reason: str) -> None:
+    if task == "StatefulModel":
+        summary = run_ranks(train, 1, small_config(tmp_path / "auto", task=f"{BAD}:{task}", max_steps=2))[0]
+        assert summary["exactness"] == "tolerance"
+        manifest = json.loads((tmp_path / "auto" / "manifest.json").read_text())
+        assert manifest["exactness"] == "tolerance"
+        assert reason in manifest["inexact"][0]
+    with pytest.raises(UserError, match=reason):
+        run_ranks(train, 2, small_config(tmp_path / "bitwise", task=f"{BAD}:{task}", exactness="bitwise"))
+    assert not (tmp_path / "bitwise").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_within_tolerance_and_says_so(tmp_path: Path, stage: int) -> None:
+    """Uneven blocks and a last batch smaller than the world, with DeepSpeed's own reduction."""
+    exact = run_ranks(train, 1, small_config(tmp_path / "exact", epochs=2))[0]
+    config = small_config(tmp_path / "zero", epochs=2, zero_optimization={"stage": stage})
+    ranks = run_ranks(train, 3, config)
+    assert {summary["exactness"] for summary in ranks} == {"tolerance"}
+    assert len({summary["model_sha256"] for summary in ranks}) == 1
+    assert ranks[0]["metrics"]["test"]["loss"] == pytest.approx(exact["metrics"]["test"]["loss"], rel=0.02)
+    assert (tmp_path / "zero" / "model" / "model.safetensors").stat().st_size == (
+        tmp_path / "exact" / "model" / "model.safetensors"
+    ).stat().st_size

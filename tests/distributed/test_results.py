@@ -1,0 +1,116 @@
+"""What a run leaves behind: files, tags and their contents."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import ROOT, small_config, train
+from trainer.config import load
+from trainer.tasks.digits import Digits
+from trainer.workers import run_ranks
+
+SUMMARY_KEYS = {
+    "status", "parameters_sha256", "model_sha256", "world_size", "global_batch_size", "micro_batch_size", "steps",
+    "metrics", "samples_per_s", "step_time_s", "time_to_first_step_s", "wall_time_s", "exactness",
+}  # fmt: skip
+TAGS = {
+    "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch",
+    "eval/validation/loss", "eval/validation/accuracy", "eval/test/loss", "eval/test/accuracy",
+    "throughput/samples_per_s", "throughput/step_time_ms", "throughput/compute_ms", "throughput/reduce_ms",
+    "throughput/optimizer_ms", "throughput/data_ms", "throughput/eval_ms", "memory/host_peak_gib",
+    "run/world_size", "run/global_batch_size",
+}  # fmt: skip
+
+
+def test_the_output_folder_of_digits(tmp_path: Path) -> None:
+    overrides = {"trainer.epochs": 3, "trainer.output_dir": str(tmp_path / "run"), "trainer.log_every_steps": 4}
+    config = load(ROOT / "ds_configs" / "strong.json", overrides)
+    run_ranks(train, 2, config)
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert (summary["world_size"], summary["global_batch_size"], summary["micro_batch_size"]) == (2, 256, 8)
+    assert summary["steps"] == 15
+    assert summary["samples_per_s"] * summary["step_time_s"] == pytest.approx(240, rel=0.1)
+    assert 0 < summary["time_to_first_step_s"] < summary["wall_time_s"]
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["config"]["trainer"]["epochs"] == 3
+    assert manifest["seed"] == 0
+    assert manifest["samples"] == {"train": 1200, "validation": 297, "test": 300}
+    assert set(manifest["data_sha256"]) == {"train", "validation", "test"}
+    for fact in ("torch", "deepspeed", "python", "device_model", "cpu_threads", "code_sha256"):
+        assert manifest["facts"][fact]
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    windows = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in windows] == [4, 8, 12, 15]
+    assert [line["epoch"] for line in windows] == [1, 2, 3, 3]
+    phases = [sum(line[f"throughput/{p}_ms"] for p in ("data", "compute", "reduce", "optimizer")) for line in windows]
+    for line, total in zip(windows, phases, strict=True):
+        assert total <= line["throughput/step_time_ms"] * 1.01
+
+    # The saved model is the measured one: its own test accuracy, computed here.
+    task = Digits()
+    model = task.model()
+    model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    model.eval()
+    test_split = task.splits()["test"]
+    with torch.no_grad():
+        accuracy = (model(test_split["image"]).argmax(1) == test_split["label"]).double().mean().item()
+    assert summary["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    assert "DeepSpeed" in (folder / "logs" / "deepspeed.log").read_text()
+
+
+def test_tensorboard_has_every_tag(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = {"trainer.epochs": 2, "trainer.output_dir": str(tmp_path / "run"), "trainer.log_every_steps": 2}
+    run_ranks(train, 1, load(ROOT / "ds_configs" / "strong.json", overrides))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= TAGS
+    assert {"config/text_summary", "exactness/text_summary"} <= set(tags["tensors"])
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"train_batch_size": 256' in text
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == [2, 4, 6, 8, 10]
+    assert all(math.isfinite(event.value) for event in losses)
+
+
+def test_quickstart_learns_the_digits(tmp_path: Path) -> None:
+    """The default run, whole: what the README promises of it, with room for other machines' rounding."""
+    config = load(ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run")})
+    summary = run_ranks(train, 2, config)[0]
+    assert summary["metrics"]["test"]["accuracy"] >= 0.97
+
+
+def test_validation_and_test_may_be_missing(tmp_path: Path) -> None:
+    """The user's task has no validation split: nothing is validated, the test metrics come at the end."""
+    summary = run_ranks(train, 1, small_config(tmp_path / "run", max_steps=3))[0]
+    assert set(summary["metrics"]) == {"test"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_config_runs_as_it_is(tmp_path: Path, file: Path) -> None:
+    if "fused_adam" in file.stem:
+        pytest.skip("DeepSpeed builds a kernel for a minute or more: see the slow test")
+    config = load(file, {"trainer.output_dir": str(tmp_path / "run"), "trainer.max_steps": 2})
+    assert run_ranks(train, 2, config)[0]["steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("not __import__('shutil').which('c++')", reason="needs a C++ compiler")
+def test_deepspeeds_fused_adam_is_exact(tmp_path: Path) -> None:
+    def run(W: int) -> list[dict[str, str]]:
+        overrides = {"trainer.output_dir": str(tmp_path / str(W)), "trainer.max_steps": 4}
+        return run_ranks(train, W, load(ROOT / "ds_configs" / "strong_fused_adam.json", overrides))[0]["trace"]
+
+    assert run(1) == run(3)
