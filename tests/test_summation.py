@@ -101,11 +101,11 @@ def test_every_world_size_gives_the_bits_of_the_tree(world: tuple[int, int], see
     assert same_bits(rows[0], reference_sum(leaves))
 
 
-@pytest.mark.parametrize("M", [3, 8, 30, 70])
+@pytest.mark.parametrize("M", [4, 8, 30, 70])
 def test_the_data_above_tells_orders_apart(M: int) -> None:
     """If a running sum gave the same bits, the tests here would prove nothing."""
     leaves = random_leaves(M, 1)
-    assert not same_bits(functools.reduce(torch.add, leaves), reference_sum(leaves)) or M < 4
+    assert not same_bits(functools.reduce(torch.add, leaves), reference_sum(leaves))
 
 
 @given(world=worlds)
@@ -309,7 +309,9 @@ def test_views_have_a_parameters_shape_and_strides(parameter: Tensor) -> None:
     """Optimizer kernels are fast, and fuse, where gradient and parameter lie alike."""
     flat = torch.zeros(4, 400)[2]  # a row: its storage offset is not 0
     view = _view_like(parameter, flat, 16)
-    assert (view.shape, view.stride()) == (parameter.shape, parameter.stride())
+    assert view.shape == parameter.shape
+    strides = zip(parameter.shape, view.stride(), parameter.stride())
+    assert all(ours == its for size, ours, its in strides if size != 1)  # of a single row it means nothing
     view.copy_(torch.arange(1.0, parameter.numel() + 1).view(parameter.shape))
     inside = flat[16 : 16 + parameter.numel()]
     assert sorted(inside.tolist()) == [float(i + 1) for i in range(parameter.numel())]

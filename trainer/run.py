@@ -132,6 +132,7 @@ def _train(
         "metrics": metrics,
         "samples_per_s": record.pace.samples_per_s,
         "step_time_s": record.pace.step_time_s,
+        "started_at_s": started_at_s,
         "time_to_first_step_s": time_to_first_step_s,
     }
     with engine.whole_parameters():
