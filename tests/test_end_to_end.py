@@ -96,7 +96,10 @@ def test_torchrun_is_understood(project: Path) -> None:
     [
         (["--set", "trainer.epoch=3"], 'Did you mean "epochs"?'),  # before torch is loaded
         (["--task", "nosuch"], 'unknown task "nosuch"'),  # after it, before the ranks have met
-        (["--task", "bad_tasks.py:MeanLoss", "--set", "trainer.task_options={}"], "MeanLoss.loss()"),  # in the first step
+        (
+            ["--task", "bad_tasks.py:MeanLoss", "--set", "trainer.task_options={}"],
+            "MeanLoss.loss()",
+        ),  # in the first step
     ],
 )
 def test_an_error_is_one_message(project: Path, arguments: list[str], words: str) -> None:

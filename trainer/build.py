@@ -55,7 +55,7 @@ class Pieces:
 
     @property
     def exactness(self) -> str:
-        """ "bitwise", or "tolerance" where something cannot be exact."""
+        """The run's label: bitwise, or tolerance where something cannot be exact."""
         return "tolerance" if self.inexact else "bitwise"
 
     def micro_batch_counts(self) -> set[int]:
@@ -195,7 +195,7 @@ def _check_smallest_micro_batch(config: Config, plan: BatchPlan, samples: int, m
 
 
 def _schedule(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps: int) -> Callable[[int], float] | None:
-    """step -> multiple of optimizer.params.lr; None where the rate is constant or DeepSpeed's scheduler sets it."""
+    """Step -> multiple of optimizer.params.lr; None where the rate is constant or DeepSpeed's scheduler sets it."""
     rate = config.trainer.learning_rate
     scale = 1.0
     if rate.scaling_rule != "none":
@@ -222,7 +222,11 @@ def _sync_batch_norm_reason(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             return [f"{name} is a SyncBatchNorm, whose statistics are those of whichever micro-batches run at once"]
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_mean.dtype != torch.float32:
+        if (
+            isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and module.running_mean.dtype != torch.float32
+        ):
             return [f"{name} keeps its running statistics in {module.running_mean.dtype}"]
     return []
 

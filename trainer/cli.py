@@ -19,7 +19,9 @@ class _Parser(argparse.ArgumentParser):
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what to run; a flag wins over the file, the file over the default."""
-    parser.add_argument("--ds_config", required=True, metavar="FILE", help="JSON config: DeepSpeed's keys and a trainer block")
+    parser.add_argument(
+        "--ds_config", required=True, metavar="FILE", help="JSON config: DeepSpeed's keys and a trainer block"
+    )
     parser.add_argument("--task", help="trainer.task: a built-in task, or path/to/file.py:ClassName")
     parser.add_argument("--epochs", type=int, help="trainer.epochs")
     parser.add_argument("--max_steps", type=int, help="trainer.max_steps")

@@ -394,7 +394,7 @@ def _check_optimizer(config: Config) -> None:
         for key in params:
             if key in deepspeed_keys.ADAM_TORCH_ONLY and not torch_adam:
                 raise UserError(
-                    f'"optimizer.params.{key}" belongs to torch\'s {name}, and this config asks for DeepSpeed\'s '
+                    f"\"optimizer.params.{key}\" belongs to torch's {name}, and this config asks for DeepSpeed's "
                     'FusedAdam. Add "torch_adam": true, or leave it out.'
                 )
             if key in deepspeed_keys.ADAM_DEEPSPEED_ONLY and torch_adam:
@@ -403,15 +403,18 @@ def _check_optimizer(config: Config) -> None:
                     f"torch's {name}. Leave one of them out."
                 )
         if params.get("amsgrad") and not torch_adam:
-            raise UserError('"optimizer.params.amsgrad": DeepSpeed\'s FusedAdam has no AMSGrad. Add "torch_adam": true.')
+            raise UserError(
+                '"optimizer.params.amsgrad": DeepSpeed\'s FusedAdam has no AMSGrad. Add "torch_adam": true.'
+            )
     for key, low, high in (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("eps", 0.0, math.inf)):
         value = params.get(key)
         if isinstance(value, (int, float)) and not (low <= value < high):
             raise UserError(f'"optimizer.params.{key}" is {value}. It must be at least {low:g} and finite.')
     betas = params.get("betas")
-    if isinstance(betas, list):
-        if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
-            raise UserError(f'"optimizer.params.betas" is {betas}. It must be two numbers of at least 0 and below 1.')
+    if isinstance(betas, list) and not (
+        len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
+    ):
+        raise UserError(f'"optimizer.params.betas" is {betas}. It must be two numbers of at least 0 and below 1.')
 
 
 def _check_scheduler(config: Config) -> None:
@@ -419,9 +422,7 @@ def _check_scheduler(config: Config) -> None:
     if scheduler is None:
         return
     if scheduler.type not in deepspeed_keys.SCHEDULERS:
-        raise UserError(
-            f'"scheduler.type" is "{scheduler.type}". {near(scheduler.type, deepspeed_keys.SCHEDULERS)}'
-        )
+        raise UserError(f'"scheduler.type" is "{scheduler.type}". {near(scheduler.type, deepspeed_keys.SCHEDULERS)}')
     check_arguments(scheduler.params, deepspeed_keys.SCHEDULERS[scheduler.type], "scheduler.params")
     for key in deepspeed_keys.SCHEDULER_REQUIRED.get(scheduler.type, ()):
         if key not in scheduler.params:

@@ -116,13 +116,13 @@ class Progress:
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:
     """Aligned columns; the first is flush left, the others flush right where a header is given."""
-    rows = [list(map(str, row)) for row in rows]
-    every = [list(header), *rows] if header else rows
+    cells = [list(row) for row in rows]
+    every = [list(header), *cells] if header else cells
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
 
     def line(row: list[str]) -> str:
-        cells = [c.rjust(w) if header and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        return "  ".join(cells).rstrip()
+        aligned = [c.rjust(w) if header and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        return "  ".join(aligned).rstrip()
 
     lines = [line(row) for row in every]
     if header:
@@ -154,8 +154,8 @@ def banner(p: Pieces) -> list[str]:
         )
     else:
         lines.append(
-            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} and this learning rate gives this very model, on "
-            "this device model and these versions"
+            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} and this learning rate gives "
+            "this very model, on this device model and these versions"
         )
     return lines
 

@@ -59,8 +59,11 @@ REFUSED: dict[str, str] = {
 }
 
 # Names inside "zero_optimization" (DeepSpeed 0.19.8), each with the JSON types it takes.
-_INT, _BOOL, _DICT = (int,), (bool,), (dict,)
-ZERO: dict[str, tuple[type, ...]] = {
+Types = tuple[type, ...]
+_INT: Types = (int,)
+_BOOL: Types = (bool,)
+_DICT: Types = (dict,)
+ZERO: dict[str, Types] = {
     "stage": _INT,
     "contiguous_gradients": _BOOL,
     "reduce_scatter": _BOOL,
@@ -118,8 +121,9 @@ ONLY_WITH_ZERO = (
 
 # Optimizers DeepSpeed builds itself: parameter names and their JSON types. All other names are
 # torch.optim's, whose signatures are read where torch is loaded anyway (engine.check_optimizer).
-_NUMBER, _PAIR = (int, float), (list,)
-_ADAM = {
+_NUMBER: Types = (int, float)
+_PAIR: Types = (list,)
+_ADAM: dict[str, Types] = {
     "lr": _NUMBER,
     "betas": _PAIR,
     "eps": _NUMBER,
@@ -128,9 +132,19 @@ _ADAM = {
     "adam_w_mode": _BOOL,
     "torch_adam": _BOOL,
 }
-ADAM_TORCH_ONLY = {"fused": _BOOL, "foreach": _BOOL, "maximize": _BOOL, "capturable": _BOOL, "differentiable": _BOOL}
-ADAM_DEEPSPEED_ONLY = {"bias_correction": _BOOL, "fp32_optimizer_states": _BOOL, "set_grad_none": _BOOL}
-OPTIMIZERS: dict[str, dict[str, tuple[type, ...]]] = {
+ADAM_TORCH_ONLY: dict[str, Types] = {
+    "fused": _BOOL,
+    "foreach": _BOOL,
+    "maximize": _BOOL,
+    "capturable": _BOOL,
+    "differentiable": _BOOL,
+}
+ADAM_DEEPSPEED_ONLY: dict[str, Types] = {
+    "bias_correction": _BOOL,
+    "fp32_optimizer_states": _BOOL,
+    "set_grad_none": _BOOL,
+}
+OPTIMIZERS: dict[str, dict[str, Types]] = {
     "adam": {**_ADAM, **ADAM_TORCH_ONLY, **ADAM_DEEPSPEED_ONLY},
     "adamw": {**_ADAM, **ADAM_TORCH_ONLY, **ADAM_DEEPSPEED_ONLY},
     "lion": {"lr": _NUMBER, "betas": _PAIR, "weight_decay": _NUMBER, "set_grad_none": _BOOL},
@@ -147,8 +161,9 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
 }
 
 # DeepSpeed's schedulers: parameter names and their JSON types.
-_STEPS, _RATE = (int,), (int, float, list)
-_ONE_CYCLE = {
+_STEPS: Types = (int,)
+_RATE: Types = (int, float, list)
+_ONE_CYCLE: dict[str, Types] = {
     "cycle_min_lr": _RATE,
     "cycle_max_lr": _RATE,
     "decay_lr_rate": _NUMBER,
@@ -162,8 +177,13 @@ _ONE_CYCLE = {
     "cycle_max_mom": _NUMBER,
     "decay_mom_rate": _NUMBER,
 }
-_WARMUP = {"warmup_min_lr": _RATE, "warmup_max_lr": _RATE, "warmup_num_steps": _STEPS, "warmup_type": (str,)}
-SCHEDULERS: dict[str, dict[str, tuple[type, ...]]] = {
+_WARMUP: dict[str, Types] = {
+    "warmup_min_lr": _RATE,
+    "warmup_max_lr": _RATE,
+    "warmup_num_steps": _STEPS,
+    "warmup_type": (str,),
+}
+SCHEDULERS: dict[str, dict[str, Types]] = {
     "LRRangeTest": {
         "lr_range_test_min_lr": _RATE,
         "lr_range_test_step_size": _STEPS,

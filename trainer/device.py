@@ -50,7 +50,7 @@ def settle(config: Config) -> None:
     torch.set_num_threads(config.trainer.cpu_threads)
     torch.use_deterministic_algorithms(True)
     # It would fill every torch.empty, to find reads of uninitialised memory; we pay for that in tests only.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 

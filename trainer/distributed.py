@@ -79,7 +79,8 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)
     timeout = timedelta(seconds=timeout_s)
     if ranks.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     if ranks.local_world_size == ranks.world_size:
         # All on one machine: nothing has to listen beyond it.

@@ -82,8 +82,8 @@ class Engine:
         odd = [n for p, n in self.names.items() if p.dtype != torch.float32]
         if odd:
             raise UserError(
-                f"The parameter {odd[0]} is {self._dtype_of(odd[0])}. Trained parameters must be float32; for speed use "
-                "torch_autocast, which computes in bfloat16 and keeps float32 weights."
+                f"The parameter {odd[0]} is {self._dtype_of(odd[0])}. Trained parameters must be float32; for speed "
+                "use torch_autocast, which computes in bfloat16 and keeps float32 weights."
             )
         self.device = self.parameters[0].device
         # In init_distributed DeepSpeed compiles a shared-memory kernel for CPU ranks, which only its own
@@ -105,8 +105,8 @@ class Engine:
         except (RuntimeError, ImportError, OSError) as error:
             if builds_an_op(config):
                 raise UserError(
-                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, and for a "
-                    f'GPU nvcc): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
+                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, and for "
+                    f'a GPU nvcc): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
                     "torch's fused kernel, which is compiled already."
                 ) from error
             raise

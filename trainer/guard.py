@@ -67,7 +67,9 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
     if len(hashes) == 2:
         who = "ranks 0 and 1 differ"
     else:
-        who = f"rank{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} differ{'s' * (len(wrong) == 1)} from the others"
+        who = (
+            f"rank{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} differ{'s' * (len(wrong) == 1)} from the others"
+        )
     raise RanksDifferError(
         f"After step {step} {who}, first in {tensor}. The ranks computed from the same numbers, so this is a "
         "hardware fault, or randomness or state of one rank's own in the task. Nothing was saved from this step.",
@@ -88,5 +90,5 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -36,8 +36,8 @@ def factor(
 
     During warm-up it rises by a constant amount a step: from 1 at step 0 to `scale` at step `warmup_steps`
     (gradual warm-up, Goyal et al. 2017, section 2.2). Without anything to climb (scale <= 1) the ramp is
-    the usual one from zero, `scale * (step + 1) / warmup_steps`, so that no step is wasted. After it, `schedule` runs over the steps that are left,
-    from `scale` down to `final_fraction` of it.
+    the usual one from zero, `scale * (step + 1) / warmup_steps`, so that no step is wasted. After it,
+    `schedule` runs over the steps that are left, from `scale` down to `final_fraction` of it.
 
     Args:
         step: optimizer step, from 0.

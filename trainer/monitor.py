@@ -8,6 +8,7 @@ order (math.fsum rounds once), so the curves of several world sizes lie on one a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +70,7 @@ class PhaseTimer:
         def read() -> dict[str, float]:
             if events:
                 events[-1][1].synchronize()
-                for (_, before), (phase, after) in zip(events, events[1:]):
+                for (_, before), (phase, after) in itertools.pairwise(events):
                     if phase:
                         totals[phase] += before.elapsed_time(after) / 1e3
                 self._pool.extend(event for _, event in events)

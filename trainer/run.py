@@ -76,6 +76,7 @@ def _train(
     make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer)
     record = _Recorder(p, window)
     buffers_before = unordered_buffers(p)
+    validation_steps = options.evaluate_every_epochs * p.steps_per_epoch
     time_to_first_step_s = math.nan
     done = 0  # optimizer steps made
     if p.ranks.first:
@@ -104,9 +105,8 @@ def _train(
                 if make_step.deferred:
                     _check_window(window, done)
                 record.window(done)
-            if options.evaluate_every_epochs and done < p.total_steps:
-                if done % (p.steps_per_epoch * options.evaluate_every_epochs) == 0:
-                    record.evaluate("validation", done)
+            if validation_steps and done % validation_steps == 0 and done < p.total_steps:
+                record.evaluate("validation", done)
         if make_step.deferred:
             _check_window(window, done)
         record.window(done, last=True)
@@ -203,7 +203,7 @@ class _Recorder:
                 p.config.trainer.seed,
             )
             self._eval_s = time.perf_counter() - began_s
-            record = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
+            record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
             record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
             if self._writer is not None:
                 self._writer.write(record)
@@ -220,7 +220,11 @@ class _Recorder:
 def _check_buffers(p: Pieces, before: dict[str, tuple[int, int]]) -> None:
     """Labels or refuses a model whose forward changes a buffer. Collective: every rank."""
     changed = [name for name, state in unordered_buffers(p).items() if before.get(name) != state]
-    reason = f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another" if changed else ""
+    reason = (
+        f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another"
+        if changed
+        else ""
+    )
     error = UserError(reason) if reason else None
     try:
         raise_together(error)

@@ -60,7 +60,7 @@ class Split:
             digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
             # View as bytes: numpy has no bfloat16, and a hash needs none.
             data = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            digest.update(data.numpy().data)
         return digest.hexdigest()
 
 
@@ -88,10 +88,7 @@ def as_split(value: Any, name: str, task: str) -> Split:
                 f"not {type(array).__name__}."
             )
         arrays[key] = array.detach().contiguous()
-    if counts is not None:
-        arrays_and_counts = {**arrays, "counts": counts}
-    else:
-        arrays_and_counts = arrays
+    arrays_and_counts = arrays if counts is None else {**arrays, "counts": counts}
     lengths = {key: len(array) for key, array in arrays_and_counts.items()}
     if len(set(lengths.values())) != 1:
         said = ", ".join(f"{key}: {length}" for key, length in lengths.items())
@@ -108,7 +105,5 @@ def as_splits(value: Any, task: str) -> dict[str, Split]:
         raise UserError(f'{task}.splits() must return a dictionary with a "train" split; it returned {has}.')
     unknown = set(value) - {"train", "validation", "test"}
     if unknown:
-        raise UserError(
-            f"{task}.splits() returned the split {sorted(unknown)[0]!r}. Known: train, validation, test."
-        )
+        raise UserError(f"{task}.splits() returned the split {sorted(unknown)[0]!r}. Known: train, validation, test.")
     return {name: as_split(value[name], name, task) for name in ("train", "validation", "test") if name in value}

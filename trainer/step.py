@@ -230,8 +230,9 @@ class ZeroStep:
             statistics.begin()
             for i, loss in enumerate(self._micro_batches.losses(batch, block)):
                 records[i, 0] = loss.detach()
-                if statistics.size:
-                    records[i, 1:] = statistics.collect()
+                collected = statistics.collect()
+                if collected is not None:
+                    records[i, 1:] = collected
                 yield loss * (W / batch.count)  # DeepSpeed averages over ranks
             for _ in range(most - len(block)):
                 (loss,) = self._micro_batches.losses(batch, range(1))
@@ -265,7 +266,9 @@ def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -
         what = f"the loss of micro-batch {bad} is {losses[bad]}"
     else:
         what = f"the losses are finite, but the gradient's norm is {norm}"
-    state = "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
+    state = (
+        "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
+    )
     error = NonFiniteError(
         f"Step {step + 1} is not finite: {what}. {state}\n"
         "A lower learning rate, warm-up (trainer.learning_rate.warmup_epochs) or gradient_clipping often helps.",
@@ -278,7 +281,9 @@ def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -
 def _check_first_loss(task: str, result: object, expected: float, j: int) -> None:
     """Raises UserError if the loss of a micro-batch of the first step cannot be a summed loss with its count."""
     if not isinstance(result, tuple) or len(result) != 2:
-        raise UserError(f"{task}.loss() must return two things, (summed loss, count); it returned a {type(result).__name__}.")
+        raise UserError(
+            f"{task}.loss() must return two things, (summed loss, count); it returned a {type(result).__name__}."
+        )
     loss, count = result
     value = float(loss.detach()) if isinstance(loss, Tensor) and loss.ndim == 0 else 0.0
     if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -288,15 +293,17 @@ def _check_first_loss(task: str, result: object, expected: float, j: int) -> Non
             'Sum over the micro-batch, for example F.cross_entropy(..., reduction="sum").'
         )
     if not loss.requires_grad:
-        raise UserError(f"{task}.loss() returned a loss without a graph: nothing in it depends on the model's parameters.")
-    if isinstance(count, Tensor) and count.ndim != 0 or not isinstance(count, (int, float, Tensor)):
+        raise UserError(
+            f"{task}.loss() returned a loss without a graph: nothing in it depends on the model's parameters."
+        )
+    if (isinstance(count, Tensor) and count.ndim != 0) or not isinstance(count, (int, float, Tensor)):
         got = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
         raise UserError(f"{task}.loss() must return (summed loss, count), the count a number; it returned {got}.")
     if not math.isclose(float(count), expected, rel_tol=1e-6):
         raise UserError(
-            f"{task}.loss() counted {float(count):g} for micro-batch {j}, but its samples' counts add up to {expected:g}.\n"
-            "The count is the number of samples, unless the split says otherwise: Split(arrays, counts=...) "
-            "(valid tokens, or weights, of each sample)."
+            f"{task}.loss() counted {float(count):g} for micro-batch {j}, but its samples' counts add up to "
+            f"{expected:g}.\nThe count is the number of samples, unless the split says otherwise: "
+            "Split(arrays, counts=...) (valid tokens, or weights, of each sample)."
         )
     if not math.isfinite(value):
         raise UserError(f"{task}.loss() is {value} for micro-batch {j} of the first step. It must be finite.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ def _settle(stack: list[tuple[Node, int]], leaves: int, merges: list[Merge]) -> 
             return
 
 
-@lru_cache(maxsize=None)
+@cache
 def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge, ...], ...], tuple[Node, ...]]:
     """How a rank adds its block of leaves: pure arithmetic, made once and followed in every step.
 
@@ -85,14 +85,14 @@ def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge
     return tuple(program), tuple(node for node, _ in stack)
 
 
-@lru_cache(maxsize=None)
+@cache
 def cover(leaves: int, world_size: int, rank: int) -> tuple[Node, ...]:
     """The nodes of the tree that a rank has after adding its own block."""
     block = rank_block(leaves, world_size, rank)
     return local_program(leaves, block.start, block.stop)[1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], ...]:
     """The additions over all ranks' nodes (numbered by rank, then position), in rounds of independent ones.
 
@@ -225,11 +225,11 @@ class TreeSum:
         top = self._top
         if merges:
             # A right-hand leaf goes straight into its left neighbour's buffer.
-            torch._foreach_add_(self._views[top - 1], gradients)
+            torch._foreach_add_(self._views[top - 1], tuple(gradients))
             for merge in merges[1:]:
                 self._nodes[merge.target].add_(self._nodes[merge.source])
         else:
-            torch._foreach_copy_(self._views[top], gradients)
+            torch._foreach_copy_(self._views[top], tuple(gradients))
         self._top = top + 1 - len(merges)
         self._leaf += 1
 

@@ -100,7 +100,8 @@ def run_ranks(
     """
     context = _context(cuda)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(environment or {})}
-    processes, pipes = [], []
+    processes: list[Any] = []
+    pipes: list[Any] = []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         ranks = Ranks(rank, world_size, rank, world_size)
@@ -121,9 +122,9 @@ def run_ranks(
             if not ready:
                 break
             for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                rank = pipes.index(pipe)
                 try:
-                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                    kind, value = pipes[rank].recv()
                 except EOFError:
                     failures[rank] = WorkerError(f"rank {rank} died without a word")
                 else:

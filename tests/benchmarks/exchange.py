@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.config import Config, load  # noqa: E402
-from trainer.distributed import Ranks  # noqa: E402
-from trainer.workers import run_ranks  # noqa: E402
+from trainer.config import Config, load
+from trainer.distributed import Ranks
+from trainer.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_A_TURN = 10
@@ -52,7 +52,9 @@ def _steps(ranks: Ranks, config: Config, rounds: int) -> list[float]:
     ratios = []
     for turn in range(rounds + 3):
         seconds = {}
-        for name, reduce in (("exact", exact), ("inexact", inexact)) if turn % 2 else (("inexact", inexact), ("exact", exact)):
+        for name, reduce in (
+            (("exact", exact), ("inexact", inexact)) if turn % 2 else (("inexact", inexact), ("exact", exact))
+        ):
             tree.reduce = reduce  # type: ignore[method-assign]
             dist.barrier()
             began_s = time.perf_counter()
@@ -108,10 +110,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     rounds = parser.parse_args().rounds
-    print(f"step time at 2 ranks, exact / one all_reduce, {rounds} rounds of {STEPS_A_TURN} steps: median (quartiles)\n")
+    print(
+        f"step time at 2 ranks, exact / one all_reduce, {rounds} rounds of {STEPS_A_TURN} steps: median (quartiles)\n"
+    )
     for model in ("cnn", "mlp"):
         with tempfile.TemporaryDirectory() as scratch:
-            overrides = {"trainer.task_options": {"model": model}, "trainer.epochs": 100_000, "trainer.output_dir": scratch}
+            overrides = {
+                "trainer.task_options": {"model": model},
+                "trainer.epochs": 100_000,
+                "trainer.output_dir": scratch,
+            }
             config = load(ROOT / "ds_configs" / "strong.json", overrides)
             ratios = run_ranks(_steps, 2, config, rounds, timeout_s=3600)[0]
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -122,7 +130,9 @@ def main() -> None:
         for numel in (10_000, 100_000, 300_000, 1_000_000, 10_000_000):
             ms = run_ranks(_collectives, world_size, numel, max(6, rounds), timeout_s=3600)[0]
             size = f"{numel * 4 / 2**20:.2f} MiB"
-            print(f"{world_size:>5}{size:>12}{ms['all_reduce']:12.2f}{ms['direct']:10.2f}{ms['shards']:10.2f}", flush=True)
+            print(
+                f"{world_size:>5}{size:>12}{ms['all_reduce']:12.2f}{ms['direct']:10.2f}{ms['shards']:10.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

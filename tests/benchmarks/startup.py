@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MINIMAL = '''
+MINIMAL = """
 import argparse, time
 import deepspeed, torch
 from sklearn.datasets import load_digits
@@ -43,7 +43,7 @@ for start in range(0, 128, 8):
     engine.step()
 if torch.distributed.get_rank() == 0:
     print("FIRST STEP AT", time.time(), flush=True)
-'''
+"""
 
 
 def _launch(arguments: list[str], folder: Path) -> str:
@@ -78,7 +78,8 @@ def main() -> None:
         pairs = [(_ours(folder), _minimal(folder)) for _ in range(rounds + 1)][1:]
     ratios = [ours / minimal for ours, minimal in pairs]
     ours, minimal = ([pair[i] for pair in pairs] for i in (0, 1))
-    print(f"first step after, median of {rounds}: ours {statistics.median(ours):.2f} s, minimal {statistics.median(minimal):.2f} s")
+    seconds = f"ours {statistics.median(ours):.2f} s, minimal {statistics.median(minimal):.2f} s"
+    print(f"first step after, median of {rounds}: {seconds}")
     print(f"ratio: median {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
 
 

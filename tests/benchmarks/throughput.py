@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.config import Config, load  # noqa: E402
-from trainer.distributed import Ranks  # noqa: E402
-from trainer.workers import run_ranks  # noqa: E402
+from trainer.config import Config, load
+from trainer.distributed import Ranks
+from trainer.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_A_TURN = 10
@@ -173,7 +173,9 @@ def main() -> None:
     flags = parser.parse_args()
     rounds = flags.rounds + WARM_UP_ROUNDS + 1
     print(f"{flags.rounds} rounds of {STEPS_A_TURN} steps each; samples/s as a ratio: median (quartiles)\n")
-    print(f"{'model':6}{'ranks':>6}  {'ours, ms a step':>16}  {'ours / hand-written':28}{'DeepSpeed / hand-written':28}")
+    print(
+        f"{'model':6}{'ranks':>6}  {'ours, ms a step':>16}  {'ours / hand-written':28}{'DeepSpeed / hand-written':28}"
+    )
     for model in flags.model:
         for world_size in flags.world_sizes:
             with tempfile.TemporaryDirectory() as scratch:
@@ -192,7 +194,8 @@ def main() -> None:
             ours, hand, ds = times["ours"], times["hand-written"], times["DeepSpeed"]
             print(
                 f"{model:6}{world_size:>6}  {statistics.median(ours) / STEPS_A_TURN * 1e3:16.2f}  "
-                f"{_quartiles([h / o for h, o in zip(hand, ours)]):28}{_quartiles([h / d for h, d in zip(hand, ds)]):28}",
+                f"{_quartiles([h / o for h, o in zip(hand, ours)]):28}"
+                f"{_quartiles([h / d for h, d in zip(hand, ds)]):28}",
                 flush=True,
             )
 

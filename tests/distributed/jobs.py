@@ -28,7 +28,11 @@ def small_config(output_dir: Path | str, **trainer: Any) -> Config:
     }
     top_level = set(Config.__dataclass_fields__) - {"trainer"}
     values |= {name: trainer.pop(name) for name in list(trainer) if name in top_level}
-    values["trainer"] = {"task": f"{USER_TASKS}/my_task.py:MyTask", "epochs": 3, "output_dir": str(output_dir)} | trainer
+    values["trainer"] = {
+        "task": f"{USER_TASKS}/my_task.py:MyTask",
+        "epochs": 3,
+        "output_dir": str(output_dir),
+    } | trainer
     return parse({name: value for name, value in values.items() if value is not None})
 
 

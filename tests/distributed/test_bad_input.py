@@ -62,12 +62,16 @@ def test_keys_types_and_contradictions(capsys: pytest.CaptureFixture[str], confi
     wrong = config_file({"gradient_cliping": 1.0})
     assert 'Did you mean "gradient_clipping"?' in refused(capsys, "--ds_config", wrong)
     strong = config_file()
-    assert '"trainer.epochs" must be an integer, not "ten"' in refused(capsys, "--ds_config", strong, "--set", "trainer.epochs=ten")
+    assert '"trainer.epochs" must be an integer, not "ten"' in refused(
+        capsys, "--ds_config", strong, "--set", "trainer.epochs=ten"
+    )
     message = refused(capsys, "--ds_config", strong, "--set", "gradient_accumulation_steps=4")
     assert "train_batch_size (256) is not" in message
     assert "= 32" in message
     assert "unknown optimizer" in refused(capsys, "--ds_config", strong, "--set", 'optimizer={"type":"AdamZ"}')
-    message = refused(capsys, "--ds_config", strong, "--set", 'optimizer={"type":"SGD","params":{"lr":0.1,"momentun":0.9}}')
+    message = refused(
+        capsys, "--ds_config", strong, "--set", 'optimizer={"type":"SGD","params":{"lr":0.1,"momentun":0.9}}'
+    )
     assert 'Did you mean "momentum"?' in message
     assert "unrecognized arguments" in refused(capsys, "--ds_config", strong, "--epoch", "3")
     assert nothing_left(tmp_path)

@@ -32,7 +32,7 @@ def test_without_the_interval_the_end_of_the_run_still_notices(tmp_path: Path) -
 
 def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
-    with pytest.raises(UserError, match="rank 1 on .* has another data of train than the other ranks"):
+    with pytest.raises(UserError, match=r"rank 1 on .* has another data of train than the other ranks"):
         run_ranks(train, 3, config)
     assert not (tmp_path / "run").exists()
 
@@ -44,7 +44,9 @@ def test_verify_passes_an_exact_config(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "run").exists(), "verify works in a scratch folder"
 
 
-def test_verify_points_at_the_step_of_rank_seeded_randomness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_points_at_the_step_of_rank_seeded_randomness(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verify(small_config(tmp_path / "run", task=f"{BAD}:RankNoise", max_steps=3), [1, 2]) == 1
     out = capsys.readouterr().out
     assert "NO: first at step 1, in loss" in out
@@ -70,7 +72,9 @@ def test_first_difference_names_step_and_tensor(tmp_path: Path) -> None:
     assert first_difference(tmp_path / "one", tmp_path / "other") == (2, "parameter w")
 
 
-@pytest.mark.parametrize(("task", "reason"), [("StatefulModel", "buffer seen changes"), ("SyncNorm", "is a SyncBatchNorm")])
+@pytest.mark.parametrize(
+    ("task", "reason"), [("StatefulModel", "buffer seen changes"), ("SyncNorm", "is a SyncBatchNorm")]
+)
 def test_a_model_that_cannot_be_exact_is_labelled_or_refused(tmp_path: Path, task: str, reason: str) -> None:
     if task == "StatefulModel":
         summary = run_ranks(train, 1, small_config(tmp_path / "auto", task=f"{BAD}:{task}", max_steps=2))[0]

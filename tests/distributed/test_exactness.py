@@ -169,6 +169,8 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(tmp_path: Path
     summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
     assert summary["steps"] == step
     assert "not finite" in summary["status"]
-    good, kept = (p.read_bytes() for p in (tmp_path / "good/model/model.safetensors", tmp_path / "bad/model/model.safetensors"))
+    good, kept = (
+        p.read_bytes() for p in (tmp_path / "good/model/model.safetensors", tmp_path / "bad/model/model.safetensors")
+    )
     assert good == kept
     assert last["steps"] == step

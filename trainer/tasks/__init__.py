@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..config import near
 from ..errors import UserError
-from ..order import SampleRandom
 from ..splits import Batch, Split
 
 Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
@@ -75,7 +74,9 @@ def load(name: str, options: Mapping[str, Any]) -> Task:
     cls = _from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name)
     missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
     if missing:
-        raise UserError(f"The task {name} lacks {', '.join(m + '()' for m in missing)}. A task has: {', '.join(_METHODS)}.")
+        raise UserError(
+            f"The task {name} lacks {', '.join(m + '()' for m in missing)}. A task has: {', '.join(_METHODS)}."
+        )
     signature = inspect.signature(cls)
     known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())

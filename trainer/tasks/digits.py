@@ -68,9 +68,15 @@ class Digits:
     ) -> None:
         if model not in ("cnn", "mlp"):
             raise UserError(f'"trainer.task_options.model" is {model!r}. It must be "cnn" or "mlp".')
-        for name, value, low, high in (("width", width, 0, 4096), ("dropout", dropout, 0, 0.99), ("shift", shift, 0, 4)):
+        for name, value, low, high in (
+            ("width", width, 0, 4096),
+            ("dropout", dropout, 0, 0.99),
+            ("shift", shift, 0, 4),
+        ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise UserError(f'"trainer.task_options.{name}" is {value!r}. It must be a number from {low} to {high}.')
+                raise UserError(
+                    f'"trainer.task_options.{name}" is {value!r}. It must be a number from {low} to {high}.'
+                )
         self._model, self._dropout, self._shift, self._split_seed = model, dropout, int(shift), split_seed
         self._moves: Tensor | None = None
         self._width = int(width) or {"cnn": 16, "mlp": 128}[model]
