@@ -16,8 +16,8 @@ from trainer import guard
 from trainer.errors import RanksDifferError
 from trainer.guard import compare_ranks, digest, hash64, state_sha256
 
-settings.register_profile("guard", deadline=None, max_examples=150)
-settings.load_profile("guard")
+# Without a deadline: on a busy machine any example can take long.
+checked = settings(deadline=None, max_examples=150)
 
 CHUNK = 1 << 20  # words of one sum in hash64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
@@ -47,6 +47,7 @@ def flipped(tensor: Tensor, bit: int) -> Tensor:
 # hash64
 
 
+@checked
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4))
 def test_one_flipped_bit_changes_the_hash(data: st.DataObject, dtype: torch.dtype, sizes: list[int]) -> None:
     tensors = [random_bytes(dtype, size, seed) for seed, size in enumerate(sizes)]
@@ -198,6 +199,7 @@ def test_sha256_follows_names_and_bytes_not_the_order_of_the_dictionary() -> Non
     assert len({state_sha256(other) for other in others} | {wanted}) == len(others) + 1
 
 
+@checked
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_one_flipped_bit_changes_every_hash_for_the_record(data: st.DataObject, dtype: torch.dtype) -> None:
     tensor = random_bytes(dtype, 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from trainer.learning_rate import factor, scaling_factor
 
-settings.register_profile("learning_rate", deadline=None)
-settings.load_profile("learning_rate")
+# Without a deadline: on a busy machine any example can take long.
+checked = settings(deadline=None)
 
 
 def rates(total_steps: int, warmup_steps: int = 0, scale: float = 1.0, schedule: str = "constant", final: float = 0.0):
@@ -65,7 +66,7 @@ def test_gradual_warmup() -> None:
 
 
 def test_goyals_own_numbers() -> None:
-    """eta = 0.1 and k = 32 over five epochs of 1,281,167 // 8,192 = 156 steps."""
+    """Eta = 0.1 and k = 32 over five epochs of 1,281,167 // 8,192 = 156 steps."""
     steps = 5 * 156
     k = rates(2 * steps, warmup_steps=steps, scale=32.0)
     assert 0.1 * k[0] == pytest.approx(0.1)
@@ -80,6 +81,7 @@ def test_ramp_from_zero_where_there_is_nothing_to_climb() -> None:
     assert rates(3, warmup_steps=2, scale=0.5) == [0.25, 0.5, 0.5, 0.5]
 
 
+@checked
 @given(
     scale=st.floats(0.01, 100.0),
     warmup=st.integers(1, 50),
@@ -92,12 +94,12 @@ def test_ramp_rises_to_the_scaled_rate_without_a_jump(
 ) -> None:
     values = rates(warmup + more, warmup, scale, schedule, final)
     ramp = values[: warmup + 1]
-    assert all(a <= b * (1 + 1e-12) for a, b in zip(ramp, ramp[1:]))
+    assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(ramp))
     assert ramp[-1] == pytest.approx(scale, rel=1e-12)
     # The last increment is one of the ramp's own: it doesn't jump where the schedule takes over.
     assert ramp[-1] - ramp[-2] <= max(abs(scale - 1.0), scale) / warmup + 1e-9
     rest = values[warmup:]
-    assert all(a >= b * (1 - 1e-12) for a, b in zip(rest, rest[1:]))
+    assert all(a >= b * (1 - 1e-12) for a, b in itertools.pairwise(rest))
     assert max(values) <= max(scale, 1.0) * (1 + 1e-12) and min(values) >= 0.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -17,8 +18,8 @@ from trainer.monitor import PHASES, Pace, PhaseTimer, Window, Writer, memory_gib
 
 CPU = torch.device("cpu")
 
-settings.register_profile("monitor", deadline=None, max_examples=80)
-settings.load_profile("monitor")
+# Without a deadline: on a busy machine any example can take long.
+checked = settings(deadline=None, max_examples=80)
 
 
 class FakeClock:
@@ -83,9 +84,9 @@ def test_a_pause_is_left_out(clock: FakeClock) -> None:
     with window.pause():
         clock.sleep(50.0)
     make_step(window, clock, 1.0, samples=10)
-    with pytest.raises(ZeroDivisionError), window.pause():  # as when an evaluation fails
+    with contextlib.suppress(ZeroDivisionError), window.pause():
         clock.sleep(7.0)
-        raise ZeroDivisionError
+        raise ZeroDivisionError  # as when an evaluation fails
     record = close(window)
     assert record["throughput/samples_per_s"] == pytest.approx(10.0)
     assert record["throughput/step_time_ms"] == pytest.approx(1000.0)
@@ -124,6 +125,7 @@ def test_a_smaller_batch_does_not_see_what_was_there_before(clock: FakeClock) ->
 losses = st.floats(-1e6, 1e6, width=32)
 
 
+@checked
 @given(rows=st.lists(st.lists(losses, min_size=1, max_size=8), min_size=1, max_size=6), shuffle=st.randoms())
 def test_the_mean_loss_is_exact_and_knows_no_order(rows: list[list[float]], shuffle: random.Random) -> None:
     """The float nearest to the true sum, so ranks and world sizes cannot differ in its last bit."""

@@ -37,7 +37,10 @@ def test_a_new_folder_is_numbered(tmp_path: Path) -> None:
     paths = [OutputFolder.claim(None, "strong").path for _ in range(3)]
     assert paths == [Path("runs/strong-001"), Path("runs/strong-002"), Path("runs/strong-003")]
     assert OutputFolder.claim(None, "weak").path == Path("runs/weak-001")
-    assert everything(tmp_path) == ["runs", *(f"runs/{n}" for n in ("strong-001", "strong-002", "strong-003", "weak-001"))]
+    assert everything(tmp_path) == [
+        "runs",
+        *(f"runs/{n}" for n in ("strong-001", "strong-002", "strong-003", "weak-001")),
+    ]
 
 
 def test_a_number_that_is_taken_by_anything_is_passed_over(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from trainer.summation import (
     run_rounds,
 )
 
-settings.register_profile("summation", deadline=None, max_examples=150)
-settings.load_profile("summation")
+# Without a deadline: on a busy machine any example can take long.
+checked = settings(deadline=None, max_examples=150)
 
 SHAPES = [(3, 5), (1,), (2, 2, 2), (17,)]
 
@@ -85,6 +85,7 @@ def run_local_program(leaves: Sequence[Tensor], begin: int, stop: int) -> tuple[
     return stack, most
 
 
+@checked
 @given(world=any_worlds, seed=st.integers(0, 1000))
 @example((1, 1), 0)
 @example((64, 8), 0)
@@ -108,6 +109,7 @@ def test_the_data_above_tells_orders_apart(M: int) -> None:
     assert not same_bits(functools.reduce(torch.add, leaves), reference_sum(leaves))
 
 
+@checked
 @given(world=worlds)
 def test_nodes_cover_a_block_exactly(world: tuple[int, int]) -> None:
     M, W = world
@@ -119,6 +121,7 @@ def test_nodes_cover_a_block_exactly(world: tuple[int, int]) -> None:
         assert leaves == list(block)
 
 
+@checked
 @given(levels=st.integers(0, 8), world_levels=st.integers(0, 8))
 def test_powers_of_two_leave_one_node_a_rank(levels: int, world_levels: int) -> None:
     M, W = 1 << levels, 1 << min(levels, world_levels)
@@ -128,6 +131,7 @@ def test_powers_of_two_leave_one_node_a_rank(levels: int, world_levels: int) -> 
     assert len(exchange_program(M, W)) == W.bit_length() - 1
 
 
+@checked
 @given(world=any_worlds, seed=st.integers(0, 10))
 def test_few_buffers_are_alive(world: tuple[int, int], seed: int) -> None:
     """At most log2 M + 1 for a block that starts on the left; one that starts anywhere has two such edges."""
@@ -139,6 +143,7 @@ def test_few_buffers_are_alive(world: tuple[int, int], seed: int) -> None:
         assert run_local_program(leaves, block.start, block.stop)[1] <= 2 * M.bit_length()
 
 
+@checked
 @given(world=any_worlds)
 def test_rounds_hold_independent_additions(world: tuple[int, int]) -> None:
     """Within a round no node is used twice, so its additions can be made in any order, or at once."""
@@ -157,13 +162,20 @@ def test_rounds_hold_independent_additions(world: tuple[int, int]) -> None:
 def test_programs_by_hand() -> None:
     """Five leaves: ((0 + 1) + (2 + 3)) + 4."""
     program, nodes = local_program(5, 0, 5)
-    assert [[(m.target, m.source) for m in merges] for merges in program] == [[], [(0, 1)], [], [(1, 2), (0, 1)], [(0, 1)]]
+    assert [[(m.target, m.source) for m in merges] for merges in program] == [
+        [],
+        [(0, 1)],
+        [],
+        [(1, 2), (0, 1)],
+        [(0, 1)],
+    ]
     assert nodes == ((3, 0),)
     # On two ranks: leaves 0, 1 are a node; 2, 3 are one; 4 moves up and waits.
     assert cover(5, 2, 0) == ((1, 0),)
     assert cover(5, 2, 1) == ((1, 1), (2, 1))
 
 
+@checked
 @given(M=st.integers(1, 70), seed=st.integers(0, 1000))
 def test_the_sum_is_a_sum(M: int, seed: int) -> None:
     """Close to float64's; the error of a tree grows with its depth (Higham 1993), not with M."""
@@ -191,7 +203,9 @@ def record_of(j: int) -> tuple[Tensor, Tensor]:
 def one_step(tree: TreeSum, gradients: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
     """(gradient by parameter, flat gradient, records) after a step, as copies."""
     for j in tree.start(len(gradients)):
-        tree.add(gradients[j], *record_of(j))
+        loss, statistics = record_of(j)
+        tree.statistics.copy_(statistics)
+        tree.add(gradients[j], loss)
     records = tree.reduce()
     return [view.clone() for view in tree.gradient_views], tree.gradient.clone(), records.clone()
 
@@ -215,7 +229,7 @@ def check_step(
 
 
 @given(counts=st.lists(st.integers(1, 70), min_size=1, max_size=4), seed=st.integers(0, 1000))
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_one_rank(counts: list[int], seed: int) -> None:
     """Steps of several sizes on the same buffers, as an epoch with a smaller last batch has them."""
     tree = make_tree(1, 0, set(counts))
@@ -318,7 +332,9 @@ def test_views_have_a_parameters_shape_and_strides(parameter: Tensor) -> None:
     assert flat.count_nonzero() == parameter.numel()
 
 
-@pytest.mark.parametrize("parameter", [torch.zeros(4, 6)[:, ::2], torch.zeros(3, 1).expand(3, 4), torch.zeros(6, 4)[:, :3]])
+@pytest.mark.parametrize(
+    "parameter", [torch.zeros(4, 6)[:, ::2], torch.zeros(3, 1).expand(3, 4), torch.zeros(6, 4)[:, :3]]
+)
 def test_views_of_a_parameter_with_gaps_are_contiguous(parameter: Tensor) -> None:
     """Its own strides would leave its piece of the buffer, or write one place twice."""
     flat = torch.zeros(100)

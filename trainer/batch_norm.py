@@ -7,25 +7,29 @@ memory (its own update with momentum 1 leaves exactly those), they travel with t
 and after the step every rank applies the statistics of all M micro-batches.
 
 The M updates r <- (1 - a) r + a s_j, j = 0..M-1, are applied as one weighted sum,
-r <- (1 - a)^M r + sum_j a (1 - a)^(M-1-j) s_j: two operations a step instead of M, which matters when a
-rank has a single micro-batch. The weights are computed in float64; the sum has the same shape and
-order at every W.
+r <- (1 - a)^M r + sum_j a (1 - a)^(M-1-j) s_j: a few operations a step instead of M, which matters when
+a rank has a single micro-batch. A layer that a micro-batch did not go through is left alone by it, as in
+plain PyTorch: the weights count only the micro-batches that called the layer.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+# What scratch memory holds before a forward. A layer that is called leaves a variance of at least 0
+# there (momentum 1 multiplies the old value by 0); one that is not leaves this.
+_NOT_CALLED = -1.0
 
 
 class RunningStatistics:
     """The running mean and variance of every normalisation layer that keeps them, in one flat buffer.
 
-    `size` is the number of floats that a micro-batch's statistics take. Around a step's micro-batches:
-    `begin()`, after each forward `collect()`, at their end `settle()`, after the exchange `apply(all)`.
-    Outside of begin/settle the model is as anyone expects it: evaluation, hashing and saving see the
-    running statistics under their usual names.
+    `size` is the number of floats that a micro-batch's statistics take: mean, then variance, layer after
+    layer. Around a step's micro-batches: `begin()`, after each forward `collect(out)`, at their end
+    `settle()`, after the exchange `apply(all)`. Outside of begin/settle the model is as anyone expects it:
+    evaluation, hashing and saving see the running statistics under their usual names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,47 +39,60 @@ class RunningStatistics:
         lengths = [m.num_features for m in self._modules for _ in range(2)]
         self.size = sum(lengths)
         self._momenta = [m.momentum for m in self._modules]
-        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self._scratch: Tensor | None = None
+        self._own: list[dict[str, Tensor | None]] = []
+        self._temporary: list[dict[str, Tensor | None]] = []
         if not self._modules:
             return
         first = self._modules[0].running_mean
         assert first is not None
-        self._running = torch.empty(self.size, device=first.device)
-        self._scratch = torch.zeros(self.size, device=first.device)
+        device, layers = first.device, len(self._modules)
+        self._running = torch.empty(self.size, device=device)
+        self._scratch = torch.full((self.size,), _NOT_CALLED, device=device)
+        self._counters = torch.zeros(layers, dtype=torch.int64, device=device)
+        # InstanceNorm has a counter, too, but PyTorch never moves it.
+        self._counts = torch.tensor([isinstance(m, _BatchNorm) for m in self._modules], device=device)
         running, scratch = self._running.split(lengths), self._scratch.split(lengths)
-        self._own: list[dict[str, Tensor | None]] = []
-        self._temporary: list[dict[str, Tensor | None]] = []
         for i, module in enumerate(self._modules):
-            mean, var = module.running_mean, module.running_var
+            mean, var, counter = module.running_mean, module.running_var, module.num_batches_tracked
             assert mean is not None and var is not None
             running[2 * i].copy_(mean)
             running[2 * i + 1].copy_(var)
-            own = {"running_mean": running[2 * i], "running_var": running[2 * i + 1]}
-            self._own.append({**own, "num_batches_tracked": module.num_batches_tracked})
-            # Without the counter a layer neither counts (the total of all ranks is added in `apply`) nor
-            # spends an operation on it.
+            own: dict[str, Tensor | None] = {"running_mean": running[2 * i], "running_var": running[2 * i + 1]}
+            if counter is not None:
+                self._counters[i].copy_(counter)
+                own["num_batches_tracked"] = self._counters[i]
+            self._own.append(own)
+            # Without its counter a layer spends no operation on it; `apply` counts for all ranks.
             temporary = {"running_mean": scratch[2 * i], "running_var": scratch[2 * i + 1]}
             self._temporary.append({**temporary, "num_batches_tracked": None})
-            module._buffers.update(self._own[i])
-        counters = [m.num_batches_tracked for m in self._modules if m.num_batches_tracked is not None]
-        self._counters: list[Tensor] = counters
-        self._seen = int(counters[0]) if counters else 0
+            module._buffers.update(own)
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        self._variance_at = starts[1::2].to(device)  # (L,) the first variance of each layer
+        widths = torch.tensor([2 * m.num_features for m in self._modules])
+        self._layer_of = torch.arange(layers).repeat_interleave(widths).to(device)  # (size,)
+        # A cumulative average (momentum None) weighs all micro-batches alike; its `a` is not used.
+        momenta = [0.5 if momentum is None else momentum for momentum in self._momenta]
+        self._momentum = torch.tensor(momenta, device=device)
+        self._keep = torch.tensor([1.0 - a for a in momenta], device=device)
+        cumulative = [momentum is None for momentum in self._momenta]
+        self._cumulative = torch.tensor(cumulative, device=device) if any(cumulative) else None
+        self._later: dict[int, Tensor] = {}
 
     def begin(self) -> None:
         """Points the layers in training mode at scratch memory."""
-        for module, temporary in zip(self._modules, self._temporary if self._modules else ()):
+        for module, temporary in zip(self._modules, self._temporary):
             if module.training:
                 module._buffers.update(temporary)
                 module.momentum = 1.0
 
-    def collect(self) -> Tensor | None:
-        """The statistics of the micro-batch just forwarded: (size,) float32, valid until the next forward."""
-        return self._scratch
+    def collect(self, out: Tensor) -> None:
+        """Moves the statistics of the micro-batch just forwarded into `out`: (size,) float32."""
+        out.copy_(self._scratch)
+        self._scratch.fill_(_NOT_CALLED)
 
     def settle(self) -> None:
         """Gives the layers their running statistics back."""
-        for module, own, momentum in zip(self._modules, self._own if self._modules else (), self._momenta):
+        for module, own, momentum in zip(self._modules, self._own, self._momenta):
             module._buffers.update(own)
             module.momentum = momentum
 
@@ -84,40 +101,31 @@ class RunningStatistics:
 
         Args:
             statistics: (M, size) float32 of all micro-batches, in order.
-            skip: a scalar on the device; where it is not 0, nothing changes (see run.py on non-finite losses).
+            skip: a scalar on the device; where it is not 0, nothing changes (see step.ExactStep on losses that
+                are not finite).
         """
-        count = len(statistics)
-        weights, decay = self._weights_for(count)
-        change = (statistics * weights).sum(dim=0)
-        if skip is None:
-            self._running.mul_(decay).add_(change)
-            if self._counters:
-                torch._foreach_add_(self._counters, count)
-        else:
-            self._running.copy_(torch.where(skip > 0, self._running, self._running * decay + change))
-            counted = (count * (1.0 - skip)).to(torch.int64)
-            for counter in self._counters:
-                counter.add_(counted)
-        self._seen += count
+        called = (statistics.index_select(1, self._variance_at) >= 0.0).float()  # (M, L)
+        calls = called.sum(dim=0)  # (L,)
+        # Calls after micro-batch j; sums of ones are exact in any order.
+        after = self._later_than(len(statistics)) @ called  # (M, L)
+        weights, decay = self._momentum * called * self._keep.pow(after), self._keep.pow(calls)
+        if self._cumulative is not None:
+            seen = self._counters.float()
+            total = (seen + calls).clamp(min=1.0)
+            weights = torch.where(self._cumulative, called / total, weights)
+            decay = torch.where(self._cumulative & (calls > 0), seen / total, decay.masked_fill(calls == 0, 1.0))
+        change = (statistics * weights.index_select(1, self._layer_of)).sum(dim=0)
+        running = self._running * decay.index_select(0, self._layer_of) + change
+        counted = torch.where(self._counts, calls, 0.0).to(torch.int64)
+        if skip is not None:
+            running = torch.where(skip > 0, self._running, running)
+            counted = torch.where(skip > 0, torch.zeros_like(counted), counted)
+        self._running.copy_(running)
+        self._counters.add_(counted)
 
-    def _weights_for(self, count: int) -> tuple[Tensor, Tensor]:
-        cached = self._weights.get(count)
-        if cached is not None:
-            return cached
-        columns, decays = [], []
-        for module, momentum in zip(self._modules, self._momenta):
-            if not module.training:  # a frozen layer keeps what it has
-                column, decay = [0.0] * count, 1.0
-            elif momentum is None:  # a cumulative average: every micro-batch ever seen weighs the same
-                column, decay = [1.0 / (self._seen + count)] * count, self._seen / (self._seen + count)
-            else:
-                column = [momentum * (1.0 - momentum) ** (count - 1 - j) for j in range(count)]
-                decay = (1.0 - momentum) ** count
-            width = 2 * module.num_features
-            columns.append(torch.tensor(column, dtype=torch.float64)[:, None].expand(count, width))
-            decays.append(torch.tensor([decay], dtype=torch.float64).expand(width))
-        device = self._running.device
-        weights = torch.cat(columns, dim=1).float().to(device), torch.cat(decays).float().to(device)
-        if None not in self._momenta:
-            self._weights[count] = weights
-        return weights
+    def _later_than(self, count: int) -> Tensor:
+        matrix = self._later.get(count)
+        if matrix is None:
+            ones = torch.ones(count, count, device=self._running.device)
+            matrix = self._later[count] = ones.triu(diagonal=1)
+        return matrix

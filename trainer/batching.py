@@ -100,18 +100,23 @@ def resolve(
                 "and gradient_accumulation_steps."
             )
         suggestion = max(1, B // 32)
+        without = "" if accumulation is None else ", and leave gradient_accumulation_steps out"
         raise UserError(
             f"train_batch_size ({B}) without train_micro_batch_size_per_gpu lets the micro-batch change with the "
             "number of ranks, and with it BatchNorm, dropout and every rounding.\n"
-            f"Add train_micro_batch_size_per_gpu, for example {suggestion}: then 1 to "
+            f"Add train_micro_batch_size_per_gpu, for example {suggestion}{without}: then 1 to "
             f"{-(-B // suggestion)} ranks give the same model."
         )
     if B is None:
         return BatchPlan("weak", m * (accumulation or 1) * W, m, W)
     if m > B:
+        remedies = [f"train_batch_size={max(m, m * (W - 1) + 1)} or more"]
+        if B >= W:
+            remedies.insert(0, f"train_micro_batch_size_per_gpu={B // W} or less")
+        at = f", on {W} ranks" if W > 1 else ""
         raise UserError(
             f"train_micro_batch_size_per_gpu ({m}) is larger than train_batch_size ({B}).\n"
-            f"Try train_micro_batch_size_per_gpu={B} or less, or train_batch_size={m} or more."
+            f"Try {', or '.join(remedies)}{at}."
         )
     if accumulation is not None and m * accumulation * W != B:
         raise UserError(_contradiction(B, m, accumulation, W))
@@ -134,7 +139,9 @@ def _contradiction(B: int, m: int, accumulation: int, W: int) -> str:
         f"train_batch_size ({B}) is not train_micro_batch_size_per_gpu ({m}) x gradient_accumulation_steps "
         f"({accumulation}) x {W} rank{'s' * (W > 1)} = {product}.\n"
     )
-    choices = [f"leave gradient_accumulation_steps out (it is derived at every world size: {B} = strong scaling)"]
+    choices = []
+    if -(-B // m) >= W:
+        choices.append("leave gradient_accumulation_steps out (strong scaling: it is derived at every world size)")
     if B % (m * accumulation) == 0:
         choices.append(f"run on {B // (m * accumulation)} ranks")
     choices.append(f"set train_batch_size={product}")

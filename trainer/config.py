@@ -289,6 +289,8 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
             listed = ", ".join(json.dumps(c) for c in choices)
             raise UserError(f'"{path}" is {json.dumps(value)}. It must be one of {listed}.')
         return value
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(f'"{path}" has {len(str(abs(value)))} digits. It must fit into 64 bits.')
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wanted = typing.get_origin(hint) or hint

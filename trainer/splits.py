@@ -73,6 +73,8 @@ def as_split(value: Any, name: str, task: str) -> Split:
     counts = None
     if isinstance(value, Split):
         value, counts = value.arrays, value.counts
+        if isinstance(counts, np.ndarray):
+            counts = torch.from_numpy(counts)
     if not isinstance(value, Mapping) or not value:
         raise UserError(
             f'{task}.splits()["{name}"] must be a dictionary of arrays, name -> (samples, ...), '
@@ -80,12 +82,12 @@ def as_split(value: Any, name: str, task: str) -> Split:
         )
     arrays: Batch = {}
     for key, array in value.items():
-        if isinstance(array, np.ndarray):
+        if isinstance(array, np.ndarray) and array.dtype.kind in "biuf":
             array = torch.from_numpy(np.ascontiguousarray(array))
         if not isinstance(array, Tensor) or array.ndim == 0:
             raise UserError(
-                f'{task}.splits()["{name}"]["{key}"] must be a tensor or an array with one row a sample, '
-                f"not {type(array).__name__}."
+                f'{task}.splits()["{name}"]["{key}"] must be a tensor or an array of numbers with one row a sample, '
+                f"not {type(array).__name__}{f' of {array.dtype}' if isinstance(array, np.ndarray) else ''}."
             )
         arrays[key] = array.detach().contiguous()
     arrays_and_counts = arrays if counts is None else {**arrays, "counts": counts}

@@ -178,7 +178,9 @@ class ExactStep:
                 gradients = torch.autograd.grad(
                     loss, engine.parameters, self._scale, allow_unused=True, materialize_grads=True
                 )
-                tree.add(gradients, loss, statistics.collect())
+                if statistics.size:
+                    statistics.collect(tree.statistics)
+                tree.add(gradients, loss)
                 self._timer.mark("compute")
         except UserError as own:
             error = own
@@ -230,9 +232,8 @@ class ZeroStep:
             statistics.begin()
             for i, loss in enumerate(self._micro_batches.losses(batch, block)):
                 records[i, 0] = loss.detach()
-                collected = statistics.collect()
-                if collected is not None:
-                    records[i, 1:] = collected
+                if statistics.size:
+                    statistics.collect(records[i, 1:])
                 yield loss * (W / batch.count)  # DeepSpeed averages over ranks
             for _ in range(most - len(block)):
                 (loss,) = self._micro_batches.losses(batch, range(1))

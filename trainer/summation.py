@@ -210,17 +210,14 @@ class TreeSum:
         self._leaves, self._leaf, self._top = leaves, 0, 0
         return block
 
-    def add(self, gradients: Sequence[Tensor], loss: Tensor, statistics: Tensor | None = None) -> None:
-        """Adds the next micro-batch.
+    @property
+    def statistics(self) -> Tensor:
+        """Where the next micro-batch's statistics go: (statistics_size,) float32. Fill it before `add`."""
+        return self._statistics_rows[self._leaf]
 
-        Args:
-            gradients: one tensor a parameter, in order.
-            loss: () its summed loss.
-            statistics: (statistics_size,) float32; None for none.
-        """
+    def add(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
+        """Adds the next micro-batch: its gradients, one tensor a parameter in order, and its summed loss ()."""
         self._loss_cells[self._leaf].copy_(loss.detach())
-        if statistics is not None:
-            self._statistics_rows[self._leaf].copy_(statistics)
         merges = self._program[self._leaf]
         top = self._top
         if merges:

@@ -1,0 +1,228 @@
+"""Imports point one way, heavy packages are loaded late, and deepspeed has one importer."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = ROOT / "trainer"
+
+# From what is imported by all to what imports all. A module imports from its own group or from one above
+# it in this list; a new module is given its place here.
+GROUPS = [
+    # Said before torch is loaded, and computed without it.
+    {"errors", "batching", "deepspeed_keys", "learning_rate", "config", "console", "plan"},
+    # Plain PyTorch.
+    {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
+    | {"tasks", "tasks.digits", "tasks.vision", "tasks.text"},
+    # DeepSpeed's engine, and what is made of all of the above.
+    {"engine", "build", "step", "evaluate", "checkpoint"},
+    {"run"},
+    # What a person starts.
+    {"verify", "cli", "main", "__main__"},
+]
+HEAVY = {"transformers", "datasets", "sklearn", "pandas", "matplotlib", "torchvision", "tensorboard", "safetensors"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: "trainer.config", "torch.nn", ...; `late` if inside a function."""
+
+    target: str
+    late: bool
+
+
+def is_type_checking(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports_in(source: str, package: str) -> Iterator[Import]:
+    """Every import of a module of `package`, those for type checkers excepted.
+
+    `from a import b` gives a.b as well as a, as b may be a module.
+    """
+
+    def walk(node: ast.AST, late: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and is_type_checking(node):
+            children: list[ast.AST] = list(node.orelse)
+        else:
+            children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            yield Import(base, late)
+            yield from (Import(f"{base}.{alias.name}", late) for alias in node.names)
+        inside = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in children:
+            yield from walk(child, inside)
+
+    return walk(ast.parse(source), False)
+
+
+@functools.cache
+def modules() -> dict[str, tuple[Import, ...]]:
+    """Module of the trainer ("config", "tasks.digits") -> its imports. A package is its __init__."""
+    found = {}
+    for path in sorted(TRAINER.rglob("*.py")):
+        parts = path.relative_to(TRAINER).with_suffix("").parts
+        package = ".".join(["trainer", *parts[:-1]])
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name or "__init__"] = tuple(imports_in(path.read_text(), package))
+    return found
+
+
+def own(entry: Import) -> str | None:
+    """The trainer's module that an import names, or None."""
+    if entry.target == "trainer":
+        return "__init__"
+    name = entry.target.removeprefix("trainer.")
+    return name if name != entry.target and name in modules() else None
+
+
+def needs(module: str, *, late: bool) -> set[str]:
+    """The trainer's modules that a module imports; `late` includes those inside functions."""
+    found = {own(entry) for entry in modules()[module] if late or not entry.late}
+    return {name for name in found if name is not None and name not in ("__init__", module)}
+
+
+def packages(module: str, *, late: bool) -> set[str]:
+    """What a module imports from outside, by full name."""
+    return {e.target for e in modules()[module] if (late or not e.late) and not e.target.startswith("trainer")}
+
+
+def reached(module: str, *, late: bool = False) -> set[str]:
+    """A module, and all of the trainer's that are loaded with it."""
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += needs(name, late=late)
+            if "." in name:
+                waiting.append(name.rpartition(".")[0])  # its package
+    return seen
+
+
+def loaded_packages(module: str, *, late: bool = False) -> set[str]:
+    """The top-level packages that are loaded with a module."""
+    names = {name for m in reached(module, late=late) for name in packages(m, late=late)}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_walker_sees_what_it_should() -> None:
+    source = """
+import os, torch.nn
+from typing import TYPE_CHECKING
+from . import device as d
+from .config import Config
+from ..order import key
+if TYPE_CHECKING:
+    from .engine import Engine
+else:
+    import numpy
+class A:
+    import json
+    def f(self):
+        from .run import run
+try:
+    import deepspeed
+except ImportError:
+    pass
+"""
+    found = {(e.target, e.late) for e in imports_in(source, "trainer.tasks")}
+    early = {name for name, late in found if not late}
+    assert {"os", "torch.nn", "typing", "numpy", "json", "deepspeed"} <= early
+    assert {"trainer.tasks.device", "trainer.tasks.config", "trainer.order", "trainer.order.key"} <= early
+    assert {name for name, late in found if late} == {"trainer.tasks.run", "trainer.tasks.run.run"}
+    assert not any("engine" in name for name, _ in found)
+
+
+def test_the_walker_sees_this_package() -> None:
+    """If it found nothing, nothing below could fail."""
+    assert "torch" in packages("summation", late=False)
+    assert "deepspeed" in packages("engine", late=False)
+    assert {"config", "errors"} <= needs("engine", late=False)
+    assert "engine" in needs("build", late=True) - needs("build", late=False)
+    assert {"splits", "tasks"} <= reached("tasks.digits")
+
+
+def test_every_module_has_its_place() -> None:
+    placed = set().union(*GROUPS)
+    missing = {name for name in modules() if name != "__init__"} - placed
+    assert not missing, f"give {missing} a place in GROUPS of {Path(__file__).name}"
+
+
+def test_imports_point_one_way() -> None:
+    """Also those inside functions: late is not another direction."""
+    place = {name: i for i, group in enumerate(GROUPS) for name in group}
+    wrong = [f"{m} -> {n}" for m in modules() for n in needs(m, late=True) if place.get(n, 0) > place.get(m, 99)]
+    assert not wrong
+
+
+def test_there_are_no_cycles() -> None:
+    for module in modules():
+        circle = [n for n in needs(module, late=False) if module in reached(n)]
+        assert not circle, f"{module} and {circle} import one another"
+
+
+@pytest.mark.parametrize("module", sorted(GROUPS[0]))
+def test_what_comes_before_torch_never_imports_it(module: str) -> None:
+    """Not even inside a function, except for the progress bar's tqdm."""
+    outside = loaded_packages(module, late=True) - {"__future__"} - set(sys.stdlib_module_names)
+    assert outside <= {"tqdm"}, outside
+
+
+@pytest.mark.parametrize("module", ["cli", "main", "__main__", "distributed", "output", "verify", "workers"])
+def test_what_a_person_starts_loads_torch_late(module: str) -> None:
+    """So that `plan`, a bad config and a bad flag are answered at once."""
+    assert loaded_packages(module) <= set(sys.stdlib_module_names) | {"__future__"}
+
+
+def test_deepspeed_has_one_importer() -> None:
+    importers = {m for m in modules() if any(re.match(r"deepspeed\b", n) for n in packages(m, late=True))}
+    assert importers == {"engine"}
+
+
+@pytest.mark.parametrize("module", ["run", "build", "step", *sorted(GROUPS[1])])
+def test_deepspeed_is_loaded_late(module: str) -> None:
+    """Its import prints and looks for devices, so build.py does it where that is caught."""
+    if module in modules():
+        assert "deepspeed" not in loaded_packages(module)
+        assert module not in GROUPS[1] or "deepspeed" not in loaded_packages(module, late=True)
+
+
+@pytest.mark.parametrize("module", ["order", "batch_norm", "splits", "output", "monitor", "tasks", "tasks.digits"])
+def test_who_knows_nothing_of_other_ranks(module: str) -> None:
+    """What is computed here must not depend on the world size, and cannot ask for it."""
+    for name in reached(module, late=True):
+        assert not [n for n in packages(name, late=True) if n.startswith("torch.distributed")], name
+    assert not reached(module, late=True) & {"distributed", "summation"}
+
+
+def test_heavy_packages_are_loaded_late() -> None:
+    early = {m: n for m in modules() for n in packages(m, late=False) if n.partition(".")[0] in HEAVY}
+    assert not early
+    boards = [m for m in modules() if "torch.utils.tensorboard" in packages(m, late=False)]
+    assert not boards
+
+
+def test_no_module_hides_another() -> None:
+    """`deepspeed trainer/main.py` puts the folder itself on the path, so a json.py in it would be everyone's json."""
+    dependencies = {name.partition(".")[0] for m in modules() for name in packages(m, late=True)}
+    declared = set(re.findall(r'^ *"?([A-Za-z0-9_-]+)[<>=~]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    assert {"torch", "numpy", "deepspeed"} <= dependencies
+    for name in {m.partition(".")[0] for m in modules()} - {"__init__", "__main__"}:
+        assert name not in sys.stdlib_module_names, name
+        assert name not in dependencies | declared, name
