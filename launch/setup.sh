@@ -68,7 +68,7 @@ delete it and run this again."
         "" | "$tested" | "$tested"+*) ;;
         *) say "torch $present in $1 is replaced by $tested, with which this project is tested." ;;
     esac
-    say "Installing PyTorch, DeepSpeed and what they need into $1: once, a few minutes, some gigabytes ..."
+    say "Installing the project into $1 (the first time with PyTorch and DeepSpeed: minutes, some gigabytes) ..."
     "$python" -m pip install -qq --no-input --disable-pip-version-check \
         --constraint launch/constraints.txt --editable ".${2:+[$2]}" ||
         fail "The installation failed, for the reason above. Run this again to go on with it."

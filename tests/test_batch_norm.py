@@ -211,29 +211,54 @@ def test_instance_norm_does_not_count() -> None:
 class SometimesSkipped(nn.Module):
     """A layer that not every micro-batch goes through, as with stochastic depth or an auxiliary head."""
 
-    def __init__(self) -> None:
+    def __init__(self, momentum: float | None) -> None:
         super().__init__()
-        self.always, self.sometimes = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+        self.always, self.sometimes = nn.BatchNorm2d(2, momentum=momentum), nn.BatchNorm2d(2, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.always(x)
         return self.sometimes(x) if len(x) != 4 else x  # of micro-batches 0, 1, 2, ...: not in 1, 4, ...
 
 
-def test_a_layer_that_was_not_called_gives_the_same_bits_at_every_world_size() -> None:
-    steps = [micro_batches(6, 0)]
-    one, many = SometimesSkipped(), [SometimesSkipped() for _ in range(4)]
-    run_ranks([one], steps)
-    run_ranks(many, steps)
-    assert torch.equal(many[0].sometimes.running_mean, one.sometimes.running_mean)
-    assert torch.equal(many[0].sometimes.running_var, one.sometimes.running_var)
+def steps_with_gaps() -> list[list[Tensor]]:
+    """The first step, and a later one, in which `sometimes` is not called at all."""
+    return [micro_batches(2, 0)[1:], micro_batches(6, 1), micro_batches(2, 2)[1:], micro_batches(5, 3)]
 
 
-def test_a_layer_that_was_not_called_is_left_alone() -> None:
-    model = SometimesSkipped()
-    reference = sequential(model, [micro_batches(6, 0)])
-    run_ranks([model], [micro_batches(6, 0)])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("W", [2, 4])
+def test_a_layer_that_was_not_called_gives_the_same_bits_at_every_world_size(momentum: float | None, W: int) -> None:
+    one, many = SometimesSkipped(momentum), [SometimesSkipped(momentum) for _ in range(W)]
+    run_ranks([one], steps_with_gaps())
+    run_ranks(many, steps_with_gaps())
+    for model in many:
+        assert all(torch.equal(buffer, one.get_buffer(name)) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_layer_that_was_not_called_is_left_alone(momentum: float | None, steps: int) -> None:
+    """After one step it was never called, and has what it was made with."""
+    model = SometimesSkipped(momentum)
+    reference = sequential(model, steps_with_gaps()[:steps])
+    run_ranks([model], steps_with_gaps()[:steps])
     check_against(model, reference)
+
+
+def test_a_layer_may_be_frozen_and_thawed_between_steps() -> None:
+    """As when the first epochs of a fine-tuning train only the head."""
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    reference = copy.deepcopy(model).double()
+    statistics = RunningStatistics(model)
+    for seed, frozen in enumerate((False, True, True, False)):
+        step = micro_batches(3, seed)
+        for both in (model, reference):
+            both[0].train(not frozen)
+        for batch in step:
+            reference(batch.double())
+        statistics.apply(forward_all(model, statistics, step))
+    check_against(model, reference)
+    assert int(model[0].num_batches_tracked) == 6
 
 
 # What others see of the model
@@ -298,8 +323,8 @@ def test_where_skip_is_set_the_running_statistics_stay() -> None:
     model = small_model()
     statistics = RunningStatistics(model)
     before = model[1].running_mean.clone(), model[1].running_var.clone()
-    bad = torch.full((3, statistics.size), torch.nan)
-    statistics.apply(bad, torch.ones(()))
+    for bad in (torch.nan, 5.0):  # the loss was not finite; the statistics may be
+        statistics.apply(torch.full((3, statistics.size), bad), torch.ones(()))
     assert torch.equal(model[1].running_mean, before[0])
     assert torch.equal(model[1].running_var, before[1])
     assert int(model[1].num_batches_tracked) == 0

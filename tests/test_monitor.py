@@ -271,14 +271,10 @@ def test_pace_counts_samples_of_unequal_steps(clock: FakeClock) -> None:
 
 
 def test_memory_is_in_gib() -> None:
-    """This process holds torch: between a twentieth of a GiB and a hundred of them."""
-    gib = memory_gib(CPU)["memory/host_peak_gib"]
-    assert 0.05 < gib < 100
-    held = torch.ones(1 << 27, dtype=torch.uint8)  # 1/8 GiB, touched
-    assert held.sum() == 1 << 27
+    """This process holds torch. Linux gives the peak a second time, but one that forgets the parent's."""
     status = Path("/proc/self/status").read_text()
     peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    assert memory_gib(CPU)["memory/host_peak_gib"] == pytest.approx(peak_kib * 1024 / 2**30, rel=0.05)
+    assert 0.95 * peak_kib * 1024 / 2**30 <= memory_gib(CPU)["memory/host_peak_gib"] < 50
 
 
 def test_a_line_a_record(tmp_path: Path) -> None:

@@ -274,3 +274,13 @@ def test_normal_moments() -> None:
         assert abs(float(moment)) < 5 * math.sqrt(error / n)
     assert stats.kstest(flat.numpy(), "norm").pvalue > 1e-3
     assert abs(float(torch.corrcoef(values.T.double())[0, 1])) < 5 / math.sqrt(n / 2)
+
+
+def test_a_stream_does_not_remember_its_kind() -> None:
+    """An `augment` that draws integers for one micro-batch and a uniform number for the next gets what it asks for."""
+    rows = torch.arange(20)
+    fresh, used = SampleRandom(0, 20, CPU), SampleRandom(0, 20, CPU)
+    used.of(rows).integers(7, columns=2)
+    assert torch.equal(used.of(rows).uniform(2), fresh.of(rows).uniform(2))
+    assert torch.equal(used.of(rows).integers(3, columns=2), fresh.of(rows).integers(3, columns=2))
+    assert torch.equal(used.of(rows).integers(7, columns=2), SampleRandom(0, 20, CPU).of(rows).integers(7, columns=2))

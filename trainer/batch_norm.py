@@ -9,7 +9,8 @@ and after the step every rank applies the statistics of all M micro-batches.
 The M updates r <- (1 - a) r + a s_j, j = 0..M-1, are applied as one weighted sum,
 r <- (1 - a)^M r + sum_j a (1 - a)^(M-1-j) s_j: a few operations a step instead of M, which matters when
 a rank has a single micro-batch. A layer that a micro-batch did not go through is left alone by it, as in
-plain PyTorch: the weights count only the micro-batches that called the layer.
+plain PyTorch: the weights count only the micro-batches that called the layer. One thing differs from
+plain PyTorch: of a layer that one forward calls twice, the last call counts.
 """
 
 from __future__ import annotations

@@ -289,8 +289,7 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
             listed = ", ".join(json.dumps(c) for c in choices)
             raise UserError(f'"{path}" is {json.dumps(value)}. It must be one of {listed}.')
         return value
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise UserError(f'"{path}" has {len(str(abs(value)))} digits. It must fit into 64 bits.')
+    _check_size(value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wanted = typing.get_origin(hint) or hint
@@ -298,6 +297,11 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
         raise UserError(f'"{path}" must be {_article(wanted)}, not {_kind(value)}.')
     _check_range(value, path, metadata)
     return value
+
+
+def _check_size(value: Any, path: str) -> None:
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(f'"{path}" has {len(str(abs(value)))} digits. It must fit into 64 bits.')
 
 
 def _check_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> None:
@@ -332,6 +336,7 @@ def _kind(value: Any) -> str:
 def check_arguments(values: dict[str, Any], types_by_name: dict[str, tuple[type, ...]], path: str) -> None:
     """Checks the names and JSON types of a free block (optimizer or scheduler arguments, ZeRO)."""
     for key, value in values.items():
+        _check_size(value, f"{path}.{key}")
         if key not in types_by_name:
             raise UserError(f'unknown key "{path}.{key}". {near(key, types_by_name)}')
         allowed = types_by_name[key]
@@ -404,6 +409,10 @@ def _check_optimizer(config: Config) -> None:
                     f'"optimizer.params.{key}" belongs to DeepSpeed\'s FusedAdam, and "torch_adam": true asks for '
                     f"torch's {name}. Leave one of them out."
                 )
+        if lower == "adamw" and params.get("adam_w_mode") is False:
+            raise UserError('"optimizer.params.adam_w_mode": false has no effect with type AdamW. Use type Adam.')
+        if "fp32_optimizer_states" in params and not config.zero_optimization.get("offload_optimizer"):
+            raise UserError('"optimizer.params.fp32_optimizer_states" has no effect without ZeRO\'s offload_optimizer.')
         if params.get("amsgrad") and not torch_adam:
             raise UserError(
                 '"optimizer.params.amsgrad": DeepSpeed\'s FusedAdam has no AMSGrad. Add "torch_adam": true.'

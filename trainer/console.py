@@ -145,6 +145,9 @@ def banner(p: Pieces) -> list[str]:
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",
     ]
+    warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
+    if warmup_steps >= p.total_steps:
+        lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, which never reaches the full rate")
     if p.inexact:
         lines.append(f"exactness: tolerance, because {'; '.join(p.inexact)}")
     elif plan.scaling == "strong":

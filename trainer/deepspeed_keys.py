@@ -55,7 +55,6 @@ REFUSED: dict[str, str] = {
     "comet": "scalars go to TensorBoard under <output_dir>/tensorboard and to <output_dir>/metrics.jsonl",
     "csv_monitor": "scalars go to TensorBoard under <output_dir>/tensorboard and to <output_dir>/metrics.jsonl",
     "log_level": "DeepSpeed's messages go to <output_dir>/logs/deepspeed.log",
-    "ds_pipe_replicated": "only data parallelism is supported",
 }
 
 # Names inside "zero_optimization" (DeepSpeed 0.19.8), each with the JSON types it takes.
