@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
 
 def say(*lines: str) -> None:
-    """Prints lines at once, without breaking a progress bar."""
-    for line in lines:
-        print(line, flush=True)
+    """Prints lines at once. A run goes on when nobody listens any more (a closed pipe or terminal)."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class DeepSpeedLog(logging.Filter):
@@ -139,8 +143,8 @@ def banner(p: Pieces) -> list[str]:
     clipping = p.config.gradient_clipping
     lines = [
         f"{plan.scaling} scaling: {plan.equation()}",
-        f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} epochs = "
-        f"{p.total_steps:,} steps",
+        f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} "
+        f"epoch{'s' * (epochs != 1)} = {p.total_steps:,} steps",
         f"{p.config.optimizer.type}, learning rate {p.engine.learning_rate:.4g} at the first step, "
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",
