@@ -81,6 +81,8 @@ class RunningStatistics:
 
     def begin(self) -> None:
         """Points the layers in training mode at scratch memory."""
+        if self._modules:
+            self._scratch.fill_(_NOT_CALLED)
         for module, temporary in zip(self._modules, self._temporary):
             if module.training:
                 module._buffers.update(temporary)

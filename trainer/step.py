@@ -231,10 +231,10 @@ class ZeroStep:
             # equally many: one with less to do adds micro-batches of weight 0.
             statistics.begin()
             for i, loss in enumerate(self._micro_batches.losses(batch, block)):
+                yield loss * (W / batch.count)  # DeepSpeed averages over ranks, and goes backward before it returns
                 records[i, 0] = loss.detach()
                 if statistics.size:
                     statistics.collect(records[i, 1:])
-                yield loss * (W / batch.count)  # DeepSpeed averages over ranks
             for _ in range(most - len(block)):
                 (loss,) = self._micro_batches.losses(batch, range(1))
                 yield loss * 0.0
