@@ -20,6 +20,7 @@ import pytest
 from trainer import cli, config, deepspeed_keys
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.schema import parse_override
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAM = {"type": "AdamW", "params": {"lr": 0.001}}
@@ -524,14 +525,14 @@ def test_a_flag_leaves_the_rest_of_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_set_values_are_json_where_they_read_as_json(text: str, wanted: tuple[str, Any]) -> None:
-    key, value = config.parse_override(text)
+    key, value = parse_override(text)
     assert (key, value) == wanted and type(value) is type(wanted[1])
 
 
 @pytest.mark.parametrize("text", ["trainer.epochs", "=3", ""])
 def test_set_without_key_or_value(text: str) -> None:
     with pytest.raises(UserError, match=r"expected dotted\.key=value") as caught:
-        config.parse_override(text)
+        parse_override(text)
     assert text in str(caught.value)
 
 

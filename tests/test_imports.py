@@ -19,12 +19,12 @@ TRAINER = ROOT / "trainer"
 # it in this list; a new module is given its place here.
 GROUPS = [
     # Said before torch is loaded, and computed without it.
-    {"errors", "batching", "deepspeed_keys", "learning_rate", "config", "console", "plan"},
+    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
     # Plain PyTorch.
     {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
-    | {"tasks", "tasks.digits", "tasks.vision", "tasks.text"},
+    | {"tasks", "tasks.digits"},
     # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "step", "evaluate", "checkpoint"},
+    {"engine", "build", "step", "evaluate", "report"},
     {"run"},
     # What a person starts.
     {"verify", "cli", "main", "__main__"},

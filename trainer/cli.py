@@ -6,8 +6,9 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from .config import Config, load, parse_override
+from .config import Config, load
 from .errors import UserError
+from .schema import parse_override
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from . import deepspeed_keys
-from .config import Config, near
+from .config import Config
 from .errors import UserError
+from .schema import near
 
 VERSION: str = deepspeed.__version__
 

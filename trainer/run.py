@@ -18,12 +18,13 @@ from torch import Tensor
 
 from .build import Pieces, build, refuse_inexact
 from .config import Config
-from .console import DeepSpeedLog, Progress, banner, result_table, say
+from .console import DeepSpeedLog, Progress, say
 from .distributed import Ranks, raise_together
 from .errors import NonFiniteError, UserError
 from .guard import compare_ranks, state_sha256
 from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
+from .report import banner, result_table
 from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
 
 if TYPE_CHECKING:

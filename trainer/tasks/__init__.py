@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..config import near
 from ..errors import UserError
+from ..schema import near
 from ..splits import Batch, Split
 
 Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
