@@ -94,6 +94,7 @@ def test_torchrun_is_understood(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--epochs", "x"], "invalid int value"),  # before the config is read
         (["--set", "trainer.epoch=3"], 'Did you mean "epochs"?'),  # before torch is loaded
         (["--task", "nosuch"], 'unknown task "nosuch"'),  # after it, before the ranks have met
         (

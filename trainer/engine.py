@@ -106,8 +106,8 @@ class Engine:
         except (RuntimeError, ImportError, OSError) as error:
             if builds_an_op(config):
                 raise UserError(
-                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, and for "
-                    f'a GPU nvcc): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
+                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, for a "
+                    f'GPU nvcc, and no space in the environment\'s path): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
                     "torch's fused kernel, which is compiled already."
                 ) from error
             raise

@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a config on this rank. Returns the exit code: 0, 2 bad input, 3 not finite, 4 ranks differ."""
     ranks = Ranks()
     try:
+        ranks = Ranks.from_environment()  # first, so that even a wrong flag is reported by one rank
         flags = run_parser().parse_args(arguments)
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
@@ -34,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except Exception:
         if not first_to_speak(ranks):
-            return 1  # another rank shows the same traceback
+            time.sleep(2.0)  # another rank shows the traceback; the launcher ends it as soon as one rank ends
+            return 1
         raise
     close()
     return 0
