@@ -106,9 +106,9 @@ class Engine:
         except (RuntimeError, ImportError, OSError) as error:
             if builds_an_op(config):
                 raise UserError(
-                    f"DeepSpeed could not build its {config.optimizer.type} kernel (a C++ compiler is needed, for a "
-                    f'GPU nvcc, and no space in the environment\'s path): {str(error).splitlines()[0]}\nSet "torch_adam": true in optimizer.params to use '
-                    "torch's fused kernel, which is compiled already."
+                    f"DeepSpeed could not build its {config.optimizer.type} kernel: {str(error).splitlines()[0]}\n"
+                    "It needs a C++ compiler, for a GPU nvcc, and an environment whose path has no space. Or set "
+                    '"torch_adam": true in optimizer.params, for torch\'s fused kernel, which is compiled already.'
                 ) from error
             raise
         if self.zero_stage == 0:
