@@ -27,7 +27,7 @@ GROUPS = [
     {"engine", "build", "step", "evaluate", "report"},
     {"run"},
     # What a person starts.
-    {"verify", "cli", "main", "__main__"},
+    {"verify", "check_task", "cli", "main", "__main__"},
 ]
 HEAVY = {"transformers", "datasets", "sklearn", "pandas", "matplotlib", "torchvision", "tensorboard", "safetensors"}
 

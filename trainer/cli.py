@@ -61,11 +61,18 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
+    check = commands.add_parser("check-task", help="say what of a task isn't exact, and why")
+    check.add_argument("task", metavar="TASK", help="path/to/file.py:ClassName, or a built-in task")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="trainer.task_options.x=3")
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
     try:
         flags = parser.parse_args(arguments)
+        if flags.command == "check-task":
+            from .check_task import check_task
+
+            return check_task(flags.task, dict(parse_override(text) for text in flags.set))
         if min(flags.world_sizes) < 1:
             raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
         config = config_from(flags)

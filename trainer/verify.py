@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-def _run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
+def run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     """One rank of one run; rank 0 writes a line of digests after every step."""
     from .guard import digest
     from .run import run
@@ -87,7 +87,7 @@ def verify(config: Config, world_sizes: Sequence[int]) -> int:
             say(f"{W} rank{'s' * (W > 1)}: {plan.equation()} ...")
             began_s = time.perf_counter()
             try:
-                summary = run_ranks(_run_traced, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
+                summary = run_ranks(run_traced, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
             except RanksDifferError as error:
                 verdicts.append(f"NO: {str(error).splitlines()[0]}")
                 rows.append((str(W), plan.per_rank(), "-", "-", "-", verdicts[-1]))

@@ -1,5 +1,8 @@
 """User tasks that go wrong, each in one way."""
 
+import random
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from my_task import MyTask
@@ -139,3 +142,38 @@ class StatefulModel(MyTask):
 class SyncNorm(MyTask):
     def model(self):
         return nn.SyncBatchNorm.convert_sync_batchnorm(super().model())
+
+
+class AveragesItsLoss(MyTask):
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs["logits"], batch["y"]), len(batch["y"])
+
+
+class PythonRandom(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"]) * (1 + random.random())}
+
+
+class NumpyRandom(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"]) * (1 + np.random.rand())}
+
+
+class OtherDataEachCall(MyTask):
+    def splits(self):
+        return {"train": {"x": torch.randn(100, 20), "y": torch.zeros(100, dtype=torch.int64)}}
+
+
+class AugmentsFromElsewhere(MyTask):
+    def augment(self, batch, random):
+        return {**batch, "x": batch["x"] + torch.randn_like(batch["x"])}
+
+
+class SeesItsNeighbours(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"] - 0.5 * batch["x"].mean(0))}
+
+
+class Crashes(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["nope"])}
