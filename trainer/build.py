@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import device as devices
@@ -37,6 +37,7 @@ class Pieces:
     Attributes:
         host_splits, splits: the data on the CPU and on the device.
         inexact: why the run is not bitwise; empty if it is.
+        own_buffers: buffers that the model's forward changes, so that ranks differ in them; found in the first step.
     """
 
     config: Config
@@ -52,11 +53,17 @@ class Pieces:
     inexact: list[str]
     facts: dict[str, Any]
     hosts: list[str]
+    own_buffers: set[str] = field(default_factory=set)
 
     @property
     def exactness(self) -> str:
         """The run's label: bitwise, or tolerance where something cannot be exact."""
         return "tolerance" if self.inexact else "bitwise"
+
+    def common_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name: what every rank must hold alike."""
+        state = self.engine.model_state()
+        return {name: tensor for name, tensor in state.items() if name not in self.own_buffers}
 
     def micro_batch_counts(self) -> set[int]:
         """Every number of micro-batches that a step of this run has: M, and that of an epoch's last batch."""

@@ -118,7 +118,8 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, list[str]]:
         *examination.state_between_micro_batches(),
         *examination.augmentation(),
     ]
-    return {"problems": problems, "notes": examination.statistics_across_the_batch()}
+    # A loss that averages, or noise, would look like statistics: a note only where nothing else was found.
+    return {"problems": problems, "notes": [] if problems else examination.statistics_across_the_batch()}
 
 
 class _Examination:

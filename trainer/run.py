@@ -19,8 +19,8 @@ from torch import Tensor
 from .build import Pieces, build, refuse_inexact
 from .config import Config
 from .console import DeepSpeedLog, Progress, say
-from .distributed import Ranks, raise_together
-from .errors import NonFiniteError, UserError
+from .distributed import Ranks, gather_objects
+from .errors import NonFiniteError
 from .guard import compare_ranks, state_sha256
 from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
@@ -101,7 +101,7 @@ def _train(
             if trace is not None:
                 trace(done, engine, losses)
             if options.guard_every_steps and done % options.guard_every_steps == 0 and engine.zero_stage == 0:
-                compare_ranks(engine.model_state(), done)
+                compare_ranks(p.common_state(), done)
             if window.full:
                 if make_step.deferred:
                     _check_window(window, done)
@@ -112,7 +112,7 @@ def _train(
             _check_window(window, done)
         record.window(done, last=True)
         if engine.zero_stage == 0:
-            compare_ranks(engine.model_state(), done)
+            compare_ranks(p.common_state(), done)
     except NonFiniteError as failure:
         record.window(done, last=True)
         if folder is not None:
@@ -218,23 +218,18 @@ class _Recorder:
             self._writer = None
 
 
-def _check_buffers(p: Pieces, before: dict[str, tuple[int, int]]) -> None:
-    """Labels or refuses a model whose forward changes a buffer. Collective: every rank."""
-    changed = [name for name, state in unordered_buffers(p).items() if before.get(name) != state]
-    reason = (
-        f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another"
-        if changed
-        else ""
-    )
-    error = UserError(reason) if reason else None
-    try:
-        raise_together(error)
-    except UserError as agreed:
-        reasons = [str(agreed)]
-        refuse_inexact(p.config, reasons)
-        p.inexact += reasons
-        if p.ranks.first:
-            say(f"not bitwise: {reasons[0]}")
+def _check_buffers(p: Pieces, before: dict[str, str]) -> None:
+    """Labels or refuses a model whose forward changes a buffer of its own. Collective: every rank."""
+    now = unordered_buffers(p)
+    changed = sorted(set().union(*gather_objects([name for name in now if before.get(name) != now[name]])))
+    if not changed:
+        return
+    reasons = [f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another"]
+    refuse_inexact(p.config, reasons)
+    p.inexact += reasons
+    p.own_buffers.update(changed)
+    if p.ranks.first:
+        say(f"exactness: tolerance, because {reasons[0]}; each rank keeps its own, and rank 0's is saved")
 
 
 def _check_window(window: Window, done: int) -> None:

@@ -16,6 +16,7 @@ from .batching import micro_batch_bounds, rank_block
 from .build import Pieces
 from .distributed import raise_together
 from .errors import NonFiniteError, UserError
+from .guard import digest
 from .monitor import PhaseTimer
 from .order import SampleRandom, epoch_order, key, seed_generators
 from .splits import Batch
@@ -310,12 +311,12 @@ def _check_first_loss(task: str, result: object, expected: float, j: int) -> Non
         raise UserError(f"{task}.loss() is {value} for micro-batch {j} of the first step. It must be finite.")
 
 
-def unordered_buffers(pieces: Pieces) -> dict[str, tuple[int, int]]:
-    """Name -> (identity, version) of every buffer that nobody updates in micro-batch order.
+def unordered_buffers(pieces: Pieces) -> dict[str, str]:
+    """Name -> digest of every buffer that nobody updates in micro-batch order.
 
     A buffer that changes in a forward carries state from one micro-batch to the next, which makes the
     result depend on who computed what; compare before and after a step.
     """
     model = pieces.engine.model
     ordered = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
-    return {n: (id(b), b._version) for n, b in model.named_buffers() if id(b) not in ordered}
+    return {n: digest(b) for n, b in model.named_buffers() if id(b) not in ordered}

@@ -77,7 +77,8 @@ def test_first_difference_names_step_and_tensor(tmp_path: Path) -> None:
 )
 def test_a_model_that_cannot_be_exact_is_labelled_or_refused(tmp_path: Path, task: str, reason: str) -> None:
     if task == "StatefulModel":
-        summary = run_ranks(train, 1, small_config(tmp_path / "auto", task=f"{BAD}:{task}", max_steps=2))[0]
+        # Ranks differ in that buffer, and the guard leaves it alone.
+        summary = run_ranks(train, 2, small_config(tmp_path / "auto", task=f"{BAD}:{task}", guard_every_steps=1))[0]
         assert summary["exactness"] == "tolerance"
         manifest = json.loads((tmp_path / "auto" / "manifest.json").read_text())
         assert manifest["exactness"] == "tolerance"
