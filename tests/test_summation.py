@@ -246,6 +246,11 @@ def test_gradients_given_to_add_are_not_changed() -> None:
     assert all(same_bits(a, b) for one, other in zip(gradients, before) for a, b in zip(one, other))
 
 
+def test_the_gradient_is_as_long_at_every_world_size() -> None:
+    """Its norm is a reduction, whose order of additions may depend on the length."""
+    assert len({make_tree(W, 0, [40]).gradient.numel() for W in (1, 2, 3, 7, 27, 32)}) == 1
+
+
 def test_the_gradient_lives_in_one_place() -> None:
     """The engine is given the views once; every step writes to the same memory."""
     tree = make_tree(1, 0, [3, 5])

@@ -63,7 +63,7 @@ def global_batches(pieces: Pieces) -> Iterator[GlobalBatch]:
 CHUNK_BYTES = 64 << 20
 # Memory from torch's allocators starts at a multiple of this. A piece of a chunk that does too is as good
 # as a fresh tensor; any other is copied, since a math library may choose its kernel by alignment.
-ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}
 
 
 class MicroBatches:
@@ -75,6 +75,7 @@ class MicroBatches:
         self._augment = getattr(pieces.task, "augment", None)
         self._seed = pieces.config.trainer.seed
         self._random = SampleRandom(self._seed, len(self._split), pieces.device)
+        self._alignment = ALIGNMENT_BYTES[pieces.device.type]
         sample_bytes = sum(array[0].numel() * array.element_size() for array in self._split.arrays.values())
         self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * pieces.plan.micro_batch_size))
 
@@ -107,7 +108,7 @@ class MicroBatches:
         for name, array in arrays.items():
             split = array.split(sizes)
             row_bytes = array[0].numel() * array.element_size()
-            if any(size * row_bytes % ALIGNMENT_BYTES for size in sizes[:-1]) or not array.is_contiguous():
+            if any(size * row_bytes % self._alignment for size in sizes[:-1]) or not array.is_contiguous():
                 split = tuple(piece.clone() for piece in split)
             for piece, tensor in zip(pieces, split):
                 piece[name] = tensor

@@ -172,6 +172,8 @@ class TreeSum:
         for parameter in shapes_of:
             offsets.append(size)
             size = _round_up(size + parameter.numel(), ALIGNMENT)
+        self.numel = size
+        # What is exchanged divides into shards; how much that adds depends on W, so it is not part of `gradient`.
         self.size = _round_up(size, ALIGNMENT * world_size)
         self.shard = self.size // world_size
         max_leaves = max(leaves)
@@ -195,8 +197,11 @@ class TreeSum:
 
     @property
     def gradient(self) -> Tensor:
-        """The flat gradient after `reduce`: (size,) float32; what lies between parameters stays 0."""
-        return self._nodes[0]
+        """The flat gradient after `reduce`: (numel,) float32; what lies between parameters stays 0.
+
+        As long at every world size: a norm adds in an order that depends on the length.
+        """
+        return self._nodes[0, : self.numel]
 
     @property
     def gradient_views(self) -> list[Tensor]:
