@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -129,7 +129,7 @@ class Engine:
 
     def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
         """Makes a flat buffer the place where `step` finds gradients: one view a parameter, in order."""
-        self._flat = flat
+        self._flat, self._views = flat, views
         for parameter, view in zip(self.parameters, views):
             parameter.grad = view
 
@@ -165,9 +165,18 @@ class Engine:
         # As torch.nn.utils.clip_grad_norm_, in two operations on the flat gradient.
         self._flat.mul_((self._max_norm / (self._norm + 1e-6)).clamp_(max=1.0))
 
-    def step(self) -> None:
-        """Clips, updates the parameters and advances the schedule; `gradient_norm` comes first."""
+    def step(self, without_gradient: Sequence[int] = ()) -> None:
+        """Clips, updates the parameters and advances the schedule; `gradient_norm` comes first.
+
+        Args:
+            without_gradient: places of parameters that no micro-batch used: the optimizer passes over them, as it
+                does in plain PyTorch, where a gradient of zero would still decay them.
+        """
+        for i in without_gradient:
+            self.parameters[i].grad = None
         self._engine.step()
+        for i in without_gradient:
+            self.parameters[i].grad = self._views[i]
 
     def zero_step(self, losses: Iterator[Tensor]) -> Tensor:
         """One step with DeepSpeed's own reduction. Collective: every rank, with equally many losses.

@@ -157,6 +157,7 @@ class ExactStep:
         # not wait for it: a flag on the device makes the optimizer's kernel skip every update from the
         # bad step on, and the host reads it at the end of the logging window.
         self.broken = torch.zeros((), device=self._device)
+        self._look_for_unused = True
         self.deferred = self._device.type == "cuda" and self._engine.skip_update_where(self.broken)
 
     def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
@@ -177,9 +178,7 @@ class ExactStep:
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
             for loss in self._micro_batches.losses(batch, tree.start(len(batch.bounds))):
-                gradients = torch.autograd.grad(
-                    loss, engine.parameters, self._scale, allow_unused=True, materialize_grads=True
-                )
+                gradients = torch.autograd.grad(loss, engine.parameters, self._scale, allow_unused=True)
                 if statistics.size:
                     statistics.collect(tree.statistics)
                 tree.add(gradients, loss)
@@ -204,11 +203,24 @@ class ExactStep:
             torch.maximum(self.broken, (~torch.isfinite(health)).float(), out=self.broken)
         elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
             raise non_finite(batch.step, losses.tolist(), float(norm))
-        engine.step()
+        engine.step(self._without_gradient(batch.step))
         if statistics.size:
             statistics.apply(records[:, 1:], self.broken if self.deferred else None)
         self._timer.mark("optimizer")
         return losses, norm
+
+    def _without_gradient(self, step: int) -> list[int]:
+        """Places of the parameters that no micro-batch of this step used.
+
+        On a GPU, looking means waiting for it: after the first step only models that had such parameters
+        in it are looked at again.
+        """
+        if not self._look_for_unused:
+            return []
+        unused = self._tree.without_gradient()
+        found = unused.nonzero().flatten().tolist() if unused.any() else []  # device to host
+        self._look_for_unused = self._device.type == "cpu" or bool(found)
+        return found
 
 
 class ZeroStep:

@@ -172,9 +172,11 @@ class TreeSum:
         for parameter in shapes_of:
             offsets.append(size)
             size = _round_up(size + parameter.numel(), ALIGNMENT)
-        self.numel = size
-        # What is exchanged divides into shards; how much that adds depends on W, so it is not part of `gradient`.
-        self.size = _round_up(size, ALIGNMENT * world_size)
+        self.numel, self._parameters = size, len(shapes_of)
+        # Behind the gradient lies one number a parameter: in how many micro-batches it had no gradient. The
+        # tree adds these up like everything else. What is exchanged divides into shards; how much padding
+        # that takes depends on W, so neither is part of `gradient`.
+        self.size = _round_up(size + self._parameters, ALIGNMENT * world_size)
         self.shard = self.size // world_size
         max_leaves = max(leaves)
         self._most_local = -(-max_leaves // world_size)
@@ -185,6 +187,8 @@ class TreeSum:
         self._storage = torch.zeros(self.records_size + positions * self.size, device=device)
         self._nodes = self._storage[self.records_size :].view(positions, self.size)
         self._views = [[_view_like(p, node, o) for p, o in zip(shapes_of, offsets)] for node in self._nodes]
+        self._missing = [node[size : size + self._parameters] for node in self._nodes]
+        self._zeros: dict[int, Tensor] = {}
         self._records = self._storage[: self._most_local * record_size].view(self._most_local, record_size)
         # Made once: indexing costs more than the copy it is for.
         self._loss_cells = [row[0] for row in self._records]
@@ -220,20 +224,40 @@ class TreeSum:
         """Where the next micro-batch's statistics go: (statistics_size,) float32. Fill it before `add`."""
         return self._statistics_rows[self._leaf]
 
-    def add(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
-        """Adds the next micro-batch: its gradients, one tensor a parameter in order, and its summed loss ()."""
+    def add(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
+        """Adds the next micro-batch.
+
+        Args:
+            gradients: one tensor a parameter, in order; None for one that the micro-batch did not use.
+            loss: () its summed loss.
+        """
         self._loss_cells[self._leaf].copy_(loss.detach())
         merges = self._program[self._leaf]
-        top = self._top
+        # A right-hand leaf goes straight into its left neighbour's buffer.
+        position = self._top - 1 if merges else self._top
+        if not merges:
+            self._missing[position].zero_()  # of the step before
+        present = [g if g is not None else self._note_missing(i, position) for i, g in enumerate(gradients)]
         if merges:
-            # A right-hand leaf goes straight into its left neighbour's buffer.
-            torch._foreach_add_(self._views[top - 1], tuple(gradients))
+            torch._foreach_add_(self._views[position], present)
             for merge in merges[1:]:
                 self._nodes[merge.target].add_(self._nodes[merge.source])
         else:
-            torch._foreach_copy_(self._views[top], tuple(gradients))
-        self._top = top + 1 - len(merges)
+            torch._foreach_copy_(self._views[position], present)
+        self._top += 1 - len(merges)
         self._leaf += 1
+
+    def _note_missing(self, parameter: int, position: int) -> Tensor:
+        """Counts a missing gradient in a node, and returns zeros to add in its place."""
+        self._missing[position][parameter] += 1.0
+        zeros = self._zeros.get(parameter)
+        if zeros is None:
+            zeros = self._zeros[parameter] = torch.zeros_like(self._views[0][parameter])
+        return zeros
+
+    def without_gradient(self) -> Tensor:
+        """After `reduce`: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
+        return self._missing[0] == self._leaves
 
     def reduce(self) -> Tensor:
         """Finishes the sum: `gradient` then holds the root of the tree on every rank.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed.jobs import first_gradient, small_config, train, train_as_on_a_gpu, train_with_shards
+from tests.distributed.jobs import USER_TASKS, first_gradient, small_config, train, train_as_on_a_gpu, train_with_shards
+from trainer.batching import micro_batch_bounds
 from trainer.config import Config
 from trainer.errors import NonFiniteError
 from trainer.order import epoch_order, key
@@ -141,6 +143,39 @@ def test_it_is_the_training_that_plain_pytorch_does(tmp_path: Path) -> None:
     with torch.no_grad():
         test_loss = F.cross_entropy(model(splits["test"]["image"]), splits["test"]["label"]).item()
     assert ours["metrics"]["test"]["loss"] == pytest.approx(test_loss, rel=2e-2)
+
+
+def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(tmp_path: Path) -> None:
+    """Weight decay and momentum do not touch what no micro-batch of a step used; against a plain loop."""
+    sys.path.insert(0, str(USER_TASKS))
+    from bad_tasks import UnusedParameters
+    from safetensors.torch import load_file
+
+    task = UnusedParameters()
+    adam = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
+    extra = {"train_batch_size": 40, "optimizer": adam, "gradient_clipping": 0.0, "epochs": 2}
+    name = f"{USER_TASKS}/bad_tasks.py:UnusedParameters"
+    same_everywhere(lambda W: small_config(tmp_path / str(W), task=name, **extra), [1, 2, 3, 5])
+    ours = load_file(tmp_path / "3" / "model" / "model.safetensors")
+
+    torch.default_generator.manual_seed(key(0, "model"))
+    model, train_split = task.model(), task.splits()["train"]
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    unused_steps = 0
+    for epoch in range(2):
+        for chosen in epoch_order(0, epoch, 500).split(40):
+            optimizer.zero_grad()
+            for start, stop in micro_batch_bounds(len(chosen), 8):
+                x, y = train_split["x"][chosen[start:stop]], train_split["y"][chosen[start:stop]]
+                (F.cross_entropy(model(x), y, reduction="sum") / len(chosen)).backward()
+            unused_steps += model.sometimes.weight.grad is None
+            optimizer.step()
+    assert 3 < unused_steps < 23, "the test wants both kinds of steps"
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    for name in ("never.weight", "never.bias"):
+        assert torch.equal(ours[name], initial[name])
 
 
 def test_a_seed_is_a_run(tmp_path: Path) -> None:

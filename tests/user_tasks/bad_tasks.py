@@ -177,3 +177,23 @@ class SeesItsNeighbours(MyTask):
 class Crashes(MyTask):
     def forward(self, model, batch):
         return {"logits": model(batch["nope"])}
+
+
+class SometimesUnused(nn.Module):
+    """One layer is never used, one only by micro-batches that hold a sample with a large first feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.never, self.sometimes = nn.Linear(20, 2), nn.Linear(3, 3), nn.Linear(20, 2)
+
+    def forward(self, x):
+        outputs = self.main(x)
+        return outputs + self.sometimes(x) if x[:, 0].max() > 2.6 else outputs
+
+
+class UnusedParameters(MyTask):
+    def model(self):
+        return SometimesUnused()
+
+    def augment(self, batch, random):
+        return batch
