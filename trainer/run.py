@@ -115,8 +115,9 @@ def _train(
             compare_ranks(p.common_state(), done)
     except NonFiniteError as failure:
         record.window(done, last=True)
-        if folder is not None:
-            _save(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
+        with engine.whole_parameters():
+            if folder is not None:
+                _save(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
         raise
     finally:
         record.progress.close()
@@ -244,5 +245,5 @@ def _save(p: Pieces, folder: OutputFolder, record: _Recorder, summary: dict[str,
     record.close()
     # Again, in case the first step changed the label.
     folder.write_json("manifest.json", p.manifest() | {"command": shlex.join(sys.argv)})
-    folder.save_model(p.engine.model_state())
+    folder.save_model(p.engine.model.state_dict())
     folder.write_json("summary.json", summary)

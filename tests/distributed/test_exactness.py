@@ -178,6 +178,21 @@ def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(tmp_p
         assert torch.equal(ours[name], initial[name])
 
 
+def test_tied_and_frozen_weights(tmp_path: Path) -> None:
+    sys.path.insert(0, str(USER_TASKS))
+    from bad_tasks import Tied
+    from safetensors.torch import load_file
+
+    name = f"{USER_TASKS}/bad_tasks.py:TiedWeights"
+    same_everywhere(lambda W: small_config(tmp_path / str(W), task=name), [1, 2, 3])
+    torch.default_generator.manual_seed(key(0, "model"))
+    model = Tied()
+    frozen = model.frozen.weight.detach().clone()
+    model.load_state_dict(load_file(tmp_path / "3" / "model" / "model.safetensors"), strict=True)
+    assert torch.equal(model.inner.weight, model.outer.weight)
+    assert torch.equal(model.frozen.weight, frozen)
+
+
 def test_a_seed_is_a_run(tmp_path: Path) -> None:
     one = run_ranks(train, 1, small_config(tmp_path / "a", seed=1, max_steps=2))[0]
     again = run_ranks(train, 1, small_config(tmp_path / "b", seed=1, max_steps=2))[0]

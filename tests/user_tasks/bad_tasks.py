@@ -1,4 +1,4 @@
-"""User tasks that go wrong, each in one way."""
+"""User tasks that go wrong, each in one way, and models with something unusual in them."""
 
 import random
 
@@ -197,3 +197,22 @@ class UnusedParameters(MyTask):
 
     def augment(self, batch, random):
         return batch
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen layer, a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.inner, self.outer = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20)
+        self.outer.weight = self.inner.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+
+    def forward(self, x):
+        return self.outer(self.inner(self.frozen(x)).relu())[:, :2] * self.scale
+
+
+class TiedWeights(MyTask):
+    def model(self):
+        return Tied()
