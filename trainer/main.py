@@ -33,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainerError as error:
         report(error, ranks)
         return error.exit_code
+    except KeyboardInterrupt:
+        if ranks.first:
+            print("\nstopped from the keyboard", file=sys.stderr)
+        return 130
     except Exception:
         if not first_to_speak(ranks):
             time.sleep(2.0)  # another rank shows the traceback; the launcher ends it as soon as one rank ends
