@@ -58,10 +58,6 @@ class BatchPlan:
         """Micro-steps of the busiest rank in a step: what the step time follows."""
         return -(-self.micro_batches // self.world_size)
 
-    def micro_batches_per_rank(self) -> list[int]:
-        """Micro-batches of each rank in a full global batch, by rank."""
-        return [len(rank_block(self.micro_batches, self.world_size, r)) for r in range(self.world_size)]
-
     def per_rank(self) -> str:
         """Micro-batches of a rank, for people: "16", or "10 or 11" where ranks differ."""
         least, most = self.micro_batches // self.world_size, self.gradient_accumulation_steps

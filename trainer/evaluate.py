@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from .batching import micro_batch_bounds, rank_block
 from .distributed import Ranks, all_gather_flat, broadcast_object, gather_objects
-from .engine import Engine
 from .errors import UserError
 from .order import key, seed_generators
 from .splits import Split
 from .tasks import Outputs, Task
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 def _named(outputs: Outputs) -> dict[str, Tensor]:
@@ -28,6 +31,18 @@ def _named(outputs: Outputs) -> dict[str, Tensor]:
     if isinstance(outputs, Mapping):
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
     raise UserError(f"forward() must return a tensor or a dictionary of tensors, not {type(outputs).__name__}.")
+
+
+def check_outputs(outputs: Outputs, samples: int) -> dict[str, Tensor]:
+    """The named tensors of a task's outputs. Raises UserError unless each has one row a sample."""
+    named = _named(outputs)
+    for name, value in named.items():
+        if value.ndim == 0 or len(value) != samples:
+            raise UserError(
+                f"forward() returned an output{name and f' {name!r}'} of shape {tuple(value.shape)} for {samples} "
+                "samples. Each output needs one row a sample."
+            )
+    return named
 
 
 def evaluate(
@@ -65,12 +80,7 @@ def evaluate(
             if position >= len(block):
                 continue
             sums.append(loss.detach().float())
-            for name, value in _named(outputs).items():
-                if len(value) != stop - start:
-                    raise UserError(
-                        f"forward() returned {len(value)} rows of outputs{name and f' {name!r}'} for "
-                        f"{stop - start} samples. Each output needs one row a sample."
-                    )
+            for name, value in check_outputs(outputs, stop - start).items():
                 pieces.setdefault(name, []).append(value.detach())
     model.train()
     # The one wait for the device.

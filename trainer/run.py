@@ -21,6 +21,7 @@ from .config import Config
 from .console import DeepSpeedLog, Progress, say
 from .distributed import Ranks, gather_objects
 from .errors import NonFiniteError
+from .evaluate import evaluate
 from .guard import compare_ranks, state_sha256
 from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
@@ -117,11 +118,16 @@ def _train(
         record.window(done, last=True)
         with engine.whole_parameters():
             if folder is not None:
-                _save(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
+                folder.save_model(engine.model.state_dict())
+                _conclude(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
         raise
     finally:
         record.progress.close()
 
+    with engine.whole_parameters():
+        if folder is not None:
+            # Before the last evaluation: whatever fails in a task's metrics, the trained model is there.
+            folder.save_model(engine.model.state_dict())
     metrics = {name: record.evaluate(name, done) for name in ("validation", "test") if name in p.splits}
     record.close()
     summary = {
@@ -144,7 +150,7 @@ def _train(
         }
         summary["wall_time_s"] = time.time() - started_at_s
         if folder is not None:
-            _save(p, folder, record, summary)
+            _conclude(p, folder, record, summary)
             say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
     return summary
 
@@ -188,8 +194,6 @@ class _Recorder:
 
     def evaluate(self, name: str, step: int) -> dict[str, float]:
         """Measures a split and writes it down. Collective: every rank."""
-        from .evaluate import evaluate
-
         p = self._pieces
         if name not in p.splits:
             return {}
@@ -241,9 +245,8 @@ def _check_window(window: Window, done: int) -> None:
         raise non_finite(done - window.filled + offset, losses, norm)
 
 
-def _save(p: Pieces, folder: OutputFolder, record: _Recorder, summary: dict[str, Any]) -> None:
+def _conclude(p: Pieces, folder: OutputFolder, record: _Recorder, summary: dict[str, Any]) -> None:
     record.close()
     # Again, in case the first step changed the label.
     folder.write_json("manifest.json", p.manifest() | {"command": shlex.join(sys.argv)})
-    folder.save_model(p.engine.model.state_dict())
     folder.write_json("summary.json", summary)

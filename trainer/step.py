@@ -16,6 +16,7 @@ from .batching import micro_batch_bounds, rank_block
 from .build import Pieces
 from .distributed import raise_together
 from .errors import NonFiniteError, UserError
+from .evaluate import check_outputs
 from .guard import digest
 from .monitor import PhaseTimer
 from .order import SampleRandom, epoch_order, key, seed_generators
@@ -89,9 +90,11 @@ class MicroBatches:
                 # Dropout and the like draw from these: a function of the step and the micro-batch.
                 seed_generators(key(self._seed, "forward", batch.step, j), device)
                 with engine.autocast():
-                    result = task.loss(task.forward(model, arrays), arrays)
+                    outputs = task.forward(model, arrays)
+                    result = task.loss(outputs, arrays)
                 if batch.step == 0:
                     start, stop = batch.bounds[j]
+                    check_outputs(outputs, stop - start)  # now, rather than in the first evaluation
                     expected = p.host_splits["train"].count_of(batch.indices[start:stop].cpu())
                     _check_first_loss(type(task).__name__, result, expected, j)
                 yield result[0]

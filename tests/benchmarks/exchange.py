@@ -5,7 +5,7 @@
 First the step of the digits models at two ranks, with the tree's exchange and with one all_reduce in its
 place, a few steps each in turn: the ratio of step times. Then the collectives alone over gradient sizes
 and world sizes, for both ways the tree exchanges (whole nodes in one collective, shards in two), which is
-where summation.DIRECT_LIMIT_BYTES comes from.
+where summation.DIRECT_LIMIT_BYTES comes from; and gloo's all-gather against the one made of sends.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _collectives(ranks: Ranks, numel: int, rounds: int) -> dict[str, float]:
     import torch.distributed as dist
 
     from trainer import summation
-    from trainer.distributed import start
+    from trainer.distributed import all_gather_flat, start
 
     torch.set_num_threads(1)
     start(ranks, "gloo", 600.0)
@@ -90,7 +90,10 @@ def _collectives(ranks: Ranks, numel: int, rounds: int) -> dict[str, float]:
         else:
             tree._exchange_shards(counts)
 
+    piece, everyone = torch.ones(numel), torch.empty(ranks.world_size * numel)
     ways = {
+        "gloo's gather": lambda: dist.all_gather(list(everyone.view(ranks.world_size, -1)), piece),
+        "our gather": lambda: all_gather_flat(everyone, piece),
         "all_reduce": lambda: dist.all_reduce(gradient.clone()),
         "direct": lambda: tree_way(True),
         "shards": lambda: tree_way(False),
@@ -124,15 +127,14 @@ def main() -> None:
             ratios = run_ranks(_steps, 2, config, rounds, timeout_s=3600)[0]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{model:6}{middle:.3f}  ({low:.3f} to {high:.3f})", flush=True)
+    names = ("all_reduce", "direct", "shards", "gloo's gather", "our gather")
     print("\nthe collective alone, median ms\n")
-    print(f"{'ranks':>5}{'gradient':>12}{'all_reduce':>12}{'direct':>10}{'shards':>10}")
+    print(f"{'ranks':>5}{'gradient':>12}" + "".join(f"{name:>15}" for name in names))
     for world_size in (2, 4, 8):
         for numel in (10_000, 100_000, 300_000, 1_000_000, 10_000_000):
             ms = run_ranks(_collectives, world_size, numel, max(6, rounds), timeout_s=3600)[0]
             size = f"{numel * 4 / 2**20:.2f} MiB"
-            print(
-                f"{world_size:>5}{size:>12}{ms['all_reduce']:12.2f}{ms['direct']:10.2f}{ms['shards']:10.2f}", flush=True
-            )
+            print(f"{world_size:>5}{size:>12}" + "".join(f"{ms[name]:15.2f}" for name in names), flush=True)
 
 
 if __name__ == "__main__":

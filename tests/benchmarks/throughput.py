@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +31,53 @@ STEPS_A_TURN = 10
 WARM_UP_ROUNDS = 3
 
 
+def micro_batches(config: Config, ranks: Ranks) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """What the rivals train on: each call gives this rank's (image, label) micro-batches of the next step."""
+    import torch
+    import torch.nn.functional as F
+
+    from trainer.tasks.digits import Digits, digit_moves
+
+    split, plan = Digits(**config.trainer.task_options).splits()["train"], config.plan(ranks.world_size)
+    images, labels, moves = split["image"], split["label"], digit_moves(1)
+    B, m, W = plan.global_batch_size, plan.micro_batch_size, ranks.world_size
+    steps, done, order = len(labels) // B, 0, torch.randperm(len(labels))
+
+    def next_step() -> Iterator[tuple[Any, Any]]:
+        nonlocal done, order
+        if done % steps == 0:
+            order = torch.randperm(len(labels))
+        first = (done % steps) * B + ranks.rank * (B // W)
+        done += 1
+        for start in range(first, first + B // W, m):
+            index = order[start : start + m]
+            image = images.index_select(0, index)
+            move = moves.index_select(0, torch.randint(len(moves), (len(index),)))
+            image = F.pad(image, (1, 1, 1, 1)).flatten(1).gather(1, move).view(image.shape)
+            yield image, labels.index_select(0, index)
+
+    return next_step
+
+
 def hand_written(config: Config, ranks: Ranks, allreduce: bool = True) -> Callable[[], None]:
     """One step of the loop that a careful person writes by hand; its tensors are resident, its all-reduce is one."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
 
-    from trainer.tasks.digits import Digits, digit_moves
+    from trainer.tasks.digits import Digits
 
-    task = Digits(**config.trainer.task_options)
-    split, plan = task.splits()["train"], config.plan(ranks.world_size)
-    images, labels, moves = split["image"], split["label"], digit_moves(1)
+    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks)
     model = task.model().train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(s / 1e5))
-    B, m, W = plan.global_batch_size, plan.micro_batch_size, ranks.world_size
-    steps, done, running = len(labels) // B, 0, torch.zeros(())
-    order = torch.randperm(len(labels))
+    B, W = config.plan(ranks.world_size).global_batch_size, ranks.world_size
+    done, running = 0, torch.zeros(())
 
     def step() -> None:
-        nonlocal done, order
-        if done % steps == 0:
-            order = torch.randperm(len(labels))
-        first = (done % steps) * B + ranks.rank * (B // W)
-        for start in range(first, first + B // W, m):
-            index = order[start : start + m]
-            image, label = images.index_select(0, index), labels.index_select(0, index)
-            move = moves.index_select(0, torch.randint(len(moves), (len(index),)))
-            image = F.pad(image, (1, 1, 1, 1)).flatten(1).gather(1, move).view(image.shape)
+        nonlocal done
+        for image, label in samples():
             loss = F.cross_entropy(model(image), label, reduction="sum") / B
             loss.backward()
             running.add_(loss.detach())
@@ -86,17 +104,15 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
     import torch
     import torch.nn.functional as F
 
-    from trainer.tasks.digits import Digits, digit_moves
+    from trainer.tasks.digits import Digits
 
-    task = Digits(**config.trainer.task_options)
-    split, plan = task.splits()["train"], config.plan(ranks.world_size)
-    images, labels, moves = split["image"], split["label"], digit_moves(1)
-    B, m, W = plan.global_batch_size, plan.micro_batch_size, ranks.world_size
+    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks)
+    plan = config.plan(ranks.world_size)
     engine, *_ = deepspeed.initialize(
         model=task.model(),
         config={
-            "train_batch_size": B,
-            "train_micro_batch_size_per_gpu": m,
+            "train_batch_size": plan.global_batch_size,
+            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_clipping": 1.0,
             "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True, "fused": True}},
         },
@@ -104,22 +120,11 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.5 + 0.5 * math.cos(s / 1e5)),
         dist_init_required=False,
     )
-    steps, done = len(labels) // B, 0
-    order = torch.randperm(len(labels))
 
     def step() -> None:
-        nonlocal done, order
-        if done % steps == 0:
-            order = torch.randperm(len(labels))
-        first = (done % steps) * B + ranks.rank * (B // W)
-        for start in range(first, first + B // W, m):
-            index = order[start : start + m]
-            image, label = images.index_select(0, index), labels.index_select(0, index)
-            move = moves.index_select(0, torch.randint(len(moves), (len(index),)))
-            image = F.pad(image, (1, 1, 1, 1)).flatten(1).gather(1, move).view(image.shape)
+        for image, label in samples():
             engine.backward(F.cross_entropy(engine(image), label))
             engine.step()
-        done += 1
 
     return step
 

@@ -132,6 +132,7 @@ def test_output_folders(capsys: pytest.CaptureFixture[str], config_file: Any, tm
         ("DetachedLoss", ["without a graph"]),
         ("InfiniteAtOnce", ["first step", "finite"]),
         ("MixesSamples", ["augment()", "each sample on its own"]),
+        ("OutputsOneNumber", ["output 'mean' of shape ()", "one row a sample"]),
         ("EmptySplit", ['splits()["train"] is empty']),
         ("RaggedSplit", ["x: 7, y: 5"]),
     ],

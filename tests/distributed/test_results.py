@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.jobs import ROOT, small_config, train
+from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
 from trainer.config import load
 from trainer.tasks.digits import Digits
-from trainer.workers import run_ranks
+from trainer.workers import WorkerError, run_ranks
 
 SUMMARY_KEYS = {
     "status", "parameters_sha256", "model_sha256", "world_size", "global_batch_size", "micro_batch_size", "steps",
@@ -92,6 +92,15 @@ def test_quickstart_learns_the_digits(tmp_path: Path) -> None:
     config = load(ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run")})
     summary = run_ranks(train, 2, config)[0]
     assert summary["metrics"]["test"]["accuracy"] >= 0.97
+
+
+def test_a_slip_in_the_metrics_does_not_cost_the_model(tmp_path: Path) -> None:
+    task = f"{USER_TASKS}/bad_tasks.py:MetricsFail"
+    with pytest.raises(WorkerError, match="a slip in the metrics"):
+        run_ranks(train, 2, small_config(tmp_path / "run", task=task, max_steps=3))
+    run_ranks(train, 1, small_config(tmp_path / "good", max_steps=3))
+    kept, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "good"))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
 
 
 def test_validation_and_test_may_be_missing(tmp_path: Path) -> None:

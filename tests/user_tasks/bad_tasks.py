@@ -216,3 +216,13 @@ class Tied(nn.Module):
 class TiedWeights(MyTask):
     def model(self):
         return Tied()
+
+
+class OutputsOneNumber(MyTask):
+    def forward(self, model, batch):
+        return {**super().forward(model, batch), "mean": batch["x"].mean()}
+
+
+class MetricsFail(MyTask):
+    def metrics(self, outputs, batch):
+        raise RuntimeError("a slip in the metrics")
