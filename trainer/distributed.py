@@ -124,8 +124,8 @@ def all_gather_flat(out: Tensor, piece: Tensor) -> None:
     import torch.distributed as dist
 
     if dist.get_backend() == "gloo":
-        # gloo's own all-gather goes through two more copies and fresh memory: sending to each rank takes
-        # a third of its time, for small and large pieces alike (tests/benchmarks/exchange.py).
+        # gloo's own all-gather goes through two more copies and fresh memory: sending to each rank mostly
+        # takes a quarter to two thirds of its time, less for large pieces (tests/benchmarks/exchange.py).
         rank, world_size = dist.get_rank(), dist.get_world_size()
         rows = out.view(world_size, -1)
         sources = [(rank - k) % world_size for k in range(1, world_size)]
