@@ -22,6 +22,7 @@ GROUPS = [
     {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
     # Plain PyTorch.
     {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
+    | {"cache"}
     | {"tasks", "tasks.digits"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report"},

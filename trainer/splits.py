@@ -28,10 +28,16 @@ class Split:
         arrays: name -> tensor, all with the same first dimension, the samples.
         counts: what each sample contributes to the loss's count, (samples,); None stands for 1 each.
             A language model gives the valid tokens of each sample here, a weighted loss its weights.
+        lengths: how many places of each sample are not padding, (samples,) int64, for samples of different
+            lengths; None where all are alike.
+        padded: the names of the arrays (samples, places, ...) that `lengths` speaks of: each micro-batch of them is
+            cut to its own longest sample, so padding depends on the micro-batch alone.
     """
 
     arrays: Batch
     counts: Tensor | None = None
+    lengths: Tensor | None = None
+    padded: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))

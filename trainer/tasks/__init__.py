@@ -23,10 +23,25 @@ Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics
 class Task(Protocol):
     """What the trainer asks of a task. A user's class has the same methods and inherits from nothing.
 
-    It is built as `MyTask(**trainer.task_options)`. It may also have
-    `augment(self, batch, random) -> batch`, for training only: called with any number of samples at
-    once, each of which it treats on its own; `random` is an `order.SampleRandom`, whose draws belong to
-    a sample and an epoch, not to a rank.
+    It is built as `MyTask(**trainer.task_options)`, once on every rank; then `splits` is called, then `model`.
+    A class may have more:
+
+    - `augment(self, batch, random) -> batch`, for training only: called with any number of samples at
+      once, each of which it treats on its own; `random` is an `order.SampleRandom`, whose draws belong to
+      a sample and an epoch, not to a rank.
+    - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
+      `splits` and `model` fill; said once, before the first step.
+    - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: which of the metrics on validation tells the
+      best model; without it the loss.
+    - `save(self, model, folder) -> None`: writes the trained model as its ecosystem expects it, into a folder that
+      exists and is empty; on rank 0. Without it, `model.safetensors` holds its parameters and buffers.
+    - `load(self, folder) -> nn.Module`: the model that `save` wrote, in a process that never calls `splits`. Without
+      it, `model()` with the contents of `model.safetensors`.
+    - `predict(self, model, source, batch_size) -> Iterator[dict]`: for `python -m trainer predict`: one dictionary of
+      plain values (column -> value) for each sample of a file or folder, in order. The model is in
+      evaluation mode on its device.
+    - `pictures(self, outputs, batch) -> Mapping[str, Tensor]`: name -> (C, H, W) uint8 for TensorBoard, from the
+      outputs of a whole split, after each validation; on the CPU, on rank 0.
     """
 
     def splits(self) -> Mapping[str, Split | Mapping[str, Any]]:
