@@ -22,7 +22,7 @@ GROUPS = [
     {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
     # Plain PyTorch.
     {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
-    | {"cache"}
+    | {"cache", "tables", "classification", "pretrained"}
     | {"tasks", "tasks.digits"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report"},
