@@ -283,6 +283,9 @@ INT_MINIMA = {
     ("trainer", "log_every_steps"): 1,
     ("trainer", "guard_every_steps"): 0,
     ("trainer", "learning_rate", "base_global_batch_size"): 1,
+    ("trainer", "best", "patience_evaluations"): 0,
+    ("trainer", "lora", "rank"): 1,
+    ("trainer", "lora", "alpha"): 1,
 }
 
 

@@ -22,13 +22,13 @@ GROUPS = [
     {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
     # Plain PyTorch.
     {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
-    | {"cache", "tables", "classification", "pretrained"}
+    | {"cache", "tables", "classification", "pretrained", "adapt"}
     | {"tasks", "tasks.digits"},
     # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "step", "evaluate", "report"},
+    {"engine", "build", "step", "evaluate", "report", "best", "saving"},
     {"run"},
     # What a person starts.
-    {"verify", "check_task", "cli", "main", "__main__"},
+    {"verify", "check_task", "predict", "cli", "main", "__main__"},
 ]
 HEAVY = {"transformers", "datasets", "sklearn", "pandas", "matplotlib", "torchvision", "tensorboard", "safetensors"}
 

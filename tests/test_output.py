@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
-from trainer.output import OutputFolder, to_json
+from trainer.output import OutputFolder, to_json, write_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -212,11 +212,24 @@ def test_model_reads_back_with_tied_weights_and_views(tmp_path: Path) -> None:
         "bf16": torch.randn(3).bfloat16(),
     }
     folder = OutputFolder.claim("mine", "strong")
-    folder.save_model(state)
-    folder.save_model(state)  # again, over the first
+    for _ in range(2):  # the second over the first
+        folder.write_folder("model", lambda target: write_tensors(target / "model.safetensors", state))
     read = load_file(tmp_path / "mine" / "model" / "model.safetensors")
     assert set(read) == set(state)
     for name, tensor in state.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
     assert everything(folder.path) == ["model", "model/model.safetensors"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = OutputFolder.claim("mine", "strong")
+    folder.write_folder("model", lambda target: (target / "a").write_text("first"))
+
+    def fails(target: Path) -> None:
+        (target / "b").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        folder.write_folder("model", fails)
+    assert everything(folder.path) == ["model", "model/a"]

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import device as devices
 from . import distributed, tasks
+from .adapt import adapt, compile_in_place
 from .batching import BatchPlan, micro_batch_bounds
 from .config import Config
 from .console import DeepSpeedLog, say
@@ -114,7 +115,10 @@ def build(config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog) -> P
         model = task.model()
         if not isinstance(model, nn.Module):
             raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")
+        model = adapt(model, config)
         _check_smallest_micro_batch(config, plan, samples, model)
+        if config.trainer.compile:
+            compile_in_place(model)
     except TrainerError as own:
         error = own
     raise_together(error)

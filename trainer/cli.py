@@ -56,7 +56,7 @@ def config_from(flags: argparse.Namespace) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m trainer plan|verify`. Returns the exit code."""
+    """`python -m trainer plan|verify|check-task|predict`. Returns the exit code."""
     parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan and verify.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
@@ -64,6 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check-task", help="say what of a task isn't exact, and why")
     check.add_argument("task", metavar="TASK", help="path/to/file.py:ClassName, or a built-in task")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="trainer.task_options.x=3")
+    guess = commands.add_parser("predict", help="what a trained model says of new data")
+    guess.add_argument("--model", required=True, metavar="DIR", help="a run's output folder, or the model in it")
+    guess.add_argument("--input", required=True, metavar="FILE", help="a file, or a folder where the task takes one")
+    guess.add_argument("--output", metavar="FILE", help="where predictions go; without it to the console")
+    guess.add_argument("--format", choices=("csv", "jsonl"), help="without it, by the output's name, else csv")
+    guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of a task of your own")
+    guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
+    guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
@@ -73,6 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
             from .check_task import check_task
 
             return check_task(flags.task, dict(parse_override(text) for text in flags.set))
+        if flags.command == "predict":
+            from .predict import predict
+
+            return predict(
+                flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
+            )
         if min(flags.world_sizes) < 1:
             raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
         config = config_from(flags)

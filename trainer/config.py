@@ -35,6 +35,26 @@ class LearningRate:
 
 
 @dataclass(frozen=True)
+class Best:
+    """`trainer.best`: which model of a run is kept, and when a run has seen enough."""
+
+    metric: str | None = option("auto", "of validation; auto is the task's own choice, null keeps the last model")
+    mode: Literal["auto", "min", "max"] = option("auto", "whether less or more of the metric is better")
+    patience_evaluations: int = option(0, "stop after so many validations without a better one; 0 for never", minimum=0)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """`trainer.lora`: train low-rank updates instead of the weights (Hu et al. 2021), by the package peft."""
+
+    rank: int = option(8, "of the updates", minimum=1)
+    alpha: int = option(16, "the updates are scaled by alpha / rank", minimum=1)
+    dropout: float = option(0.0, "on the updates' input", minimum=0, below=1)
+    target_modules: list[str] = option([], "names of layers that get updates; without any, all linear layers")
+    also_train: list[str] = option([], "modules trained whole; without any, a classifier's last layer")
+
+
+@dataclass(frozen=True)
 class Trainer:
     """`trainer`: everything that DeepSpeed has no key for."""
 
@@ -56,6 +76,13 @@ class Trainer:
     log_every_steps: int = option(10, "length of the logging window in steps", minimum=1)
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
     learning_rate: LearningRate = option(LearningRate, "scaling rule, warm-up and schedule")
+    best: Best = option(Best, "the model that is kept and tested: the best on validation; early stopping")
+    decay_biases_and_norms: bool = option(False, "weight decay for parameters of one dimension as well")
+    parameter_groups: dict[str, Any] = option({}, "parameter name or pattern -> other optimizer.params for it")
+    freeze: list[str] = option([], "names or patterns of parameters that stay as they are")
+    lora: Lora | None = option(None, "train low-rank updates instead of the weights")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward: less memory, more time")
+    compile: bool = option(False, "compile the model with torch.compile")
 
 
 @dataclass(frozen=True)
@@ -198,8 +225,44 @@ def _check_contradictions(config: Config) -> None:
             )
     elif rate.base_global_batch_size is not None:
         raise UserError('trainer.learning_rate.base_global_batch_size has no effect with scaling_rule "none".')
+    _check_model_options(config)
     if rate.final_fraction and rate.schedule == "constant":
         raise UserError('trainer.learning_rate.final_fraction has no effect with schedule "constant".')
+
+
+def _check_model_options(config: Config) -> None:
+    options = config.trainer
+    best = options.best
+    if best.mode != "auto" and best.metric in ("auto", None):
+        raise UserError(
+            f'"trainer.best.mode" is "{best.mode}", but trainer.best.metric names no metric. Name one, such as '
+            '"accuracy", or leave the mode out.'
+        )
+    if best.patience_evaluations and (best.metric is None or not options.evaluate_every_epochs):
+        cause = "trainer.best.metric is null" if best.metric is None else "trainer.evaluate_every_epochs is 0"
+        raise UserError(f"trainer.best.patience_evaluations has no effect, because {cause}.")
+    for pattern in options.freeze:
+        if not isinstance(pattern, str):
+            raise UserError(f'"trainer.freeze" holds {pattern!r}. It must be a list of parameter names or patterns.')
+    for pattern, changes in options.parameter_groups.items():
+        where = f'"trainer.parameter_groups.{pattern}"'
+        if not isinstance(changes, dict) or not changes:
+            raise UserError(f'{where} must be a block of optimizer arguments, such as {{"lr": 0.001}}.')
+        for key, value in changes.items():
+            if key not in ("lr", "weight_decay", "betas", "eps", "momentum"):
+                raise UserError(f"{where}: {near(key, ('lr', 'weight_decay', 'betas', 'eps', 'momentum'))}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key != "betas" and (not number or not 0 <= value < math.inf):
+                raise UserError(f"{where}: {key} is {value!r}. It must be a number of at least 0.")
+        if "lr" in changes and config.scheduler is not None:
+            raise UserError(
+                f'{where} sets a learning rate, and "scheduler" sets that of all groups. Use trainer.learning_rate, '
+                "whose schedule multiplies each group's own."
+            )
+    if options.compile and config.zero_stage:
+        raise UserError('"trainer.compile" works at ZeRO stage 0 only. Leave one of them out.')
+    if options.lora is not None and options.freeze:
+        raise UserError('"trainer.lora" freezes all weights itself. Leave "trainer.freeze" out.')
 
 
 def _check_zero(config: Config) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import deepspeed_keys
+from .adapt import parameter_groups
 from .config import Config
 from .errors import UserError
 from .schema import near
@@ -49,6 +50,16 @@ def builds_an_op(config: Config) -> bool:
     return name in deepspeed_keys.OPTIMIZERS and not config.optimizer.params.get("torch_adam")
 
 
+def _has_weight_decay(config: Config) -> bool:
+    name = config.optimizer.type
+    if config.optimizer.params.get("weight_decay") == 0:
+        return False
+    if name.lower() in deepspeed_keys.OPTIMIZERS:
+        return "weight_decay" in deepspeed_keys.OPTIMIZERS[name.lower()]
+    known = inspect.signature(getattr(torch.optim, name)).parameters
+    return "weight_decay" in known and bool(config.optimizer.params.get("weight_decay", known["weight_decay"].default))
+
+
 class Engine:
     """One DeepSpeed engine around one model.
 
@@ -74,6 +85,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.zero_stage = config.zero_stage
+        self.compiled = config.trainer.compile
         self._max_norm = config.gradient_clipping
         self._autocast_dtype = torch.bfloat16 if config.torch_autocast.enabled else None
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +108,7 @@ class Engine:
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                model_parameters=self.parameters,
+                model_parameters=parameter_groups(model, config, _has_weight_decay(config)),
                 config=_deepspeed_config(config, micro_batch_size, world_size),
                 lr_scheduler=lr_scheduler,
                 dist_init_required=False,
@@ -200,12 +212,16 @@ class Engine:
         return float(self._engine.get_lr()[0])
 
     @contextlib.contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """A context in which parameters are whole on every rank. Collective: every rank, at ZeRO stage 3."""
+    def whole_parameters(self, change: bool = False) -> Iterator[None]:
+        """A context in which parameters are whole on every rank. Collective: every rank, at ZeRO stage 3.
+
+        Args:
+            change: keep what is written to them, alike on every rank.
+        """
         if self.zero_stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters()), modifier_rank=0 if change else None):
             yield
 
     def model_state(self) -> dict[str, Tensor]:

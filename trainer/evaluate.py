@@ -7,7 +7,7 @@ size; ranks take contiguous blocks of them, as in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ from .batching import micro_batch_bounds, rank_block
 from .distributed import Ranks, all_gather_flat, broadcast_object, gather_objects
 from .errors import UserError
 from .order import key, seed_generators
-from .splits import Split
+from .splits import Batch, Split
 from .tasks import Outputs, Task
 
 if TYPE_CHECKING:
@@ -46,7 +46,14 @@ def check_outputs(outputs: Outputs, samples: int) -> dict[str, Tensor]:
 
 
 def evaluate(
-    task: Task, engine: Engine, split: Split, host_split: Split, ranks: Ranks, micro_batch_size: int, seed: int
+    task: Task,
+    engine: Engine,
+    split: Split,
+    host_split: Split,
+    ranks: Ranks,
+    micro_batch_size: int,
+    seed: int,
+    look: Callable[[Outputs, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a split, the same bits at every world size. Collective: every rank.
 
@@ -57,11 +64,13 @@ def evaluate(
         ranks: who computes which micro-batches.
         micro_batch_size: samples of one forward.
         seed: for models that draw random numbers in evaluation too.
+        look: called on rank 0 with the outputs and the arrays of the whole split, on the CPU.
 
     Returns:
         {"loss": ..., and the task's metrics}, on every rank.
     """
     bounds = micro_batch_bounds(len(split), micro_batch_size)
+    longest = None if engine.compiled else host_split.longest(torch.arange(len(split)), bounds)
     block = list(rank_block(len(bounds), ranks.world_size, ranks.rank))
     # At ZeRO stage 3 a forward is collective, so ranks with less to do repeat a micro-batch and drop it.
     most = -(-len(bounds) // ranks.world_size)
@@ -74,6 +83,7 @@ def evaluate(
         for position, j in enumerate(block + repeats):
             start, stop = bounds[j]
             batch = split.gather(torch.arange(start, stop, device=engine.device))
+            batch = split.cut(batch, longest[j] if longest is not None else None)
             seed_generators(key(seed, "evaluation", j), engine.device)
             outputs = task.forward(model, batch)
             loss, _ = task.loss(outputs, batch)
@@ -99,6 +109,8 @@ def evaluate(
     if ranks.first:
         whole = outputs_in_order.get("") if list(outputs_in_order) == [""] else outputs_in_order
         metrics = task.metrics(whole, host_split.arrays)
+        if look is not None:
+            look(whole, host_split.arrays)
         count = host_split.count_of(torch.arange(len(host_split)))
         result = {"loss": loss_sum / count, **{name: float(value) for name, value in metrics.items()}}
     return broadcast_object(result)

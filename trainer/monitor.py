@@ -97,7 +97,8 @@ class Window:
         self._norms = torch.zeros(steps, device=device)
         self._capacity = steps
         self.timer = PhaseTimer(device, clock)
-        self._filled: list[tuple[int, float, int, float]] = []  # M, count, samples, learning rate of each step
+        # M, count, samples, learning rate and tokens of each step
+        self._filled: list[tuple[int, float, int, float, int]] = []
         self._started_at_s = clock()
         self._paused_s = 0.0
 
@@ -107,12 +108,14 @@ class Window:
             self._started_at_s, self._paused_s = self._clock(), 0.0
         self.timer.begin()
 
-    def end_step(self, losses: Tensor, norm: Tensor, count: float, samples: int, learning_rate: float) -> None:
+    def end_step(
+        self, losses: Tensor, norm: Tensor, count: float, samples: int, learning_rate: float, tokens: int = 0
+    ) -> None:
         """Takes one step's numbers: losses (M,) sums of the micro-batches, norm () of the gradient."""
         i = len(self._filled)
         self._losses[i, : len(losses)].copy_(losses)
         self._norms[i].copy_(norm)
-        self._filled.append((len(losses), count, samples, learning_rate))
+        self._filled.append((len(losses), count, samples, learning_rate, tokens))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -160,12 +163,15 @@ class Window:
                 "epoch": epoch,
                 # fsum rounds once: the mean does not depend on how the sums were made.
                 "train/loss": math.fsum(v for row, (m, *_) in zip(sums, filled) for v in row[:m])
-                / math.fsum(count for _, count, _, _ in filled),
-                "train/learning_rate": math.fsum(rate for *_, rate in filled) / steps,
+                / math.fsum(count for _, count, *_ in filled),
+                "train/learning_rate": math.fsum(rate for *_, rate, _ in filled) / steps,
                 "train/grad_norm": math.fsum(norms.tolist()) / steps,
-                "throughput/samples_per_s": sum(samples for _, _, samples, _ in filled) / elapsed_s,
+                "throughput/samples_per_s": sum(samples for _, _, samples, *_ in filled) / elapsed_s,
                 "throughput/step_time_ms": elapsed_s / steps * 1e3,
             }
+            tokens = sum(t for *_, t in filled)
+            if tokens:
+                record["throughput/tokens_per_s"] = tokens / elapsed_s
             record.update({f"throughput/{phase}_ms": seconds[phase] / steps * 1e3 for phase in PHASES})
             return record
 
@@ -191,15 +197,16 @@ class Pace:
         self._clock = clock
         self._began_s = 0.0
         self._seconds = 0.0
-        self._steps = self._samples = 0
+        self._steps = self._samples = self._tokens = 0
 
-    def step(self, done: int, samples: int) -> None:
+    def step(self, done: int, samples: int, tokens: int = 0) -> None:
         """Counts a step: `done` so far, with this one, of `samples`."""
         if done == self._warmup:
             self._began_s = self._clock()
         elif done > self._warmup:
             self._steps += 1
             self._samples += samples
+            self._tokens += tokens
 
     def pause(self, seconds: float) -> None:
         """Leaves time out: an evaluation's."""
@@ -218,6 +225,11 @@ class Pace:
     def samples_per_s(self) -> float:
         """Mean samples a second over all ranks; nan if there were only warm-up steps."""
         return self._samples / self._seconds if self._steps else math.nan
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean tokens (padding not counted) a second over all ranks; None for data without lengths."""
+        return self._tokens / self._seconds if self._tokens else None
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
@@ -263,6 +275,14 @@ class Writer:
         if self._events is not None:
             scalars = {name if "/" in name else f"train/{name}": v for name, v in record.items() if name != "step"}
             self._add_scalars(scalars, int(record["step"]))
+
+    def draw(self, pictures: Mapping[str, Tensor], step: int) -> None:
+        """Writes pictures, name -> (C, H, W) uint8."""
+        if self._events is not None:
+            from torch.utils.tensorboard.summary import image
+
+            for name, picture in pictures.items():
+                self._events.add_summary(image(name, picture, dataformats="CHW"), step)
 
     def _add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         # All in one event: SummaryWriter.add_scalar for each takes four times as long.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,29 @@ class OutputFolder:
         """Writes a JSON file at once: readers see the old file or the new one, never half of it."""
         _replace(self.path / name, (to_json(value, indent=2) + "\n").encode())
 
-    def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Writes parameters and buffers to model/model.safetensors."""
-        from safetensors.torch import save
+    def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
+        """Calls `write` with an empty folder, which then appears under its name, whole, in place of an older one."""
+        target, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
-        (self.path / "model").mkdir(exist_ok=True)
-        # Clones: tied weights and statistics in one buffer share memory, which the format refuses.
-        data = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()})
-        _replace(self.path / "model" / "model.safetensors", data)
+
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name to a safetensors file."""
+    from safetensors.torch import save_file
+
+    # Clones: tied weights and statistics in one buffer share memory, which the format refuses.
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, str(path))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -110,6 +126,14 @@ def _remove(created: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .adapt import frozen_share
 from .build import Pieces
 from .console import table
 
@@ -27,6 +28,10 @@ def banner(p: Pieces) -> list[str]:
     warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
     if warmup_steps >= p.total_steps:
         lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, which never reaches the full rate")
+    trained, every = frozen_share(p.engine.model)
+    if trained < every:
+        lines.append(f"{trained:,} of {every:,} parameters are trained, the others are frozen")
+    lines += [f"note: {note}" for note in getattr(p.task, "notes", ())]
     if p.inexact:
         lines.append(f"exactness: tolerance, because {'; '.join(p.inexact)}")
     elif plan.scaling == "strong":
@@ -48,7 +53,14 @@ def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> st
     measured = "test" if "test" in metrics else next(iter(metrics), None)
     rows = [(f"{measured} {name}", f"{value:.4f}") for name, value in metrics.get(measured, {}).items()]
     rows += [
-        ("steps", f"{summary['steps']:,}"),
+        ("steps", f"{summary['steps']:,}" + (" (stopped early)" if summary["status"] == "stopped early" else "")),
+    ]
+    if summary.get("best"):
+        best = summary["best"]
+        rows.append(("kept model", f"of step {best['step']:,}, {best['metric']} {best['value']:.4f} on validation"))
+    if summary["tokens_per_s"]:
+        rows.append(("tokens/s", f"{summary['tokens_per_s']:,.0f}"))
+    rows += [
         ("samples/s", f"{summary['samples_per_s']:,.0f}"),
         ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
         ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),

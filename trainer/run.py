@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .best import BestModel
 from .build import Pieces, build, refuse_inexact
 from .config import Config
 from .console import DeepSpeedLog, Progress, say
 from .distributed import Ranks, gather_objects
-from .errors import NonFiniteError
+from .errors import NonFiniteError, UserError
 from .evaluate import evaluate
 from .guard import compare_ranks, state_sha256
 from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
 from .report import banner, result_table
+from .saving import save_card, save_model
+from .splits import Batch
 from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
+from .tasks import Outputs
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -78,20 +82,23 @@ def _train(
     make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer)
     record = _Recorder(p, window)
     buffers_before = unordered_buffers(p)
-    validation_steps = options.evaluate_every_epochs * p.steps_per_epoch
+    validation_steps = options.evaluate_every_epochs * p.steps_per_epoch if "validation" in p.splits else 0
+    best = _best_model(p)
     time_to_first_step_s = math.nan
     done = 0  # optimizer steps made
     if p.ranks.first:
         say(*banner(p))
+    if best is not None and options.best.metric != "auto":
+        best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
 
     try:
         for batch in global_batches(p):
             window.begin_step()
             rate = engine.learning_rate
             losses, norm = make_step(batch)
-            window.end_step(losses, norm, batch.count, len(batch.indices), rate)
+            window.end_step(losses, norm, batch.count, len(batch.indices), rate, batch.tokens)
             done = batch.step + 1
-            record.pace.step(done, len(batch.indices))
+            record.pace.step(done, len(batch.indices), batch.tokens)
 
             if done == 1:
                 # Rank 0's files appear only now that the task has shown that it works.
@@ -108,7 +115,9 @@ def _train(
                     _check_window(window, done)
                 record.window(done)
             if validation_steps and done % validation_steps == 0 and done < p.total_steps:
-                record.evaluate("validation", done)
+                validation = record.evaluate("validation", done)
+                if best is not None and not best.offer(engine, validation, done) and best.enough:
+                    break
         if make_step.deferred:
             _check_window(window, done)
         record.window(done, last=True)
@@ -118,20 +127,37 @@ def _train(
         record.window(done, last=True)
         with engine.whole_parameters():
             if folder is not None:
-                folder.save_model(engine.model.state_dict())
+                save_model(p, folder)
                 _conclude(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
         raise
     finally:
         record.progress.close()
 
+    summary: dict[str, Any] = {}
     with engine.whole_parameters():
+        # Of the last step, whichever model is kept.
+        summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
+        summary["model_sha256"] = state_sha256(engine.model_state())
         if folder is not None:
-            # Before the last evaluation: whatever fails in a task's metrics, the trained model is there.
-            folder.save_model(engine.model.state_dict())
-    metrics = {name: record.evaluate(name, done) for name in ("validation", "test") if name in p.splits}
+            # Before the last evaluations: whatever fails in a task's metrics, the trained model is there.
+            save_model(p, folder)
+    metrics: dict[str, dict[str, float]] = {}
+    if "validation" in p.splits:
+        metrics["validation"] = validation if best is not None and best.enough else record.evaluate("validation", done)
+    if best is not None:
+        best.offer(engine, metrics["validation"], done)
+        if best.step not in (0, done):
+            best.restore(engine)
+            metrics["validation"] = best.metrics
+            with engine.whole_parameters():
+                if folder is not None:
+                    save_model(p, folder)
+        summary["best"] = best.summary()
+    if "test" in p.splits:
+        metrics["test"] = record.evaluate("test", done)  # once, on the model that is kept
     record.close()
-    summary = {
-        "status": "finished",
+    summary |= {
+        "status": "finished" if best is None or not best.enough else "stopped early",
         "exactness": p.exactness,
         "world_size": p.plan.world_size,
         "global_batch_size": p.plan.global_batch_size,
@@ -139,20 +165,32 @@ def _train(
         "steps": done,
         "metrics": metrics,
         "samples_per_s": record.pace.samples_per_s,
+        "tokens_per_s": record.pace.tokens_per_s,
         "step_time_s": record.pace.step_time_s,
         "started_at_s": started_at_s,
         "time_to_first_step_s": time_to_first_step_s,
     }
-    with engine.whole_parameters():
-        summary |= {
-            "parameters_sha256": state_sha256({n: p.detach() for n, p in engine.model.named_parameters()}),
-            "model_sha256": state_sha256(engine.model_state()),
-        }
-        summary["wall_time_s"] = time.time() - started_at_s
-        if folder is not None:
-            _conclude(p, folder, record, summary)
-            say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
+    summary["wall_time_s"] = time.time() - started_at_s
+    if folder is not None:
+        save_card(p, folder, summary)
+        _conclude(p, folder, record, summary)
+        say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
     return summary
+
+
+def _best_model(p: Pieces) -> BestModel | None:
+    options = p.config.trainer
+    if "validation" not in p.splits:
+        if options.best.patience_evaluations or options.best.metric not in ("auto", None):
+            raise UserError(
+                f'"trainer.best" asks for the best model on validation, but the task {options.task} has no validation '
+                "split.",
+                agreed=True,
+            )
+        return None
+    if options.best.metric is None or not options.evaluate_every_epochs:
+        return None
+    return BestModel(p.config, getattr(p.task, "best_metric", None))
 
 
 class _Recorder:
@@ -192,11 +230,15 @@ class _Recorder:
         if last:
             self.pace.stop()
 
-    def evaluate(self, name: str, step: int) -> dict[str, float]:
-        """Measures a split and writes it down. Collective: every rank."""
+    def evaluate(self, name: str, step: int, quiet: bool = False) -> dict[str, float]:
+        """Measures a split and writes it down, unless `quiet`. Collective: every rank."""
         p = self._pieces
-        if name not in p.splits:
-            return {}
+        pictures = getattr(p.task, "pictures", None)
+
+        def look(outputs: Outputs, arrays: Batch) -> None:
+            if pictures is not None and self._writer is not None:
+                self._writer.draw({f"{name}/{n}": picture for n, picture in pictures(outputs, arrays).items()}, step)
+
         with self._window.pause():
             began_s = time.perf_counter()
             metrics = evaluate(
@@ -207,7 +249,10 @@ class _Recorder:
                 p.ranks,
                 p.config.trainer.evaluate_micro_batch_size,
                 p.config.trainer.seed,
+                look,
             )
+            if quiet:
+                return metrics
             self._eval_s = time.perf_counter() - began_s
             record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
             record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}

@@ -152,7 +152,8 @@ def _check_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> N
         raise UserError(f'"{path}" is {value}. It must be below {below}.')
 
 
-_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a block {...}"}
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_NAMES |= {dict: "a block {...}", list: "a list [...]"}
 
 
 def _article(wanted: type) -> str:
@@ -177,6 +178,5 @@ def check_arguments(values: dict[str, Any], types_by_name: dict[str, tuple[type,
         if value == "auto":
             raise UserError(f'"{path}.{key}" is "auto", which only the Hugging Face Trainer fills in. Give a value.')
         if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
-            names = {list: "a list [...]", **_NAMES}
-            wanted = "a number" if float in allowed else " or ".join(names[t] for t in allowed)
+            wanted = "a number" if float in allowed else " or ".join(_NAMES[t] for t in allowed)
             raise UserError(f'"{path}.{key}" must be {wanted}, not {_kind(value)}.')

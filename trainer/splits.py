@@ -7,8 +7,8 @@ library cannot choose another kernel for it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,30 @@ class Split:
         return {name: array.index_select(0, indices) for name, array in self.arrays.items()}
 
     def to(self, device: torch.device) -> Split:
-        """The split on a device; `counts` stay on the host, where the batch arithmetic happens."""
-        return Split({name: array.to(device) for name, array in self.arrays.items()}, self.counts)
+        """The split on a device; counts and lengths stay on the host, where the batch arithmetic happens."""
+        return replace(self, arrays={name: array.to(device) for name, array in self.arrays.items()})
+
+    def longest(self, indices: Tensor, bounds: Sequence[tuple[int, int]]) -> list[int] | None:
+        """The longest sample of each micro-batch, (M,); None where samples have no lengths.
+
+        Args:
+            indices: (n,) int64 on the CPU.
+            bounds: the micro-batches, as positions in `indices`.
+        """
+        if self.lengths is None:
+            return None
+        lengths = self.lengths.index_select(0, indices).numpy()
+        return np.maximum.reduceat(lengths, [start for start, _ in bounds]).tolist()
+
+    def tokens(self, indices: Tensor) -> int:
+        """The summed lengths of samples, 0 where they have none: indices (n,) int64 on the CPU."""
+        return 0 if self.lengths is None else int(self.lengths.index_select(0, indices).sum())
+
+    def cut(self, batch: Batch, longest: int | None) -> Batch:
+        """A micro-batch without the padding that is behind its longest sample, as fresh tensors."""
+        if longest is None:
+            return batch
+        return batch | {name: batch[name][:, :longest].clone() for name in self.padded}
 
     def count_of(self, indices: Tensor) -> float:
         """The summed count of samples, exact: indices (B,) int64 on the CPU."""
@@ -60,8 +82,7 @@ class Split:
         """SHA-256 over names, types, shapes and bytes."""
         digest = hashlib.sha256()
         items = sorted(self.arrays.items())
-        if self.counts is not None:
-            items.append(("counts", self.counts))
+        items += [(n, v) for n, v in (("counts", self.counts), ("lengths", self.lengths)) if v is not None]
         for name, array in items:
             digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
             # View as bytes: numpy has no bfloat16, and a hash needs none.
@@ -76,11 +97,12 @@ def as_split(value: Any, name: str, task: str) -> Split:
     Raises:
         UserError: it is neither, it is empty, or its arrays have different lengths.
     """
-    counts = None
+    counts = lengths = None
+    padded: tuple[str, ...] = ()
     if isinstance(value, Split):
-        value, counts = value.arrays, value.counts
-        if isinstance(counts, np.ndarray):
-            counts = torch.from_numpy(counts)
+        value, counts, lengths, padded = value.arrays, value.counts, value.lengths, tuple(value.padded)
+        counts = torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts
+        lengths = torch.from_numpy(lengths) if isinstance(lengths, np.ndarray) else lengths
     if not isinstance(value, Mapping) or not value:
         raise UserError(
             f'{task}.splits()["{name}"] must be a dictionary of arrays, name -> (samples, ...), '
@@ -96,14 +118,34 @@ def as_split(value: Any, name: str, task: str) -> Split:
                 f"not {type(array).__name__}{f' of {array.dtype}' if isinstance(array, np.ndarray) else ''}."
             )
         arrays[key] = array.detach().contiguous()
-    arrays_and_counts = arrays if counts is None else {**arrays, "counts": counts}
-    lengths = {key: len(array) for key, array in arrays_and_counts.items()}
-    if len(set(lengths.values())) != 1:
-        said = ", ".join(f"{key}: {length}" for key, length in lengths.items())
+    all_arrays = arrays | {n: v for n, v in (("counts", counts), ("lengths", lengths)) if v is not None}
+    rows = {key: len(array) for key, array in all_arrays.items()}
+    if len(set(rows.values())) != 1:
+        said = ", ".join(f"{key}: {length}" for key, length in rows.items())
         raise UserError(f'{task}.splits()["{name}"]: every array must have one row a sample, but they have {said}.')
-    if next(iter(lengths.values())) == 0:
+    if next(iter(rows.values())) == 0:
         raise UserError(f'{task}.splits()["{name}"] is empty.')
-    return Split(arrays, counts)
+    _check_lengths(arrays, lengths, padded, f'{task}.splits()["{name}"]')
+    return Split(arrays, counts, lengths, padded)
+
+
+def _check_lengths(arrays: Batch, lengths: Tensor | None, padded: tuple[str, ...], where: str) -> None:
+    if padded and lengths is None:
+        raise UserError(f"{where} names padded arrays ({', '.join(padded)}), but gives no lengths.")
+    if lengths is None:
+        return
+    if lengths.dtype != torch.int64 or int(lengths.min()) < 1:
+        raise UserError(
+            f"{where}: lengths must be int64 and at least 1; they are {lengths.dtype} from {lengths.min()}."
+        )
+    for name in padded:
+        places = arrays[name].shape[1] if name in arrays and arrays[name].ndim > 1 else None
+        if places is None:
+            raise UserError(
+                f"{where}: the padded array {name!r} must be there, with a dimension of places after samples."
+            )
+        if int(lengths.max()) > places:
+            raise UserError(f"{where}: a sample is {int(lengths.max())} places long, but {name!r} has only {places}.")
 
 
 def as_splits(value: Any, task: str) -> dict[str, Split]:
