@@ -285,6 +285,8 @@ INT_MINIMA = {
     ("trainer", "learning_rate", "base_global_batch_size"): 1,
     ("trainer", "best", "patience_evaluations"): 0,
     ("trainer", "lora", "rank"): 1,
+    ("trainer", "checkpoint", "every_steps"): 0,
+    ("trainer", "checkpoint", "keep"): 1,
     ("trainer", "lora", "alpha"): 1,
 }
 

@@ -21,16 +21,43 @@ GROUPS = [
     # Said before torch is loaded, and computed without it.
     {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
     # Plain PyTorch.
-    {"order", "distributed", "summation", "batch_norm", "splits", "output", "monitor", "guard", "device", "workers"}
+    {
+        "order",
+        "distributed",
+        "summation",
+        "batch_norm",
+        "splits",
+        "output",
+        "monitor",
+        "guard",
+        "device",
+        "workers",
+        "watch",
+        "checkpoint",
+    }
     | {"cache", "tables", "classification", "pretrained", "adapt"}
-    | {"tasks", "tasks.digits"},
+    | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
+    | {"tasks.causal_lm", "text", "images", "lidc"},
     # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "step", "evaluate", "report", "best", "saving"},
+    {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
     {"verify", "check_task", "predict", "cli", "main", "__main__"},
 ]
-HEAVY = {"transformers", "datasets", "sklearn", "pandas", "matplotlib", "torchvision", "tensorboard", "safetensors"}
+HEAVY = {
+    "PIL",
+    "peft",
+    "scipy",
+    "tokenizers",
+    "transformers",
+    "datasets",
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "torchvision",
+    "tensorboard",
+    "safetensors",
+}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,21 @@ class BestModel:
             for name, tensor in engine.model_state().items():
                 tensor.copy_(self._state[name])
 
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds of it: tensors, and JSON values."""
+        return self._state, {
+            "step": self.step,
+            "value": self.value,
+            "metrics": dict(self.metrics),
+            "waited": self._waited,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], engine: Engine) -> None:
+        """Puts back what `checkpoint` gave."""
+        self.step, self.value, self._waited = int(values["step"]), float(values["value"]), int(values["waited"])
+        self.metrics = dict(values["metrics"])
+        self._state = {name: tensor.to(engine.device) for name, tensor in tensors.items()}
+
     def summary(self) -> dict[str, Any]:
         """For summary.json."""
         return {"step": self.step, "metric": self.metric, "mode": self.mode, "value": self.value}

@@ -55,6 +55,7 @@ class Pieces:
     facts: dict[str, Any]
     hosts: list[str]
     own_buffers: set[str] = field(default_factory=set)
+    _data_sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def exactness(self) -> str:
@@ -74,6 +75,12 @@ class Pieces:
             counts.add(len(micro_batch_bounds(rest, self.plan.micro_batch_size)))
         return counts
 
+    def data_sha256(self) -> dict[str, str]:
+        """The hash of each split's data."""
+        if not self._data_sha256:
+            self._data_sha256.update({name: split.data_hash() for name, split in self.host_splits.items()})
+        return self._data_sha256
+
     def manifest(self) -> dict[str, Any]:
         """Everything that the result follows from, for manifest.json."""
         return {
@@ -83,7 +90,7 @@ class Pieces:
             "inexact": self.inexact,
             "seed": self.config.trainer.seed,
             "samples": {name: len(split) for name, split in self.host_splits.items()},
-            "data_sha256": {name: split.data_hash() for name, split in self.host_splits.items()},
+            "data_sha256": self.data_sha256(),
             "facts": self.facts,
             "hosts": self.hosts,
         }

@@ -41,6 +41,12 @@ def run_parser() -> argparse.ArgumentParser:
     )
     add_config_flags(parser)
     parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|DIR", help="go on from a run's newest checkpoint, or DIR's"
+    )
+    parser.add_argument(
+        "--allow_changed_config", action="store_true", help="go on even where a changed config changes the bits"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     return parser
 

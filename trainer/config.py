@@ -44,6 +44,16 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """`trainer.checkpoint`: what a run that is interrupted goes on from."""
+
+    every_steps: int = option(
+        500, "steps between checkpoints; 0 for none but the one of a run that is stopped", minimum=0
+    )
+    keep: int = option(2, "how many of the newest to keep", minimum=1)
+
+
+@dataclass(frozen=True)
 class Lora:
     """`trainer.lora`: train low-rank updates instead of the weights (Hu et al. 2021), by the package peft."""
 
@@ -75,6 +85,9 @@ class Trainer:
     evaluate_micro_batch_size: int = option(128, "samples of one forward in evaluation", minimum=1)
     log_every_steps: int = option(10, "length of the logging window in steps", minimum=1)
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
+    checkpoint: Checkpoint = option(Checkpoint, "what an interrupted run goes on from")
+    max_wall_time_s: float | None = option(None, "stop with a checkpoint after so many seconds, exit code 75", above=0)
+    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for so long", minimum=5)
     learning_rate: LearningRate = option(LearningRate, "scaling rule, warm-up and schedule")
     best: Best = option(Best, "the model that is kept and tested: the best on validation; early stopping")
     decay_biases_and_norms: bool = option(False, "weight decay for parameters of one dimension as well")

@@ -75,23 +75,24 @@ class Progress:
     Args:
         total: steps of the run.
         visible: False on every rank but 0.
+        done: steps made before.
     """
 
-    def __init__(self, total: int, visible: bool) -> None:
+    def __init__(self, total: int, visible: bool, done: int = 0) -> None:
         self._total, self._visible = total, visible
         self._bar: Any = None
         self._next_line = self._next_evaluation = 0
         if visible and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def logged(self, record: dict[str, float]) -> None:
         """Shows a logging window."""
         if not self._visible:
             return
         step = int(record["step"])
-        rate = f"{record['throughput/samples_per_s']:,.0f} samples/s"
+        rate = f"{record.get('throughput/samples_per_s', 0.0):,.0f} samples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['train/loss']:.4f}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)

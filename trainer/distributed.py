@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import BY_EXIT_CODE, TrainerError, UserError
+from .errors import BY_EXIT_CODE, Stopped, TrainerError, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -82,9 +85,9 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    if ranks.local_world_size == ranks.world_size:
-        # All on one machine: nothing has to listen beyond it.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if ranks.local_world_size == ranks.world_size and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _start_on_one_machine(ranks, backend, timeout)
+        return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set: start them with a launcher.")
@@ -98,6 +101,81 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
             f"The ranks cannot meet at {where}: {str(error).splitlines()[0]}\n"
             "If another run uses the port, choose one with deepspeed --master_port."
         ) from error
+
+
+_address: tuple[str, int] | None = None
+_server: Any = None
+
+
+def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta) -> None:
+    """The ranks meet at a port of the loopback interface that rank 0 chooses, so a taken MASTER_PORT harms nobody."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    global _address, _server
+    # Nothing has to listen beyond this machine.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    notice = _notice_path()
+    if ranks.first:
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(ranks.world_size + 16)
+        port = listener.getsockname()[1]
+        _server = TCPStore(
+            "127.0.0.1", port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        temporary = notice.with_name(f"{notice.name}.{os.getpid()}")
+        temporary.write_text(str(port))
+        os.replace(temporary, notice)
+        store = _server
+    else:
+        deadline_s = time.monotonic() + timeout.total_seconds()
+        while not notice.exists():
+            if time.monotonic() > deadline_s:
+                raise UserError(f"Rank 0 did not start within {timeout.total_seconds():g} s.")
+            time.sleep(0.01)
+        port = int(notice.read_text())
+        store = TCPStore("127.0.0.1", port, None, False, timeout, wait_for_workers=False)
+    _address = ("127.0.0.1", port)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+    )
+    dist.barrier()
+    if ranks.first:
+        notice.unlink(missing_ok=True)  # everyone is here
+
+
+def _notice_path() -> Path:
+    """Where rank 0 leaves the port: a name that only the ranks of one launch share, in a folder of this user's own."""
+    launcher = os.getppid()
+    try:
+        # A process's number comes again; its number with its start time does not.
+        began = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        began = ""
+    folder = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"The folder {folder} belongs to someone else. Set TMPDIR to a folder of your own.")
+    launch = os.environ.get("TRAINER_LAUNCH", os.environ.get("MASTER_PORT", ""))
+    return folder / f"ranks-{launcher}-{began}-{launch}"
+
+
+def side_store(timeout_s: float) -> Any:
+    """A connection of its own to the store at which the ranks met, for another thread; None with one rank."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    host, port = _address or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+    # torchrun's store outlives a restart of the ranks.
+    return PrefixStore(f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 
 
 def close() -> None:
@@ -167,6 +245,25 @@ def broadcast_object(value: T | None) -> T:
     return box[0]
 
 
+def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Rank 0's tensor on every rank, on the CPU, bit for bit. Collective: every rank."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert value is not None
+        return value
+    result = torch.empty(shape, dtype=dtype) if value is None else value.contiguous()
+    if result.numel() == 0:
+        return result
+    # As bytes: not every backend knows every type.
+    message = result.view(-1).view(torch.uint8)
+    if dist.get_backend() != "gloo":
+        message = message.cuda()
+    dist.broadcast(message, src=0)
+    return message.cpu().view(dtype).view(shape)
+
+
 def raise_together(error: TrainerError | None) -> None:
     """Raises the first rank's error on every rank, so that none goes on or is left waiting.
 
@@ -205,9 +302,12 @@ def report(error: TrainerError, ranks: Ranks) -> None:
     A launcher ends the other ranks as soon as one has ended, so the speaker waits until the others
     have come to the same end; they do within moments, and the launcher then ends the wait.
     """
-    speaks = ranks.first if error.agreed else first_to_speak(ranks)
+    speaks = error.speaks
+    if speaks is None:
+        speaks = ranks.first if error.agreed else first_to_speak(ranks)
     if speaks:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, Stopped) else "error: "
+        print(f"\n{kind}{error}", file=sys.stderr, flush=True)
     if ranks.world_size > 1 and speaks != error.agreed:
         time.sleep(3.0 if speaks else 2.0)
 

@@ -18,6 +18,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from . import deepspeed_keys
@@ -230,6 +238,121 @@ class Engine:
         state.update(self.model.named_buffers())
         return state
 
+    @contextlib.contextmanager
+    def local_shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Name -> shape of all parameters and buffers, whole even where a rank holds a part. Not collective."""
+        shapes = {n: tuple(getattr(t, "ds_shape", t.shape)) for n, t in self.model.named_parameters()}
+        yield shapes | {n: tuple(b.shape) for n, b in self.model.named_buffers()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds of optimizer and schedule. Collective with ZeRO: every rank.
+
+        Returns:
+            "<parameter>.<kind>" -> tensor, as on one rank; and JSON values.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        values: dict[str, Any] = {
+            "groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in inner.param_groups],
+            "schedule": {},
+            "state": {},
+        }
+        if self._engine.lr_scheduler is not None:
+            schedule = self._engine.lr_scheduler.state_dict()
+            values["schedule"] = {k: v for k, v in schedule.items() if _is_plain(v) and k != "lr_lambdas"}
+        tensors: dict[str, Tensor] = {}
+        if self.zero_stage == 0:
+            for parameter, state in self.optimizer.state.items():
+                name = self.names[parameter]
+                tensors |= {f"{name}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+                plain = {k: v for k, v in state.items() if not isinstance(v, Tensor) and _is_plain(v)}
+                if plain:
+                    values["state"][name] = plain
+            return tensors, values
+        self._link_partitions()
+        kinds = {
+            k for p, s in inner.state.items() for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape
+        }
+        for parameter, name in self.names.items():
+            for kind in sorted(kinds):
+                tensors[f"{name}.{kind}"] = safe_get_full_optimizer_state(parameter, kind).clone()
+            tensors[f"{name}.weights"] = safe_get_full_fp32_param(parameter).clone()
+        for state in inner.state.values():
+            values["scalars"] = {k: float(v) for k, v in state.items() if k not in kinds and v is not None}
+        return tensors, values
+
+    def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Puts back what `model_state` and `optimizer_state` gave. Collective with ZeRO: every rank.
+
+        Raises:
+            UserError: the checkpoint is of another optimizer.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if len(values["groups"]) != len(inner.param_groups):
+            raise UserError(
+                f"The checkpoint has {len(values['groups'])} parameter groups, this run {len(inner.param_groups)}.",
+                agreed=True,
+            )
+        with self.whole_parameters(change=True), torch.no_grad():
+            for name, tensor in self.model_state().items():
+                tensor.copy_(model[name])
+        for group, saved in zip(inner.param_groups, values["groups"]):
+            group.update(saved)
+        if self._engine.lr_scheduler is not None and values["schedule"]:
+            self._engine.lr_scheduler.load_state_dict({**self._engine.lr_scheduler.state_dict(), **values["schedule"]})
+        if self.zero_stage == 0:
+            for parameter, name in self.names.items():
+                kinds = [k for k in optimizer if k.rpartition(".")[0] == name]
+                if kinds or name in values["state"]:
+                    # Fused kernels want the step beside the parameter, others on the CPU: as the checkpoint's was.
+                    state = {k.rpartition(".")[2]: self._like(optimizer[k], parameter) for k in kinds}
+                    self.optimizer.state[parameter] = state | values["state"].get(name, {})
+            return
+        of_optimizer = {key.rpartition(".")[2] for key in optimizer} - {"weights"}
+        partitions = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 has its own list
+        if partitions is None:
+            partitions = [p for group in inner.param_groups for p in group["params"]]
+        fused = any(group.get("fused") for group in inner.param_groups)
+        for partition in partitions:  # the optimizer would make these in its first step
+            inner.state[partition] = {kind: torch.zeros_like(partition) for kind in sorted(of_optimizer)} | {
+                kind: torch.tensor(value, device=partition.device if fused else "cpu")
+                for kind, value in values.get("scalars", {}).items()
+            }
+        self._link_partitions()
+        for key, tensor in optimizer.items():
+            name, _, kind = key.rpartition(".")
+            parameter = self.model.get_parameter(name)
+            whole = tensor.to(self.device)
+            if self.zero_stage == 3:
+                # Its "full" setters fail where a parameter does not divide by the number of ranks.
+                part = self._own_part(parameter, whole)
+                if kind == "weights":
+                    safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, kind)
+            elif kind == "weights":
+                safe_set_full_fp32_param(parameter, whole)
+            else:
+                safe_set_full_optimizer_state(parameter, whole, kind)
+
+    def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
+        size = parameter.ds_tensor.numel()
+        padded = torch.zeros(size * torch.distributed.get_world_size(), dtype=whole.dtype, device=self.device)
+        padded[: whole.numel()] = whole.flatten()
+        return padded.narrow(0, size * torch.distributed.get_rank(), size)
+
+    def _link_partitions(self) -> None:
+        # DeepSpeed links optimizer state to parameters after the first group's first step, when other groups have none.
+        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        if tensor.ndim == 0 and not fused:
+            return tensor.clone()
+        result = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
+        return result.to(device=parameter.device, dtype=tensor.dtype).copy_(tensor)
+
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on: parameters, buffers and optimizer state, named by kind."""
         tensors = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
@@ -238,6 +361,13 @@ class Engine:
             name = self.names.get(parameter, "partition")
             tensors.update({f"optimizer {name}.{k}": v for k, v in state.items() if isinstance(v, Tensor)})
         return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of an optimizer's or a schedule's state is JSON as it is."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int) -> dict[str, Any]:

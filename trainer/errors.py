@@ -9,9 +9,11 @@ class TrainerError(Exception):
     Attributes:
         exit_code: what the process ends with.
         agreed: every rank raised this same error together, so rank 0 alone prints it.
+        speaks: whether this rank prints it; None where nobody has settled that yet.
     """
 
     exit_code = 1
+    speaks: bool | None = None
 
     def __init__(self, message: str, *, agreed: bool = False) -> None:
         super().__init__(message)
@@ -41,5 +43,19 @@ class RanksDifferError(TrainerError):
     exit_code = 4
 
 
+class LostRankError(TrainerError):
+    """A rank was killed, hangs or cannot be reached, so the others cannot go on."""
+
+    exit_code = 5
+
+
+class Stopped(TrainerError):
+    """The run was asked to stop, and did so with a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again)."""
+
+    exit_code = 75
+
+
 # An agreed error is rebuilt on every rank from its exit code (see distributed.raise_together).
-BY_EXIT_CODE = {cls.exit_code: cls for cls in (TrainerError, UserError, NonFiniteError, RanksDifferError)}
+BY_EXIT_CODE = {
+    cls.exit_code: cls for cls in (TrainerError, UserError, NonFiniteError, RanksDifferError, LostRankError, Stopped)
+}

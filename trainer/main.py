@@ -27,9 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
         config.plan(ranks.world_size)  # before torch is loaded
+        from trainer.resume import Resume
         from trainer.run import run
 
-        run(config, ranks, config_name=Path(flags.ds_config).stem, started_at_s=_STARTED_AT_S)
+        run(
+            config,
+            ranks,
+            config_name=Path(flags.ds_config).stem,
+            started_at_s=_STARTED_AT_S,
+            resume=Resume(flags.resume, flags.allow_changed_config),
+        )
     except TrainerError as error:
         report(error, ranks)
         return error.exit_code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -101,10 +102,11 @@ class Window:
         self._filled: list[tuple[int, float, int, float, int]] = []
         self._started_at_s = clock()
         self._paused_s = 0.0
+        self._before = 0  # steps of the window that were made before this process began
 
     def begin_step(self) -> None:
         """Starts a step's time."""
-        if not self._filled:
+        if len(self._filled) == self._before:
             self._started_at_s, self._paused_s = self._clock(), 0.0
         self.timer.begin()
 
@@ -145,11 +147,27 @@ class Window:
                 return i, own, norm
         return None
 
+    def checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds of a window that has begun: JSON values. Waits for the device."""
+        n = self.filled
+        return {"filled": list(self._filled), "losses": self._losses[:n].tolist(), "norms": self._norms[:n].tolist()}
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Puts back what `checkpoint` gave, if it fits; its steps count for loss and norm, and not for the time."""
+        filled = [(int(m), float(c), int(s), float(r), int(t)) for m, c, s, r, t in values["filled"]]
+        if not filled or len(filled) >= self._capacity:
+            return
+        self._filled = filled
+        self._losses[: len(filled)].copy_(torch.tensor(values["losses"]))
+        self._norms[: len(filled)].copy_(torch.tensor(values["norms"]))
+        self._before = len(filled)
+
     def close(self, step: int, epoch: int) -> Callable[[], dict[str, float]] | None:
         """Ends the window after `step`. Returns a function that gives its record, or None if it is empty."""
         steps, filled = len(self._filled), self._filled
         if steps == 0:
             return None
+        timed, self._before = filled[self._before :], 0
         elapsed_s = self._clock() - self._started_at_s - self._paused_s
         phases = self.timer.take()
         losses, norms = self._copy(self._losses[:steps]), self._copy(self._norms[:steps])
@@ -166,13 +184,15 @@ class Window:
                 / math.fsum(count for _, count, *_ in filled),
                 "train/learning_rate": math.fsum(rate for *_, rate, _ in filled) / steps,
                 "train/grad_norm": math.fsum(norms.tolist()) / steps,
-                "throughput/samples_per_s": sum(samples for _, _, samples, *_ in filled) / elapsed_s,
-                "throughput/step_time_ms": elapsed_s / steps * 1e3,
             }
-            tokens = sum(t for *_, t in filled)
+            if not timed:
+                return record
+            record["throughput/samples_per_s"] = sum(samples for _, _, samples, *_ in timed) / elapsed_s
+            record["throughput/step_time_ms"] = elapsed_s / len(timed) * 1e3
+            tokens = sum(t for *_, t in timed)
             if tokens:
                 record["throughput/tokens_per_s"] = tokens / elapsed_s
-            record.update({f"throughput/{phase}_ms": seconds[phase] / steps * 1e3 for phase in PHASES})
+            record.update({f"throughput/{phase}_ms": seconds[phase] / len(timed) * 1e3 for phase in PHASES})
             return record
 
         return read
@@ -243,30 +263,58 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     return result
 
 
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The records of a metrics.jsonl up to a step; a last line that was cut off is dropped."""
+    kept = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
 class Writer:
     """Rank 0's files: TensorBoard events and one JSON line a record.
 
     Args:
         folder: the run's output folder.
         tensorboard: whether to write events.
+        after_step: go on with the files of a run, without what they hold of later steps; 0 for new ones.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self._lines: TextIO = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+    def __init__(self, folder: Path, tensorboard: bool, after_step: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        kept = _lines_until(path, after_step) if after_step else []
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._lines: TextIO = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard.writer import FileWriter
 
             self._events = FileWriter(str(folder / "tensorboard"))
+            if after_step:
+                # TensorBoard then drops what earlier files hold of later steps.
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float]) -> None:
-        """Writes what holds for the whole run, at step 0."""
+                self._events.add_event(Event(file_version="brain.Event:2"), after_step + 1)
+                self._events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), after_step + 1)
+
+    def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float], step: int = 0) -> None:
+        """Writes what holds for the run from a step on."""
         if self._events is not None:
             from torch.utils.tensorboard.summary import text
 
             for name, content in texts.items():
-                self._events.add_summary(text(name, content), 0)
-            self._add_scalars(scalars, 0)
+                self._events.add_summary(text(name, content), step)
+            self._add_scalars(scalars, step)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""

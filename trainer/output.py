@@ -24,11 +24,12 @@ class OutputFolder:
         self._created = created
 
     @staticmethod
-    def claim(wanted: str | None, config_name: str) -> OutputFolder:
+    def claim(wanted: str | None, config_name: str, again: bool = False) -> OutputFolder:
         """Makes the folder, or takes an existing one that holds no run.
 
         Args:
             wanted: the folder; None for a new one, runs/<config_name>-<number>.
+            again: the folder's run goes on.
 
         Raises:
             UserError: it holds a run already, or cannot be written.
@@ -38,7 +39,7 @@ class OutputFolder:
             if wanted is not None:
                 path = Path(wanted)
                 held = [name for name in ("manifest.json", "summary.json", "metrics.jsonl") if (path / name).exists()]
-                if held:
+                if held and not again:
                     raise UserError(
                         f"The output folder {path} already holds a run ({held[0]}), and runs are never overwritten.\n"
                         "Choose another --output_dir, or move or delete that folder."
@@ -64,6 +65,12 @@ class OutputFolder:
     def release(self) -> None:
         """Removes what `claim` created, if nothing was put there since."""
         _remove(self._created)
+
+    def inherit(self, run: Path) -> None:
+        """Takes over another run's log, which the run that goes on from its checkpoint continues."""
+        lines = run / "metrics.jsonl"
+        if lines.exists():
+            shutil.copyfile(lines, self.path / "metrics.jsonl")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file at once: readers see the old file or the new one, never half of it."""

@@ -50,6 +50,7 @@ def predict(
     rows = task.predict(network, path, batch_size)  # type: ignore[attr-defined]
     if output is None:
         _write(rows, kind, sys.stdout)
+        _say_notes(task)
         return 0
     target = Path(output)
     temporary = target.with_name(f".{target.name}.part")
@@ -61,8 +62,14 @@ def predict(
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+    _say_notes(task)
     print(f"{count:,} predictions in {target}", file=sys.stderr)
     return 0
+
+
+def _say_notes(task: Task) -> None:
+    for note in getattr(task, "notes", ()):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _model_folder(path: Path) -> Path:

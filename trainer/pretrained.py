@@ -37,11 +37,14 @@ def check_spec(spec: Any, kind: str, example: str) -> None:
 @contextlib.contextmanager
 def _told(spec: Spec) -> Iterator[None]:
     """Turns what transformers raises for a folder or name into one message that says what to do."""
+    from safetensors import SafetensorError
+
+    kinds = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError)
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except kinds as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(spec, str) and not Path(spec).expanduser().is_dir():
             raise UserError(
@@ -83,7 +86,7 @@ def configuration(spec: Spec, trust_remote_code: bool = False, **changes: Any) -
         known = AutoConfig.for_model(model_type).to_dict()
         for name in values:
             # attribute_map: n_embd and hidden_size name the same thing.
-            if name not in known and name not in (CONFIG_MAPPING[model_type].attribute_map or {}):
+            if name not in known and name not in {"num_labels", *(CONFIG_MAPPING[model_type].attribute_map or {})}:
                 raise UserError(f'{_OPTION}: unknown key "{name}" for {model_type}. {near(name, list(known))}')
         with _told(spec):
             return AutoConfig.for_model(model_type, **(values | changes))
@@ -146,7 +149,7 @@ def build(
                 '"new_head": true in trainer.task_options.'
             )
         raise UserError(f"{_OPTION}: {name} of {spec} has the shape {tuple(has)}, the model needs {tuple(wanted)}.")
-    missing = sorted(loading["missing_keys"]) + [name for name, *_ in mismatched]
+    missing = sorted([*loading["missing_keys"], *(name for name, *_ in mismatched)])
     if missing and notes is not None:
         notes.append(f"{spec} has no weights for {', '.join(missing)}: new ones, which follow from the seed")
     return model

@@ -6,31 +6,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .batching import BatchPlan
 from .best import BestModel
 from .build import Pieces, build, refuse_inexact
+from .checkpoint import Snapshot
 from .config import Config
-from .console import DeepSpeedLog, Progress, say
-from .distributed import Ranks, gather_objects
-from .errors import NonFiniteError, UserError
-from .evaluate import evaluate
+from .console import DeepSpeedLog, say
+from .distributed import Ranks, broadcast_object, gather_objects, raise_together
+from .errors import NonFiniteError, Stopped, TrainerError, UserError
 from .guard import compare_ranks, state_sha256
-from .monitor import Pace, Window, Writer, memory_gib
+from .monitor import Window
 from .output import OutputFolder
+from .recorder import Recorder
 from .report import banner, result_table
+from .resume import Resume, Saver, claim, finished_summary, restore
 from .saving import save_card, save_model
-from .splits import Batch
 from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
-from .tasks import Outputs
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -39,9 +39,17 @@ if TYPE_CHECKING:
 # benchmarks watch a run.
 Trace = Callable[[int, "Engine", Tensor], None]
 
+NO_RESUME = Resume()
+
 
 def run(
-    config: Config, ranks: Ranks, *, config_name: str, started_at_s: float, trace: Trace | None = None
+    config: Config,
+    ranks: Ranks,
+    *,
+    config_name: str,
+    started_at_s: float,
+    trace: Trace | None = None,
+    resume: Resume = NO_RESUME,
 ) -> dict[str, Any]:
     """Runs a config to its end. Collective: every rank.
 
@@ -51,56 +59,99 @@ def run(
         config_name: names the output folder where the config names none.
         started_at_s: time.time() at which this process began.
         trace: called after every step.
+        resume: whether to go on from a checkpoint.
 
     Returns:
         The summary, as in summary.json, on every rank (files are rank 0's alone).
 
     Raises:
-        TrainerError: for the user; `agreed` if every rank raises it.
+        TrainerError: for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
     plan = config.plan(ranks.world_size)
-    folder = OutputFolder.claim(config.trainer.output_dir, config_name) if ranks.first else None
+    folder, source = claim(resume, config, config_name) if ranks.first else (None, None)
     log = DeepSpeedLog(keep=ranks.first)
     log.install()
+    watch: Watch | None = None
     try:
         pieces = build(config, ranks, plan, log)
-        return _train(pieces, folder, log, started_at_s, trace)
-    except BaseException:
+        done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
+        if done is not None:
+            if folder is not None:
+                say(f"The run in {folder.path} has come to its end already: nothing to do.")
+            return done
+        snapshot = restore(pieces, source, resume)
+        deadline_s = None if config.trainer.max_wall_time_s is None else started_at_s + config.trainer.max_wall_time_s
+        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
+        return _train(pieces, folder, log, started_at_s, trace, watch, snapshot)
+    except TrainerError as error:
+        if watch is not None and not error.agreed and error.speaks is None:
+            watch.tell_failure(error)
+        _release(folder)
+        raise
+    except BaseException as error:
         # A run that ends before its first step leaves nothing behind; later, the folder is not empty.
-        if folder is not None:
-            folder.release()
+        _release(folder)
+        known = _explained(error, plan, folder)
+        if known is None and watch is not None and _of_a_collective(error):
+            known = watch.explain(error)
+        if watch is not None and (known is None or known.speaks is None):
+            watch.tell_failure(known or error)
+        if known is not None:
+            raise known from error
         raise
     finally:
+        if watch is not None:
+            watch.close()
         log.close()
 
 
 def _train(
-    pieces: Pieces, folder: OutputFolder | None, log: DeepSpeedLog, started_at_s: float, trace: Trace | None
+    pieces: Pieces,
+    folder: OutputFolder | None,
+    log: DeepSpeedLog,
+    started_at_s: float,
+    trace: Trace | None,
+    watch: Watch,
+    snapshot: Snapshot | None,
 ) -> dict[str, Any]:
     p, engine, options, device = pieces, pieces.engine, pieces.config.trainer, pieces.device
     window = Window(options.log_every_steps, max(p.micro_batch_counts()), device)
-    make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer)
-    record = _Recorder(p, window)
+    make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer, watch)
+    best = _best_model(p)
+    done = first_step = 0  # optimizer steps made, and made before this process began
+    history: list[dict[str, Any]] = []
+    if snapshot is not None:
+        done = first_step = snapshot.step
+        history = snapshot.facts["history"]
+        window.load(snapshot.facts["window"])
+        if best is not None and snapshot.facts["best"] is not None:
+            best.load(snapshot.tensors.get("best", {}), snapshot.facts["best"], engine)
+    history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
+    record = Recorder(p, window, first_step, history)
+    saver = Saver(p, window, best, history, folder)
     buffers_before = unordered_buffers(p)
     validation_steps = options.evaluate_every_epochs * p.steps_per_epoch if "validation" in p.splits else 0
-    best = _best_model(p)
+    checkpoint_steps = options.checkpoint.every_steps
     time_to_first_step_s = math.nan
-    done = 0  # optimizer steps made
     if p.ranks.first:
         say(*banner(p))
+        if first_step:
+            say(f"going on after step {first_step:,} from a checkpoint of {history[-2]['world_size']} ranks")
     if best is not None and options.best.metric != "auto":
         best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
 
     try:
-        for batch in global_batches(p):
+        for batch in global_batches(p, first_step):
+            if best is not None and best.enough:
+                break
             window.begin_step()
             rate = engine.learning_rate
             losses, norm = make_step(batch)
             window.end_step(losses, norm, batch.count, len(batch.indices), rate, batch.tokens)
             done = batch.step + 1
-            record.pace.step(done, len(batch.indices), batch.tokens)
+            record.pace.step(done - first_step, len(batch.indices), batch.tokens)
 
-            if done == 1:
+            if done == first_step + 1:
                 # Rank 0's files appear only now that the task has shown that it works.
                 _check_buffers(p, buffers_before)
                 time_to_first_step_s = time.time() - started_at_s
@@ -116,8 +167,16 @@ def _train(
                 record.window(done)
             if validation_steps and done % validation_steps == 0 and done < p.total_steps:
                 validation = record.evaluate("validation", done)
-                if best is not None and not best.offer(engine, validation, done) and best.enough:
-                    break
+                if best is not None:
+                    best.offer(engine, validation, done)
+            stops = make_step.asked_to_stop and done < p.total_steps
+            if stops or (checkpoint_steps and done % checkpoint_steps == 0 and done < p.total_steps):
+                if make_step.deferred:
+                    _check_window(window, done)
+                record.flush()
+                record.checkpointed(saver.save(done))
+            if stops:
+                _stop(p, saver, folder, done, watch)
         if make_step.deferred:
             _check_window(window, done)
         record.window(done, last=True)
@@ -128,7 +187,7 @@ def _train(
         with engine.whole_parameters():
             if folder is not None:
                 save_model(p, folder)
-                _conclude(p, folder, record, {"status": str(failure), "steps": failure.good_steps})
+                _conclude(folder, record, {"status": str(failure), "steps": failure.good_steps})
         raise
     finally:
         record.progress.close()
@@ -141,11 +200,13 @@ def _train(
         if folder is not None:
             # Before the last evaluations: whatever fails in a task's metrics, the trained model is there.
             save_model(p, folder)
+    stopped_early = best is not None and best.enough
     metrics: dict[str, dict[str, float]] = {}
-    if "validation" in p.splits:
-        metrics["validation"] = validation if best is not None and best.enough else record.evaluate("validation", done)
+    if "validation" in p.splits and not stopped_early:
+        metrics["validation"] = record.evaluate("validation", done)
     if best is not None:
-        best.offer(engine, metrics["validation"], done)
+        if not stopped_early:
+            best.offer(engine, metrics["validation"], done)
         if best.step not in (0, done):
             best.restore(engine)
             metrics["validation"] = best.metrics
@@ -156,8 +217,9 @@ def _train(
     if "test" in p.splits:
         metrics["test"] = record.evaluate("test", done)  # once, on the model that is kept
     record.close()
+    saver.wait()
     summary |= {
-        "status": "finished" if best is None or not best.enough else "stopped early",
+        "status": "stopped early" if stopped_early else "finished",
         "exactness": p.exactness,
         "world_size": p.plan.world_size,
         "global_batch_size": p.plan.global_batch_size,
@@ -169,13 +231,61 @@ def _train(
         "step_time_s": record.pace.step_time_s,
         "started_at_s": started_at_s,
         "time_to_first_step_s": time_to_first_step_s,
+        "wall_time_s": time.time() - started_at_s,
     }
-    summary["wall_time_s"] = time.time() - started_at_s
     if folder is not None:
         save_card(p, folder, summary)
-        _conclude(p, folder, record, summary)
+        _conclude(folder, record, summary)
         say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
     return summary
+
+
+def _stop(p: Pieces, saver: Saver, folder: OutputFolder | None, done: int, watch: Watch) -> None:
+    """Leaves with a checkpoint, all ranks together. Collective: every rank."""
+    error: TrainerError | None = None
+    try:
+        saver.wait()
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    reasons = [reason for reason in gather_objects(watch.stop_reason) if reason is not None]
+    where = broadcast_object(str(folder.path) if folder is not None else None)
+    raise Stopped(
+        f"stopped after step {done:,} of {p.total_steps:,}: {reasons[0] if reasons else 'asked to'}. Nothing is lost: "
+        f"to go on, on any number of ranks, start the same command with --resume auto --output_dir {where}",
+        agreed=True,
+    )
+
+
+def _release(folder: OutputFolder | None) -> None:
+    if folder is not None:
+        folder.release()
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    """Whether an exception is what gloo or NCCL raise when another rank is gone."""
+    words = ("gloo", "nccl", "connection", "broken pipe", "socket", "timed out", "timeout", "store")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None) -> TrainerError | None:
+    """The message for an error of the machine: no memory, no disk; None for any other."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or isinstance(error, MemoryError):
+        m = plan.micro_batch_size
+        advice = f"The next smaller micro-batch that halves it is {m // 2}" if m > 1 else "It is 1 sample already"
+        return TrainerError(
+            f"A micro-batch of {m} samples does not fit into the memory of this device: {text.splitlines()[0][:200]}\n"
+            f"{advice} (train_micro_batch_size_per_gpu, or trainer.gradient_checkpointing=true, which keeps the bits). "
+            "Another micro-batch is another model: its size changes the bits."
+        )
+    if isinstance(error, OSError) and folder is not None and error.errno is not None:
+        return TrainerError(
+            f"The output folder {folder.path} cannot be written: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}.\nMake room, or the folder writable again, and start "
+            "the run again with --resume auto and the same --output_dir: it goes on from its last checkpoint."
+        )
+    return None
 
 
 def _best_model(p: Pieces) -> BestModel | None:
@@ -191,81 +301,6 @@ def _best_model(p: Pieces) -> BestModel | None:
     if options.best.metric is None or not options.evaluate_every_epochs:
         return None
     return BestModel(p.config, getattr(p.task, "best_metric", None))
-
-
-class _Recorder:
-    """Sends what is measured to its readers: files and console on rank 0, nowhere on the others."""
-
-    def __init__(self, pieces: Pieces, window: Window) -> None:
-        self._pieces, self._window = pieces, window
-        self._writer: Writer | None = None
-        self._pending: Callable[[], dict[str, float]] | None = None
-        self._eval_s = 0.0
-        self.progress = Progress(pieces.total_steps, pieces.ranks.first)
-        self.pace = Pace(pieces.total_steps)
-
-    def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
-        p = self._pieces
-        manifest = p.manifest() | {"command": shlex.join(sys.argv)}
-        folder.write_json("manifest.json", manifest)
-        log.open(folder.path / "logs" / "deepspeed.log")
-        self._writer = Writer(folder.path, p.config.tensorboard.enabled)
-        self._writer.describe(
-            {"config": f"```json\n{json.dumps(p.config.as_dict(), indent=2)}\n```", "exactness": p.exactness},
-            {"run/world_size": p.plan.world_size, "run/global_batch_size": p.plan.global_batch_size},
-        )
-
-    def window(self, step: int, last: bool = False) -> None:
-        """Ends the logging window. On a GPU it is read when the next one ends, so that nothing waits for it."""
-        closed = self._window.close(step, -(-step // self._pieces.steps_per_epoch))
-        lagging = self._pieces.device.type == "cuda" and not last
-        for read in (self._pending, None if lagging else closed):
-            if read is None:
-                continue
-            record = read() | {"throughput/eval_ms": self._eval_s * 1e3} | memory_gib(self._pieces.device)
-            self.progress.logged(record)
-            if self._writer is not None:
-                self._writer.write(record)
-        self._pending = closed if lagging else None
-        if last:
-            self.pace.stop()
-
-    def evaluate(self, name: str, step: int, quiet: bool = False) -> dict[str, float]:
-        """Measures a split and writes it down, unless `quiet`. Collective: every rank."""
-        p = self._pieces
-        pictures = getattr(p.task, "pictures", None)
-
-        def look(outputs: Outputs, arrays: Batch) -> None:
-            if pictures is not None and self._writer is not None:
-                self._writer.draw({f"{name}/{n}": picture for n, picture in pictures(outputs, arrays).items()}, step)
-
-        with self._window.pause():
-            began_s = time.perf_counter()
-            metrics = evaluate(
-                p.task,
-                p.engine,
-                p.splits[name],
-                p.host_splits[name],
-                p.ranks,
-                p.config.trainer.evaluate_micro_batch_size,
-                p.config.trainer.seed,
-                look,
-            )
-            if quiet:
-                return metrics
-            self._eval_s = time.perf_counter() - began_s
-            record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
-            record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
-            if self._writer is not None:
-                self._writer.write(record)
-            self.progress.evaluated(step, name, metrics)
-            self.pace.pause(time.perf_counter() - began_s)
-        return metrics
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _check_buffers(p: Pieces, before: dict[str, str]) -> None:
@@ -290,8 +325,8 @@ def _check_window(window: Window, done: int) -> None:
         raise non_finite(done - window.filled + offset, losses, norm)
 
 
-def _conclude(p: Pieces, folder: OutputFolder, record: _Recorder, summary: dict[str, Any]) -> None:
+def _conclude(folder: OutputFolder, record: Recorder, summary: dict[str, Any]) -> None:
     record.close()
     # Again, in case the first step changed the label.
-    folder.write_json("manifest.json", p.manifest() | {"command": shlex.join(sys.argv)})
+    record.write_manifest(folder)
     folder.write_json("summary.json", summary)

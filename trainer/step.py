@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .monitor import PhaseTimer
 from .order import SampleRandom, epoch_order, key, seed_generators
 from .splits import Batch
 from .summation import TreeSum
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class GlobalBatch:
     tokens: int = 0
 
 
-def global_batches(pieces: Pieces) -> Iterator[GlobalBatch]:
-    """All batches of a run, in order: a function of the seed and the plan, not of the world size."""
+def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]:
+    """The batches of a run from a step on, in order: a function of the seed and the plan, not of the world size."""
     split, B = pieces.host_splits["train"], pieces.plan.global_batch_size
-    step = 0
-    for epoch in range(-(-pieces.total_steps // pieces.steps_per_epoch)):
+    step = first_step
+    for epoch in range(first_step // pieces.steps_per_epoch, -(-pieces.total_steps // pieces.steps_per_epoch)):
         order = epoch_order(pieces.config.trainer.seed, epoch, len(split))
         on_device = order.to(pieces.device)
-        for start in range(0, pieces.steps_per_epoch * B, B):
+        for start in range(step % pieces.steps_per_epoch * B, pieces.steps_per_epoch * B, B):
             if step == pieces.total_steps:
                 return
             samples = order[start : start + B]
@@ -157,10 +159,13 @@ class MicroBatches:
 class ExactStep:
     """The step at ZeRO stage 0: the same bits at every world size."""
 
-    def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
+    def __init__(self, pieces: Pieces, timer: PhaseTimer, watch: Watch | None = None) -> None:
         self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
+        self._watch = watch
         self._micro_batches = MicroBatches(pieces, timer)
         self._statistics = RunningStatistics(pieces.engine.model)
+        self._flags = _Flags(pieces.device)
+        self.asked_to_stop = False
         self._tree = TreeSum(
             self._engine.parameters,
             leaves=pieces.micro_batch_counts(),
@@ -189,6 +194,10 @@ class ExactStep:
             NonFiniteError: on every rank; the parameters are those before this step.
         """
         engine, statistics, tree = self._engine, self._statistics, self._tree
+        if self._watch is not None:
+            self._watch.at(batch.step, "compute")
+            if self._watch.stop_reason is not None:
+                tree.raise_flag()
         # d(sum / count) = d(sum) * 1 / count: given to autograd as the gradient of the loss, it costs nothing.
         self._scale.fill_(1.0 / batch.count)
         error: UserError | None = None
@@ -211,7 +220,12 @@ class ExactStep:
             raise error
 
         # ... the ranks exchange what is left of it ...
+        if self._watch is not None:
+            self._watch.at(batch.step, "exchange")
         records = tree.reduce()  # (M, 1 + statistics.size)
+        self.asked_to_stop = self._flags.read(tree.flags)
+        if self._watch is not None:
+            self._watch.at(batch.step, "compute")
         losses, norm = records[:, 0], engine.gradient_norm()
         self._timer.mark("reduce")
 
@@ -241,22 +255,53 @@ class ExactStep:
         return found
 
 
+class _Flags:
+    """Whether any rank has raised its flag: the same answer on every rank in the same step.
+
+    A GPU is not waited for: the answer is then that of two steps before, which has long been copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._copies: collections.deque[tuple[Tensor, torch.cuda.Event]] = collections.deque()
+
+    def read(self, flags: Tensor) -> bool:
+        """Takes the flags of this step's micro-batches, (M,) float32. Returns whether to stop after this step."""
+        if not self._cuda:
+            return bool(flags.any())
+        copied = torch.cuda.Event()
+        host = torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking=True)  # device to host, not waited for
+        copied.record()
+        self._copies.append((host, copied))
+        if len(self._copies) < 3:
+            return False
+        earlier, event = self._copies.popleft()
+        event.synchronize()
+        return bool(earlier)
+
+
 class ZeroStep:
     """The step at ZeRO stages 1 to 3, with DeepSpeed's forward, backward and reduction: labelled tolerance."""
 
-    def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
+    def __init__(self, pieces: Pieces, timer: PhaseTimer, watch: Watch | None = None) -> None:
         self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
+        self._watch = watch
         self._micro_batches = MicroBatches(pieces, timer)
         self._statistics = RunningStatistics(pieces.engine.model)
         self.deferred = False
+        self.asked_to_stop = False
 
     def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """Makes the step. Collective: every rank. Returns losses (M,) and the gradient norm () as ExactStep does."""
         statistics, W = self._statistics, self._ranks.world_size
+        if self._watch is not None:
+            self._watch.at(batch.step, "compute")
         M = len(batch.bounds)
         block = rank_block(M, W, self._ranks.rank)
         most = -(-M // W)
-        records = torch.zeros(most, 1 + statistics.size, device=self._device)
+        records = torch.zeros(most, 2 + statistics.size, device=self._device)
+        if self._watch is not None and self._watch.stop_reason is not None:
+            records[:, -1] = 1.0
 
         def losses_of_block() -> Iterator[Tensor]:
             # DeepSpeed's reduction is collective, in stages 2 and 3 at every micro-step, so every rank makes
@@ -266,7 +311,7 @@ class ZeroStep:
                 yield loss * (W / batch.count)  # DeepSpeed averages over ranks, and goes backward before it returns
                 records[i, 0] = loss.detach()
                 if statistics.size:
-                    statistics.collect(records[i, 1:])
+                    statistics.collect(records[i, 1:-1])
             for _ in range(most - len(block)):
                 (loss,) = self._micro_batches.losses(batch, range(1))
                 yield loss * 0.0
@@ -277,7 +322,8 @@ class ZeroStep:
         in_order = torch.cat([records] if W == 1 else _gather(records, W, M))[:M]
         losses = in_order[:, 0]
         if statistics.size:
-            statistics.apply(in_order[:, 1:])
+            statistics.apply(in_order[:, 1:-1])
+        self.asked_to_stop = bool(in_order[:, -1].any())
         self._timer.mark("optimizer")
         if not math.isfinite(float(losses.sum())):
             raise non_finite(batch.step, losses.tolist(), float(norm), kept=False)

@@ -166,7 +166,8 @@ class TreeSum:
         staging: torch.device | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self.record_size = record_size = 1 + statistics_size
+        # Its loss, its statistics, and whether its rank asks all others for something (see `raise_flag`).
+        self.record_size = record_size = 1 + statistics_size + 1
         device = shapes_of[0].device
         offsets, size = [], 0
         for parameter in shapes_of:
@@ -192,8 +193,9 @@ class TreeSum:
         self._records = self._storage[: self._most_local * record_size].view(self._most_local, record_size)
         # Made once: indexing costs more than the copy it is for.
         self._loss_cells = [row[0] for row in self._records]
-        self._statistics_rows = [row[1:] for row in self._records]
+        self._statistics_rows = [row[1:-1] for row in self._records]
         self._gathered_records = torch.zeros(max_leaves, record_size, device=device)
+        self._flags = self._gathered_records[:0, 0]
         self._staging = staging or device
         self._messages: dict[tuple[str, int], Tensor] = {}
         self._program: tuple[tuple[Merge, ...], ...] = ()
@@ -223,6 +225,15 @@ class TreeSum:
     def statistics(self) -> Tensor:
         """Where the next micro-batch's statistics go: (statistics_size,) float32. Fill it before `add`."""
         return self._statistics_rows[self._leaf]
+
+    def raise_flag(self) -> None:
+        """From the next step on, this rank's micro-batches carry a flag, which all ranks then see in the same step."""
+        self._records[:, -1] = 1.0
+
+    @property
+    def flags(self) -> Tensor:
+        """After `reduce`: (M,) float32, 1 for each micro-batch whose rank has raised its flag."""
+        return self._flags
 
     def add(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         """Adds the next micro-batch.
@@ -272,14 +283,18 @@ class TreeSum:
         if W == 1:
             records = self._gathered_records[:M]
             records.copy_(self._records[:M])
-            return records
+            return self._without_flags(records)
         counts = [len(cover(M, W, r)) for r in range(W)]
         most = max(counts)
         if W == 2 or most * self.size * 4 * W <= DIRECT_LIMIT_BYTES:
             received = self._exchange_directly(counts, most)
         else:
             received = self._exchange_shards(counts)
-        return self._in_order(received[:, : self.records_size], M)
+        return self._without_flags(self._in_order(received[:, : self.records_size], M))
+
+    def _without_flags(self, records: Tensor) -> Tensor:
+        self._flags = records[:, -1]
+        return records[:, :-1]
 
     def _exchange_directly(self, counts: list[int], most: int) -> Tensor:
         length = self.records_size + most * self.size

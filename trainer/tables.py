@@ -32,6 +32,18 @@ _ALIASES = {"train": "train", "training": "train", "test": "test", "testing": "t
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
+def check_data(data: Any, config_name: str | None = None) -> None:
+    """Raises UserError unless an option `data` is a path or name, or {split: path or name}."""
+    parts = data if isinstance(data, Mapping) and data else {"": data}
+    if not all(isinstance(part, str) and part for part in parts.values()):
+        raise UserError(
+            f'"trainer.task_options.data" is {data!r}. It must be a file, a folder or a name on the dataset hub, or '
+            '{"train": ..., "validation": ..., "test": ...} of such.'
+        )
+    if config_name is not None and all(Path(part).expanduser().exists() for part in parts.values()):
+        raise UserError('"trainer.task_options.config_name" has an effect on datasets of the hub only.')
+
+
 def fingerprint(data: Data) -> str | None:
     """A hash of everything that local files and folders contain; None for a hub name, whose content is elsewhere.
 
@@ -73,8 +85,12 @@ def read(data: Data, *, config_name: str | None = None, split_column: str | None
             tables[name] = found[name] if name in found else next(iter(found.values()))
     else:
         tables = _load(data, config_name)
-    if len(tables) == 1:
-        tables = _by_column(next(iter(tables.values())), split_column)
+    if list(tables) == ["train"]:
+        tables = _by_column(tables["train"], split_column)
+    elif split_column is not None:
+        raise UserError(
+            f'"trainer.task_options.split_column" has no effect: {data} has splits already: {", ".join(tables)}.'
+        )
     named: dict[str, Any] = {}
     for name, table in tables.items():
         known = _ALIASES.get(name.lower())
@@ -91,10 +107,67 @@ def read(data: Data, *, config_name: str | None = None, split_column: str | None
     return {name: named[name] for name in SPLITS if name in named}
 
 
+def text_files(data: Data) -> dict[str, list[str]] | None:
+    """{split: the contents of its files} of a text file, a folder of such, or {split: such}; None for other data.
+
+    In a folder, files and folders with the names of splits (train.txt, valid.txt, ...) are these splits; else all
+    files are for training. Contents are as they are, ends of lines included.
+
+    Raises:
+        UserError: a file is empty or not UTF-8, or only some of a folder's files have names of splits.
+    """
+    if isinstance(data, Mapping):
+        parts = {name: text_files(part) for name, part in data.items()}
+        if all(part is None for part in parts.values()):
+            return None
+        for name, part in parts.items():
+            if name not in SPLITS:
+                raise UserError(f'"trainer.task_options.data" names the split "{name}". {near(name, SPLITS)}')
+            if part is None:
+                raise UserError(f'"trainer.task_options.data.{name}": {data[name]} holds no text files, but others do.')
+        if "train" not in parts:
+            raise UserError(f'"trainer.task_options.data" has no split "train", only {", ".join(parts)}.')
+        return {name: [t for texts in (part or {}).values() for t in texts] for name, part in parts.items()}
+    path = Path(data).expanduser()
+    if path.is_file():
+        return {"train": [_text_of(path)]} if path.suffix.lower() == ".txt" else None
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else []
+    if not files or any(p.suffix.lower() in _READERS and p.suffix.lower() != ".txt" for p in path.rglob("*")):
+        return None
+    names = {file: _ALIASES.get(file.relative_to(path).with_suffix("").parts[0].lower()) for file in files}
+    named = [file for file, name in names.items() if name is not None]
+    if named and len(named) < len(files):
+        other = next(file for file in files if file not in named)
+        raise UserError(
+            f'"trainer.task_options.data": in {data}, {named[0].relative_to(path)} is named like a split, but '
+            f"{other.relative_to(path)} is not. Name all of them so, or none."
+        )
+    if named and "train" not in names.values():
+        raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
+    result: dict[str, list[str]] = {}
+    for file in files:
+        result.setdefault(names[file] or "train", []).append(_text_of(file))
+    return {name: result[name] for name in SPLITS if name in result}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'"trainer.task_options.data": {path} is not UTF-8 text: byte {error.start:,} is '
+            f"0x{error.object[error.start]:02x}."
+        ) from error
+    if not content:
+        raise UserError(f'"trainer.task_options.data": {path} is empty.')
+    return content
+
+
 def _load(source: str, config_name: str | None) -> dict[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises as well
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, from each rank
     path = Path(source).expanduser()
     try:
@@ -146,16 +219,18 @@ def _by_column(table: Any, split_column: str | None) -> dict[str, Any]:
     return {str(name): table.select(np.flatnonzero(of == str(name))) for name in names}
 
 
-def find_column(columns: Sequence[str], given: str | None, usual: Sequence[str], option: str) -> str:
-    """The column that an option names, or the only usual one that there is.
+def find_column(
+    columns: Sequence[str], given: str | None, usual: Sequence[str], option: str, where: str = "the data"
+) -> str:
+    """The column that an option names, or the first usual one that there is.
 
     Raises:
-        UserError: no such column, or several; it lists what there is.
+        UserError: there is no such column; it lists what there is.
     """
     there = ", ".join(columns)
     if given is not None:
         if given not in columns:
-            raise UserError(f'"trainer.task_options.{option}": there is no column "{given}". The data has: {there}.')
+            raise UserError(f'"trainer.task_options.{option}": {where} has no column "{given}". It has: {there}.')
         return given
     lower = {column.lower(): column for column in columns}
     found = [lower[name] for name in usual if name in lower]
@@ -164,6 +239,50 @@ def find_column(columns: Sequence[str], given: str | None, usual: Sequence[str],
             f'"trainer.task_options.{option}" is needed: which of the columns is it? The data has: {there}.'
         )
     return found[0]
+
+
+def texts(table: Any, column: str, split: str) -> list[str]:
+    """A column of texts of a datasets table, complete. Raises UserError."""
+    return as_texts(table[column][:], split, column)
+
+
+def as_texts(values: Sequence[Any], split: str, column: str) -> list[str]:
+    """Values that must be texts, and complete. Raises UserError, with the first row that is not."""
+    check_complete(values, split, column)
+    row = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+    if row is not None:
+        raise UserError(
+            f'The column "{column}" in {split} must hold texts, but row {row} is {str(values[row])[:50]!r} '
+            f"({type(values[row]).__name__})."
+        )
+    return list(values)
+
+
+def declared_names(table: Any, column: str) -> list[str] | None:
+    """The names of classes that a dataset declares for a column of numbers (datasets.ClassLabel), or None."""
+    names = getattr(table.features[column], "names", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def labels(table: Any, column: str, split: str) -> list[Any]:
+    """A column of labels, complete: strings and numbers as they are, numbers with declared names as these names.
+
+    Raises:
+        UserError: a value is missing, or is no number of a declared class.
+    """
+    values = table[column][:]
+    check_complete(values, split, column)
+    names = declared_names(table, column)
+    if names is None:
+        return list(values)
+    wrong = [row for row, value in enumerate(values) if not 0 <= value < len(names)]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} label{'s' * (len(wrong) > 1)} in {split} {'are' if len(wrong) > 1 else 'is'} "
+            f"{values[wrong[0]]}, which is none of the {len(names)} classes (row {wrong[0]}, counted from 0). "
+            "Hub datasets mark samples without a label so: leave that split out, or drop such rows."
+        )
+    return [names[value] for value in values]
 
 
 def check_complete(values: Sequence[Any], split: str, column: str) -> None:
@@ -198,7 +317,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         UserError: a label is something else, a split has a label that train lacks, or there is only one class.
     """
     for split, values in labels.items():
-        odd = next((v for v in values if isinstance(v, bool) or not isinstance(v, (int, str, np.integer))), None)
+        odd = next((v for v in values if not isinstance(v, (bool, int, str, np.integer))), None)
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. Labels are whole numbers or strings.")
     train = Counter(labels["train"])
@@ -266,6 +385,14 @@ def lines_of(source: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"--input {source} is not a file here (looked from {Path.cwd()}).")
     table = _load(str(source), None)["train"]
     yield from table
+
+
+def rows_of(source: Path) -> list[dict[str, Any]]:
+    """All rows of a file to predict on, at least one. Raises UserError."""
+    rows = list(lines_of(source))
+    if not rows:
+        raise UserError(f"--input {source} holds no rows.")
+    return rows
 
 
 def offline() -> bool:

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -23,6 +24,8 @@ from .distributed import Ranks
 from .errors import BY_EXIT_CODE, TrainerError
 
 _PRELOAD = ["trainer.engine", "trainer.run", "trainer.evaluate", "torch._dynamo"]
+# What the tasks of trainer/tasks import late.
+_PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
 # How long the other ranks may take to end by themselves once one has failed.
 _GRACE_S = 10.0
 
@@ -99,7 +102,8 @@ def run_ranks(
         WorkerError: a rank failed otherwise, died or took too long.
     """
     context = _context(cuda)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(environment or {})}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TRAINER_LAUNCH": uuid.uuid4().hex}
+    common |= environment or {}
     processes: list[Any] = []
     pipes: list[Any] = []
     for rank in range(world_size):

@@ -50,6 +50,36 @@ def train(ranks: Ranks, config: Config) -> dict[str, Any]:
     return summary | {"trace": trace}
 
 
+def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resume: str = "auto") -> dict[str, Any]:
+    """A run that goes on from its newest checkpoint; rank `stops[step]` gets a SIGTERM after `step` steps.
+
+    Returns {"stopped": message} where it stopped, else as `train`.
+    """
+    import os
+    import signal
+
+    from trainer.errors import Stopped
+    from trainer.guard import digest
+    from trainer.resume import Resume
+    from trainer.run import run
+
+    trace: dict[int, dict[str, str]] = {}
+
+    def watch(step: int, engine: Any, losses: Any) -> None:
+        trace[step] = {"loss": digest(losses)} | {name: digest(t) for name, t in engine.state().items()}
+        if stops.get(step) == ranks.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # until the watching thread has seen it, as the test wants to know the step
+
+    try:
+        summary = run(
+            config, ranks, config_name="test", started_at_s=time.time(), trace=watch, resume=Resume(resume, False)
+        )
+    except Stopped as stopped:
+        return {"stopped": str(stopped), "trace": trace}
+    return summary | {"trace": trace}
+
+
 def train_with_shards(ranks: Ranks, config: Config) -> dict[str, Any]:
     """The same, with the exchange that large gradients take."""
     from trainer import summation

@@ -154,6 +154,7 @@ def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(tmp_p
     task = UnusedParameters()
     adam = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
     extra = {"train_batch_size": 40, "optimizer": adam, "gradient_clipping": 0.0, "epochs": 2}
+    extra["decay_biases_and_norms"] = True
     name = f"{USER_TASKS}/bad_tasks.py:UnusedParameters"
     same_everywhere(lambda W: small_config(tmp_path / str(W), task=name, **extra), [1, 2, 3, 5])
     ours = load_file(tmp_path / "3" / "model" / "model.safetensors")

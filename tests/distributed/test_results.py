@@ -7,7 +7,9 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,8 +116,35 @@ def test_validation_and_test_may_be_missing(tmp_path: Path) -> None:
 def test_every_config_runs_as_it_is(tmp_path: Path, file: Path) -> None:
     if "fused_adam" in file.stem:
         pytest.skip("DeepSpeed builds a kernel for a minute or more: see the slow test")
-    config = load(file, {"trainer.output_dir": str(tmp_path / "run"), "trainer.max_steps": 2})
-    assert run_ranks(train, 2, config)[0]["steps"] == 2
+    overrides: dict[str, Any] = {"trainer.output_dir": str(tmp_path / "run"), "trainer.max_steps": 2}
+    data = small_data(json.loads(file.read_text())["trainer"]["task"], tmp_path)
+    if data is not None:
+        overrides["trainer.task_options.data"] = str(data)
+    summary = run_ranks(train, 2, load(file, overrides), environment={"TRAINER_CACHE": str(tmp_path / "cache")})[0]
+    assert summary["steps"] == 2
+
+
+def small_data(task: str, folder: Path) -> Path | None:
+    """A little of what a task reads, where its config names a file of the user's."""
+    random = np.random.default_rng(0)
+    if task == "text_classification":
+        rows = [f"{word} {other},{word}" for word in ("red", "green") for other in map(str, range(80))]
+        (folder / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+        return folder / "train.csv"
+    if task == "causal_lm":
+        (folder / "input.txt").write_text("".join(random.choice(list("abcd \n"), 20_000)))
+        return folder / "input.txt"
+    if task == "image_classification":
+        arrays = {"x": random.integers(0, 255, (300, 12, 12, 3), dtype=np.uint8), "y": np.arange(300) % 3}
+        np.savez(folder / "images.npz", **arrays)
+        return folder / "images.npz"
+    if task == "nodules":
+        masks = np.zeros((160, 32, 32, 32), dtype=np.uint8)
+        masks[:, 12:20, 12:20, 12:20] = 1
+        patient = np.array([f"p{i // 4}" for i in range(160)])
+        np.savez(folder / "masks.npz", masks_packed=np.packbits(masks.reshape(160, -1), axis=1), patient=patient)
+        return folder / "masks.npz"
+    return None
 
 
 @pytest.mark.slow

@@ -1,0 +1,271 @@
+"""Checkpoints: what a run goes on from, on any number of ranks, to the same bits.
+
+A checkpoint knows nothing of the world size: parameters, buffers, optimizer state, the step, and what the logging
+window and the best model hold. It is a folder of safetensors files and one JSON manifest with a checksum of each,
+the manifest's own included; nothing is unpickled. It is written beside its final place, synced and renamed, and
+the file `latest` is replaced last, so a run that is killed at any moment leaves the checkpoint before.
+
+Training goes on while rank 0 writes: the state is copied, and a thread does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import TrainerError, UserError
+
+_FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+class DamagedError(Exception):
+    """A checkpoint whose files are not what was written."""
+
+
+@dataclass
+class Snapshot:
+    """One checkpoint's content, on the CPU.
+
+    Attributes:
+        step: optimizer steps made.
+        tensors: file name without suffix -> name -> tensor.
+        facts: JSON values.
+        unchanged: files whose content is that of the checkpoint before: linked, not written again.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    facts: dict[str, Any]
+    unchanged: set[str] = field(default_factory=set)
+
+
+def copy_to_host(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors into memory that is kept from one checkpoint to the next. Waits for the device."""
+    for name in set(into) - set(tensors):
+        del into[name]
+    cuda = False
+    for name, tensor in tensors.items():
+        kept = into.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = into[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        kept.copy_(tensor.detach(), non_blocking=True)
+        cuda = cuda or tensor.is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    return into
+
+
+class Checkpoints:
+    """Rank 0's checkpoints of one run.
+
+    Args:
+        folder: <output_dir>/checkpoints.
+        keep: how many of the newest to keep.
+        fault: called with a name at each moment of writing, for tests that end the process there.
+    """
+
+    def __init__(self, folder: Path, keep: int, fault: Callable[[str], None] = lambda moment: None) -> None:
+        self._folder, self._keep, self._fault = folder, keep, fault
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts writing; the snapshot's memory belongs to the writer until `wait`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write_safely, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            TrainerError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise TrainerError(
+                f"The checkpoint folder {self._folder} cannot be written: {error.strerror or error}. Earlier "
+                "checkpoints are as they were.\nMake room, or the folder writable again, and start the run again with "
+                "--resume auto and the same --output_dir."
+            ) from error
+
+    def _write_safely(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except OSError as error:
+            self._error = error
+        except BaseException as error:  # safetensors has its own kind for a full disk
+            self._error = OSError(None, str(error))
+
+    def _write(self, snapshot: Snapshot) -> None:
+        from safetensors.torch import save
+
+        self._folder.mkdir(exist_ok=True)
+        name = f"step-{snapshot.step:09d}"
+        target, temporary = self._folder / name, self._folder / f".{name}.{os.getpid()}"
+        before = self._newest()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            files: dict[str, Any] = {}
+            for part, tensors in snapshot.tensors.items():
+                file = temporary / f"{part}.safetensors"
+                earlier = before[1]["files"].get(file.name) if before is not None else None
+                if part in snapshot.unchanged and earlier is not None and before is not None:
+                    with contextlib.suppress(OSError):  # not every file system has links
+                        os.link(before[0] / file.name, file)
+                        files[file.name] = earlier
+                        continue
+                data = save(tensors)
+                files[file.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+                self._fault(f"before {part}")
+                _write_synced(file, data)
+            self._fault("before manifest")
+            manifest = _sealed({"format": _FORMAT, "step": snapshot.step, "files": files, **snapshot.facts})
+            _write_synced(temporary / MANIFEST, manifest)
+            _sync_folder(temporary)
+            self._fault("before rename")
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _sync_folder(self._folder)
+            self._fault("before latest")
+            notice = self._folder / f".{LATEST}.{os.getpid()}"
+            _write_synced(notice, (name + "\n").encode())
+            os.replace(notice, self._folder / LATEST)
+            _sync_folder(self._folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in list_checkpoints(self._folder)[self._keep :]:
+            self._fault("before deleting")
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        for folder in list_checkpoints(self._folder)[:1]:
+            with contextlib.suppress(DamagedError):
+                return folder, read_manifest(folder)
+        return None
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON of a manifest with a checksum over itself."""
+    text = json.dumps(content, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, the newest first; damaged ones among them."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises DamagedError."""
+    path = folder / MANIFEST
+    try:
+        sealed = json.loads(path.read_bytes())
+        text = sealed["content"]
+        if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
+            raise DamagedError(f"{path} does not match its checksum")
+        content = json.loads(text)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is no manifest of a checkpoint") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("files"), dict):
+        raise DamagedError(f"{path} is of another format than this version's ({_FORMAT})")
+    return content
+
+
+def read(folder: Path) -> Snapshot:
+    """A checkpoint, every file checked against its checksum. Raises DamagedError, which names the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest = read_manifest(folder)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not isinstance(expected, dict):
+            raise DamagedError(f"{folder / MANIFEST} names a file outside of its folder: {name}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+        if len(data) != expected.get("bytes"):
+            raise DamagedError(f"{path} has {len(data):,} bytes and had {expected.get('bytes'):,}: it is truncated")
+        if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
+            raise DamagedError(f"{path} does not match its checksum: some of its bits have changed")
+        try:
+            tensors[path.stem] = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DamagedError(f"{path} is no safetensors file: {error}") from error
+    return Snapshot(int(manifest["step"]), tensors, manifest)
+
+
+def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Snapshot] | None:
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    Args:
+        folder: <output_dir>/checkpoints.
+        say: takes a sentence on each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, read(path)
+        except DamagedError as error:
+            damaged.append(str(error))
+            say(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
+    if damaged:
+        raise UserError(
+            f"All checkpoints in {folder} are damaged: {'; '.join(damaged)}.\n"
+            "Start anew with another --output_dir, or give one that is whole with --resume DIR."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def timed(add: Callable[[float], None]) -> Iterator[None]:
+    """Hands the seconds of a context to `add`."""
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        add(time.perf_counter() - began_s)

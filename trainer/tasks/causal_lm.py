@@ -1,0 +1,544 @@
+"""Trains language models of the transformers library on plain text, or on records of a prompt and its completion.
+
+The loss is the summed negative log-likelihood divided by the valid tokens of the global batch: exactly the mean
+over its tokens. (Averaging the means of micro-batches, which have different numbers of tokens, is another loss.)
+
+No attention mask is passed. Padding stands to the right, and a causal model's token sees what is left of it alone,
+so padding changes nothing where a loss is taken; models then take their fastest path.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import pretrained as models
+from .. import tables, text
+from ..cache import Cached, cached
+from ..errors import UserError
+from ..splits import Batch, Split
+
+AUTO = "AutoModelForCausalLM"
+TEXT_COLUMNS = ("text", "content", "document", "story")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
+COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
+# A target that no loss is taken of.
+IGNORED = -100
+# A model that takes 100,000 tokens is not trained on so many unless somebody says so.
+USUAL_LENGTH = 1024
+_NOT_CUT = '"trainer.task_options.truncate" has no effect on packed rows: texts of any length go into them.'
+# Counts up when the arrays of a cache file change their meaning.
+_VERSION = 1
+
+
+@dataclass
+class _Documents:
+    """One split: texts, or prompts with their completions.
+
+    `whole` is a text file as it is, not a record of many; `rows` are the places of records in their file.
+    """
+
+    texts: list[str]
+    prompts: list[str] | None = None
+    whole: bool = False
+    rows: np.ndarray | None = None
+
+    def take(self, places: np.ndarray) -> _Documents:
+        prompts = None if self.prompts is None else [self.prompts[i] for i in places]
+        return _Documents([self.texts[i] for i in places], prompts, rows=places)
+
+
+@dataclass
+class _Sequence:
+    """A document as tokens: numbers, whether each one is to be predicted, and the bytes of text it stands for."""
+
+    ids: np.ndarray
+    predicted: np.ndarray
+    bytes: np.ndarray
+
+
+class CausalLM:
+    """Predicts the next token.
+
+    Args:
+        data: a text file or a folder of such; a csv, tsv, json, jsonl or parquet file; a folder, a name on the dataset
+            hub; or {split: file or folder}.
+        model: a model's folder or hub name, or a configuration such as {"model_type": "gpt2", "n_layer": 4, ...}.
+        config_name: which configuration of a hub dataset.
+        split_column: the column of a single table that names each row's split ("split" is found by itself).
+        text_column: the column of texts; null to find it by its name.
+        prompt_column, completion_column: columns of records whose prompt is given and whose completion is learnt.
+        pretrained: read the weights of `model`; false to train its architecture from scratch.
+        tokenizer: "characters" or "words" (made of the training texts), or a folder or hub name; null for the model's
+            own, or "characters" where the model is a configuration.
+        vocabulary: at most so many characters or words.
+        sequence_length: tokens of a row; null for what the model takes, at most 1,024.
+        packed: true: all texts behind one another, cut into full rows; false: one record a row. null: true for
+            texts, false for prompts.
+        truncate: with one record a row, cut longer ones instead of refusing them.
+        validation_fraction, test_fraction: held out where the data has no such split: of a single text its last
+            parts, of records some, drawn; 0 for none.
+        split_seed: which records these are; the same whatever the run's seed.
+        trust_remote_code: run Python code that comes with the model.
+        attention: transformers' attn_implementation ("sdpa", "eager", ...); null for the model's default.
+        max_new_tokens: the most that `predict` writes behind a prompt, and at most half of what the model takes.
+    """
+
+    best_metric = ("loss", "min")
+
+    def __init__(
+        self,
+        data: tables.Data,
+        model: models.Spec,
+        config_name: str | None = None,
+        split_column: str | None = None,
+        text_column: str | None = None,
+        prompt_column: str | None = None,
+        completion_column: str | None = None,
+        pretrained: bool = True,
+        tokenizer: str | None = None,
+        vocabulary: int | None = None,
+        sequence_length: int | None = None,
+        packed: bool | None = None,
+        truncate: bool = False,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        split_seed: int = 0,
+        trust_remote_code: bool = False,
+        attention: str | None = None,
+        max_new_tokens: int = 100,
+    ) -> None:
+        models.check_spec(model, "language model", '{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}')
+        for name, flag in (
+            ("pretrained", pretrained),
+            ("truncate", truncate),
+            ("trust_remote_code", trust_remote_code),
+        ):
+            text.check_kind(name, flag, bool, "true or false")
+        text.check_kind("packed", packed, bool, "true or false", none=True)
+        for name, word in (
+            ("config_name", config_name),
+            ("split_column", split_column),
+            ("text_column", text_column),
+            ("prompt_column", prompt_column),
+            ("completion_column", completion_column),
+            ("attention", attention),
+        ):
+            text.check_kind(name, word, str, "a name", none=True)
+        if (prompt_column is None) != (completion_column is None):
+            raise UserError(
+                '"trainer.task_options.prompt_column" and "completion_column" go together: give both, or neither.'
+            )
+        if prompt_column is not None and text_column is not None:
+            raise UserError('"trainer.task_options": give a text_column, or prompt_column and completion_column.')
+        if packed and truncate:
+            raise UserError(_NOT_CUT)
+        self._scratch = isinstance(model, Mapping) or not pretrained
+        built = (text.CHARACTERS, text.WORDS)
+        self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.CHARACTERS, built)
+        text.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
+        if vocabulary is not None and self._tokenizer_name not in built:
+            raise UserError(
+                '"trainer.task_options.vocabulary" has an effect on the tokenizers "characters" and "words" only.'
+            )
+        text.check_number("sequence_length", sequence_length, 2, integer=True, none=True)
+        text.check_number("validation_fraction", validation_fraction, 0, 1)
+        text.check_number("test_fraction", test_fraction, 0, 1)
+        if validation_fraction + test_fraction >= 1:
+            raise UserError(
+                f'"trainer.task_options.validation_fraction" ({validation_fraction}) and "test_fraction" '
+                f"({test_fraction}) leave nothing to train on: together they must be below 1."
+            )
+        text.check_number("split_seed", split_seed, 0, integer=True)
+        text.check_number("max_new_tokens", max_new_tokens, 1, integer=True)
+        tables.check_data(data, config_name)
+        self.notes: list[str] = []
+        self._data, self._config_name, self._split_column = data, config_name, split_column
+        self._text_column, self._prompt_column, self._completion_column = text_column, prompt_column, completion_column
+        self._spec, self._trust, self._attention = model, trust_remote_code, attention
+        self._vocabulary, self._sequence_length = vocabulary, sequence_length
+        self._packed, self._truncate = packed, truncate
+        self._fractions = {"test": float(test_fraction), "validation": float(validation_fraction)}
+        self._split_seed, self._max_new_tokens = split_seed, max_new_tokens
+        self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
+        self._saved: Path | None = None  # where `load` found the model
+        self._arguments: dict[str, Any] = {}  # what the model is called with beside its inputs
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, Split]:
+        """input_ids and targets (N, sequence_length) int64; tokens and bytes (N,) int64 of the valid targets."""
+        limit = self._limit(self._configuration())
+        content = tables.fingerprint(self._data)
+        found: Mapping[str, Any] | None = None
+        if content is None:  # the hub's: only datasets knows which content a name has today
+            found = self._tables()
+            content = repr({name: table._fingerprint for name, table in found.items()})
+        key = {
+            "version": _VERSION,
+            "data": content,
+            "columns": [self._split_column, self._text_column, self._prompt_column, self._completion_column],
+            "tokenizer": text.tokenizer_key(self._tokenizer_name, self._trust),
+            "vocabulary": self._vocabulary,
+            "rows": [limit, self._packed, self._truncate],
+            "held_out": [self._fractions, self._split_seed],
+            "versions": text.versions("datasets", "tokenizers", "transformers"),
+        }
+        arrays, self._facts = cached("causal-lm", key, lambda: self._build(self._read(found), limit))
+        self.notes[:] = self._facts["notes"]
+        result = {}
+        for split in self._facts["splits"]:
+            own = {name: arrays[f"{split}.{name}"] for name in ("input_ids", "targets", "tokens", "bytes")}
+            # Packed rows are all full, but for the last one of a split.
+            padded = () if self._facts["packed"] else ("input_ids", "targets")
+            result[split] = Split(own, own["tokens"].float(), arrays[f"{split}.lengths"], padded)
+        return result
+
+    def _tables(self) -> dict[str, Any]:
+        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column)
+
+    def _read(self, found: Mapping[str, Any] | None) -> dict[str, _Documents]:
+        """The splits that the data has."""
+        if found is None:
+            files = tables.text_files(self._data)
+            if files is not None:
+                for option, column in (
+                    ("text_column", self._text_column),
+                    ("prompt_column", self._prompt_column),
+                    ("split_column", self._split_column),
+                ):
+                    if column is not None:
+                        raise UserError(f'"trainer.task_options.{option}" has no effect on text files.')
+                return {name: _Documents(texts, whole=len(texts) == 1) for name, texts in files.items()}
+            found = self._tables()
+        columns = found["train"].column_names
+        lower = [column.lower() for column in columns]
+        prompted = self._prompt_column is not None or (
+            self._text_column is None
+            and any(name in lower for name in PROMPT_COLUMNS)
+            and any(name in lower for name in COMPLETION_COLUMNS)
+        )
+        if not prompted:
+            column = tables.find_column(columns, self._text_column, TEXT_COLUMNS, "text_column")
+            return {name: _Documents(self._texts(table, column, "text_column", name)) for name, table in found.items()}
+        prompt = tables.find_column(columns, self._prompt_column, PROMPT_COLUMNS, "prompt_column")
+        completion = tables.find_column(columns, self._completion_column, COMPLETION_COLUMNS, "completion_column")
+        return {
+            name: _Documents(
+                self._texts(table, completion, "completion_column", name),
+                self._texts(table, prompt, "prompt_column", name),
+            )
+            for name, table in found.items()
+        }
+
+    @staticmethod
+    def _texts(table: Any, column: str, option: str, split: str) -> list[str]:
+        tables.find_column(table.column_names, column, (), option, where=split)
+        return tables.texts(table, column, split)
+
+    def _build(self, documents: dict[str, _Documents], limit: int) -> Cached:
+        """What the cache keeps: arrays by "split.name", and facts."""
+        documents = self._hold_out(documents)
+        train = documents["train"]
+        packed = (train.prompts is None) if self._packed is None else self._packed
+        if packed and self._truncate:
+            raise UserError(_NOT_CUT)
+        built = None
+        if self._tokenizer_name in (text.CHARACTERS, text.WORDS):
+            texts = [*train.texts, *(train.prompts or [])]
+            built = text.build_for_generation(self._tokenizer_name, texts, self._vocabulary)
+            tokenizer = text.wrap(built, limit)
+        else:
+            tokenizer = text.load_tokenizer(self._tokenizer_name, self._trust)
+        rows_of = {
+            name: split.texts if split.prompts is None else list(zip(split.prompts, split.texts))
+            for name, split in documents.items()
+        }
+        notes = tables.duplicates_note(rows_of) if not train.whole else []
+        arrays: dict[str, Tensor] = {}
+        for name, split in documents.items():
+            sequences = _tokenise(tokenizer, split, f"Tokenising {name}")
+            unknown = _unknown_note(tokenizer, sequences, name)
+            notes += unknown if built is not None else []
+            if not packed:
+                sequences = self._check_lengths(sequences, name, split.rows, limit, notes)
+            own = (_pack if packed else _rows)(sequences, limit, tokenizer.pad_token_id)
+            if not len(own["input_ids"]):
+                raise UserError(
+                    f'"trainer.task_options.data": {name} has no token to predict, its texts are too short.'
+                )
+            arrays |= {f"{name}.{array}": torch.from_numpy(values) for array, values in own.items()}
+        facts = {
+            "splits": list(documents),
+            "packed": packed,
+            "notes": notes,
+            "tokens": text.facts_of(tokenizer),
+            "limit": limit,
+            "tokenizer": built,
+        }
+        return arrays, facts
+
+    def _hold_out(self, documents: dict[str, _Documents]) -> dict[str, _Documents]:
+        """The splits, with parts of train as those that the data lacks."""
+        wanted = {name: part for name, part in self._fractions.items() if part and name not in documents}
+        train = documents["train"]
+        if not wanted:
+            return documents
+        held: dict[str, _Documents] = {}
+        if len(train.texts) == 1 and train.prompts is None:
+            whole = train.texts[0]
+            end = len(whole)
+            for name, part in wanted.items():  # the test part is the last one
+                start = end - round(len(whole) * part)
+                held[name], end = _Documents([whole[start:end]], whole=train.whole), start
+            held["train"] = _Documents([whole[:end]], whole=train.whole)
+            if not all(split.texts[0] for split in held.values()):
+                raise UserError(f'"trainer.task_options.data": the text has {len(whole)} characters, too few to split.')
+        else:
+            places, left = np.arange(len(train.texts)), 1.0
+            for name, part in wanted.items():
+                out = tables.hold_out(len(places), part / left, self._split_seed)
+                held[name] = train.take(places[out])
+                places, left = np.delete(places, out), left - part
+                if not held[name].texts or not len(places):
+                    raise UserError(
+                        f'"trainer.task_options.data": {len(train.texts)} records are too few to hold out {name}.'
+                    )
+            held["train"] = train.take(places)
+        every = documents | held
+        return {name: every[name] for name in tables.SPLITS if name in every}
+
+    def _check_lengths(
+        self, sequences: list[_Sequence], split: str, rows: np.ndarray | None, limit: int, notes: list[str]
+    ) -> list[_Sequence]:
+        """Records of at most limit + 1 tokens, of which `limit` are put in: the last one is only predicted."""
+        places = np.array([len(s.ids) - 1 for s in sequences])
+        long = int((places > limit).sum())
+        if long:
+            longest = int(places.argmax())
+            row = longest if rows is None else int(rows[longest])
+            message = (
+                f"{long:,} of the {len(sequences):,} records of {split} {'is' if long == 1 else 'are'} longer than "
+                f"{limit:,} tokens (the longest, in row {row}, has {places[longest]:,})"
+            )
+            if not self._truncate:
+                raise UserError(
+                    f"{message}, which is {self._limit_is()}.\n"
+                    'To cut such records there, set "truncate": true in trainer.task_options.'
+                )
+            notes.append(f"{message}: cut there")
+        cut = [_Sequence(s.ids[: limit + 1], s.predicted[: limit + 1], s.bytes[: limit + 1]) for s in sequences]
+        kept = [s for s in cut if s.predicted[1:].any()]
+        if len(kept) < len(cut):
+            notes.append(f"{len(cut) - len(kept):,} records of {split} have nothing left to predict: left out")
+        return kept
+
+    # --- model --------------------------------------------------------------------------------------------------------
+
+    def _configuration(self) -> Any:
+        changes = {} if self._attention is None else {"attn_implementation": self._attention}
+        return models.configuration(self._spec, self._trust, **changes)
+
+    def _limit(self, config: Any) -> int:
+        takes = text.position_limit(config)
+        if self._sequence_length is not None and takes is not None and self._sequence_length > takes:
+            raise UserError(
+                f'"trainer.task_options.sequence_length" is {self._sequence_length}, but the model takes {takes} '
+                "tokens at most."
+            )
+        return self._sequence_length or min(takes or USUAL_LENGTH, USUAL_LENGTH)
+
+    def _limit_is(self) -> str:
+        named = '"trainer.task_options.sequence_length"'
+        return named if self._sequence_length else f"what rows have without {named}"
+
+    def model(self) -> nn.Module:
+        """input_ids (B, tokens) -> logits (B, tokens, vocabulary)."""
+        assert self._facts, "splits() comes first"
+        config = self._configuration()
+        # Where a configuration has a padding token, models look for it in every batch, which on a GPU means waiting.
+        tokens = self._facts["tokens"] | {"pad_token_id": None}
+        text.fit_configuration(config, tokens, self._spec, self._scratch)
+        fresh: list[str] = []
+        model = models.build(
+            AUTO,
+            self._spec,
+            config,
+            pretrained=not self._scratch,
+            trust_remote_code=self._trust,
+            notes=fresh,
+        )
+        self.notes += [note for note in fresh if note not in self.notes]
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            self._arguments = {"use_cache": False}  # keys and values are kept for generation alone
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and generation.pad_token_id is None:
+            generation.pad_token_id = self._facts["tokens"]["pad_token_id"]
+        return model
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Of each row, nll: the summed negative log-likelihood (B,); in evaluation also correct: right tokens (B,).
+
+        Sums, and no logits: those of a whole split would not fit into memory.
+        """
+        targets = batch["targets"]  # (B, tokens)
+        logits = model(input_ids=batch["input_ids"], **self._arguments).logits  # (B, tokens, vocabulary)
+        nll = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+        ).view(targets.shape)
+        outputs = {"nll": nll.sum(dim=1)}
+        if not model.training:
+            outputs["correct"] = (logits.argmax(dim=-1) == targets).sum(dim=1)
+        return outputs
+
+    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed negative log-likelihood, and the number of valid tokens."""
+        return outputs["nll"].sum(), batch["tokens"].sum()
+
+    def metrics(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, float]:
+        """Perplexity and accuracy of a token, and bits for each byte of UTF-8 text (end-of-text tokens included)."""
+        nll = float(outputs["nll"].double().sum())
+        tokens, size = int(batch["tokens"].sum()), int(batch["bytes"].sum())
+        result = {
+            "perplexity": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
+            "token_accuracy": int(outputs["correct"].sum()) / tokens,
+        }
+        return result | ({"bits_per_byte": nll / math.log(2) / size} if size else {})
+
+    # --- what becomes of it -------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        if self._saved is not None:
+            return text.load_tokenizer(str(self._saved), False)
+        if self._facts["tokenizer"] is not None:
+            return text.wrap(self._facts["tokenizer"], self._facts["limit"])
+        return text.load_tokenizer(self._tokenizer_name, self._trust)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Weights, configuration, generation's settings and tokenizer: what from_pretrained reads."""
+        text.save_model(model, self._tokenizer(), folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model that `save` wrote."""
+        model = models.load_saved(AUTO, Path(folder))
+        self._saved = Path(folder)
+        return model
+
+    def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Continues each prompt of a file with the likeliest tokens: a prompt a line, or a column of prompts.
+
+        One at a time: padding to the left, which a batch would need, changes what a model computes.
+        """
+        rows = tables.rows_of(Path(source))
+        usual = (*PROMPT_COLUMNS, *TEXT_COLUMNS)
+        given = self._prompt_column or self._text_column
+        column = tables.find_column(list(rows[0]), given if given in rows[0] else None, usual, "prompt_column")
+        tokenizer = self._tokenizer()
+        limit = text.position_limit(model.config)
+        new = min(self._max_new_tokens, (limit or 2 * self._max_new_tokens) // 2)
+        device = next(model.parameters()).device
+        prefix = [tokenizer.bos_token_id] if text.adds_bos(tokenizer) else []
+        for prompt in tables.as_texts([row[column] for row in rows], "--input", column):
+            ids = prefix + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = ids if limit is None else ids[-(limit - new) :]
+            inputs = torch.tensor([ids], device=device)
+            with torch.inference_mode():
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            completion = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+            yield {"prompt": prompt, "completion": completion}
+
+
+def _tokenise(tokenizer: Any, documents: _Documents, what: str) -> list[_Sequence]:
+    """Documents with the special tokens around them: one for the start where the model's tokenizer adds it, one for the
+    end of each record, so that a model learns to stop. A prompt and its completion are tokenised apart, as in use.
+    """  # noqa: D205
+    start = [tokenizer.bos_token_id] if text.adds_bos(tokenizer) else []
+    end = [] if documents.whole or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    nothing = (np.zeros(0, dtype=np.int64),) * 2
+    prompts = [nothing] * len(documents.texts)
+    if documents.prompts is not None:
+        prompts = text.encode_with_bytes(tokenizer, documents.prompts, f"{what}, prompts")
+    result = []
+    for (given, _), (learnt, sizes) in zip(prompts, text.encode_with_bytes(tokenizer, documents.texts, what)):
+        before = len(start) + len(given)
+        ids = np.concatenate([np.array(start, np.int64), given, learnt, np.array(end, np.int64)])
+        after = np.zeros(len(end), np.int64)
+        result.append(
+            _Sequence(ids, np.arange(len(ids)) >= before, np.concatenate([np.zeros(before, np.int64), sizes, after]))
+        )
+    return result
+
+
+def _unknown_note(tokenizer: Any, sequences: Sequence[_Sequence], split: str) -> list[str]:
+    unknown = sum(int((s.ids == tokenizer.unk_token_id).sum()) for s in sequences)
+    if split == "train" or not unknown:
+        return []
+    return [
+        f"{unknown:,} of the {sum(len(s.ids) for s in sequences):,} tokens of {split} are unknown to the tokenizer "
+        "made of the training texts; perplexity and bits per byte count them as one token, so they come out too low"
+    ]
+
+
+def _pack(sequences: Sequence[_Sequence], length: int, padding: int) -> dict[str, np.ndarray]:
+    """One stream cut into rows: every predicted token but a first one is the target of exactly one place."""
+    ids = np.concatenate([s.ids for s in sequences])
+    predicted = np.concatenate([s.predicted for s in sequences])
+    sizes = np.concatenate([s.bytes for s in sequences])
+    places = len(ids) - 1
+    rows = -(-places // length)
+
+    def cut(values: np.ndarray, rest: int) -> np.ndarray:
+        return np.concatenate([values, np.full(rows * length - places, rest, dtype=np.int64)]).reshape(rows, length)
+
+    result = _counted(
+        cut(ids[:-1], padding),
+        cut(np.where(predicted[1:], ids[1:], IGNORED), IGNORED),
+        cut(np.where(predicted[1:], sizes[1:], 0), 0),
+        np.minimum(places - length * np.arange(rows), length),
+    )
+    useful = result["tokens"] > 0  # a row may be all prompt
+    return {name: values[useful] for name, values in result.items()}
+
+
+def _rows(sequences: Sequence[_Sequence], length: int, padding: int) -> dict[str, np.ndarray]:
+    """One record a row, filled up on the right to the longest."""
+    lengths = np.array([len(s.ids) - 1 for s in sequences], dtype=np.int64)
+    width = int(lengths.max(initial=0))
+    assert width <= length
+    inputs = np.full((len(sequences), width), padding, dtype=np.int64)
+    targets = np.full((len(sequences), width), IGNORED, dtype=np.int64)
+    sizes = np.zeros((len(sequences), width), dtype=np.int64)
+    for i, s in enumerate(sequences):
+        inputs[i, : lengths[i]] = s.ids[:-1]
+        targets[i, : lengths[i]] = np.where(s.predicted[1:], s.ids[1:], IGNORED)
+        sizes[i, : lengths[i]] = np.where(s.predicted[1:], s.bytes[1:], 0)
+    return _counted(inputs, targets, sizes, lengths)
+
+
+def _counted(inputs: np.ndarray, targets: np.ndarray, sizes: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    tokens = (targets != IGNORED).sum(axis=1).astype(np.int64)
+    return {
+        "input_ids": inputs,
+        "targets": targets,
+        "tokens": tokens,
+        "bytes": sizes.sum(axis=1),
+        "lengths": lengths.astype(np.int64),
+    }
+
+
+TASK = CausalLM

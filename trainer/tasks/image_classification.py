@@ -1,0 +1,505 @@
+"""Image classification: any dataset of labelled images, any AutoModelForImageClassification of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import classification, images, pretrained, tables
+from ..errors import UserError
+from ..images import ImageSplit, Size
+from ..order import SampleRandom
+from ..pretrained import check_spec
+from ..splits import Batch, Split
+
+_AUTO = "AutoModelForImageClassification"
+_PROCESSOR_FILE = "preprocessor_config.json"
+_EXAMPLE = '{"model_type": "resnet", "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}'
+
+
+class ImageClassification:
+    """Fine-tunes, or trains from scratch, a classifier of images.
+
+    Args:
+        data: a folder of class folders (also with train/ and test/ above them), a parquet file with a column of images,
+            a folder that `save_to_disk` wrote, a dataset's name on the hub, {split: any of these}, or an .npz file with
+            uint8 arrays train_x, train_y, test_x, test_y (and validation_x, validation_y), or x and y.
+        model: a folder or hub name of an image classifier; or a configuration to build one from.
+        config_name: which configuration of a hub dataset.
+        split_column: the column of a single table that names each row's split.
+        image_column, label_column: which columns; the usual names are found.
+        pretrained: read the model's weights; false builds its architecture anew.
+        new_head: replace a last layer that was trained for other classes.
+        image_size: a side or [height, width], to which images of another size are resized (bilinear). Default: the
+            model's own; else that of the images, which must then be alike.
+        channels: 1 or 3. Default: the model's own; else 1 if all images are grey.
+        mean, std: of each channel, for pixels from 0 to 1. Default: the pretrained model's; else the training set's.
+        crop_padding: augmentation: an image moves by up to so many pixels in each direction, filled with black.
+        flip: augmentation: half of the images are mirrored left to right.
+        erasing: augmentation: the probability that a rectangle is filled with the mean (Zhong et al. 2017).
+        validation_fraction: share of each class held out of the training set where there is no validation split.
+        split_seed: which images are held out, the same whatever the run's seed.
+        label_smoothing: share of the target that goes to all classes alike.
+        class_weights: "balanced", a list, or {class: weight}.
+        trust_remote_code: run Python code that comes with a model.
+    """
+
+    best_metric = ("accuracy", "max")
+
+    def __init__(
+        self,
+        data: str | Mapping[str, str],
+        model: str | Mapping[str, Any],
+        config_name: str | None = None,
+        split_column: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        pretrained: bool = True,
+        new_head: bool = False,
+        image_size: int | Sequence[int] | None = None,
+        channels: int | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        erasing: float = 0.0,
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+        label_smoothing: float = 0.0,
+        class_weights: Any = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_spec(model, "classifier of images", _EXAMPLE)
+        for name, value in (
+            ("config_name", config_name),
+            ("split_column", split_column),
+            ("image_column", image_column),
+            ("label_column", label_column),
+        ):
+            _check(name, value, value is None or (isinstance(value, str) and value != ""), "a name")
+        tables.check_data(data, config_name)
+        for name, switch in (
+            ("pretrained", pretrained),
+            ("new_head", new_head),
+            ("flip", flip),
+            ("trust_remote_code", trust_remote_code),
+        ):
+            _check(name, switch, isinstance(switch, bool), "true or false")
+        _check(
+            "image_size",
+            image_size,
+            image_size is None or images.is_size(image_size),
+            "a side in pixels, or [height, width]",
+        )
+        _check("channels", channels, channels is None or (_is_whole(channels) and channels in (1, 3)), "1 or 3")
+        _check("crop_padding", crop_padding, _is_whole(crop_padding) and 0 <= crop_padding <= 1024, "0 to 1024 pixels")
+        _check("erasing", erasing, _is_number(erasing) and 0 <= erasing <= 1, "a probability from 0 to 1")
+        _check(
+            "validation_fraction",
+            validation_fraction,
+            _is_number(validation_fraction) and 0 <= validation_fraction < 1,
+            "at least 0 and below 1",
+        )
+        _check("split_seed", split_seed, _is_whole(split_seed) and split_seed >= 0, "a whole number of at least 0")
+        if (mean is None) != (std is None):
+            raise UserError('"trainer.task_options.mean" and "trainer.task_options.std" go together: set both or none.')
+        if isinstance(model, Mapping) and (new_head or not pretrained):
+            name = "new_head" if new_head else "pretrained"
+            raise UserError(
+                f'"trainer.task_options.{name}" has no effect on a model that is built from a configuration. '
+                "Leave it out."
+            )
+        self._columns = {
+            "config_name": config_name,
+            "split_column": split_column,
+            "image_column": image_column,
+            "label_column": label_column,
+        }
+        self._data: Any = data
+        self._spec: Any = model
+        self._pretrained, self._new_head = pretrained, new_head
+        self._trust_remote_code = trust_remote_code
+        self._asked_size, self._asked_channels = _as_size(image_size), channels
+        self._asked_mean = _per_channel("mean", mean, above=None)
+        self._asked_std = _per_channel("std", std, above=0)
+        self._crop_padding, self._flip, self._erasing = crop_padding, flip, float(erasing)
+        self._validation_fraction, self._split_seed = float(validation_fraction), split_seed
+        self._smoothing = classification.check_label_smoothing(label_smoothing)
+        self._class_weights_option = class_weights
+        self.notes: list[str] = []
+        # Known once the data or a saved model is read.
+        self._classes: list[str] = []
+        self._size: Size = (0, 0)
+        self._channels = 0
+        self._mean: list[float] = []
+        self._std: list[float] = []
+        self._weights: Tensor | None = None
+        self._constants: dict[torch.device, dict[str, Tensor]] = {}
+
+    # ------------------------------------------------------------ data
+
+    def splits(self) -> dict[str, Split]:
+        """Images (N, C, H, W) uint8 and labels (N,) int64."""
+        self.notes.clear()
+        self._constants.clear()
+        processor, channels, size = self._wanted()
+        found = images.read_images(self._data, channels=channels, size=size, **self._columns)
+        splits = self._with_validation(found.splits)
+        self._classes = found.classes
+        self.notes += found.notes
+        self.notes += tables.duplicates_note(
+            {name: [d.tobytes() for d in s.digest.numpy()] for name, s in splits.items()}
+        )
+        _, self._channels, *sides = splits["train"].image.shape
+        self._size = (sides[0], sides[1])
+        self._settle_normalisation(processor, splits["train"])
+        labels = splits["train"].label
+        self._weights = classification.class_weights(self._class_weights_option, self._classes, labels.numpy())
+        return {
+            name: Split({"image": s.image, "label": s.label}, classification.counts(s.label, self._weights))
+            for name, s in splits.items()
+        }
+
+    def _wanted(self) -> tuple[_Processor | None, int | None, Size | None]:
+        """What the model says of its images: its processor if it is pretrained, channels, and size."""
+        if isinstance(self._spec, Mapping):
+            channels, size = self._spec.get("num_channels"), _as_size(self._spec.get("image_size"))
+            self._agree("num_channels", channels, "channels", self._asked_channels)
+            if self._asked_size is not None:
+                self._agree("image_size", size, "image_size", self._asked_size)
+            return None, self._asked_channels or channels, self._asked_size or size
+        config = pretrained.configuration(self._spec, self._trust_remote_code)
+        processor = _read_processor(self._spec, self._trust_remote_code)
+        channels = getattr(config, "num_channels", None)
+        if self._pretrained:
+            channels = channels or 3
+            if self._asked_channels not in (None, channels):
+                raise UserError(
+                    f'"trainer.task_options.channels" is {self._asked_channels}, but {self._spec} takes {channels}.\n'
+                    f"Leave it out: all images are given {channels} channel{'s' * (channels > 1)}."
+                )
+        size = (
+            self._asked_size or (processor.size if processor else None) or _as_size(getattr(config, "image_size", None))
+        )
+        return (processor if self._pretrained else None), self._asked_channels or channels, size
+
+    def _agree(self, key: str, in_model: Any, option: str, value: Any) -> None:
+        if in_model is not None and value is not None and in_model != value:
+            raise UserError(
+                f'"trainer.task_options.{option}" is {_shown(value)}, but "trainer.task_options.model.{key}" is '
+                f"{_shown(in_model)}. Leave one of them out."
+            )
+
+    def _with_validation(self, splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
+        """The splits in order, with a validation split taken from train where there is none."""
+        train = splits["train"]
+        if "validation" in splits or not self._validation_fraction:
+            return splits
+        held = tables.hold_out(len(train.label), self._validation_fraction, self._split_seed, train.label.numpy())
+        if len(held) == 0:
+            return splits
+        rest = np.setdiff1d(np.arange(len(train.label)), held)
+        return {"train": train.select(rest), "validation": train.select(held)} | {
+            name: split for name, split in splits.items() if name != "train"
+        }
+
+    def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
+        mean, std = self._asked_mean, self._asked_std
+        if mean is None or std is None:
+            if processor is not None:
+                mean, std = processor.mean, processor.std
+                self.notes += processor.notes
+            else:
+                mean, std = train.mean_and_std()
+                if isinstance(self._spec, str) and self._pretrained:
+                    self.notes.append(
+                        f"{self._spec} has no image processor, so images are normalised by the training set's own mean "
+                        f"{mean} and standard deviation {std}"
+                    )
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, self._channels):
+                raise UserError(
+                    f'"trainer.task_options.{name}" has {len(values)} numbers, but the images have {self._channels} '
+                    f"channel{'s' * (self._channels > 1)}."
+                )
+        self._mean, self._std = (list(v) * (self._channels // len(v)) for v in (mean, std))
+
+    # ------------------------------------------------------------ model
+
+    def model(self) -> nn.Module:
+        """(B, C, H, W) float32 as pixel_values -> logits (B, classes)."""
+        assert self._classes, "splits() comes first"
+        names = self._classes
+        changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        if isinstance(self._spec, Mapping):
+            self._check_labels_in_spec(self._spec)
+            known = pretrained.configuration({"model_type": self._spec["model_type"]})
+            shape = {"num_channels": self._channels, "image_size": _side(self._size)}
+            changes |= {name: value for name, value in shape.items() if hasattr(known, name)}
+            spec: Any = {name: value for name, value in self._spec.items() if name not in _LABEL_KEYS}
+        else:
+            spec = self._spec
+            if not self._pretrained:
+                changes |= {"num_channels": self._channels, "image_size": _side(self._size)}
+        config = pretrained.configuration(spec, self._trust_remote_code, **changes)
+        model = pretrained.build(
+            _AUTO,
+            spec,
+            config,
+            pretrained=self._pretrained,
+            classes=names,
+            new_head=self._new_head,
+            trust_remote_code=self._trust_remote_code,
+            notes=self.notes,
+        )
+        self._try(model)
+        return model
+
+    def _check_labels_in_spec(self, spec: Mapping[str, Any]) -> None:
+        named = spec.get("id2label", spec.get("label2id"))
+        told = spec.get("num_labels", len(named) if isinstance(named, (Mapping, list)) else named)
+        if told is not None and told != len(self._classes):
+            raise UserError(
+                f'"trainer.task_options.model" is for {told} classes, but the data has {len(self._classes)} '
+                f"({', '.join(self._classes[:10])}). Leave num_labels and id2label out: they follow from the data."
+            )
+
+    def _try(self, model: nn.Module) -> None:
+        """One image through the model, so that one of a wrong size is not found out in the first step."""
+        where = "x".join(str(side) for side in self._size)
+        model.eval()
+        try:
+            with torch.no_grad():
+                logits = model(pixel_values=torch.zeros(1, self._channels, *self._size)).logits
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f'"trainer.task_options.model" does not take images of {where} pixels with {self._channels} '
+                f"channel{'s' * (self._channels > 1)}: {str(error).splitlines()[0]}\n"
+                "Set image_size in trainer.task_options to what the model takes."
+            ) from error
+        finally:
+            model.train()
+        if logits.shape != (1, len(self._classes)):
+            raise UserError(
+                f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
+                f"has {len(self._classes)} classes."
+            )
+
+    # ------------------------------------------------------------ training
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        """Crops, mirrors and erases, each image by its own numbers; all in uint8."""
+        image = batch["image"]  # (B, C, H, W)
+        padding = self._crop_padding
+        if padding or self._flip:
+            # Three numbers a sample: the crop's row and column in 0..2 padding, and the coin.
+            draws = random.uniform(3)
+            moves = (draws[:, :2] * (2 * padding + 1)).to(torch.int64)
+            image = images.shift_and_flip(image, padding, moves, draws[:, 2] < 0.5 if self._flip else None)
+        if self._erasing:
+            image = images.erase(image, self._erasing, random.uniform(5), self._constant("fill", image.device))
+        return {**batch, "image": image}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, classes)."""
+        image = batch["image"]
+        scale, shift = self._constant("scale", image.device), self._constant("shift", image.device)
+        return model(pixel_values=images.normalise(image, scale, shift)).logits
+
+    def _constant(self, name: str, device: torch.device) -> Tensor:
+        """What normalisation and erasing need, on a device; made once for each, since a copy there waits for it."""
+        if device not in self._constants:
+            mean, std = torch.tensor(self._mean, dtype=torch.float64), torch.tensor(self._std, dtype=torch.float64)
+            with torch.inference_mode(False):
+                self._constants[device] = {
+                    "scale": (1 / (255 * std)).view(1, -1, 1, 1).float().to(device),
+                    "shift": (-mean / std).view(1, -1, 1, 1).float().to(device),
+                    "fill": (mean * 255).round().clamp(0, 255).to(torch.uint8).to(device),
+                    "weights": (torch.ones(1) if self._weights is None else self._weights).to(device),
+                }
+        return self._constants[device][name]
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        """Summed cross-entropy, and the number of samples or their summed weight."""
+        weights = None if self._weights is None else self._constant("weights", outputs.device)
+        return classification.summed_loss(outputs, batch["label"], weights, self._smoothing)
+
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        """Accuracy, macro F1, and the area under the ROC curve where every class occurs."""
+        return classification.metrics(outputs, batch["label"])
+
+    # ------------------------------------------------------------ afterwards
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Weights, config with the classes' names, and an image processor: what the Auto classes read."""
+        with pretrained._quiet():
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+        # The plain processor of transformers, which resizes, rescales and normalises.
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": self._channels == 3,
+            "do_resize": True,
+            "size": {"height": self._size[0], "width": self._size[1]},
+            "resample": 2,  # bilinear
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self._mean,
+            "image_std": self._std,
+        }
+        (folder / _PROCESSOR_FILE).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model that `save` wrote; what else `predict` needs is read from its folder too. Raises UserError."""
+        model = pretrained.load_saved(_AUTO, folder)
+        processor = _read_processor(str(folder), self._trust_remote_code)
+        if processor is None or processor.size is None:
+            raise UserError(f"{folder / _PROCESSOR_FILE} is missing: no one knows how to prepare images.")
+        config: Any = model.config
+        self._classes = [config.id2label[i] for i in range(config.num_labels)]
+        self._size, self._mean, self._std = processor.size, processor.mean, processor.std
+        self._channels = len(processor.mean)
+        self._constants.clear()
+        return model
+
+    def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
+        """{"file" or "row", "label", "score"} for an image, a folder of images, an .npz file or a table of images."""
+        kind, named = self._sources(Path(source))
+        device = next(model.parameters()).device
+        for block in images.blocks(images.decode_all(named, self._channels, self._size), batch_size):
+            batch = {"image": images.stacked([pixels for _, pixels, _ in block], self._channels).to(device)}
+            with torch.inference_mode():
+                logits = self.forward(model, batch)
+            for (name, _, _), prediction in zip(block, classification.predictions(logits, self._classes)):
+                yield {kind: name, **prediction}
+
+    def _sources(self, source: Path) -> tuple[str, Iterator[tuple[Any, Any]]]:
+        """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
+        if source.suffix.lower() in images.SUFFIXES:
+            return "file", iter([(str(source), source)])
+        if source.suffix.lower() == ".npz":
+            return "row", iter(enumerate(images.read_npz_images(source)))
+        saved = (source / "dataset_dict.json").exists() or (source / "state.json").exists()
+        if source.is_dir() and not saved:
+            files = images.files_in(source)
+            if not files:
+                raise UserError(f"--input {source}: no images in this folder ({', '.join(images.SUFFIXES)}).")
+            return "file", ((str(file), file) for file in files)
+        try:
+            table = tables.read({"train": str(source)})["train"]
+        except UserError as error:
+            raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
+        column = tables.find_column(
+            table.column_names, self._columns["image_column"], images.IMAGE_COLUMNS, "image_column", str(source)
+        )
+        pictures = images.table_images(table, str(source), column)
+        return "row", ((row, content) for row, (_, content) in enumerate(pictures))
+
+
+TASK = ImageClassification
+
+
+# ---------------------------------------------------------------- options and processors
+
+_LABEL_KEYS = ("num_labels", "id2label", "label2id")
+
+
+class _Processor:
+    """What a model's own image processor says: size (None if it says none), mean, std, and what is not done here."""
+
+    def __init__(self, size: Size | None, mean: list[float], std: list[float], notes: list[str]) -> None:
+        self.size, self.mean, self.std, self.notes = size, mean, std, notes
+
+
+def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
+    """The image processor in a model's folder or under its hub name; None if there is none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        with pretrained._quiet():
+            # Pillow's: the same on machines with and without torchvision.
+            own = AutoImageProcessor.from_pretrained(
+                pretrained.where(spec), backend="pil", trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        file = Path(spec).expanduser() / _PROCESSOR_FILE
+        if file.is_file():
+            raise UserError(f"{file} cannot be used: {str(error).splitlines()[0]}") from error
+        return None
+
+    def get(name: str, default: Any) -> Any:
+        value = getattr(own, name, None)
+        return default if value is None else value
+
+    size = None
+    for sides in (get("crop_size", None) if get("do_center_crop", False) else None, get("size", None)):
+        height, width = (_side_of(sides, name) for name in ("height", "width"))
+        if size is None and height and width:
+            size = (height, width)
+    # (pixel * factor - mean) / std, where we divide pixels by 255.
+    factor = 255 * (get("rescale_factor", 1 / 255) if get("do_rescale", True) else 1.0)
+    plain = not get("do_normalize", False)
+    mean = [float(m) / factor for m in _listed(0.0 if plain else get("image_mean", 0.0))]
+    std = [float(s) / factor for s in _listed(1.0 if plain else get("image_std", 1.0))]
+    notes = []
+    if get("do_flip_channel_order", False):
+        notes.append(f"the image processor of {spec} swaps red and blue, which is not done here")
+    return _Processor(size, mean, std, notes)
+
+
+def _side_of(size: Any, name: str) -> int:
+    """A processor's height or width; the shortest edge, where it keeps the aspect ratio; 0 where it says none."""
+    values = [
+        getattr(size, key, None) or (size.get(key) if isinstance(size, Mapping) else 0)
+        for key in (name, "shortest_edge")
+    ]
+    return int(values[0] or values[1] or 0)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check(name: str, value: Any, good: bool, rule: str) -> None:
+    if not good:
+        raise UserError(f'"trainer.task_options.{name}" is {value!r}. It must be {rule}.')
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _per_channel(name: str, value: Any, above: float | None) -> list[float] | None:
+    """The option `mean` or `std`: one number, or one for each of 3 channels. Raises UserError."""
+    if value is None:
+        return None
+    values = _listed(value)
+    good = len(values) in (1, 3) and all(_is_number(v) and abs(v) < 1e6 for v in values)
+    rule = "a number" if above is None else f"a number above {above}"
+    _check(name, value, good and (above is None or all(v > above for v in values)), f"{rule}, or one a channel")
+    return [float(v) for v in values]
+
+
+def _as_size(value: Any) -> Size | None:
+    if value is None:
+        return None
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _side(size: Size) -> int | list[int]:
+    """A size as transformers' configurations like it."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _shown(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

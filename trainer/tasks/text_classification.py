@@ -1,0 +1,398 @@
+"""Classifies texts with any sequence-classification model of the transformers library, on data of one's own.
+
+A csv, json lines or parquet file, a folder or a hub name; a model's folder or hub name, or a configuration to train
+from scratch with a word-level tokenizer made of the training texts, which needs no download at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import classification, tables, text
+from .. import pretrained as models
+from ..cache import Cached, cached
+from ..errors import UserError
+from ..splits import Batch, Split
+
+AUTO = "AutoModelForSequenceClassification"
+# Names that columns usually have, the likeliest first.
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
+# What a model is called with, as far as it is there.
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Counts up when the arrays of a cache file change their meaning.
+_VERSION = 1
+
+
+class TextClassification:
+    """Classifies texts, or pairs of texts.
+
+    Args:
+        data: a csv, tsv, json, jsonl or parquet file, a folder, a name on the dataset hub, or {split: file or folder}.
+        model: a model's folder or hub name, or a configuration such as {"model_type": "bert", "hidden_size": 128, ...}.
+        config_name: which configuration of a hub dataset.
+        split_column: the column of a single table that names each row's split ("split" is found by itself).
+        text_column: the column of texts; null to find it by its name.
+        pair_column: a column of second texts, for tasks on pairs such as entailment.
+        label_column: the column of labels, whole numbers or strings; null to find it by its name.
+        pretrained: read the weights of `model`; false to train its architecture from scratch.
+        new_head: replace a head that was trained for another number of classes.
+        tokenizer: "words" (made of the training texts), or a folder or hub name; null for the model's own, or "words"
+            where the model is a configuration.
+        vocabulary: at most so many words for "words"; null for all that occur twice or more.
+        max_length: tokens of a text; null for what the model takes.
+        truncate: cut longer texts instead of refusing them.
+        validation_fraction: of the training set, of each class, if the data has no validation split; 0 for none.
+        split_seed: which samples these are; the same whatever the run's seed.
+        label_smoothing: the share of the target that goes to all classes alike.
+        class_weights: "balanced", a list in the order of the classes, or {class: weight}.
+        trust_remote_code: run Python code that comes with the model.
+        attention: transformers' attn_implementation ("sdpa", "eager", ...); null for the model's default.
+    """
+
+    best_metric = ("accuracy", "max")
+
+    def __init__(
+        self,
+        data: tables.Data,
+        model: models.Spec,
+        config_name: str | None = None,
+        split_column: str | None = None,
+        text_column: str | None = None,
+        pair_column: str | None = None,
+        label_column: str | None = None,
+        pretrained: bool = True,
+        new_head: bool = False,
+        tokenizer: str | None = None,
+        vocabulary: int | None = None,
+        max_length: int | None = None,
+        truncate: bool = False,
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+        label_smoothing: float = 0.0,
+        class_weights: Any = None,
+        trust_remote_code: bool = False,
+        attention: str | None = None,
+    ) -> None:
+        models.check_spec(model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
+        for name, flag in (
+            ("pretrained", pretrained),
+            ("new_head", new_head),
+            ("truncate", truncate),
+            ("trust_remote_code", trust_remote_code),
+        ):
+            text.check_kind(name, flag, bool, "true or false")
+        for name, word in (
+            ("config_name", config_name),
+            ("split_column", split_column),
+            ("text_column", text_column),
+            ("pair_column", pair_column),
+            ("label_column", label_column),
+            ("attention", attention),
+        ):
+            text.check_kind(name, word, str, "a name", none=True)
+        self._scratch = isinstance(model, Mapping) or not pretrained
+        if new_head and self._scratch:
+            raise UserError(
+                '"trainer.task_options.new_head" has no effect: a model from scratch has a new head anyway.'
+            )
+        self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.WORDS, (text.WORDS,))
+        text.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
+        if vocabulary is not None and self._tokenizer_name != text.WORDS:
+            raise UserError('"trainer.task_options.vocabulary" has an effect on the tokenizer "words" only.')
+        text.check_number("max_length", max_length, 3, integer=True, none=True)
+        text.check_number("validation_fraction", validation_fraction, 0, 1)
+        text.check_number("split_seed", split_seed, 0, integer=True)
+        tables.check_data(data, config_name)
+        self.notes: list[str] = []
+        self._data, self._config_name, self._split_column = data, config_name, split_column
+        self._text_column, self._pair_column, self._label_column = text_column, pair_column, label_column
+        self._spec, self._new_head, self._trust, self._attention = model, new_head, trust_remote_code, attention
+        self._vocabulary, self._max_length, self._truncate = vocabulary, max_length, truncate
+        self._validation_fraction, self._split_seed = float(validation_fraction), split_seed
+        self._smoothing = classification.check_label_smoothing(label_smoothing)
+        self._class_weights = class_weights
+        self._weights: Tensor | None = None  # (classes,) float32
+        self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
+        self._saved: Path | None = None  # where `load` found the model
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, Split]:
+        """input_ids and attention_mask (N, tokens) int64, label (N,) int64; token_type_ids where they differ from 0."""
+        config = self._configuration()
+        self._check_kind(config)
+        limit = self._limit(config)
+        known = [] if self._scratch else [str(name) for name in (config.id2label or {}).values()]
+        token_types = _takes_types(config)
+        content = tables.fingerprint(self._data)
+        found: dict[str, Any] | None = None
+        if content is None:  # the hub's: only datasets knows which content a name has today
+            found = self._read()
+            content = repr({name: table._fingerprint for name, table in found.items()})
+        key = {
+            "version": _VERSION,
+            "data": content,
+            "columns": [self._split_column, self._text_column, self._pair_column, self._label_column],
+            "tokenizer": text.tokenizer_key(self._tokenizer_name, self._trust),
+            "vocabulary": self._vocabulary,
+            "limit": limit,
+            "truncate": self._truncate,
+            "held_out": [self._validation_fraction, self._split_seed],
+            "model": [known, token_types],
+            "versions": text.versions("datasets", "tokenizers", "transformers"),
+        }
+        arrays, self._facts = cached(
+            "text-classification", key, lambda: self._build(found or self._read(), limit, known, token_types)
+        )
+        self.notes[:] = self._facts["notes"]
+        result = {}
+        self._weights = classification.class_weights(
+            self._class_weights, self._facts["names"], arrays["train.label"].numpy()
+        )
+        for split in self._facts["splits"]:
+            padded = tuple(name for name in _INPUTS if f"{split}.{name}" in arrays)
+            own = {name: arrays[f"{split}.{name}"] for name in (*padded, "label")}
+            counts = classification.counts(own["label"], self._weights)
+            result[split] = Split(own, counts, arrays[f"{split}.lengths"], padded)
+        return result
+
+    def _read(self) -> dict[str, Any]:
+        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column)
+
+    def _build(self, found: Mapping[str, Any], limit: int | None, known: list[str], token_types: bool) -> Cached:
+        """What the cache keeps: arrays by "split.name", and facts."""
+        columns = found["train"].column_names
+        label_column = tables.find_column(columns, self._label_column, LABEL_COLUMNS, "label_column")
+        text_column = self._find_text_column(columns, label_column)
+        if self._pair_column is not None:
+            tables.find_column(columns, self._pair_column, (), "pair_column")
+        rows: dict[str, dict[str, Any]] = {}
+        for split, table in found.items():
+            needed = {"text_column": text_column, "label_column": label_column, "pair_column": self._pair_column}
+            for option, column in needed.items():
+                if column is not None:
+                    tables.find_column(table.column_names, column, (), option, where=split)
+            rows[split] = {
+                "text": tables.texts(table, text_column, split),
+                "pair": None if self._pair_column is None else tables.texts(table, self._pair_column, split),
+                "label": tables.labels(table, label_column, split),
+                "row": np.arange(len(table)),
+            }
+        names = tables.class_names({split: row["label"] for split, row in rows.items()})
+        declared = tables.declared_names(found["train"], label_column)
+        if declared is not None:
+            names = declared
+        # A folder that was trained on the same classes keeps their order, so that its head goes on being right.
+        place = {name.casefold(): i for i, name in enumerate(known)}
+        if len(place) == len(names) and all(name.casefold() in place for name in names):
+            names.sort(key=lambda name: place[name.casefold()])
+        for row in rows.values():
+            row["label"] = tables.label_numbers(row["label"], names, False)
+        rows = self._hold_out(rows)
+
+        train = rows["train"]
+        tokenizer_text = None
+        if self._tokenizer_name == text.WORDS:
+            tokenizer_text = text.build_words([*train["text"], *(train["pair"] or [])], self._vocabulary)
+            tokenizer = text.wrap(tokenizer_text, limit, token_types and self._pair_column is not None)
+        else:
+            tokenizer = text.load_tokenizer(self._tokenizer_name, self._trust)
+        contents = {s: r["text"] if r["pair"] is None else list(zip(r["text"], r["pair"])) for s, r in rows.items()}
+        notes = tables.duplicates_note(contents)
+        arrays: dict[str, Tensor] = {}
+        for split, row in rows.items():
+            encoded = text.encode(tokenizer, row["text"], row["pair"], limit, self._truncate, f"Tokenising {split}")
+            if encoded.too_long and limit is not None:
+                message = text.length_message(encoded, split, limit, row["row"])
+                if not self._truncate:
+                    raise UserError(
+                        f"{message}, which is {self._limit_is()}.\n"
+                        'To cut such texts there, set "truncate": true in trainer.task_options.'
+                    )
+                notes.append(f"{message}: cut there")
+            lengths = torch.tensor([len(ids) for ids in encoded.ids])
+            arrays[f"{split}.input_ids"] = text.pad(encoded.ids, tokenizer.pad_token_id)
+            places = torch.arange(arrays[f"{split}.input_ids"].shape[1])
+            arrays[f"{split}.attention_mask"] = (places < lengths[:, None]).long()
+            if token_types and any(any(types) for types in encoded.types):
+                arrays[f"{split}.token_type_ids"] = text.pad(encoded.types, tokenizer.pad_token_type_id)
+            arrays[f"{split}.label"] = torch.from_numpy(row["label"])
+            arrays[f"{split}.lengths"] = lengths
+        facts = {
+            "splits": list(rows),
+            "names": names,
+            "notes": notes,
+            "tokens": text.facts_of(tokenizer),
+            "limit": limit,
+            "tokenizer": tokenizer_text,
+            "token_types": token_types and self._pair_column is not None,
+        }
+        return arrays, facts
+
+    def _find_text_column(self, columns: Sequence[str], label_column: str | None) -> str:
+        """The column of texts: as given, by its name, or the only one that is left."""
+        known = {label_column, self._pair_column, self._split_column or "split"}
+        others = [c for c in columns if c not in known and c.lower() not in LABEL_COLUMNS]
+        usual = (*TEXT_COLUMNS, *(others if len(others) == 1 else ()))
+        return tables.find_column(columns, self._text_column, [name.lower() for name in usual], "text_column")
+
+    def _hold_out(self, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The splits, with a part of train as validation where there is none."""
+        if "validation" in rows or not self._validation_fraction:
+            return rows
+        train = rows["train"]
+        label = train["label"]
+        out = tables.hold_out(len(label), self._validation_fraction, self._split_seed, label)
+        if not len(out):
+            return rows
+        kept = np.setdiff1d(np.arange(len(label)), out)
+
+        def take(places: np.ndarray) -> dict[str, Any]:
+            lists = {name: train[name] and [train[name][i] for i in places] for name in ("text", "pair")}
+            return lists | {name: train[name][places] for name in ("label", "row")}
+
+        cut = {"train": take(kept), "validation": take(out)}
+        return cut | {name: row for name, row in rows.items() if name != "train"}
+
+    # --- model --------------------------------------------------------------------------------------------------------
+
+    def _configuration(self, **changes: Any) -> Any:
+        if self._attention is not None:
+            changes["attn_implementation"] = self._attention
+        return models.configuration(self._spec, self._trust, **changes)
+
+    def _check_kind(self, config: Any) -> None:
+        kind = config.model_type
+        if kind == "xlnet":
+            raise UserError(
+                f'"trainer.task_options.model": {kind} reads its answer off the last place, so it needs padding to the '
+                "left; here padding stands to the right. Take another model."
+            )
+        if config.is_encoder_decoder and self._tokenizer_name == text.WORDS:
+            raise UserError(
+                f'"trainer.task_options.model": {kind}, an encoder with a decoder, reads its answer off an end-of-text '
+                'token, which the tokenizer "words" lacks. Take a pretrained one, or an encoder such as bert.'
+            )
+
+    def _limit(self, config: Any) -> int | None:
+        """Tokens that a text may have: of the option and what the model takes, the smaller."""
+        takes = text.position_limit(config)
+        if self._max_length is not None and takes is not None and self._max_length > takes:
+            raise UserError(
+                f'"trainer.task_options.max_length" is {self._max_length}, but the model takes {takes} tokens at most.'
+            )
+        return self._max_length or takes
+
+    def _limit_is(self) -> str:
+        return '"trainer.task_options.max_length"' if self._max_length else "what the model takes"
+
+    def model(self) -> nn.Module:
+        """input_ids, attention_mask (B, tokens) -> logits (B, classes)."""
+        assert self._facts, "splits() comes first"
+        names, given = self._facts["names"], self._spec if isinstance(self._spec, Mapping) else {}
+        for option in ("num_labels", "id2label", "label2id"):
+            own = given.get(option)
+            if own is not None and (own if option == "num_labels" else len(own)) != len(names):
+                raise UserError(
+                    f'"trainer.task_options.model.{option}" is {own}, but the data has {len(names)} classes '
+                    f"({', '.join(names[:10])}). Leave it out, to follow the data."
+                )
+        config = self._configuration(
+            num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        )
+        text.fit_configuration(config, self._facts["tokens"], self._spec, self._scratch)
+        fresh: list[str] = []
+        model = models.build(
+            AUTO,
+            self._spec,
+            config,
+            pretrained=not self._scratch,
+            classes=names,
+            new_head=self._new_head,
+            trust_remote_code=self._trust,
+            notes=fresh,
+        )
+        self.notes += [note for note in fresh if note not in self.notes]
+        return model
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, classes)."""
+        return model(**{name: batch[name] for name in _INPUTS if name in batch}).logits
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        """Summed cross-entropy, and the number of samples or their summed class weights."""
+        if self._weights is not None and self._weights.device != outputs.device:
+            self._weights = self._weights.to(outputs.device)  # once
+        return classification.summed_loss(outputs, batch["label"], self._weights, self._smoothing)
+
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        """Accuracy, macro-F1 and AUROC."""
+        return classification.metrics(outputs, batch["label"])
+
+    # --- what becomes of it -------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        if self._saved is not None:
+            return text.load_tokenizer(str(self._saved), False)
+        facts = self._facts
+        if facts["tokenizer"] is not None:
+            return text.wrap(facts["tokenizer"], facts["limit"], facts["token_types"])
+        tokenizer = text.load_tokenizer(self._tokenizer_name, self._trust)
+        if facts["limit"] is not None:
+            tokenizer.model_max_length = facts["limit"]
+        return tokenizer
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Weights, configuration with the classes' names, and tokenizer: what from_pretrained reads."""
+        text.save_model(model, self._tokenizer(), folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model that `save` wrote."""
+        model = models.load_saved(AUTO, Path(folder))
+        self._saved = Path(folder)
+        return model
+
+    def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
+        """For each row of a file: its text, the likeliest class and its probability. Longer texts are cut."""
+        rows = tables.rows_of(Path(source))
+        text_column = self._find_text_column(list(rows[0]), None)
+        texts = tables.as_texts([row[text_column] for row in rows], "--input", text_column)
+        asked, pairs = {text_column: texts}, None
+        if self._pair_column is not None:
+            tables.find_column(list(rows[0]), self._pair_column, (), "pair_column")
+            pairs = tables.as_texts([row[self._pair_column] for row in rows], "--input", self._pair_column)
+            asked[self._pair_column] = pairs
+        tokenizer = self._tokenizer()
+        limit = text.tokenizer_limit(tokenizer)
+        encoded = text.encode(tokenizer, texts, pairs, limit, True, "Tokenising")
+        if encoded.too_long and limit is not None:
+            self.notes.append(f"{text.length_message(encoded, str(source), limit)}: cut there")
+        config: Any = model.config
+        names = [config.id2label[i] for i in range(len(config.id2label))]
+        takes_types, device = _takes_types(config), next(model.parameters()).device
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            lengths = torch.tensor([len(ids) for ids in encoded.ids[part]])
+            batch = {"input_ids": text.pad(encoded.ids[part], tokenizer.pad_token_id)}
+            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+            if takes_types and encoded.types:
+                batch["token_type_ids"] = text.pad(encoded.types[part], tokenizer.pad_token_type_id)
+            with torch.inference_mode():
+                logits = self.forward(model, {name: array.to(device) for name, array in batch.items()})
+            for row, prediction in enumerate(classification.predictions(logits, names), start=start):
+                yield {column: values[row] for column, values in asked.items()} | prediction
+
+
+def _takes_types(config: Any) -> bool:
+    """Whether a model distinguishes the tokens of a first and a second text."""
+    return int(getattr(config, "type_vocab_size", 0) or 0) > 1
+
+
+TASK = TextClassification

@@ -1,0 +1,271 @@
+"""What can end a run from outside: signals, time, a launcher that is gone, ranks that no longer answer.
+
+One thread per rank, beside the step. A wish to stop is noted here and travels with the next gradient exchange, so
+that all ranks stop after the same step. Every second a rank says in the store at which the ranks met where it
+stands; one that falls silent, or holds all others up, is named, and the others leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .distributed import Ranks, first_to_speak, gather_objects, side_store
+from .errors import LostRankError, TrainerError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A launcher passes a signal on to ranks that have had it from the terminal or the scheduler already: within so
+# long, it is the same one. Afterwards it means "at once".
+_SAME_SIGNAL_S = 2.0
+_BEAT_S = 1.0
+_STORE_TIMEOUT_S = 5.0
+# With a broken connection as evidence, a rank that is silent for so long is gone.
+_SILENT_S = 3.5 * _BEAT_S
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Python must have a handler, or the signal would have its usual effect; the thread does the work."""
+
+
+class Watch:
+    """Watches over one run, from its first step to its end.
+
+    Args:
+        ranks: this rank, and how many.
+        hang_timeout_s: how long a rank may not answer.
+        deadline_s: time.time() at which the run shall stop by itself; None for never.
+    """
+
+    def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
+        self._ranks, self._timeout_s, self._deadline_s = ranks, hang_timeout_s, deadline_s
+        self._step, self._phase, self._since_s = 0, "compute", time.monotonic()
+        self._reason: str | None = None
+        self._asked_at_s = 0.0
+        self._lost: str | None = None
+        self._closing = threading.Event()
+        self._launchers = _launchers()
+        self._hosts = gather_objects(socket.gethostname())
+        self._store = side_store(_STORE_TIMEOUT_S)
+        self._beats = [f"beat/{r}" for r in range(ranks.world_size)]
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._beat_count = 0
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._read_end = self._write_end = -1
+        if threading.current_thread() is threading.main_thread():
+            self._read_end, self._write_end = os.pipe()
+            os.set_blocking(self._write_end, False)
+            # The number of every signal is written here at once, even while Python waits inside of a collective.
+            self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+            self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        if self._store is not None:
+            self._beat()
+            gather_objects(None)  # everyone's first beat is there
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    # ---- what the run's own thread says and asks -------------------------------------------------------------
+
+    def at(self, step: int, phase: str) -> None:
+        """Notes where this rank stands: "compute" while it works on its own, "exchange" while it waits for others."""
+        self._step, self._phase, self._since_s = step, phase, time.monotonic()
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why this rank has been asked to stop; None if it has not."""
+        if self._reason is None and self._deadline_s is not None and time.time() >= self._deadline_s:
+            self._reason = "the wall-time budget (trainer.max_wall_time_s) is used up"
+        return self._reason
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Tells the other ranks that this one ends with an error that it reports itself."""
+        if self._store is None:
+            return
+        code = error.exit_code if isinstance(error, TrainerError) else 1
+        with contextlib.suppress(Exception):
+            self._store.set("failed", json.dumps([self._ranks.rank, code]))
+
+    def explain(self, error: BaseException) -> TrainerError | None:
+        """Why a collective failed: another rank's error, which that rank reports, or a rank that is gone; else None."""
+        if self._store is None:
+            return None
+        deadline_s = time.monotonic() + _SILENT_S + 2 * _STORE_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            failed = self._failed_elsewhere()
+            if failed is not None:
+                return failed
+            lost = self._lost or self._who_is_lost(_SILENT_S)
+            if lost is not None:
+                return self._lost_error(lost)
+            time.sleep(0.2)
+        return None
+
+    def close(self) -> None:
+        """Ends the watching; signals have their usual effect again."""
+        self._closing.set()
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            os.write(self._write_end, b"\0")
+        self._thread.join(timeout=2 * _STORE_TIMEOUT_S)
+        if self._handlers:
+            os.close(self._read_end)
+            os.close(self._write_end)
+
+    # ---- the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._read_signals(_BEAT_S)
+            if self._closing.is_set():
+                return
+            if self._reason is None and self._launchers != _launchers(self._launchers):
+                self._ask("the launcher is gone")
+            if self._store is None:
+                continue
+            failed = self._failed_elsewhere()
+            lost = None if failed else self._watch_peers()
+            if failed is None and lost is None:
+                continue
+            if lost is not None:
+                self._lost = lost
+            # The run's own thread may be stuck in a collective: give it a moment to find out for itself.
+            if self._closing.wait(_SILENT_S):
+                return
+            if failed is not None:
+                os._exit(failed.exit_code)
+            error = self._lost_error(str(lost))
+            if error.speaks:
+                print(f"\nerror: {error}", file=sys.stderr, flush=True)
+                time.sleep(2.0)  # a launcher ends the others, who come to the same end, as soon as one has ended
+            os._exit(error.exit_code)
+
+    def _read_signals(self, wait_s: float) -> None:
+        if self._read_end < 0:
+            self._closing.wait(wait_s)
+            return
+        ready, _, _ = select.select([self._read_end], [], [], wait_s)
+        for number in os.read(self._read_end, 64) if ready else b"":
+            if number not in _SIGNALS:
+                continue
+            if self._reason is not None and time.monotonic() - self._asked_at_s > _SAME_SIGNAL_S:
+                os._exit(128 + number)
+            if self._reason is None:
+                self._ask(signal.Signals(number).name)
+
+    def _ask(self, reason: str) -> None:
+        self._reason, self._asked_at_s = reason, time.monotonic()
+
+    def _beat(self) -> None:
+        self._beat_count += 1
+        waiting_s = time.monotonic() - self._since_s
+        self._store.set(
+            self._beats[self._ranks.rank], json.dumps([self._beat_count, self._step, self._phase, round(waiting_s, 1)])
+        )
+
+    def _watch_peers(self) -> str | None:
+        """Beats, listens, and returns a sentence on ranks that are lost, or None."""
+        try:
+            self._beat()
+            beats = self._store.multi_get(self._beats)
+        except Exception:
+            if self._closing.is_set():
+                return None
+            return self._sentence([0], "cannot be reached")
+        now_s = time.monotonic()
+        for rank, beat in enumerate(beats):
+            if rank not in self._heard or self._heard[rank][0] != beat:
+                self._heard[rank] = (beat, now_s)
+        limit_s = 0.8 * self._timeout_s
+        lost = self._who_is_lost(limit_s)
+        if lost is not None:
+            return lost
+        # Everyone answers, but somebody holds all others up.
+        if self._phase == "exchange" and now_s - self._since_s > limit_s:
+            states = [json.loads(beat) for beat in beats]
+            behind = [r for r, (_, step, phase, _) in enumerate(states) if (step, phase) != (self._step, "exchange")]
+            if behind:
+                return self._sentence(behind, f"did not come to the exchange within {limit_s:g} s")
+        return None
+
+    def _who_is_lost(self, silent_s: float) -> str | None:
+        now_s = time.monotonic()
+        silent = [r for r, (_, heard_s) in list(self._heard.items()) if now_s - heard_s > silent_s]
+        if not silent:
+            return None
+        return self._sentence(silent, f"did not answer for {silent_s:g} s")
+
+    def _sentence(self, ranks: list[int], what: str) -> str:
+        names = [f"{r} on {self._hosts[r]}" for r in ranks[:8]]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        return (
+            f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, in step {self._step + 1}: killed, hanging, "
+            "or cut off from the network.\nThe other ranks leave. To go on from the last checkpoint, start the run "
+            "again with --resume auto and the same --output_dir, on any number of ranks."
+        )
+
+    def _failed_elsewhere(self) -> TrainerError | None:
+        try:
+            if not self._store.check(["failed"]):
+                return None
+            rank, code = json.loads(self._store.get("failed"))
+        except Exception:
+            return None
+        if rank == self._ranks.rank:
+            return None
+        error = TrainerError(f"rank {rank} has failed", agreed=True)
+        error.exit_code = int(code)
+        error.speaks = False
+        return error
+
+    def _lost_error(self, sentence: str) -> LostRankError:
+        """The error, which one rank says."""
+        error = LostRankError(sentence)
+        try:
+            speaks = self._store.add("spoken", 1) == 1
+        except Exception:  # the store went down with its rank
+            speaks = first_to_speak(self._ranks)
+        error.speaks = speaks
+        return error
+
+
+def _launchers(known: list[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+    """(process, its parent) of the launcher that started this rank, and of DeepSpeed's runner above it.
+
+    DeepSpeed's runner forgets its ranks on SIGTERM. A process whose parent is another than at the start has lost it.
+    """
+    if known is not None:
+        return [(process, _parent(process)) for process, _ in known]
+    chain: list[tuple[int, int]] = []
+    process = os.getpid()
+    while len(chain) < 2:
+        parent = _parent(process)
+        if not any(word in _command(parent) for word in (b"deepspeed", b"torchrun", b"torch.distributed.run")):
+            break
+        chain.append((process, parent))
+        process = parent
+    return chain
+
+
+def _parent(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
