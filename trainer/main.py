@@ -6,12 +6,16 @@ import time
 
 _STARTED_AT_S = time.time()
 
+import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 if __package__ in (None, ""):
     # `deepspeed trainer/main.py` puts this folder on the path; what belongs there is its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# When a rank dies, torch's stores would print C++ stack traces beside our message.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.cli import config_from, run_parser  # noqa: E402
 from trainer.distributed import Ranks, close, first_to_speak, report  # noqa: E402
