@@ -204,3 +204,47 @@ def test_shakespeare_is_learnt(tmp_path: Path) -> None:
     tiny = real("causal_lm", "tinyshakespeare/input.txt", tmp_path, **{"trainer.max_steps": 400})
     summary = run_ranks(train_here, 2, tiny)[0]
     assert summary["metrics"]["validation"]["loss"] < 2.4
+
+
+def whole(path: Path, **extra: Any) -> Config:
+    bert = BERT | {"num_hidden_layers": 2}
+    options = {"task": "text_classification", "task_options": classification(path.parent, model=bert)}
+    return small_config(
+        path, **{"train_batch_size": 20, "train_micro_batch_size_per_gpu": 4, "epochs": 2} | options | extra
+    )
+
+
+def test_low_rank_updates_of_a_transformer(tmp_path: Path) -> None:
+    """The same bits at every world size; the merged model loads in transformers, the adapter in peft."""
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    same_everywhere(lambda W: whole(tmp_path / str(W), lora={"rank": 2, "dropout": 0.1}), [1, 3], train_here)
+    folder = tmp_path / "3"
+    text = AutoTokenizer.from_pretrained(folder / "model")(
+        ["a red cold 1", "b green 2"], padding=True, return_tensors="pt"
+    )
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    with torch.inference_mode():
+        expected = merged(**text).logits
+    # The same weights with the updates beside them, not added: the model at its start, and the adapter.
+    torch.default_generator.manual_seed(key(0, "model"))
+    task = TextClassification(**classification(tmp_path, model=BERT | {"num_hidden_layers": 2}))
+    task.splits()
+    start = task.model()
+    adapted = peft.PeftModel.from_pretrained(start, str(folder / "adapter")).eval()
+    with torch.inference_mode():
+        logits = adapted(**text).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_keeps_the_bits(tmp_path: Path) -> None:
+    plain = run_ranks(train_here, 1, whole(tmp_path / "plain"))[0]
+    saving = run_ranks(train_here, 2, whole(tmp_path / "saving", gradient_checkpointing=True))[0]
+    assert saving["trace"] == plain["trace"]
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_is_exact(tmp_path: Path) -> None:
+    same_everywhere(lambda W: whole(tmp_path / str(W), compile=True), [1, 2], train_here)
