@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import text
+from trainer import options, text
 from trainer.errors import UserError
 
 TEXTS = ["the cat sat", "The dog, the cat!", "a dog sat; naïve 日本", "a hapax"]
@@ -154,15 +154,15 @@ def test_a_configuration_follows_the_tokenizer() -> None:
 
 
 def test_options() -> None:
-    assert text.check_number("a", 3, 1, integer=True) == 3
-    assert text.check_number("a", None, 1, none=True) is None
+    assert options.check_number("a", 3, 1, integer=True) == 3
+    assert options.check_number("a", None, 1, none=True) is None
     for value, words in ((True, "True"), ("3", "'3'"), (0, "at least 1"), (1.5, "a whole number")):
         with pytest.raises(UserError, match=words):
-            text.check_number("max_length", value, 1, integer=True)
+            options.check_number("max_length", value, 1, integer=True)
     with pytest.raises(UserError, match=r'"trainer.task_options.x" is 1. It must be a number, at least 0 and below 1.'):
-        text.check_number("x", 1, 0, 1)
+        options.check_number("x", 1, 0, 1)
     with pytest.raises(UserError, match=r'"trainer.task_options.truncate" is 1. It must be true or false.'):
-        text.check_kind("truncate", 1, bool, "true or false")
+        options.check_kind("truncate", 1, bool, "true or false")
     with pytest.raises(UserError, match=r'is "words", but the weights of folder were trained with another one'):
         text.check_tokenizer("words", "folder", True, "words", ("words",))
     assert text.check_tokenizer(None, "folder", True, "words", ("words",)) == "folder"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import UserError
@@ -58,7 +59,6 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         UserError: whatever `build` raises, on every rank alike; nothing is cached then.
     """
     import filelock
-    from safetensors import SafetensorError
 
     text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
@@ -81,7 +81,7 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         if path.exists():
             try:
                 return _read(path)
-            except (SafetensorError, ValueError, KeyError, OSError):
+            except Exception:  # a dozen kinds, by what has happened to the file
                 path.unlink()  # a disk that was full, or a file of someone else's: build it again
         arrays, facts = build()
         _write(path, arrays, facts)
@@ -94,8 +94,19 @@ def _read(path: Path) -> Cached:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata["sha256"] != _digest(arrays, metadata["facts"]):
+        raise ValueError("some of its bits have changed")
+    return arrays, json.loads(metadata["facts"])
+
+
+def _digest(arrays: Mapping[str, Tensor], facts: str) -> str:
+    total = hashlib.sha256(facts.encode())
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
+        total.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _write(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -103,7 +114,8 @@ def _write(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({n: a.contiguous() for n, a in arrays.items()}, str(temporary), {"facts": json.dumps(facts)})
+        contents, described = {n: a.contiguous() for n, a in arrays.items()}, json.dumps(facts)
+        save_file(contents, str(temporary), {"facts": described, "sha256": _digest(contents, described)})
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TrainerError, UserError
+from .errors import TrainerError, UserError, readable
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,6 +34,9 @@ LATEST = "latest"
 
 class DamagedError(Exception):
     """A checkpoint whose files are not what was written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
 
 
 @dataclass
@@ -207,6 +210,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is no manifest of a checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("files"), dict):
         raise DamagedError(f"{path} is of another format than this version's ({_FORMAT})")
+    step = content.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise DamagedError(f"{path} has no number of steps")
     return content
 
 
@@ -222,18 +228,21 @@ def read(folder: Path) -> Snapshot:
         if Path(name).name != name or not isinstance(expected, dict):
             raise DamagedError(f"{folder / MANIFEST} names a file outside of its folder: {name}")
         try:
+            size = path.stat().st_size
+            if size != expected.get("bytes"):
+                raise DamagedError(f"{path} has {size:,} bytes and had {expected.get('bytes')}: it is truncated")
             data = path.read_bytes()
         except OSError as error:
             raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
-        if len(data) != expected.get("bytes"):
-            raise DamagedError(f"{path} has {len(data):,} bytes and had {expected.get('bytes'):,}: it is truncated")
+        except ValueError as error:  # a name that no file can have
+            raise DamagedError(f"{folder / MANIFEST} names no file: {name}") from error
         if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
             raise DamagedError(f"{path} does not match its checksum: some of its bits have changed")
         try:
             tensors[path.stem] = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
             raise DamagedError(f"{path} is no safetensors file: {error}") from error
-    return Snapshot(int(manifest["step"]), tensors, manifest)
+    return Snapshot(manifest["step"], tensors, manifest)
 
 
 def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Snapshot] | None:

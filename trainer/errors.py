@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+# Characters of a message: enough for a list of ten files, and for a person.
+_LONGEST = 4000
+
+
+def readable(text: str) -> str:
+    """A message that any console can print: what files put into it is shortened, and never a control character."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 1000]} [... {len(text) - _LONGEST:,} characters ...] {text[-1000:]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
 
 class TrainerError(Exception):
     """An error whose message is for a person: it is printed without a traceback.
@@ -16,7 +26,7 @@ class TrainerError(Exception):
     speaks: bool | None = None
 
     def __init__(self, message: str, *, agreed: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(readable(message))
         self.agreed = agreed
 
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import io
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -344,7 +343,7 @@ def table_images(
 
 def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
     sources = {}
-    with _open_npz(path) as file:
+    with tables.npz_arrays(path) as file:
         pairs = _npz_pairs(file.files)
         if "train" not in pairs:
             raise UserError(
@@ -352,7 +351,7 @@ def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
                 f"or x and y. It has {', '.join(file.files) or 'none'}."
             )
         for split, (x, y) in pairs.items():
-            images, labels = npz_images(path, file, x), _npz_array(path, file, y)
+            images, labels = npz_images(path, file, x), tables.npz_array(path, file, y)
             if labels.ndim == 2 and labels.shape[1] == 1:
                 labels = labels[:, 0]
             if labels.shape != (len(images),):
@@ -381,31 +380,9 @@ def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {split: (found[split]["x"], found[split]["y"]) for split in tables.SPLITS if len(found.get(split, {})) == 2}
 
 
-def _open_npz(path: Path) -> Any:
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz: {str(error).splitlines()[0]}") from error
-    if not hasattr(file, "files"):
-        raise UserError(f"{path} holds one plain array. Write it with numpy.savez(file, x=images, y=labels).")
-    return file
-
-
-def _npz_array(path: Path, file: Any, name: str) -> np.ndarray:
-    try:
-        return file[name]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if "pickle" in str(error):
-            raise UserError(
-                f"{path}: {name} is an array of Python objects, which is stored pickled and not loaded, since such a "
-                "file can run code.\nSave plain arrays: uint8 images, and labels of whole numbers or strings."
-            ) from error
-        raise UserError(f"{path}: {name} cannot be read: {error}") from error
-
-
 def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
     """(N, H, W) or (N, H, W, 3) uint8, the array `name` of an open .npz file. Raises UserError."""
-    images = _npz_array(path, file, name)
+    images = tables.npz_array(path, file, name)
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
         hint = ""
         if images.ndim == 4 and images.shape[1] in (1, 3):
@@ -421,7 +398,7 @@ def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
 
 def read_npz_images(path: Path) -> np.ndarray:
     """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
-    with _open_npz(path) as file:
+    with tables.npz_arrays(path) as file:
         names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
         chosen = "x" if "x" in names else names[0] if len(names) == 1 else None
         if chosen is None:

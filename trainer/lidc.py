@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sqlite3
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from .cache import Cached, cached, hash_files
 from .errors import UserError
+from .tables import npz_array, npz_arrays
 
 SIDE = 32  # voxels, and mm
 BYTES = SIDE**3 // 8  # of a mask, packed
@@ -97,19 +97,12 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
     if not path.is_file():
         raise UserError(f"The nodule masks {path} do not exist (looked from {Path.cwd()}).")
     needed = ["masks_packed", *(["patient"] if patients else [])]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in needed if name not in file.files]
-            if missing:
-                raise UserError(f"{path} has no array {missing[0]!r}. It has: {', '.join(file.files) or 'nothing'}.")
-            masks, names = file["masks_packed"], file["patient"] if patients else None
-            shape = file["shape"].tolist() if "shape" in file.files else [SIDE] * 3
-    except UserError:
-        raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read as an .npz of plain arrays (without pickled objects): {error}"
-        ) from error
+    with npz_arrays(path) as file:
+        missing = [name for name in needed if name not in file.files]
+        if missing:
+            raise UserError(f"{path} has no array {missing[0]!r}. It has: {', '.join(file.files) or 'nothing'}.")
+        masks, names = npz_array(path, file, "masks_packed"), npz_array(path, file, "patient") if patients else None
+        shape = npz_array(path, file, "shape").tolist() if "shape" in file.files else [SIDE] * 3
     if masks.dtype != np.uint8 or masks.ndim != 2 or masks.shape[1] != BYTES or shape != [SIDE] * 3:
         raise UserError(
             f"{path}: masks_packed is {masks.dtype} {masks.shape} for masks of {shape}. It must be uint8 (N, {BYTES}): "

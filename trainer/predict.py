@@ -99,6 +99,8 @@ def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Mo
         if task_name is None:
             raise UserError(f"This model belongs to a task of its own, {name}. Say --task path/to/file.py:ClassName.")
         name = task_name
+    else:
+        options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})
     task = tasks.load(name, options)
     if not callable(getattr(task, "predict", None)):
         raise UserError(f"The task {name} has no predict() method, so it cannot predict on new data.")
@@ -114,12 +116,16 @@ def _default_load(task: Task, folder: Path) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    network = task.model()
     file = folder / "model.safetensors"
     try:
-        network.load_state_dict(load_file(str(file)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be loaded into the task's model: {str(error).splitlines()[0]}") from error
+        state = load_file(str(file))
+        network = task.model()
+        network.load_state_dict(state)
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{file} cannot be loaded into the task's model: {reason.splitlines()[0]}") from error
     return network
 
 

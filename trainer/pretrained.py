@@ -60,6 +60,14 @@ def _told(spec: Spec) -> Iterator[None]:
         raise UserError(f"{_OPTION}: {shown} cannot be used: {reason}") from error
 
 
+def trust_note(trusted: bool, *specs: Any) -> list[str]:
+    """A sentence on whose Python code a config lets run, for a task's notes."""
+    named = dict.fromkeys(spec for spec in specs if isinstance(spec, str))
+    if not trusted or not named:
+        return []
+    return [f"trust_remote_code is on: Python code that comes with {' and '.join(named)} may run here"]
+
+
 def where(spec: str) -> str:
     """What from_pretrained is called with: a local folder's path, or the hub name as it is."""
     path = Path(spec).expanduser()
@@ -205,5 +213,10 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
 
     _check_weights(folder)
     with _told(str(folder)), _quiet():
-        model = getattr(transformers, auto).from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True)
+        model, loading = getattr(transformers, auto).from_pretrained(
+            str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would draw them anew
+        raise UserError(f"The model in {folder} is damaged: its weights lack {', '.join(missing[:5])}.")
     return model.eval()

@@ -224,6 +224,7 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
         try:
             snapshot = _read(source)
             if snapshot is not None:
+                _check_parts(source, snapshot)
                 _check_shapes(p, snapshot)
         except TrainerError as own:
             error = own
@@ -252,6 +253,19 @@ def _read(source: Path) -> Snapshot | None:
             raise UserError(f"The checkpoint {source} is damaged: {error}.") from error
     found = read_newest(source, say)
     return None if found is None else found[1]
+
+
+# What a run writes into a checkpoint's manifest, see Saver.
+_PARTS = {"config": dict, "plan": dict, "total_steps": int, "data_sha256": dict, "facts": dict, "inexact": list}
+_PARTS |= {"engine": dict, "window": dict, "history": list}
+
+
+def _check_parts(source: Path, snapshot: Snapshot) -> None:
+    """Raises UserError for a checkpoint that is whole by its checksums, but was written by something else."""
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(snapshot.facts.get(name), kind)]
+    wrong += [name for name in ("model", "optimizer") if name not in snapshot.tensors]
+    if wrong:
+        raise UserError(f"The checkpoint in {source} was not written by a run: it has no {wrong[0]}.")
 
 
 def _described(snapshot: Snapshot) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

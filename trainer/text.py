@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import pretrained
+from . import options, pretrained
 from .cache import hash_files
 from .errors import UserError
 
@@ -42,27 +42,6 @@ _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta
                             "longformer", "ibert", "xmod", "data2vec-text", "luke", "esm")  # fmt: skip
 
 
-def check_number(
-    option: str, value: Any, low: float, high: float | None = None, *, integer: bool = False, none: bool = False
-) -> Any:
-    """An option that is a number from low to below high. Raises UserError."""
-    if value is None and none:
-        return None
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < low or (high is not None and value >= high):
-        rule = f"{'a whole' if integer else 'a'} number, at least {low:g}"
-        rule += f" and below {high:g}" if high is not None else ""
-        raise UserError(f'"trainer.task_options.{option}" is {value!r}. It must be {rule}{", or null" * none}.')
-    return value
-
-
-def check_kind(option: str, value: Any, kind: type, rule: str, *, none: bool = False) -> Any:
-    """An option of a type (bool, str). Raises UserError."""
-    if (value is None and none) or (isinstance(value, kind) and value != ""):
-        return value
-    raise UserError(f'"trainer.task_options.{option}" is {value!r}. It must be {rule}{", or null" * none}.')
-
-
 def check_tokenizer(option: Any, spec: pretrained.Spec, from_weights: bool, default: str, built: Sequence[str]) -> str:
     """The option `tokenizer`, resolved: one of those built here, or a folder or hub name. Raises UserError.
 
@@ -73,7 +52,7 @@ def check_tokenizer(option: Any, spec: pretrained.Spec, from_weights: bool, defa
         default: for a configuration.
         built: the tokenizers that the task builds from its training texts.
     """
-    check_kind(
+    options.check_kind(
         "tokenizer", option, str, f"{', '.join(json.dumps(b) for b in built)}, or a folder or hub name", none=True
     )
     if option is None:

