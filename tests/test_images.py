@@ -328,7 +328,7 @@ def test_npz_files_that_must_change(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_images(npz(tmp_path, **arrays))
     (tmp_path / "bad.npz").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"cannot be read as \.npz"):
+    with pytest.raises(UserError, match=r"cannot be read as an \.npz"):
         read_images(str(tmp_path / "bad.npz"))
     with pytest.raises(UserError, match="does not exist"):
         read_images(str(tmp_path / "none.npz"))

@@ -26,7 +26,7 @@ from .. import pretrained as models
 from ..cache import Cached, cached
 from ..errors import UserError
 from ..splits import Batch, Split
-from ..token_rows import IGNORED, TokenSequence
+from ..token_rows import IGNORED, TokenSequence, pack, pad_rows
 
 AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
