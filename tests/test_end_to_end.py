@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import uuid
 from pathlib import Path
 
@@ -17,15 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sysconfig.get_path("scripts")
 
 
-def launch(*command: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Runs a command to its end; also returns a marker that its processes carry in their environment."""
-    marker = uuid.uuid4().hex
-    environment = {
+def environment_with(marker: str) -> dict[str, str]:
+    return {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")},
         "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
         "TEST_MARKER": marker,
         "DS_ACCELERATOR": "cpu",
     }
+
+
+def launch(*command: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Runs a command to its end; also returns a marker that its processes carry in their environment."""
+    marker = uuid.uuid4().hex
+    environment = environment_with(marker)
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     return done, marker
 
@@ -79,6 +84,37 @@ def test_the_main_command(project: Path) -> None:
     assert again["world_size"] == 1
     for name in ("parameters_sha256", "model_sha256", "metrics"):
         assert again[name] == summary[name]
+
+
+def test_ending_the_runner_stops_the_ranks_with_a_checkpoint(project: Path) -> None:
+    """DeepSpeed's runner forgets its ranks on SIGTERM; they notice, and the run goes on with three to the same bits."""
+    marker = uuid.uuid4().hex
+    command = ["deepspeed", "--num_gpus", "2", "trainer/main.py", "--ds_config", "ds_configs/strong.json"]
+    command += ["--output_dir", "out", "--epochs", "12"]
+    with (project / "output.txt").open("w") as output:
+        runner = subprocess.Popen(command, cwd=project, env=environment_with(marker), stdout=output, stderr=output)
+        deadline_s = time.monotonic() + 120
+        while not (project / "out" / "manifest.json").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)  # its first step is made
+        runner.terminate()
+        runner.wait(timeout=30)
+        while left_running(marker) and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+    text = (project / "output.txt").read_text()
+    assert left_running(marker) == []
+    assert text.count("stopped after step") == 1, text
+    assert "the launcher is gone" in text
+    assert "Traceback" not in text
+    assert not (project / "out" / "summary.json").exists()
+
+    done, _ = launch(*command[:2], "3", *command[3:], "--resume", "auto", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    alone, _ = launch(sys.executable, *command[3:6], "--output_dir", "alone", "--epochs", "12", cwd=project)
+    assert alone.returncode == 0, alone.stderr
+    resumed, whole = (json.loads((project / n / "summary.json").read_text()) for n in ("out", "alone"))
+    for name in ("parameters_sha256", "model_sha256", "metrics", "best"):
+        assert resumed[name] == whole[name]
 
 
 def test_torchrun_is_understood(project: Path) -> None:

@@ -85,6 +85,12 @@ class Checkpoints:
         self._folder, self._keep, self._fault = folder, keep, fault
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        # What a run that was killed while it wrote has left here.
+        for rubbish in [*folder.glob(".step-*.*"), *folder.glob(f".{LATEST}.*")]:
+            if rubbish.is_dir():
+                shutil.rmtree(rubbish, ignore_errors=True)
+            else:
+                rubbish.unlink(missing_ok=True)
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts writing; the snapshot's memory belongs to the writer until `wait`."""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import BY_EXIT_CODE, Stopped, TrainerError, UserError
+from .errors import BY_EXIT_CODE, LostRankError, Stopped, TrainerError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -308,7 +308,9 @@ def report(error: TrainerError, ranks: Ranks) -> None:
     if speaks:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"\n{kind}{error}", file=sys.stderr, flush=True)
-    if ranks.world_size > 1 and speaks != error.agreed:
+    if isinstance(error, LostRankError) and ranks.first:
+        time.sleep(3.0)  # the store at which the others learn of it is in this process
+    elif ranks.world_size > 1 and speaks != error.agreed:
         time.sleep(3.0 if speaks else 2.0)
 
 

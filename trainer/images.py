@@ -292,7 +292,7 @@ def _table_sources(
                     f'"trainer.task_options.data": the split {split} has no column "{column}", only '
                     f"{', '.join(table.column_names)}."
                 )
-        labels = table[label_column][:]
+        labels = tables.values_of(table, label_column, split)
         tables.check_complete(labels, split, label_column)
         other = table.features[label_column]
         if names is not None and getattr(other, "names", names) != names:

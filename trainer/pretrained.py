@@ -34,18 +34,21 @@ def check_spec(spec: Any, kind: str, example: str) -> None:
         )
 
 
+def _reason(error: Exception) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 @contextlib.contextmanager
 def _told(spec: Spec) -> Iterator[None]:
     """Turns what transformers raises for a folder or name into one message that says what to do."""
-    from safetensors import SafetensorError
-
-    kinds = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError)
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # of two dozen kinds, by library and kind of damage
+        reason = _reason(error)
         if isinstance(spec, str) and not Path(spec).expanduser().is_dir():
             raise UserError(
                 f'{_OPTION}: "{spec}" is no folder here, and as a name on the model hub it cannot be loaded: {reason}\n'
@@ -199,10 +202,9 @@ def tokenizer_of(spec: str, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise UserError(
-            f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {reason}\n'
+            f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {_reason(error)}\n'
             "Give a folder that holds tokenizer.json, or one of the tokenizers that are built from the training text."
         ) from error
 

@@ -43,6 +43,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+# Blocks in blocks. Python's own limit depends on who calls, and copies of a config go through it again.
+_DEEPEST = 100
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [value for values in inner for value in values]
+    return any(isinstance(part, (dict, list)) for part in level)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, with line and column where it is malformed."""
     try:
@@ -59,6 +71,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if _deeper_than(values, _DEEPEST):
+        raise UserError(f"{path} has blocks or lists more than {_DEEPEST} deep in one another.")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object {{...}}, not {_kind(values)}.")
     return values

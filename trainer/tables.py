@@ -211,7 +211,7 @@ def _by_column(table: Any, split_column: str | None) -> dict[str, Any]:
     column = split_column or ("split" if "split" in table.column_names else None)
     if column is None:
         return {"train": table}
-    values = table[column][:]
+    values = values_of(table, column, "the data")
     names = dict.fromkeys(values)
     if split_column is None and not all(isinstance(n, str) and n.lower() in _ALIASES for n in names):
         return {"train": table}
@@ -277,9 +277,17 @@ def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
     return array
 
 
+def values_of(table: Any, column: str, split: str) -> list[Any]:
+    """A column of a datasets table. Raises UserError, such as for texts in a parquet file that are not UTF-8."""
+    try:
+        return list(table[column][:])
+    except Exception as error:  # pyarrow's and Python's own
+        raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
+
+
 def texts(table: Any, column: str, split: str) -> list[str]:
     """A column of texts of a datasets table, complete. Raises UserError."""
-    return as_texts(table[column][:], split, column)
+    return as_texts(values_of(table, column, split), split, column)
 
 
 def as_texts(values: Sequence[Any], split: str, column: str) -> list[str]:
@@ -306,7 +314,7 @@ def labels(table: Any, column: str, split: str) -> list[Any]:
     Raises:
         UserError: a value is missing, or is no number of a declared class.
     """
-    values = table[column][:]
+    values = values_of(table, column, split)
     check_complete(values, split, column)
     names = declared_names(table, column)
     if names is None:
@@ -420,7 +428,10 @@ def lines_of(source: Path) -> Iterator[dict[str, Any]]:
     if not source.is_file():
         raise UserError(f"--input {source} is not a file here (looked from {Path.cwd()}).")
     table = _load(str(source), None)["train"]
-    yield from table
+    try:
+        yield from table
+    except (ValueError, OSError) as error:
+        raise UserError(f"--input {source} cannot be read: {error}") from error
 
 
 def rows_of(source: Path) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ class Watch:
             failed = self._failed_elsewhere()
             if failed is not None:
                 return failed
-            lost = self._lost or self._who_is_lost(_SILENT_S)
+            lost = self._lost or self._lost_elsewhere() or self._who_is_lost(_SILENT_S)
             if lost is not None:
                 return self._lost_error(lost)
             time.sleep(0.2)
@@ -134,7 +134,7 @@ class Watch:
             if self._store is None:
                 continue
             failed = self._failed_elsewhere()
-            lost = None if failed else self._watch_peers()
+            lost = None if failed else self._lost_elsewhere() or self._watch_peers()
             if failed is None and lost is None:
                 continue
             if lost is not None:
@@ -147,7 +147,10 @@ class Watch:
             error = self._lost_error(str(lost))
             if error.speaks:
                 print(f"\nerror: {error}", file=sys.stderr, flush=True)
-                time.sleep(2.0)  # a launcher ends the others, who come to the same end, as soon as one has ended
+            if error.speaks or self._ranks.first:
+                # A launcher ends the others, who come to the same end, as soon as one has ended; and from rank 0's
+                # store they learn of it.
+                time.sleep(2.0)
             os._exit(error.exit_code)
 
     def _read_signals(self, wait_s: float) -> None:
@@ -228,11 +231,22 @@ class Watch:
         error.speaks = False
         return error
 
+    def _lost_elsewhere(self) -> str | None:
+        """What another rank has found out about lost ranks; the first to find something is right."""
+        try:
+            return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+        except Exception:
+            return None
+
     def _lost_error(self, sentence: str) -> LostRankError:
         """The error, which one rank says."""
         error = LostRankError(sentence)
         try:
+            # The others leave with this one, before they miss the ranks that have left already.
+            self._store.compare_set("lost", "", sentence)
             speaks = self._store.add("spoken", 1) == 1
+            if speaks:
+                first_to_speak(self._ranks)  # so that nobody here does who finds the store gone
         except Exception:  # the store went down with its rank
             speaks = first_to_speak(self._ranks)
         error.speaks = speaks

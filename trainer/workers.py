@@ -13,12 +13,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
+
+from tqdm import tqdm
 
 from .distributed import Ranks
 from .errors import BY_EXIT_CODE, TrainerError
@@ -59,6 +62,8 @@ def _rank_main(
     quiet: bool,
 ) -> None:
     os.environ.update(environment)
+    # tqdm's own lock is a semaphore between processes, which ours leave behind when they end at once.
+    tqdm.set_lock(threading.RLock())
     console: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if quiet:
         console = contextlib.redirect_stdout(io.StringIO())
