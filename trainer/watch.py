@@ -134,7 +134,13 @@ class Watch:
             if self._store is None:
                 continue
             failed = self._failed_elsewhere()
-            lost = None if failed else self._lost_elsewhere() or self._watch_peers()
+            known = None if failed else self._lost_elsewhere()
+            if known is not None:
+                # Another rank says it. Those that leave break the connections on which the others wait, so at once;
+                # rank 0, whose store this comes from, a little later.
+                self._closing.wait(4 * _BEAT_S if self._ranks.first else 0.5)
+                os._exit(LostRankError.exit_code)
+            lost = None if failed else self._watch_peers()
             if failed is None and lost is None:
                 continue
             if lost is not None:

@@ -71,7 +71,7 @@ def _rank_main(
         with console:
             result = ("result", function(ranks, *arguments))
     except TrainerError as error:
-        result = ("error", (error.exit_code, str(error)))
+        result = ("error", (error.exit_code, str(error), error.speaks))
     except BaseException:
         result = ("traceback", traceback.format_exc())
     pipe.send(result)
@@ -140,7 +140,9 @@ def run_ranks(
                     if kind == "result":
                         results[rank] = value
                     elif kind == "error":
-                        failures[rank] = BY_EXIT_CODE.get(value[0], TrainerError)(value[1], agreed=True)
+                        known = BY_EXIT_CODE.get(value[0], TrainerError)(value[1], agreed=True)
+                        known.speaks = value[2]
+                        failures[rank] = known
                     else:
                         failures[rank] = WorkerError(f"rank {rank} failed:\n{value}")
                 if failures:
@@ -151,7 +153,8 @@ def run_ranks(
                 process.kill()
             process.join()
     if failures:
-        raise failures[min(failures)]
+        # Of the lowest rank, except one that left because of another, which says what happened.
+        raise failures[min(failures, key=lambda rank: (getattr(failures[rank], "speaks", None) is False, rank))]
     if len(results) < world_size:
         missing = sorted(set(range(world_size)) - set(results))
         raise WorkerError(f"ranks {missing} did not end within {timeout_s:g} s")

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from my_task import MyTask
 from torch import nn
@@ -172,6 +173,18 @@ class AugmentsFromElsewhere(MyTask):
 class SeesItsNeighbours(MyTask):
     def forward(self, model, batch):
         return {"logits": model(batch["x"] - 0.5 * batch["x"].mean(0))}
+
+
+class NoMemory(MyTask):
+    """On rank 1, in its third step, the device's memory is full."""
+
+    calls = 0
+
+    def forward(self, model, batch):
+        NoMemory.calls += 1
+        if dist.get_rank() == 1 and NoMemory.calls > 14:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(model, batch)
 
 
 class Crashes(MyTask):

@@ -330,7 +330,8 @@ class TextClassification:
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
         """Summed cross-entropy, and the number of samples or their summed class weights."""
         if self._weights is not None and self._weights.device != outputs.device:
-            self._weights = self._weights.to(outputs.device)  # once
+            with torch.inference_mode(False):  # the first call may be an evaluation's
+                self._weights = self._weights.to(outputs.device)  # once
         return classification.summed_loss(outputs, batch["label"], self._weights, self._smoothing)
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:

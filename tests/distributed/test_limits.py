@@ -1,0 +1,31 @@
+"""What machines run out of: memory, ports."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import USER_TASKS, small_config, train
+from trainer.errors import TrainerError
+from trainer.workers import run_ranks
+
+
+def test_out_of_memory_names_the_micro_batch(tmp_path: Path) -> None:
+    """One message, on the rank that ran out; the others leave, and wait for nobody."""
+    config = small_config(tmp_path / "run", task=f"{USER_TASKS}/bad_tasks.py:NoMemory")
+    with pytest.raises(TrainerError) as caught:
+        run_ranks(train, 2, config, timeout_s=60.0)
+    message = str(caught.value)
+    for words in ("micro-batch of 8 samples", "memory of this device", "is 4", "changes the bits"):
+        assert words in message, message
+
+
+def test_a_taken_port_harms_nobody_on_one_machine(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {"MASTER_PORT": str(taken.getsockname()[1])}
+        summary = run_ranks(train, 3, small_config(tmp_path / "run", max_steps=2), environment=environment)[0]
+    assert summary["steps"] == 2
