@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.jobs import small_config, train
+from tests.distributed.jobs import small_config, train, train_interrupted
+from tests.distributed.test_text import classification, train_here
+from trainer.config import Config
 from trainer.errors import NonFiniteError, UserError
 from trainer.workers import run_ranks
 
@@ -31,6 +33,27 @@ def test_one_hash(tmp_path: Path, model: str, precision: dict[str, Any]) -> None
     for run in runs[1:]:
         assert run["trace"] == runs[0]["trace"]
         assert run["metrics"] == runs[0]["metrics"]
+
+
+def test_a_text_model_is_exact_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Padding of its own in each micro-batch, class weights, and a stop whose flag the host reads two steps later."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def config(name: str, W: int) -> Config:
+        share = -(-W // torch.cuda.device_count())
+        task = {"task": "text_classification", "task_options": classification(folder), "ranks_per_gpu": share}
+        batch = {"train_batch_size": 20, "train_micro_batch_size_per_gpu": 4}
+        return small_config(tmp_path / name, device="cuda", epochs=4, **task, **batch)
+
+    whole = run_ranks(train_here, 1, config("whole", 1), cuda=True)[0]
+    other = run_ranks(train_here, 3, config("other", 3), cuda=True)[0]
+    assert other["trace"] == whole["trace"]
+    stopped = run_ranks(train_interrupted, 2, config("parts", 2), {3: 1}, cuda=True)[0]
+    assert "SIGTERM" in stopped["stopped"]
+    resumed = run_ranks(train_interrupted, 1, config("parts", 1), {}, cuda=True)[0]
+    assert resumed["parameters_sha256"] == whole["parameters_sha256"]
+    assert resumed["metrics"] == whole["metrics"]
 
 
 def test_a_non_finite_loss_is_found_without_waiting_for_the_device(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ TRAINER = ROOT / "trainer"
 # it in this list; a new module is given its place here.
 GROUPS = [
     # Said before torch is loaded, and computed without it.
-    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"},
+    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan", "arms"},
     # Plain PyTorch.
     {
         "order",
@@ -37,12 +37,12 @@ GROUPS = [
     }
     | {"cache", "tables", "classification", "pretrained", "adapt"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
-    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options"},
+    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "inference"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
-    {"verify", "check_task", "predict", "cli", "main", "__main__"},
+    {"verify", "check_task", "predict", "study", "study_report", "cli", "main", "__main__"},
 ]
 HEAVY = {
     "PIL",

@@ -446,7 +446,7 @@ def save(**arrays: Any) -> Callable[[Path], None]:
         (save(masks_packed=balls(2)), "has no array 'patient'. It has: masks_packed"),
         (
             save(masks_packed=balls(1), patient=np.array([{}], dtype=object)),
-            r"without pickled objects\): Object arrays",
+            r"is an array of Python objects, which is stored pickled and not loaded",
         ),
         (
             save(masks_packed=np.zeros((2, 32, 32, 32)), patient=[1, 2]),

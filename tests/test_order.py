@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainer.order import SampleRandom, epoch_order, hashed_uniform, key, seed_generators
+from trainer.batching import micro_batch_bounds
+from trainer.order import SampleRandom, by_length, epoch_order, hashed_uniform, key, seed_generators
 
 CPU = torch.device("cpu")
 
@@ -284,3 +285,23 @@ def test_a_stream_does_not_remember_its_kind() -> None:
     assert torch.equal(used.of(rows).uniform(2), fresh.of(rows).uniform(2))
     assert torch.equal(used.of(rows).integers(3, columns=2), fresh.of(rows).integers(3, columns=2))
     assert torch.equal(used.of(rows).integers(7, columns=2), SampleRandom(0, 20, CPU).of(rows).integers(7, columns=2))
+
+
+@pytest.mark.parametrize(("samples", "batch", "micro"), [(100, 32, 8), (7, 4, 1), (50, 20, 20), (12, 12, 5), (3, 8, 8)])
+def test_by_length_keeps_the_samples_of_each_batch(samples: int, batch: int, micro: int) -> None:
+    order, lengths = epoch_order(3, 0, samples), torch.arange(samples) * 7 % 11
+    arranged = by_length(order, lengths, batch, micro)
+    for before, after in zip(order.split(batch), arranged.split(batch)):
+        assert sorted(before.tolist()) == sorted(after.tolist())
+        bounds = micro_batch_bounds(len(after), micro)
+        of_micro_batches = [lengths[after[start:stop]] for start, stop in bounds]
+        for part in of_micro_batches:  # what lies between its shortest and longest is in it
+            inside = (lengths[after] > part.min()) & (lengths[after] < part.max())
+            assert int(inside.sum()) == int(((part > part.min()) & (part < part.max())).sum())
+
+
+def test_by_length_gives_every_rank_short_and_long_ones() -> None:
+    lengths = torch.arange(64)
+    arranged = by_length(torch.randperm(64), lengths, 64, 8)
+    assert arranged.view(8, 8).float().mean(1).tolist() == [3.5, 59.5, 11.5, 51.5, 19.5, 43.5, 27.5, 35.5]
+    assert len({int(part.sum()) for part in arranged.view(4, 16)}) == 1

@@ -326,7 +326,11 @@ def table_images(
             "image_column in trainer.task_options."
         ) from error
     for start in range(0, len(table), _BLOCK):
-        for offset, value in enumerate(table[start : start + _BLOCK][column]):
+        try:
+            values = table[start : start + _BLOCK][column]
+        except Exception as error:  # such as paths in a parquet file that are not UTF-8
+            raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
+        for offset, value in enumerate(values):
             content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
             name = f"row {start + offset} of {split}" + (f", {path}" if path else "")
             if content or not path:

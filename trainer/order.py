@@ -7,11 +7,14 @@ no generator runs on from one micro-batch to the next, so any rank can compute a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .batching import micro_batch_bounds
 
 _MASK = (1 << 64) - 1
 # splitmix64: the increment is 2^64 / golden ratio, the multipliers are Stafford's variant 13
@@ -35,6 +38,41 @@ def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
     """The permutation of the training set for one epoch: (samples,) int64 on the CPU."""
     generator = torch.Generator().manual_seed(key(seed, "order", epoch))
     return torch.randperm(samples, generator=generator)
+
+
+def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batch_size: int) -> Tensor:
+    """The order with each global batch arranged so that samples of about the same length share a micro-batch.
+
+    A step has the same samples as before, and so the same gradient up to rounding, with less padding: of questions of
+    13 tokens on average, in 4 micro-batches of 8, 16 tokens are computed for each instead of 21. Micro-batches come as
+    shortest, longest, second shortest, ...: neighbours together are about as much work as any others, for whichever
+    rank has them.
+
+    Args:
+        order: (n,) int64, an epoch's.
+        lengths: (samples,) int64.
+        global_batch_size, micro_batch_size: of the plan.
+
+    Returns:
+        (n,) int64.
+    """
+    parts = []
+    for samples in order.split(global_batch_size):
+        samples = samples[torch.argsort(lengths[samples], stable=True)]
+        bounds = micro_batch_bounds(len(samples), micro_batch_size)
+        places = itertools.zip_longest(
+            range((len(bounds) + 1) // 2), reversed(range((len(bounds) + 1) // 2, len(bounds)))
+        )
+        arranged = [place for pair in places for place in pair if place is not None]
+        # Micro-batches of unequal size keep their places: sizes are those of the plan, j = 0, 1, ...
+        sizes = [stop - start for start, stop in bounds]
+        starts = [0] * len(bounds)
+        position = 0
+        for place in sorted(range(len(bounds)), key=lambda j: arranged[j]):
+            starts[place] = position
+            position += sizes[place]
+        parts += [samples[start : start + size] for start, size in zip(starts, sizes)]
+    return torch.cat(parts)
 
 
 def seed_generators(value: int, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from .errors import NonFiniteError, UserError
 from .evaluate import check_outputs
 from .guard import digest
 from .monitor import PhaseTimer
-from .order import SampleRandom, epoch_order, key, seed_generators
+from .order import SampleRandom, by_length, epoch_order, key, seed_generators
 from .splits import Batch
 from .summation import TreeSum
 from .watch import Watch
@@ -52,9 +52,13 @@ class GlobalBatch:
 def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]:
     """The batches of a run from a step on, in order: a function of the seed and the plan, not of the world size."""
     split, B = pieces.host_splits["train"], pieces.plan.global_batch_size
+    # A compiled model is compiled for each shape: it sees one, of the longest sample there is.
+    lengths = None if pieces.config.trainer.compile else split.lengths
     step = first_step
     for epoch in range(first_step // pieces.steps_per_epoch, -(-pieces.total_steps // pieces.steps_per_epoch)):
         order = epoch_order(pieces.config.trainer.seed, epoch, len(split))
+        if lengths is not None and lengths.min() < lengths.max():
+            order = by_length(order, lengths, B, pieces.plan.micro_batch_size)
         on_device = order.to(pieces.device)
         for start in range(step % pieces.steps_per_epoch * B, pieces.steps_per_epoch * B, B):
             if step == pieces.total_steps:
@@ -68,8 +72,7 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
                 on_device[start : start + B],
                 bounds,
                 split.count_of(samples),
-                # A compiled model is compiled for each shape: it sees one, of the longest sample there is.
-                None if pieces.config.trainer.compile else split.longest(samples, bounds),
+                None if lengths is None else split.longest(samples, bounds),
                 split.tokens(samples),
             )
             step += 1

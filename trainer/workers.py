@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from tqdm import tqdm
-
 from .distributed import Ranks
 from .errors import BY_EXIT_CODE, TrainerError
 
@@ -61,6 +59,8 @@ def _rank_main(
     environment: Mapping[str, str],
     quiet: bool,
 ) -> None:
+    from tqdm import tqdm
+
     os.environ.update(environment)
     # tqdm's own lock is a semaphore between processes, which ours leave behind when they end at once.
     tqdm.set_lock(threading.RLock())
