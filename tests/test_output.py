@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer import output
 from trainer.errors import UserError
 from trainer.output import OutputFolder, to_json, write_tensors
 
@@ -233,3 +235,27 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         folder.write_folder("model", fails)
     assert everything(folder.path) == ["model", "model/a"]
+
+
+def hold(folder: str, held: Any, let_go: Any) -> None:
+    OutputFolder.claim(folder, "strong")
+    held.set()
+    let_go.wait(60)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs never write into one folder; one that goes on waits for ranks that are still leaving."""
+    monkeypatch.setattr(output, "_LEAVING_S", 0.5)
+    context = multiprocessing.get_context("spawn")
+    held, let_go = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(UserError, match="Another process is writing"):
+        OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
+    let_go.set()
+    other.join(60)
+    (tmp_path / "run" / ".model.123").mkdir()
+    (tmp_path / "run" / ".summary.json.123").write_text("half")
+    OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
+    assert list((tmp_path / "run").iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -131,6 +132,8 @@ def build(config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog) -> P
     raise_together(error)
 
     facts = devices.facts(device, engines.VERSION)
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        facts["transformers"] = importlib.metadata.version("transformers")
     inexact = _zero_reason(config) + _sync_batch_norm_reason(model) + _compare_facts(facts, config, host_splits)
     refuse_inexact(config, inexact)
 

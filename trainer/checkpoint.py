@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,11 @@ class Snapshot:
         step: optimizer steps made.
         tensors: file name without suffix -> name -> tensor.
         facts: JSON values.
-        unchanged: files whose content is that of the checkpoint before: linked, not written again.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     facts: dict[str, Any]
-    unchanged: set[str] = field(default_factory=set)
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,19 +127,12 @@ class Checkpoints:
         self._folder.mkdir(exist_ok=True)
         name = f"step-{snapshot.step:09d}"
         target, temporary = self._folder / name, self._folder / f".{name}.{os.getpid()}"
-        before = self._newest()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             files: dict[str, Any] = {}
             for part, tensors in snapshot.tensors.items():
                 file = temporary / f"{part}.safetensors"
-                earlier = before[1]["files"].get(file.name) if before is not None else None
-                if part in snapshot.unchanged and earlier is not None and before is not None:
-                    with contextlib.suppress(OSError):  # not every file system has links
-                        os.link(before[0] / file.name, file)
-                        files[file.name] = earlier
-                        continue
                 data = save(tensors)
                 files[file.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
                 self._fault(f"before {part}")
@@ -165,12 +156,6 @@ class Checkpoints:
         for old in list_checkpoints(self._folder)[self._keep :]:
             self._fault("before deleting")
             shutil.rmtree(old, ignore_errors=True)
-
-    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
-        for folder in list_checkpoints(self._folder)[:1]:
-            with contextlib.suppress(DamagedError):
-                return folder, read_manifest(folder)
-        return None
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:

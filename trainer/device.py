@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -90,8 +89,6 @@ def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),
     }
-    if "transformers" in sys.modules:
-        result["transformers"] = sys.modules["transformers"].__version__
     if device.type == "cuda":
         result["device_model"] = torch.cuda.get_device_name(device)
         result["cuda"] = str(torch.version.cuda)

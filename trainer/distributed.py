@@ -5,11 +5,14 @@ Everything works undistributed too: with one rank no message is sent.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+# From linux/sockios.h: the address of an interface.
+_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set: start them with a launcher.")
+    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo asks for the address of this machine's name, which on Debian is one that no other machine can reach.
+        interface = _interface_to(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         dist.init_process_group(
             backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
@@ -101,6 +112,31 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
             f"The ranks cannot meet at {where}: {str(error).splitlines()[0]}\n"
             "If another run uses the port, choose one with deepspeed --master_port."
         ) from error
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface over which a host is reached; None if that cannot be told. Sends nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            own = probe.getsockname()[0]
+        if family == socket.AF_INET:
+            for _, name in socket.if_nameindex():
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                    try:
+                        found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                    except OSError:  # it has no address
+                        continue
+                if socket.inet_ntoa(found[20:24]) == own:
+                    return name
+        for line in Path("/proc/net/if_inet6").read_text().splitlines() if family == socket.AF_INET6 else ():
+            digits, _, _, _, _, name = line.split()
+            if socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)) == own.partition("%")[0]:
+                return name
+    except OSError:
+        pass
+    return None
 
 
 _address: tuple[str, int] | None = None
@@ -166,7 +202,10 @@ def _notice_path() -> Path:
 
 
 def side_store(timeout_s: float) -> Any:
-    """A connection of its own to the store at which the ranks met, for another thread; None with one rank."""
+    """A connection of its own to the store at which the ranks met, for another thread; None with one rank.
+
+    Collective: every rank.
+    """
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
@@ -174,8 +213,8 @@ def side_store(timeout_s: float) -> Any:
         return None
     host, port = _address or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
-    # torchrun's store outlives a restart of the ranks.
-    return PrefixStore(f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
+    # torchrun's store may outlive a restart of the ranks, which need not raise its count of restarts.
+    return PrefixStore(f"watch-{broadcast_object(uuid.uuid4().hex)}", store)
 
 
 def close() -> None:
@@ -186,6 +225,33 @@ def close() -> None:
         dist.destroy_process_group()
 
 
+class _Meetings:
+    """How many collectives this rank has come to, the same on every rank, and since when it waits in the present one.
+
+    Attributes:
+        count: of the outermost ones.
+        since_s: time.monotonic(); None while the rank works on its own.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.since_s, self._depth = 0, None, 0  # type: tuple[int, float | None, int]
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self.count += 1
+            self.since_s = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.since_s = None
+
+
+# The watching thread reads it: whoever has come to fewer than one that waits for long holds it up.
+meetings = _Meetings()
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, by rank. Collective: every rank. For start-up and rare events, not for the step."""
     import torch.distributed as dist
@@ -193,12 +259,18 @@ def gather_objects(value: T) -> list[T]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    with meetings:
+        dist.all_gather_object(gathered, value)
     return gathered
 
 
 def all_gather_flat(out: Tensor, piece: Tensor) -> None:
     """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank."""
+    with meetings:
+        _all_gather_flat(out, piece)
+
+
+def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
     import torch.distributed as dist
 
     if dist.get_backend() == "gloo":
@@ -229,8 +301,9 @@ def gather_int64(value: Tensor) -> list[int]:
     if dist.get_backend() == "gloo":
         value = value.cpu()
     gathered = torch.empty(dist.get_world_size(), dtype=torch.int64, device=value.device)
-    all_gather_flat(gathered, value.reshape(1))
-    return gathered.tolist()
+    with meetings:
+        all_gather_flat(gathered, value.reshape(1))
+        return gathered.tolist()
 
 
 def broadcast_object(value: T | None) -> T:
@@ -241,7 +314,8 @@ def broadcast_object(value: T | None) -> T:
         assert value is not None
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with meetings:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -260,8 +334,9 @@ def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int,
     message = result.view(-1).view(torch.uint8)
     if dist.get_backend() != "gloo":
         message = message.cuda()
-    dist.broadcast(message, src=0)
-    return message.cpu().view(dtype).view(shape)
+    with meetings:
+        dist.broadcast(message, src=0)
+        return message.cpu().view(dtype).view(shape)
 
 
 def raise_together(error: TrainerError | None) -> None:
@@ -308,8 +383,10 @@ def report(error: TrainerError, ranks: Ranks) -> None:
     if speaks:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"\n{kind}{error}", file=sys.stderr, flush=True)
-    if isinstance(error, LostRankError) and ranks.first:
-        time.sleep(3.0)  # the store at which the others learn of it is in this process
+    if isinstance(error, LostRankError) and (speaks or ranks.first):
+        # The others may notice some seconds later: by then this one still holds the claim to speak, and rank 0 the
+        # store at which they learn of it.
+        time.sleep(4.5)
     elif ranks.world_size > 1 and speaks != error.agreed:
         time.sleep(3.0 if speaks else 2.0)
 

@@ -20,12 +20,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from trainer.cli import config_from, run_parser  # noqa: E402
 from trainer.distributed import Ranks, close, first_to_speak, report  # noqa: E402
 from trainer.errors import TrainerError  # noqa: E402
+from trainer.watch import remember_launchers  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a config on this rank. Returns the exit code: 0, 2 bad input, 3 not finite, 4 ranks differ."""
     ranks = Ranks()
     try:
+        remember_launchers()
         ranks = Ranks.from_environment()  # first, so that even a wrong flag is reported by one rank
         flags = run_parser().parse_args(arguments)
         ranks = Ranks.from_environment(flags.local_rank)

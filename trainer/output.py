@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# How long a run may take to leave.
+_LEAVING_S = 20.0
+
+
 class OutputFolder:
     """Rank 0's folder for one run. `claim` it first; `release` it if the run ends before its first step."""
 
     def __init__(self, path: Path, created: list[Path]) -> None:
         self.path = path
         self._created = created
+        self._lock = _lock(path)  # held until this process ends, however it ends
 
     @staticmethod
     def claim(wanted: str | None, config_name: str, again: bool = False) -> OutputFolder:
@@ -45,7 +52,10 @@ class OutputFolder:
                         "Choose another --output_dir, or move or delete that folder."
                     )
                 _make(path, created)
-                return OutputFolder(path, created)
+                folder = OutputFolder(path, created)
+                if again:
+                    folder._clean()
+                return folder
             base = Path("runs")
             _make(base, created)
             for number in range(1, 100_000):
@@ -65,6 +75,18 @@ class OutputFolder:
     def release(self) -> None:
         """Removes what `claim` created, if nothing was put there since."""
         _remove(self._created)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clean(self) -> None:
+        """Removes what a process that was killed had begun to write."""
+        for pattern in (".model.*", ".adapter.*", ".*.json.*"):
+            for leftover in self.path.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
 
     def inherit(self, run: Path) -> None:
         """Takes over another run's log, which the run that goes on from its checkpoint continues."""
@@ -125,6 +147,33 @@ def _make(path: Path, created: list[Path]) -> None:
     probe = path / f".probe-{os.getpid()}"
     probe.write_bytes(b"")
     probe.unlink()
+
+
+def _lock(path: Path) -> int | None:
+    """Keeps other runs out of a folder; None where the file system has no locks.
+
+    A run that is gone for its user may need some seconds to leave (its ranks look for the one that is lost).
+
+    Raises:
+        UserError: another process has it.
+    """
+    deadline_s = time.monotonic() + _LEAVING_S
+    descriptor = os.open(path, os.O_RDONLY)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                os.close(descriptor)
+                raise UserError(
+                    f"Another process is writing into the output folder {path}: a run goes on, or still "
+                    "leaves.\nChoose another --output_dir, or wait for it."
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            os.close(descriptor)
+            return None
 
 
 def _remove(created: list[Path]) -> None:

@@ -99,17 +99,17 @@ class Saver:
                     "model": copy_to_host(p.engine.model_state(), self._memory["model"]),
                     "optimizer": copy_to_host(optimizer, self._memory["optimizer"]),
                 }
-                best, unchanged = None, set()
+                best = None
                 if self._best is not None:
                     kept, best = self._best.checkpoint()
                     if kept:
-                        if best["step"] == self._best_step:
-                            unchanged.add("best")
-                        else:
+                        # Copied when it changes, written each time: in one file that checkpoints share by links, a
+                        # damaged block would damage them all.
+                        if best["step"] != self._best_step:
                             copy_to_host(kept, self._memory["best"])
                         tensors["best"] = self._memory["best"]
                         self._best_step = best["step"]
-                self._files.save(Snapshot(step, tensors, self._facts(values, best), unchanged))
+                self._files.save(Snapshot(step, tensors, self._facts(values, best)))
         return time.perf_counter() - began_s
 
     def _facts(self, engine: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:

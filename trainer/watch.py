@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -16,11 +17,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .distributed import Ranks, first_to_speak, gather_objects, side_store
+from .distributed import Ranks, first_to_speak, gather_objects, meetings, side_store
 from .errors import LostRankError, TrainerError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -28,9 +30,35 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # long, it is the same one. Afterwards it means "at once".
 _SAME_SIGNAL_S = 2.0
 _BEAT_S = 1.0
-_STORE_TIMEOUT_S = 5.0
+# How long to wait for the store where there is another way.
+_STORE_TIMEOUT_S = 2.0
+# How long the run's own thread may take to notice what this one has noticed.
+_MOMENT_S = 1.5
+# From the moment that a rank is given up until all have left.
+_LEAVING_S = 12.0
 # With a broken connection as evidence, a rank that is silent for so long is gone.
 _SILENT_S = 3.5 * _BEAT_S
+
+
+def _within(limit_s: float, ask: Callable[[], Any]) -> Any:
+    """What `ask` returns or raises; TimeoutError if it does not come back in time."""
+    came: list[Any] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            came.append(ask())
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if failures:
+        raise failures[0]
+    if not came:
+        raise TimeoutError
+    return came[0]
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -48,16 +76,23 @@ class Watch:
 
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
         self._ranks, self._timeout_s, self._deadline_s = ranks, hang_timeout_s, deadline_s
-        self._step, self._phase, self._since_s = 0, "compute", time.monotonic()
+        self._step = 0
+        self._in_exchange = False
         self._reason: str | None = None
         self._asked_at_s = 0.0
         self._lost: str | None = None
         self._closing = threading.Event()
-        self._launchers = _launchers()
+        self._launchers = _launchers() if _at_start is None else _at_start
         self._hosts = gather_objects(socket.gethostname())
-        self._store = side_store(_STORE_TIMEOUT_S)
+        # Nothing is read from it in the run's own thread, so it may take as long as it likes to answer.
+        self._store = side_store(86400.0)
         self._beats = [f"beat/{r}" for r in range(ranks.world_size)]
         self._heard: dict[int, tuple[bytes, float]] = {}
+        self._answered_at_s = time.monotonic()
+        self._looked_at_s = time.monotonic()
+        self._broken = False
+        self._said: dict[str, str] = {}
+        self._woke_at_s = -math.inf
         self._beat_count = 0
         self._handlers: dict[signal.Signals, Any] = {}
         self._read_end = self._write_end = -1
@@ -70,6 +105,7 @@ class Watch:
         if self._store is not None:
             self._beat()
             gather_objects(None)  # everyone's first beat is there
+            threading.Thread(target=self._talk, name="beat", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -77,7 +113,10 @@ class Watch:
 
     def at(self, step: int, phase: str) -> None:
         """Notes where this rank stands: "compute" while it works on its own, "exchange" while it waits for others."""
-        self._step, self._phase, self._since_s = step, phase, time.monotonic()
+        self._step = step
+        if (phase == "exchange") != self._in_exchange:
+            self._in_exchange = not self._in_exchange
+            meetings.__enter__() if self._in_exchange else meetings.__exit__()
 
     @property
     def stop_reason(self) -> str | None:
@@ -92,21 +131,23 @@ class Watch:
             return
         code = error.exit_code if isinstance(error, TrainerError) else 1
         with contextlib.suppress(Exception):
-            self._store.set("failed", json.dumps([self._ranks.rank, code]))
+            _within(_STORE_TIMEOUT_S, lambda: self._store.set("failed", json.dumps([self._ranks.rank, code])))
 
     def explain(self, error: BaseException) -> TrainerError | None:
         """Why a collective failed: another rank's error, which that rank reports, or a rank that is gone; else None."""
         if self._store is None:
             return None
-        deadline_s = time.monotonic() + _SILENT_S + 2 * _STORE_TIMEOUT_S
+        deadline_s = time.monotonic() + 3 * _SILENT_S
         while time.monotonic() < deadline_s:
+            time.sleep(0.2)  # first: the thread may have something to read
+            if time.monotonic() - self._looked_at_s > 2 * _BEAT_S:
+                continue  # it has not looked since this process was stopped
             failed = self._failed_elsewhere()
             if failed is not None:
                 return failed
-            lost = self._lost or self._lost_elsewhere() or self._who_is_lost(_SILENT_S)
+            lost = self._lost or self._said.get("lost") or self._who_is_lost(_SILENT_S)
             if lost is not None:
                 return self._lost_error(lost)
-            time.sleep(0.2)
         return None
 
     def close(self) -> None:
@@ -117,7 +158,7 @@ class Watch:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             os.write(self._write_end, b"\0")
-        self._thread.join(timeout=2 * _STORE_TIMEOUT_S)
+        self._thread.join(timeout=10.0)
         if self._handlers:
             os.close(self._read_end)
             os.close(self._write_end)
@@ -129,24 +170,26 @@ class Watch:
             self._read_signals(_BEAT_S)
             if self._closing.is_set():
                 return
+            if time.monotonic() - self._looked_at_s > _SILENT_S:
+                self._wake()
+            self._looked_at_s = time.monotonic()
             if self._reason is None and self._launchers != _launchers(self._launchers):
                 self._ask("the launcher is gone")
             if self._store is None:
                 continue
             failed = self._failed_elsewhere()
-            known = None if failed else self._lost_elsewhere()
-            if known is not None:
+            if failed is None and "lost" in self._said:
                 # Another rank says it. Those that leave break the connections on which the others wait, so at once;
                 # rank 0, whose store this comes from, a little later.
                 self._closing.wait(4 * _BEAT_S if self._ranks.first else 0.5)
                 os._exit(LostRankError.exit_code)
-            lost = None if failed else self._watch_peers()
+            lost = None if failed else self._judge()
             if failed is None and lost is None:
                 continue
             if lost is not None:
                 self._lost = lost
             # The run's own thread may be stuck in a collective: give it a moment to find out for itself.
-            if self._closing.wait(_SILENT_S):
+            if self._closing.wait(_MOMENT_S):
                 return
             if failed is not None:
                 os._exit(failed.exit_code)
@@ -156,7 +199,7 @@ class Watch:
             if error.speaks or self._ranks.first:
                 # A launcher ends the others, who come to the same end, as soon as one has ended; and from rank 0's
                 # store they learn of it.
-                time.sleep(2.0)
+                time.sleep(3.0)
             os._exit(error.exit_code)
 
     def _read_signals(self, wait_s: float) -> None:
@@ -172,44 +215,55 @@ class Watch:
             if self._reason is None:
                 self._ask(signal.Signals(number).name)
 
+    def _wake(self) -> None:
+        """This process was stopped for a while (SIGSTOP, a suspended job): nobody else was silent."""
+        self._woke_at_s = time.monotonic()
+        self._heard = {rank: (beat, self._woke_at_s) for rank, (beat, _) in self._heard.items()}
+
     def _ask(self, reason: str) -> None:
         self._reason, self._asked_at_s = reason, time.monotonic()
 
     def _beat(self) -> None:
         self._beat_count += 1
-        waiting_s = time.monotonic() - self._since_s
-        self._store.set(
-            self._beats[self._ranks.rank], json.dumps([self._beat_count, self._step, self._phase, round(waiting_s, 1)])
-        )
+        beat = json.dumps([self._beat_count, meetings.count])
+        self._store.set(self._beats[self._ranks.rank], beat)
 
-    def _watch_peers(self) -> str | None:
-        """Beats, listens, and returns a sentence on ranks that are lost, or None."""
-        try:
-            self._beat()
-            beats = self._store.multi_get(self._beats)
-        except Exception:
-            if self._closing.is_set():
-                return None
-            return self._sentence([0], "cannot be reached")
-        now_s = time.monotonic()
-        for rank, beat in enumerate(beats):
-            if rank not in self._heard or self._heard[rank][0] != beat:
-                self._heard[rank] = (beat, now_s)
-        limit_s = 0.8 * self._timeout_s
+    def _talk(self) -> None:
+        """The other thread: beats, and notes what the others say. Cut off, it waits for good: reads have no limit."""
+        while not self._closing.is_set():
+            try:
+                self._beat()
+                names = [name for name in ("failed", "lost") if self._store.check([name])]
+                said = {name: self._store.get(name).decode() for name in names}
+                beats = self._store.multi_get(self._beats)
+            except Exception:
+                self._broken = True
+                return
+            self._said, self._answered_at_s = said, time.monotonic()
+            for rank, beat in enumerate(beats):
+                if rank not in self._heard or self._heard[rank][0] != beat:
+                    self._heard[rank] = (beat, self._answered_at_s)
+            self._closing.wait(_BEAT_S)
+
+    def _judge(self) -> str | None:
+        """A sentence on ranks that are lost, or None."""
+        limit_s = max(0.4 * self._timeout_s, self._timeout_s - _LEAVING_S)
         lost = self._who_is_lost(limit_s)
         if lost is not None:
             return lost
         # Everyone answers, but somebody holds all others up.
-        if self._phase == "exchange" and now_s - self._since_s > limit_s:
-            states = [json.loads(beat) for beat in beats]
-            behind = [r for r, (_, step, phase, _) in enumerate(states) if (step, phase) != (self._step, "exchange")]
+        count, since_s = meetings.count, meetings.since_s
+        if since_s is not None and time.monotonic() - max(since_s, self._woke_at_s) > limit_s:
+            behind = [rank for rank, (beat, _) in sorted(self._heard.items()) if json.loads(beat)[1] < count]
             if behind:
                 return self._sentence(behind, f"did not come to the exchange within {limit_s:g} s")
         return None
 
     def _who_is_lost(self, silent_s: float) -> str | None:
-        now_s = time.monotonic()
-        silent = [r for r, (_, heard_s) in list(self._heard.items()) if now_s - heard_s > silent_s]
+        if self._broken or time.monotonic() - max(self._answered_at_s, self._woke_at_s) > silent_s:
+            return self._sentence([0], "cannot be reached")
+        silent = [r for r, (_, heard_s) in list(self._heard.items()) if self._answered_at_s - heard_s > silent_s]
+        silent = [r for r in silent if r != self._ranks.rank]
         if not silent:
             return None
         return self._sentence(silent, f"did not answer for {silent_s:g} s")
@@ -224,12 +278,9 @@ class Watch:
         )
 
     def _failed_elsewhere(self) -> TrainerError | None:
-        try:
-            if not self._store.check(["failed"]):
-                return None
-            rank, code = json.loads(self._store.get("failed"))
-        except Exception:
+        if "failed" not in self._said:
             return None
+        rank, code = json.loads(self._said["failed"])
         if rank == self._ranks.rank:
             return None
         error = TrainerError(f"rank {rank} has failed", agreed=True)
@@ -237,26 +288,32 @@ class Watch:
         error.speaks = False
         return error
 
-    def _lost_elsewhere(self) -> str | None:
-        """What another rank has found out about lost ranks; the first to find something is right."""
-        try:
-            return self._store.get("lost").decode() if self._store.check(["lost"]) else None
-        except Exception:
-            return None
-
     def _lost_error(self, sentence: str) -> LostRankError:
         """The error, which one rank says."""
         error = LostRankError(sentence)
+        # A rank that was stopped finds the others gone: they have said why.
+        asleep = time.monotonic() - self._woke_at_s < 2 * self._timeout_s
         try:
+            if self._broken:
+                raise ConnectionError
             # The others leave with this one, before they miss the ranks that have left already.
-            self._store.compare_set("lost", "", sentence)
-            speaks = self._store.add("spoken", 1) == 1
+            _within(_STORE_TIMEOUT_S, lambda: self._store.compare_set("lost", "", sentence))
+            speaks = not asleep and _within(_STORE_TIMEOUT_S, lambda: self._store.add("spoken", 1)) == 1
             if speaks:
                 first_to_speak(self._ranks)  # so that nobody here does who finds the store gone
         except Exception:  # the store went down with its rank
-            speaks = first_to_speak(self._ranks)
+            speaks = not asleep and first_to_speak(self._ranks)
         error.speaks = speaks
         return error
+
+
+_at_start: list[tuple[int, int]] | None = None
+
+
+def remember_launchers() -> None:
+    """Notes who started this rank; called early, as one that ends before the first step shall be missed too."""
+    global _at_start
+    _at_start = _launchers()
 
 
 def _launchers(known: list[tuple[int, int]] | None = None) -> list[tuple[int, int]]:

@@ -1,0 +1,312 @@
+"""The kinds of faults: what is done, and how the session has to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import HANG_TIMEOUT_S, Session
+
+KILL, TERM, INT, USR1, STOP = (
+    int(n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP)
+)
+STOPPED, LOST = 75, 5
+# How long a session may take to end.
+STOP_LIMIT_S = 30.0
+LOST_LIMIT_S = float(HANG_TIMEOUT_S)
+
+
+@dataclass
+class Plan:
+    """One fault: what happens, and what is promised.
+
+    Attributes:
+        disturbances: for `server.Disturbance`.
+        promise: takes the session's end, returns what of the promise was broken, or None.
+        after: done to the run's folder when the session has ended; False if it could not be done.
+        stopped_for_s: when a stopped rank is continued.
+        ends_others: whether the others are ended, as launchers do.
+        launcher: (role, signal) where the session runs under `deepspeed`.
+        small_disk, hosts: whether the session needs them.
+        says: what the next session has to say.
+    """
+
+    disturbances: list[dict[str, Any]]
+    promise: Callable[[Session], str | None]
+    after: Callable[[Path], Any] | None = None
+    stopped_for_s: float = 1e9
+    ends_others: bool = False
+    launcher: tuple[str, int] | None = None
+    small_disk: bool = False
+    hosts: bool = False
+    says: str | None = None
+
+
+def _messages(text: str) -> list[str]:
+    found = re.findall(r"^(?:error: .*|stopped after step .*|Traceback .*|terminate called.*|Fatal .*)$", text, re.M)
+    return [str(line) for line in found]
+
+
+def ends_itself(limit_s: float, codes: Callable[[list[int]], bool], *words: str) -> Callable[[Session], str | None]:
+    """The promise: in time, with such exit codes, one message with such words in it, and nothing left."""
+
+    def check(end: Session) -> str | None:
+        messages = _messages(end.text)
+        if not end.disturbed:
+            return "the fault did not happen"
+        if end.overdue:
+            return f"ranks {end.overdue} did not end"
+        if end.left:
+            return f"{end.left} processes left"
+        if end.seconds > limit_s:
+            return f"took {end.seconds:.1f} s of {limit_s:g}"
+        if not codes(end.codes):
+            return f"exit codes {end.codes}"
+        if words and len(messages) != 1:
+            return f"{len(messages)} messages: {messages}"
+        if not all(word in messages[0] for word in words):
+            return f"the message is {messages[0]!r}"
+        return None
+
+    return check
+
+
+def stopped(reason: str) -> Callable[[Session], str | None]:
+    return ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {STOPPED}, "stopped after step", reason)
+
+
+def lost(victims: list[int], codes_of_victims: set[int], limit_s: float = LOST_LIMIT_S) -> Any:
+    """The others leave with one message that names a victim, its host and the step."""
+
+    def right(codes: list[int]) -> bool:
+        return all(code in codes_of_victims if r in victims else code == LOST for r, code in enumerate(codes))
+
+    # Which of several victims is named first depends on who is noticed first.
+    return ends_itself(limit_s, right, "in step", *([f"{victims[0]} on {socket.gethostname()}"] if victims else []))
+
+
+def signalled(rank: int | None, step: int, chance: random.Random, *signals: int, gap_s: float = 0.0) -> dict[str, Any]:
+    return {
+        "rank": rank, "at": "step", "step": step, "do": "signal", "signals": signals, "gap_s": gap_s,
+        "delay_s": 0.0 if rank is None else chance.choice([0.0, chance.uniform(0.0, 0.06)]),
+    }  # fmt: skip
+
+
+def kill(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    victim = chance.randrange(W)
+    promise = lost([victim], {-KILL})
+    if W == 1:
+        promise = ends_itself(5.0, lambda codes: codes == [-KILL])
+    return Plan([signalled(victim, step, chance, KILL)], promise)
+
+
+def kill_rank_0(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    promise = lost([0], {-KILL}) if W > 1 else ends_itself(5.0, lambda codes: codes == [-KILL])
+    return Plan([signalled(0, step, chance, KILL)], promise)
+
+
+def kill_all(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """As when the power fails."""
+    return Plan([signalled(None, step, chance, KILL)], ends_itself(5.0, lambda codes: set(codes) <= {-KILL, LOST}))
+
+
+def kill_while_starting(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    victim = chance.randrange(W)
+    act = {"rank": victim, "at": "start", "do": "signal", "signals": [KILL], "delay_s": chance.uniform(0.0, 1.5)}
+
+    def codes(found: list[int]) -> bool:
+        return found[victim] == -KILL and all(code not in (0, STOPPED) for code in found)
+
+    # Before the first step it is the launcher that ends the others.
+    return Plan([act], ends_itself(LOST_LIMIT_S, codes), ends_others=True)
+
+
+MOMENTS = ("before model", "before optimizer", "before best", "before manifest", "before rename", "before latest")
+
+
+def kill_while_writing(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    moment = chance.choice([*MOMENTS, "before deleting"])
+    if moment == "before deleting":
+        step = 9  # there are too many checkpoints only then
+    act = {"rank": 0, "at": "write", "moment": moment, "step": step, "do": "signal", "signals": [KILL]}
+    return Plan([act], lost([0], {-KILL}) if W > 1 else ends_itself(5.0, lambda codes: codes == [-KILL]))
+
+
+def ask(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    number = chance.choice([TERM, INT, USR1])
+    return Plan([signalled(chance.randrange(W), step, chance, number)], stopped(signal.Signals(number).name))
+
+
+def ask_all(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    number = chance.choice([TERM, INT, USR1])
+    return Plan([signalled(None, step, chance, number)], stopped(signal.Signals(number).name))
+
+
+def ask_twice(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """All get a signal, one hangs, all get another one."""
+    number, stuck = chance.choice([TERM, INT, USR1]), chance.randrange(W)
+    acts = [signalled(None, step, chance, number, number, gap_s=2.5)]
+    acts.append({"rank": stuck, "at": "step", "step": step, "do": "hang"})
+    return Plan(acts, ends_itself(3.0, lambda codes: set(codes) == {128 + number}))
+
+
+def stop_and_continue(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """Stopped for a moment, a rank is waited for."""
+    victim = chance.randrange(W)
+
+    def promise(end: Session) -> str | None:
+        return ends_itself(60.0, lambda codes: set(codes) == {0})(end) or (_messages(end.text) or [None])[0]
+
+    return Plan([signalled(victim, step, chance, STOP)], promise, stopped_for_s=chance.uniform(0.5, 2.5))
+
+
+def stop(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """Stopped for good: the others leave; continued when they have, so does it."""
+    victim = chance.randrange(W)
+    others = lost([victim], {LOST})
+
+    def promise(end: Session) -> str | None:
+        # The victim's own time begins when the others have left.
+        seconds = max(s for rank, s in enumerate(end.rank_seconds) if rank != victim)
+        late = end.seconds - seconds > LOST_LIMIT_S
+        return "it stayed when the others had left" if late else others(dataclasses.replace(end, seconds=seconds))
+
+    return Plan([signalled(victim, step, chance, STOP)], promise)
+
+
+def suspend(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """All ranks are stopped for longer than hang_timeout_s, as SLURM suspends a job, and continued."""
+    held = stop_and_continue(W, step, chance, run)
+    return Plan([signalled(None, step, chance, STOP)], held.promise, stopped_for_s=HANG_TIMEOUT_S + 2.0)
+
+
+def hang(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """The main thread of a rank stands still."""
+    victim = chance.randrange(W)
+    return Plan([{"rank": victim, "at": "step", "step": step, "do": "hang"}], lost([victim], {LOST}))
+
+
+def full_disk(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    leave = chance.choice([0, chance.randrange(4096, 200_000)])
+    act = {"rank": 0, "at": "step", "step": step, "do": "fill", "folder": str(run.parent), "leave_bytes": leave}
+    if os.geteuid() != 0:  # no file system of our own: the error alone
+        act = {"rank": 0, "at": "write", "moment": chance.choice(MOMENTS), "step": step, "do": "fail", "errno": 28}
+    promise = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {1}, "cannot be written", "No space left")
+    return Plan([act], promise, lambda run: (run.parent / "filler").unlink(missing_ok=True), small_disk=True)
+
+
+def folder_gone(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    away = run.with_name("away")
+    act = {"rank": 0, "at": "step", "step": step, "do": "rename", "from": str(run), "to": str(away)}
+
+    def back(run: Path) -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        away.rename(run)
+
+    promise = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {1}, "cannot be written", "No such file")
+    return Plan([act], promise, back)
+
+
+def _newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def _damage(name: str, chance: random.Random) -> Callable[[Path], bool]:
+    def act(run: Path) -> bool:
+        if len(list((run / "checkpoints").glob("step-*"))) < 2:
+            return False  # killed before the second was written: with its only one damaged a run cannot go on
+        file = chance.choice(sorted(_newest(run).iterdir()))
+        data = bytearray(file.read_bytes())
+        if name == "truncated":
+            file.write_bytes(data[: chance.randrange(len(data))])
+        elif name == "flipped":
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            file.write_bytes(data)
+        else:
+            file.unlink()
+        return True
+
+    return act
+
+
+def damaged(name: str) -> Callable[[int, int, random.Random, Path], Plan]:
+    """Killed at once, and then the newest checkpoint is damaged."""
+
+    def plan(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+        whole = kill_all(W, max(step, 8), chance, run)
+        return Plan(whole.disturbances, whole.promise, _damage(name, chance), says="is damaged")
+
+    return plan
+
+
+def cut_link(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """Two hosts in network namespaces; the second one's link goes down."""
+    act = {"rank": W - 1, "at": "step", "step": step, "do": "run"}
+    act["command"] = ["ip", "link", "set", "eth0", "down"]
+
+    def promise(end: Session) -> str | None:
+        # Each side sees the other one gone, and says so once.
+        one = Session(end.codes, end.seconds, "", end.overdue, end.left, end.disturbed)
+        broken = ends_itself(LOST_LIMIT_S, lambda codes: set(codes) == {LOST})(one)
+        messages = _messages(end.text)
+        if broken is None and not (1 <= len(messages) <= 2 and all("node1 " in m or "node2 " in m for m in messages)):
+            return f"{len(messages)} messages: {messages}"
+        return broken
+
+    return Plan([act], promise, hosts=True)
+
+
+def launcher(role: str, *signals: int) -> Callable[[int, int, random.Random, Path], Plan]:
+    """Through `deepspeed`: a signal to the runner, to the launcher of the ranks, or to a rank."""
+
+    def plan(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+        number = chance.choice(signals)
+        to = str(chance.randrange(W)) if role == "rank" else role
+        if number == KILL and role == "rank":
+            promise = ends_itself(LOST_LIMIT_S + 30.0, lambda codes: codes != [0], *([f"{to} on "] if W > 1 else []))
+        else:
+            # The launchers' own exit codes are DeepSpeed's, and can be 0; the rank's comes through where it ends first.
+            promise = ends_itself(STOP_LIMIT_S, lambda codes: codes == [STOPPED] or role != "rank", "stopped after")
+        return Plan([], promise, launcher=(to, number))
+
+    return plan
+
+
+# Kind -> (its plan, how often it is drawn).
+KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = {
+    "SIGKILL of a rank": (kill, 14),
+    "SIGKILL of rank 0": (kill_rank_0, 6),
+    "SIGKILL of all ranks at once": (kill_all, 6),
+    "SIGKILL of a rank that starts": (kill_while_starting, 8),
+    "SIGKILL inside a checkpoint write": (kill_while_writing, 12),
+    "SIGTERM, SIGINT, SIGUSR1 to a rank": (ask, 10),
+    "the same to all ranks": (ask_all, 5),
+    "a second signal": (ask_twice, 4),
+    "SIGSTOP of a rank": (stop, 5),
+    "SIGSTOP for a moment": (stop_and_continue, 4),
+    "all ranks suspended": (suspend, 2),
+    "a rank that hangs": (hang, 5),
+    "cut link": (cut_link, 4),
+    "disk full": (full_disk, 6),
+    "output folder gone": (folder_gone, 3),
+    "truncated checkpoint": (damaged("truncated"), 4),
+    "bit-flipped checkpoint": (damaged("flipped"), 5),
+    "missing checkpoint file": (damaged("missing"), 3),
+    "deepspeed: signal to the runner": (launcher("runner", TERM, INT, USR1), 3),
+    "deepspeed: signal to the launcher": (launcher("launch", TERM, INT, USR1), 3),
+    "deepspeed: signal to a rank": (launcher("rank", TERM, INT, USR1), 3),
+    "deepspeed: SIGKILL of the launcher": (launcher("launch", KILL), 2),
+    "deepspeed: SIGKILL of a rank": (launcher("rank", KILL), 3),
+}
+# Kinds that need a second rank, and kinds after which a run goes on to its end.
+TOGETHER = ("SIGSTOP of a rank", "a rank that hangs", "cut link")
+ENDS = ("SIGSTOP for a moment", "all ranks suspended")
