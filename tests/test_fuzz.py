@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import cache, checkpoint, config, images, lidc, pretrained, tables, text
+from trainer import cache, checkpoint, config, image_data, images, lidc, pretrained, tables, text
 from trainer import predict as prediction
 from trainer.checkpoint import Checkpoints, DamagedError, Snapshot
 from trainer.errors import UserError
@@ -345,8 +345,8 @@ def test_npz_of_images(tmp_path: Path, canary: Canary) -> None:
 
     def case(rng: random.Random) -> None:
         path.write_bytes(mutated_npz(arrays, rng, canary))
-        images.read_images(str(path), channels=1, size=(4, 4))
-        images.read_npz_images(path)
+        image_data.read_images(str(path), channels=1, size=(4, 4))
+        image_data.read_npz_images(path)
 
     run_cases("npz of images", case)
 
@@ -371,7 +371,7 @@ def test_a_zip_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch:
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PHYS_PAGES" else real(name))
     with pytest.raises(UserError, match=r"x would take 67,108,992 bytes of this machine's"):
-        images.read_npz_images(path)
+        image_data.read_npz_images(path)
 
 
 # ---------------------------------------------------------------- images, tables, texts

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import images
+from trainer import image_data
 from trainer.errors import UserError
-from trainer.images import decode, erase, normalise, read_images, shift_and_flip
+from trainer.image_data import read_images
+from trainer.images import decode, erase, normalise, shift_and_flip
 
 
 @pytest.fixture(autouse=True)
@@ -337,5 +338,5 @@ def test_npz_files_that_must_change(tmp_path: Path) -> None:
 def test_files_of_a_folder_come_by_name(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "pets", ("train",))
     (folder / "notes.txt").write_text("no image")
-    names = [str(p.relative_to(folder)) for p in images.files_in(folder)]
+    names = [str(p.relative_to(folder)) for p in image_data.files_in(folder)]
     assert names == [f"train/{c}/{k}.png" for c in ("cat", "dog") for k in range(3)]

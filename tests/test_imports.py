@@ -37,7 +37,7 @@ GROUPS = [
     }
     | {"cache", "tables", "classification", "pretrained", "adapt"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
-    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "inference"},
+    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "inference", "image_data"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import classification, images, options, pretrained, tables
+from .. import classification, image_data, images, options, pretrained, tables
 from ..errors import UserError
-from ..images import ImageSplit, Size
+from ..image_data import ImageSplit
+from ..images import Size
 from ..order import SampleRandom
 from ..pretrained import check_spec
 from ..splits import Batch, Split
@@ -158,7 +159,7 @@ class ImageClassification:
         self.notes.clear()
         self._constants.clear()
         processor, channels, size = self._wanted()
-        found = images.read_images(self._data, channels=channels, size=size, **self._columns)
+        found = image_data.read_images(self._data, channels=channels, size=size, **self._columns)
         splits = self._with_validation(found.splits)
         self._classes = found.classes
         self.notes += found.notes
@@ -383,7 +384,7 @@ class ImageClassification:
         kind, named = self._sources(Path(source))
         device = next(model.parameters()).device
         for block in images.blocks(images.decode_all(named, self._channels, self._size), batch_size):
-            batch = {"image": images.stacked([pixels for _, pixels, _ in block], self._channels).to(device)}
+            batch = {"image": image_data.stacked([pixels for _, pixels, _ in block], self._channels).to(device)}
             with torch.inference_mode():
                 logits = self.forward(model, batch)
             for (name, _, _), prediction in zip(block, classification.predictions(logits, self._classes)):
@@ -391,24 +392,24 @@ class ImageClassification:
 
     def _sources(self, source: Path) -> tuple[str, Iterator[tuple[Any, Any]]]:
         """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
-        if source.suffix.lower() in images.SUFFIXES:
+        if source.suffix.lower() in image_data.SUFFIXES:
             return "file", iter([(str(source), source)])
         if source.suffix.lower() == ".npz":
-            return "row", iter(enumerate(images.read_npz_images(source)))
+            return "row", iter(enumerate(image_data.read_npz_images(source)))
         saved = (source / "dataset_dict.json").exists() or (source / "state.json").exists()
         if source.is_dir() and not saved:
-            files = images.files_in(source)
+            files = image_data.files_in(source)
             if not files:
-                raise UserError(f"--input {source}: no images in this folder ({', '.join(images.SUFFIXES)}).")
+                raise UserError(f"--input {source}: no images in this folder ({', '.join(image_data.SUFFIXES)}).")
             return "file", ((str(file), file) for file in files)
         try:
             table = tables.read({"train": str(source)})["train"]
         except UserError as error:
             raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
         column = tables.find_column(
-            table.column_names, self._columns["image_column"], images.IMAGE_COLUMNS, "image_column", str(source)
+            table.column_names, self._columns["image_column"], image_data.IMAGE_COLUMNS, "image_column", str(source)
         )
-        pictures = images.table_images(table, str(source), column)
+        pictures = image_data.table_images(table, str(source), column)
         return "row", ((row, content) for row, (_, content) in enumerate(pictures))
 
 
