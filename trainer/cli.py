@@ -62,8 +62,10 @@ def config_from(flags: argparse.Namespace) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m trainer plan|verify|check-task|predict`. Returns the exit code."""
-    parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan and verify.", allow_abbrev=False)
+    """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
+    parser = _Parser(
+        prog="python -m trainer", description="Exact strong scaling: plan, verify, study.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
@@ -78,6 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of a task of your own")
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
+    compare.add_argument("ds_config", metavar="FILE", help='JSON config with a "study" block')
+    compare.add_argument("--dry_run", action="store_true", help="show the plan; starts no run")
+    again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
+    again.add_argument("folder", metavar="DIR", help="study.output_dir")
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
@@ -93,6 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
             return predict(
                 flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
             )
+        if flags.command == "study":
+            from .study import study
+
+            return study(flags.ds_config, flags.dry_run)
+        if flags.command == "report":
+            from .study_report import report
+
+            return report(flags.folder)
         if min(flags.world_sizes) < 1:
             raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
         config = config_from(flags)

@@ -87,7 +87,7 @@ class Trainer:
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
     checkpoint: Checkpoint = option(Checkpoint, "what an interrupted run goes on from")
     max_wall_time_s: float | None = option(None, "stop with a checkpoint after so many seconds, exit code 75", above=0)
-    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for so long", minimum=5)
+    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for so long", minimum=15)
     learning_rate: LearningRate = option(LearningRate, "scaling rule, warm-up and schedule")
     best: Best = option(Best, "the model that is kept and tested: the best on validation; early stopping")
     decay_biases_and_norms: bool = option(False, "weight decay for parameters of one dimension as well")
@@ -209,6 +209,8 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
     """The values without DeepSpeed's keys that ask for nothing. Raises UserError for unknown and refused ones."""
     known = [f.name for f in dataclasses.fields(Config)]
     for key, value in values.items():
+        if key == "study":  # what `python -m trainer study` makes of the file; a plain run is its base
+            continue
         if key in deepspeed_keys.REFUSED:
             # {"enabled": false} is what many templates carry along, and asks for nothing.
             if value is False or value is None or (isinstance(value, dict) and value.get("enabled") is False):
@@ -218,7 +220,7 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
             ours = [f.name for f in dataclasses.fields(Trainer)]
             if key in ours:
                 raise UserError(f'unknown key "{key}". It belongs into the "trainer" block: trainer.{key}.')
-            raise UserError(f'unknown key "{key}". {near(key, [*known, *deepspeed_keys.REFUSED])}')
+            raise UserError(f'unknown key "{key}". {near(key, [*known, "study", *deepspeed_keys.REFUSED])}')
     return {key: value for key, value in values.items() if key in known}
 
 

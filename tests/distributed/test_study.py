@@ -1,0 +1,176 @@
+"""Studies for real: what one rank computes is what W do, and a study that is killed loses and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from tests.distributed.jobs import ROOT, train
+from trainer.arms import values_of
+from trainer.config import parse
+from trainer.errors import UserError
+from trainer.study import expand, finished, load, study
+from trainer.workers import run_ranks
+
+
+def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> Path:
+    """A study of 14 short runs."""
+    values = json.loads((ROOT / "ds_configs" / "study.json").read_text())
+    values["trainer"] |= {"epochs": 2, **trainer}
+    values["study"] |= {
+        "output_dir": str(folder / "study"), "seeds": 2, "world_sizes": [2, 4, 8], "budgets": ["epochs"],
+        "arms": ["sequential", "strong", "weak", "weak_linear_warmup"], "max_epochs": None, "max_parallel": 2,
+    } | (study or {})  # fmt: skip
+    path = folder / "study.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("arm", ["weak_linear_warmup", "weak_sqrt_adam"])
+def test_a_weak_arm_is_the_run_of_w_real_ranks(tmp_path: Path, world_size: int, arm: str) -> None:
+    """Real weak scaling: the batch keys say so, and the learning rate's base is one rank's batch by itself."""
+    _, base, _ = load(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
+    one = values_of(base, arm, world_size, "epochs", 7, 1200)
+    one["trainer"]["output_dir"] = str(tmp_path / "one")
+    many = json.loads(json.dumps(one))
+    del many["train_batch_size"], many["trainer"]["learning_rate"]["base_global_batch_size"]
+    many["gradient_accumulation_steps"] = 4
+    many["trainer"]["output_dir"] = str(tmp_path / "many")
+    assert parse(many).plan(world_size).scaling == "weak"
+    emulated = run_ranks(train, 1, parse(one))[0]
+    real = run_ranks(train, world_size, parse(many))[0]
+    assert real["trace"] == emulated["trace"]
+    assert real["parameters_sha256"] == emulated["parameters_sha256"]
+    assert real["metrics"] == emulated["metrics"]
+    assert real["world_size"] == world_size
+
+
+def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    runs = tmp_path / "study" / "runs"
+    command = [sys.executable, "-m", "trainer", "study", str(path)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline_s = time.monotonic() + 200
+    while not runs.is_dir() or len(list(runs.glob("*.json"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in runs.glob("*.json")}
+    assert 3 <= len(before) < 14
+    for _, data in before.values():
+        json.loads(data)
+
+    began_at_s = time.time()
+    assert study(str(path)) == 0
+    results = finished(tmp_path / "study")
+    _, base, _ = load(str(path))
+    declared = load(str(path))[0]
+    plan = expand(declared, base, 1200)
+    assert set(results) == set(plan.configs)
+    assert len(results) == 14
+    for name, (changed_ns, data) in before.items():
+        assert ((runs / name).stat().st_mtime_ns, (runs / name).read_bytes()) == (changed_ns, data)
+    made = [r for r in results.values() if r["started_at_s"] > began_at_s]
+    assert len(made) == 14 - len(before)
+    assert sorted(os.listdir(tmp_path / "study")) == [
+        ".lock", "report.html", "results.csv", "results.parquet", "runs", "study.json",
+    ]  # fmt: skip
+
+    # The last of many in one process is the run of a fresh one: nothing leaks from run to run.
+    last = max(results.values(), key=lambda r: r["started_at_s"])
+    values = json.loads(json.dumps(last["config"])) | {"scheduler": None}
+    values["trainer"]["output_dir"] = str(tmp_path / "fresh")
+    fresh = run_ranks(train, 1, parse({k: v for k, v in values.items() if v is not None}))[0]
+    for name in ("parameters_sha256", "model_sha256", "metrics", "steps"):
+        assert fresh[name] == last[name]
+
+    # A finished study makes no run, and its declaration stands.
+    stamps = {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}
+    assert study(str(path)) == 0
+    assert {file.name: file.stat().st_mtime_ns for file in runs.iterdir()} == stamps
+    write(tmp_path, {"margin": 0.5})
+    with pytest.raises(UserError, match="declared otherwise: study differs in margin"):
+        study(str(path))
+
+
+def test_a_study_that_is_asked_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, epochs=6)
+    runs = tmp_path / "study" / "runs"
+
+    def ask() -> None:
+        deadline_s = time.monotonic() + 60
+        while time.monotonic() < deadline_s and not list(runs.glob("*.json")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert study(str(path)) == 75
+    asking.join()
+    done = len(list(runs.glob("*.json")))
+    assert 1 <= done < 14
+    said = capsys.readouterr().out
+    assert f"stopped: {done} of 14 runs are finished and kept. The same command goes on from there." in said
+    assert not (tmp_path / "study" / "running").exists()
+    assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
+
+
+def test_runs_that_stop_being_finite_are_results(tmp_path: Path) -> None:
+    path = write(tmp_path, {"arms": ["sequential", "weak"], "world_sizes": [32], "max_parallel": 1})
+    optimizer = {"type": "SGD", "params": {"lr": 1e30}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"optimizer": optimizer}))
+    assert study(str(path)) == 0
+    results = finished(tmp_path / "study").values()
+    assert {r["status"] for r in results} == {"not finite"}
+    assert all("is not finite" in r["reason"] and r["metrics"] == {} for r in results)
+    assert "2 of 2 runs" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_a_metric_that_the_task_does_not_have(tmp_path: Path) -> None:
+    path = write(tmp_path, {"metric": "test/acuracy"}, epochs=1)
+    with pytest.raises(UserError, match=r'does not measure. Did you mean "test/accuracy"'):
+        study(str(path))
+    assert finished(tmp_path / "study") == {}
+
+
+def test_runs_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The optimizer is refused when it is built, whatever the arm: the study gives up after a few."""
+    path = write(tmp_path)
+    optimizer = {"type": "SGD", "params": {"lr": 0.1, "nesterov": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"optimizer": optimizer}))
+    assert study(str(path)) == 1
+    said = capsys.readouterr().out
+    assert "3 runs could not be made, and are tried again by the same command. The first:" in said
+    assert "sequential, W = 1, seed 0: The optimizer SGD cannot be built: Nesterov" in said
+    assert finished(tmp_path / "study") == {}
+
+
+def test_a_process_that_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = (ROOT / "tests" / "user_tasks" / "my_task.py").read_text()
+    (tmp_path / "task.py").write_text(
+        source.replace("        return Net(", "        __import__('os').abort()\n        Net(")
+    )
+    path = write(tmp_path, task=f"{tmp_path}/task.py:MyTask", task_options={})
+    assert study(str(path)) == 1
+    assert "a process of the study died (exit code" in capsys.readouterr().out
+
+
+def test_two_studies_in_one_folder(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "study").mkdir()
+    with FileLock(tmp_path / "study" / ".lock"), pytest.raises(UserError, match="another study runs there"):
+        study(str(path))

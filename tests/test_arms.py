@@ -1,0 +1,168 @@
+"""Arms against values computed by hand from their papers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.arms import WEAK, Budget, ImpossibleError, adam_for, check_base, check_strong, run_id, values_of
+from trainer.config import Config, parse
+from trainer.errors import UserError
+
+SAMPLES = 1200
+
+
+def base(**trainer: Any) -> dict[str, Any]:
+    return {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}},
+        "trainer": {"epochs": 20, "learning_rate": {"schedule": "cosine", "warmup_epochs": 1}, **trainer},
+    }
+
+
+def of(
+    arm: str, world_size: int = 1, budget: Budget = "epochs", values: dict[str, Any] | None = None, **more: Any
+) -> Config:
+    return parse(values_of(values or base(), arm, world_size, budget, 3, SAMPLES, **more))
+
+
+def test_sequential_is_the_base_with_a_seed() -> None:
+    values = base()
+    values["trainer"]["seed"] = 3
+    assert of("sequential") == parse(values)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 32])
+def test_every_weak_arm_has_the_batch_of_w_ranks_and_the_same_micro_batches(world_size: int) -> None:
+    for arm in WEAK:
+        if arm == "weak_sqrt_adam" and world_size > 10:
+            continue
+        config = of(arm, world_size)
+        plan = config.plan(1)
+        assert (plan.global_batch_size, plan.micro_batch_size) == (32 * world_size, 8)
+        assert (config.trainer.seed, config.trainer.epochs, config.trainer.max_steps) == (3, 20, None)
+
+
+def test_a_base_that_is_weak_scaling_itself() -> None:
+    values = base()
+    del values["train_batch_size"]
+    values["gradient_accumulation_steps"] = 4
+    assert of("weak", 8, values=values) == of("weak", 8)
+    assert of("sequential", values=values) == of("sequential")
+
+
+def test_rules() -> None:
+    rates = {arm: of(arm, 4).trainer.learning_rate for arm in WEAK}
+    assert {arm: r.scaling_rule for arm, r in rates.items()} == {
+        "weak": "none", "weak_linear": "linear", "weak_linear_warmup": "linear", "weak_sqrt": "sqrt",
+        "weak_sqrt_adam": "sqrt",
+    }  # fmt: skip
+    assert {r.base_global_batch_size for arm, r in rates.items() if arm != "weak"} == {32}
+    # Goyal et al. 2017: five epochs, whatever the base does; the other arms keep the base's.
+    assert {arm: r.warmup_epochs for arm, r in rates.items()} == dict.fromkeys(WEAK, 1.0) | {"weak_linear_warmup": 5.0}
+    assert {r.schedule for r in rates.values()} == {"cosine"}
+
+
+def test_adam_by_malladi() -> None:
+    """1 - 4 (1 - 0.9) = 0.6, 1 - 4 (1 - 0.999) = 0.996, 1e-8 / 2; the rate, by sqrt(4), is the rule's."""
+    params = of("weak_sqrt_adam", 4).optimizer.params
+    assert params["betas"] == pytest.approx([0.6, 0.996])
+    assert params["eps"] == pytest.approx(5e-9)
+    assert params["lr"] == 0.002
+    assert params["torch_adam"] is True
+    assert of("weak_sqrt", 4).optimizer.params["betas"] == [0.9, 0.999]
+    # torch's own defaults, where the config gives none
+    assert adam_for({}, 9)["betas"] == pytest.approx([0.1, 0.991])
+    assert adam_for({}, 9)["eps"] == pytest.approx(1e-8 / 3)
+
+
+def test_where_malladi_ends() -> None:
+    assert of("weak_sqrt_adam", 8).optimizer.params["betas"][0] == pytest.approx(0.2)
+    with pytest.raises(ImpossibleError, match=r"beta1 = 1 - 16 \(1 - 0.9\) = -0.6 is negative.* 10 times"):
+        of("weak_sqrt_adam", 16)
+
+
+def test_adam_rule_without_adam() -> None:
+    with pytest.raises(UserError, match="this optimizer is SGD"):
+        of("weak_sqrt_adam", 2, values={**base(), "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+
+
+def test_equal_updates() -> None:
+    """1,200 samples: 38 steps an epoch of 32, 10 of 128, so 20 epochs are 760 updates, or 76 epochs of 10."""
+    config = of("weak_linear_warmup", 4, "updates")
+    assert (config.trainer.epochs, config.trainer.max_steps) == (76, 760)
+    assert round(config.trainer.learning_rate.warmup_epochs * 10) == 5 * 38  # as many steps of warm-up
+    assert config.trainer.evaluate_every_epochs == 4  # 3.8: 19 validations, for 20
+    # 1,024: 2 steps an epoch
+    config = of("weak", 32, "updates")
+    assert (config.trainer.epochs, config.trainer.max_steps) == (380, 760)
+
+
+def test_a_cap_on_equal_updates() -> None:
+    config = of("weak", 4, "updates", max_epochs=40)
+    assert (config.trainer.epochs, config.trainer.max_steps) == (40, None)
+    assert config.trainer.learning_rate.warmup_epochs == 2.0
+    assert of("weak", 4, "updates", max_epochs=76) == of("weak", 4, "updates")
+
+
+def test_updates_without_the_last_batch() -> None:
+    """37 steps an epoch of 32, 9 of 128: 740 updates are 83 epochs, the last of them cut."""
+    config = of("weak", 4, "updates", values=base(drop_last=True))
+    assert (config.trainer.epochs, config.trainer.max_steps) == (83, 740)
+
+
+def test_a_batch_beyond_the_data() -> None:
+    assert values_of(base(), "weak", 37, "epochs", 0, SAMPLES)["train_batch_size"] == 1184
+    with pytest.raises(ImpossibleError, match="38 x 32 = 1,216 is larger than the training set of 1,200"):
+        of("weak", 38)
+
+
+def test_the_base_is_left_alone() -> None:
+    values = base()
+    before = json.dumps(values)
+    for arm in WEAK:
+        of(arm, 4, "updates", values=values)
+    assert json.dumps(values) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": {"scaling_rule": "linear", "base_global_batch_size": 8}}, "scaling_rule"),
+        ({"max_steps": 5}, "max_steps"),
+        ({"max_wall_time_s": 5}, "max_wall_time_s"),
+        ({"output_dir": "x"}, "output_dir"),
+    ],
+)
+def test_what_a_base_must_leave_to_the_study(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_base(base(**change), "study.json")
+    assert check_base(base(), "study.json").train_batch_size == 32
+
+
+def test_ids() -> None:
+    one = run_id(of("weak", 4))
+    assert one == run_id(of("weak", 4)) == run_id(of("weak", 4, values=base(output_dir="elsewhere")))
+    others = {run_id(of(arm, W, b)) for arm in WEAK for W in (2, 4, 8) for b in ("epochs", "updates")}
+    assert len(others) == 5 * 3 * 2
+    assert len(one) == 16
+
+
+# Strong
+
+
+@settings(deadline=None, max_examples=60)
+@given(B=st.integers(1, 300), m=st.integers(1, 40), W=st.integers(1, 40), samples=st.integers(300, 700))
+def test_strong_is_possible_up_to_as_many_ranks_as_micro_batches(B: int, m: int, W: int, samples: int) -> None:
+    config = parse({**base(), "train_batch_size": max(B, m), "train_micro_batch_size_per_gpu": m})
+    micro_batches = -(-max(B, m) // m)
+    if micro_batches >= W:
+        assert check_strong(config, W, samples) == micro_batches
+    else:
+        with pytest.raises(ImpossibleError, match="ranks are more than"):
+            check_strong(config, W, samples)
