@@ -42,7 +42,7 @@ GROUPS = [
     {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
-    {"verify", "check_task", "predict", "study", "study_report", "cli", "main", "__main__"},
+    {"verify", "check_task", "predict", "slots", "study", "study_report", "cli", "main", "__main__"},
 ]
 HEAVY = {
     "PIL",

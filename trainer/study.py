@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing.connection
 import os
 import shlex
 import shutil
@@ -36,12 +35,12 @@ from .arms import (
 )
 from .config import Config, parse
 from .console import say, table
-from .distributed import Ranks
-from .errors import NonFiniteError, Stopped, TrainerError, UserError
+from .errors import Stopped, UserError
 from .inference import Rules, seeds_needed
 from .output import to_json
 from .schema import build, lay_over, near, option, read_json
-from .workers import WorkerError, _context
+from .slots import Slots
+from .workers import WorkerError
 
 # What a run of a study does without: it is alone, short, and its files are not kept. Inexact runs are refused,
 # because only an exact run on one rank is the run on W.
@@ -233,130 +232,6 @@ def plan_text(study: Study, plan: Plan, samples: int) -> str:
             f"at least {seeds_needed(tests, study.alpha)} are needed"
         )
     return "\n".join(lines)
-
-
-# ---- slots: processes that make one run after the other -------------------------------------------------------
-
-
-def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
-    """A process that does what the pipe says until the other end is gone; then it ends at once, run or not."""
-    import queue
-    import traceback
-
-    from tqdm import tqdm
-
-    os.setsid()  # Ctrl-C is for the study, which then ends its slots
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
-    jobs: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-
-    def listen() -> None:
-        try:
-            while True:
-                jobs.put(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        while True:
-            kind, *arguments = jobs.get()
-            answer: tuple[str, Any]
-            try:
-                answer = ("done", (_probe if kind == "probe" else _run)(Ranks(0, 1, slot, 1), *arguments))
-            except TrainerError as error:
-                answer = ("error", str(error))
-            except BaseException:
-                answer = ("traceback", traceback.format_exc())
-            pipe.send(answer)
-
-
-def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
-    """What a plan needs to know of the data, and results of the machine."""
-    from . import device as devices
-    from . import engine, tasks
-    from .splits import as_splits
-
-    device, _ = devices.choose(config, ranks)
-    devices.settle(config)
-    engine.check_optimizer(config)
-    task = tasks.load(config.trainer.task, config.trainer.task_options)
-    splits = as_splits(task.splits(), type(task).__name__)
-    return {
-        "samples": {name: len(split) for name, split in splits.items()},
-        "data_sha256": {name: split.data_hash() for name, split in splits.items()},
-        "facts": devices.facts(device, engine.VERSION),
-    }
-
-
-def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
-    """One run in a folder that is gone afterwards; a summary, also of a run that stopped being finite."""
-    import gc
-
-    from .run import run
-
-    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, output_dir=folder))
-    began_at_s = time.time()
-    try:
-        summary = run(config, ranks, config_name="study", started_at_s=began_at_s)
-    except NonFiniteError as error:
-        summary = {"status": "not finite", "steps": error.good_steps, "metrics": {}, "reason": str(error)}
-        summary |= {"started_at_s": began_at_s, "wall_time_s": time.time() - began_at_s}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        gc.collect()  # engines refer to themselves
-    return summary
-
-
-class Slots:
-    """Processes that make runs, one at a time each, and share nothing."""
-
-    def __init__(self, cuda: bool) -> None:
-        self._context, self._cuda = _context(cuda), cuda
-        self._pipes: list[Any] = []
-        self._processes: list[Any] = []
-
-    def grow(self, count: int) -> None:
-        """Starts processes until there are `count`."""
-        for slot in range(len(self._pipes), count):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def send(self, slot: int, *job: Any) -> None:
-        """Gives a slot that is idle something to do."""
-        try:
-            self._pipes[slot].send(job)
-        except OSError:
-            raise self._died(slot) from None
-
-    def wait(self, busy: Sequence[int]) -> Iterator[tuple[int, str, Any]]:
-        """Waits for busy slots. Gives (slot, "done", "error" or "traceback", value) of those that have answered."""
-        for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy]):
-            slot = self._pipes.index(pipe)
-            try:
-                kind, value = self._pipes[slot].recv()
-            except (EOFError, OSError):
-                raise self._died(slot) from None
-            yield slot, kind, value
-
-    def _died(self, slot: int) -> WorkerError:
-        self._processes[slot].join(5)
-        return WorkerError(f"a process of the study died (exit code {self._processes[slot].exitcode})")
-
-    def close(self) -> None:
-        """Ends all processes at once, whatever they do."""
-        for process, pipe in zip(self._processes, self._pipes):
-            process.kill()
-            process.join()
-            pipe.close()
-        self._processes, self._pipes = [], []
-
-
-# ---- the study ---------------------------------------------------------------------------------------------------
 
 
 class _Display:

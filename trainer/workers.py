@@ -41,7 +41,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _context(cuda: bool) -> BaseContext:
+def worker_context(cuda: bool) -> BaseContext:
+    """How processes are started here: forked from a server that has everything imported, or, for CUDA, anew."""
     if cuda:
         return multiprocessing.get_context("spawn")
     # The server inherits this environment once; DeepSpeed then neither looks for a GPU nor says so.
@@ -106,7 +107,7 @@ def run_ranks(
         TrainerError: of the kind a rank raised.
         WorkerError: a rank failed otherwise, died or took too long.
     """
-    context = _context(cuda)
+    context = worker_context(cuda)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TRAINER_LAUNCH": uuid.uuid4().hex}
     common |= environment or {}
     processes: list[Any] = []
