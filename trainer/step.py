@@ -54,11 +54,13 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
     split, B = pieces.host_splits["train"], pieces.plan.global_batch_size
     # A compiled model is compiled for each shape: it sees one, of the longest sample there is.
     lengths = None if pieces.config.trainer.compile else split.lengths
+    # Full rows, as of packed text, have nothing to gain from it.
+    uneven = lengths if lengths is not None and lengths.double().mean() < 0.98 * lengths.max() else None
     step = first_step
     for epoch in range(first_step // pieces.steps_per_epoch, -(-pieces.total_steps // pieces.steps_per_epoch)):
         order = epoch_order(pieces.config.trainer.seed, epoch, len(split))
-        if lengths is not None and lengths.min() < lengths.max():
-            order = by_length(order, lengths, B, pieces.plan.micro_batch_size)
+        if uneven is not None:
+            order = by_length(order, uneven, B, pieces.plan.micro_batch_size)
         on_device = order.to(pieces.device)
         for start in range(step % pieces.steps_per_epoch * B, pieces.steps_per_epoch * B, B):
             if step == pieces.total_steps:
