@@ -211,7 +211,9 @@ class Server:
         disturbed = faults.exists()
         since_s = float(faults.read_text().split()[-1]) if disturbed else answer["began_s"]
         rank_seconds = [ended_s - since_s for ended_s in answer["ended_s"]]
-        text = "".join((folder / f"rank{r}").read_text(errors="replace") for r in range(world_size))
+        said = [folder / f"rank{r}" for r in range(world_size)]
+        # A rank that is killed while it starts may not have come to its file.
+        text = "".join(file.read_text(errors="replace") for file in said if file.exists())
         return Session(
             answer["codes"],
             max(rank_seconds),
