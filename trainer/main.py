@@ -6,9 +6,12 @@ import time
 
 _STARTED_AT_S = time.time()
 
+import contextlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 if __package__ in (None, ""):
     # `deepspeed trainer/main.py` puts this folder on the path; what belongs there is its parent.
@@ -59,5 +62,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _end(code: int) -> NoReturn:
+    """Ends the process without the interpreter's clean-up, once everything is written.
+
+    The watching threads may be inside of a store's C++ code, which the clean-up ends with a crash; and DeepSpeed's own
+    takes seconds.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        _end(main())
+    except SystemExit as end:  # --help
+        _end(end.code if isinstance(end.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        _end(1)
