@@ -33,6 +33,7 @@ from tests.faults.harness import (
 from tests.machines import cluster as clusters
 
 _REASON = clusters.why_not()
+pytestmark = pytest.mark.slow
 needs_hosts = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
