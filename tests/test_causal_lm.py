@@ -21,12 +21,7 @@ PROSE = "To be, or not to be:\nthat is the question — «é日🎭».\n" * 12
 RECORDS = [{"prompt": f"{i}+{i % 7}=", "completion": str(i + i % 7) + "!" * (i % 3)} for i in range(40)]
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture

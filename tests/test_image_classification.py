@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_images import class_folders, encoded, erased, own_caches, shifted_and_flipped, some_images
+from tests.test_images import class_folders, encoded, erased, shifted_and_flipped, some_images
 from trainer import tasks
 from trainer.errors import UserError
 from trainer.order import SampleRandom
 from trainer.tasks.image_classification import ImageClassification
 
-assert own_caches  # a fixture, used by every test here too
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 RESNET = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
 VIT = {

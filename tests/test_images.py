@@ -17,13 +17,7 @@ from trainer.errors import UserError
 from trainer.image_data import read_images
 from trainer.images import decode, erase, normalise, shift_and_flip
 
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def some_images(*shape: int, seed: int = 0) -> np.ndarray:

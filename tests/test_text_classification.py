@@ -38,12 +38,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture

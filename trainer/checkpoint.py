@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import TrainerError, UserError, readable
+from .output import sync, write_synced
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
@@ -136,21 +137,21 @@ class Checkpoints:
                 data = save(tensors)
                 files[file.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
                 self._fault(f"before {part}")
-                _write_synced(file, data)
+                write_synced(file, data)
             self._fault("before manifest")
             manifest = _sealed({"format": _FORMAT, "step": snapshot.step, "files": files, **snapshot.facts})
-            _write_synced(temporary / MANIFEST, manifest)
-            _sync_folder(temporary)
+            write_synced(temporary / MANIFEST, manifest)
+            sync(temporary)
             self._fault("before rename")
             if target.exists():
                 shutil.rmtree(target)
             os.replace(temporary, target)
-            _sync_folder(self._folder)
+            sync(self._folder)
             self._fault("before latest")
             notice = self._folder / f".{LATEST}.{os.getpid()}"
-            _write_synced(notice, (name + "\n").encode())
+            write_synced(notice, (name + "\n").encode())
             os.replace(notice, self._folder / LATEST)
-            _sync_folder(self._folder)
+            sync(self._folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in list_checkpoints(self._folder)[self._keep :]:
@@ -162,21 +163,6 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
     """JSON of a manifest with a checksum over itself."""
     text = json.dumps(content, sort_keys=True)
     return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

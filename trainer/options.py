@@ -18,6 +18,18 @@ def check(option: str, value: Any, good: bool, rule: str) -> None:
         refuse(option, value, rule)
 
 
+def check_flags(**values: Any) -> None:
+    """Raises UserError unless each option is true or false."""
+    for option, value in values.items():
+        check(option, value, isinstance(value, bool), "true or false")
+
+
+def check_names(**values: Any) -> None:
+    """Raises UserError unless each option is a name or not given."""
+    for option, value in values.items():
+        check(option, value, value is None or (isinstance(value, str) and value != ""), "a name, or null")
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool)

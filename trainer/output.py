@@ -107,7 +107,7 @@ class OutputFolder:
             write(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(temporary, target)
@@ -184,7 +184,8 @@ def _remove(created: list[Path]) -> None:
             return
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -192,10 +193,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on disk."""
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_synced(temporary, data)
     os.replace(temporary, path)

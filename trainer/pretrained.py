@@ -77,14 +77,18 @@ def where(spec: str) -> str:
     return str(path) if path.exists() else spec
 
 
-def configuration(spec: Spec, trust_remote_code: bool = False, **changes: Any) -> Any:
+def configuration(spec: Spec, trust_remote_code: bool = False, attention: str | None = None, **changes: Any) -> Any:
     """The transformers configuration that a `model` option describes, with changes laid over it.
+
+    `attention` is transformers' attn_implementation, None for the model's default.
 
     Raises:
         UserError: there is none, or its model_type or a value is unknown.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    if attention is not None:
+        changes["attn_implementation"] = attention
     if isinstance(spec, Mapping):
         from .schema import near
 

@@ -47,12 +47,7 @@ def first_gradient_here(ranks: Ranks, config: Config) -> list[Any]:
     return first_gradient(ranks, config)
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

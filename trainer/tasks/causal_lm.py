@@ -108,22 +108,10 @@ class CausalLM:
         max_new_tokens: int = 100,
     ) -> None:
         models.check_spec(model, "language model", '{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}')
-        for name, flag in (
-            ("pretrained", pretrained),
-            ("truncate", truncate),
-            ("trust_remote_code", trust_remote_code),
-        ):
-            options.check_kind(name, flag, bool, "true or false")
+        options.check_flags(pretrained=pretrained, truncate=truncate, trust_remote_code=trust_remote_code)
         options.check_kind("packed", packed, bool, "true or false", none=True)
-        for name, word in (
-            ("config_name", config_name),
-            ("split_column", split_column),
-            ("text_column", text_column),
-            ("prompt_column", prompt_column),
-            ("completion_column", completion_column),
-            ("attention", attention),
-        ):
-            options.check_kind(name, word, str, "a name", none=True)
+        options.check_names(config_name=config_name, split_column=split_column, attention=attention)
+        options.check_names(text_column=text_column, prompt_column=prompt_column, completion_column=completion_column)
         if (prompt_column is None) != (completion_column is None):
             raise UserError(
                 '"trainer.task_options.prompt_column" and "completion_column" go together: give both, or neither.'
@@ -337,8 +325,7 @@ class CausalLM:
     # --- model --------------------------------------------------------------------------------------------------------
 
     def _configuration(self) -> Any:
-        changes = {} if self._attention is None else {"attn_implementation": self._attention}
-        return models.configuration(self._spec, self._trust, **changes)
+        return models.configuration(self._spec, self._trust, attention=self._attention)
 
     def _limit(self, config: Any) -> int:
         takes = text.position_limit(config)

@@ -77,21 +77,10 @@ class ImageClassification:
         trust_remote_code: bool = False,
     ) -> None:
         check_spec(model, "classifier of images", _EXAMPLE)
-        for name, value in (
-            ("config_name", config_name),
-            ("split_column", split_column),
-            ("image_column", image_column),
-            ("label_column", label_column),
-        ):
-            options.check(name, value, value is None or (isinstance(value, str) and value != ""), "a name")
+        options.check_names(config_name=config_name, split_column=split_column)
+        options.check_names(image_column=image_column, label_column=label_column)
         tables.check_data(data, config_name)
-        for name, switch in (
-            ("pretrained", pretrained),
-            ("new_head", new_head),
-            ("flip", flip),
-            ("trust_remote_code", trust_remote_code),
-        ):
-            options.check(name, switch, isinstance(switch, bool), "true or false")
+        options.check_flags(pretrained=pretrained, new_head=new_head, flip=flip, trust_remote_code=trust_remote_code)
         options.check(
             "image_size",
             image_size,

@@ -81,22 +81,11 @@ class TextClassification:
         attention: str | None = None,
     ) -> None:
         models.check_spec(model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
-        for name, flag in (
-            ("pretrained", pretrained),
-            ("new_head", new_head),
-            ("truncate", truncate),
-            ("trust_remote_code", trust_remote_code),
-        ):
-            options.check_kind(name, flag, bool, "true or false")
-        for name, word in (
-            ("config_name", config_name),
-            ("split_column", split_column),
-            ("text_column", text_column),
-            ("pair_column", pair_column),
-            ("label_column", label_column),
-            ("attention", attention),
-        ):
-            options.check_kind(name, word, str, "a name", none=True)
+        options.check_flags(
+            pretrained=pretrained, new_head=new_head, truncate=truncate, trust_remote_code=trust_remote_code
+        )
+        options.check_names(config_name=config_name, split_column=split_column, attention=attention)
+        options.check_names(text_column=text_column, pair_column=pair_column, label_column=label_column)
         self._scratch = isinstance(model, Mapping) or not pretrained
         if new_head and self._scratch:
             raise UserError(
@@ -265,9 +254,7 @@ class TextClassification:
     # --- model --------------------------------------------------------------------------------------------------------
 
     def _configuration(self, **changes: Any) -> Any:
-        if self._attention is not None:
-            changes["attn_implementation"] = self._attention
-        return models.configuration(self._spec, self._trust, **changes)
+        return models.configuration(self._spec, self._trust, attention=self._attention, **changes)
 
     def _check_kind(self, config: Any) -> None:
         kind = config.model_type
