@@ -92,12 +92,12 @@ def wait_until(reached: Callable[[], bool], limit_s: float, what: str) -> float:
 
 
 def hostfile_run(
-    hosts: clusters.Cluster, workload: Workload, tmp_path: Path, marker: str, ssh: bool
+    hosts: clusters.Cluster, workload: Workload, tmp_path: Path, marker: str, ssh: bool, *extra: str
 ) -> dict[str, subprocess.Popen[bytes]]:
     """Starts `deepspeed --hostfile` as launch/hostfile.example says: on the first host, or on each."""
     (tmp_path / "hostfile").write_text(f"{hosts.names[0]} slots=2\n{hosts.names[1]} slots=1\n")
     arguments = ["trainer/main.py", "--ds_config", str(workload.config), "--output_dir", str(tmp_path / "run")]
-    arguments += ["--resume", "auto"]
+    arguments += ["--resume", "auto", *extra]
     environment = bare_environment() | {"TEST_MARKER": marker}
     if ssh:
         command = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), *arguments]
@@ -161,15 +161,22 @@ def test_a_cut_link(hosts: clusters.Cluster, long_run: Workload, tmp_path: Path,
 @pytest.mark.parametrize("to", ["runner", "rank"])
 def test_a_signal_over_pdsh(hosts: clusters.Cluster, long_run: Workload, tmp_path: Path, marker: str, to: str) -> None:
     """SIGTERM to the runner or to a rank: a checkpoint, and no process left on either host."""
-    (process,) = hostfile_run(hosts, long_run, tmp_path, marker, ssh=True).values()
+    stop_alone = ["--set", "trainer.checkpoint.every_steps=0"]  # so that the one checkpoint is that of the stop
+    (process,) = hostfile_run(hosts, long_run, tmp_path, marker, True, *stop_alone).values()
     wait_until(lambda: steps_made(tmp_path / "run") >= 20, 90, "no step was made")
     target = process.pid if to == "runner" else rank_on(hosts.names[1], tmp_path / "run")
     os.kill(target, signal.SIGTERM)
     wait_until(lambda: ranks_of(tmp_path / "run") == [], 30, f"ranks are left after a signal to the {to}")
     assert process.wait(timeout=60) != 0
-    assert printed(tmp_path).count("stopped after step") == 1, printed(tmp_path)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
-    assert f"stopped after step {int(newest[5:]):,}" in printed(tmp_path)
+    assert int(newest[5:]) >= 20
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if to == "rank":  # the runner ends pdsh first, over which the ranks speak
+        assert printed(tmp_path).count("stopped after step") == 1, printed(tmp_path)
+        assert f"stopped after step {int(newest[5:]):,}" in printed(tmp_path)
+    (again,) = hostfile_run(hosts, long_run, tmp_path, marker, ssh=True).values()
+    assert again.wait(timeout=180) == 0, printed(tmp_path)
+    assert disagreement(long_run, tmp_path / "run") is None
 
 
 def ranks_of(run: Path) -> list[int]:
