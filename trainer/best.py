@@ -59,18 +59,22 @@ class BestModel:
                 agreed=True,
             )
 
-    def offer(self, engine: Engine, metrics: Mapping[str, float], step: int) -> bool:
-        """Takes the model as it is now if its metrics on validation are the best so far; the first among equals.
+    def offer(self, engine: Engine, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the model as it is now if its metrics on validation are the best so far.
+
+        Among equals the loss decides, and then the first: on a small validation set many models are equally accurate.
 
         Collective at ZeRO stage 3: every rank.
         """
         self.check(metrics)
         value = metrics[self.metric]
-        better = value < self.value if self.mode == "min" else value > self.value
-        if not math.isfinite(value) or not (better or math.isnan(self.value)):
-            self._waited += 1
-            return False
-        self.step, self.value, self.metrics, self._waited = step, value, dict(metrics), 0
+        better = math.isnan(self.value) or (value < self.value if self.mode == "min" else value > self.value)
+        # A tie is no progress: it does not keep a run from stopping early.
+        self._waited = 0 if better and math.isfinite(value) else self._waited + 1
+        tie = value == self.value and metrics["loss"] < self.metrics["loss"]
+        if not math.isfinite(value) or not (better or tie):
+            return
+        self.step, self.value, self.metrics = step, value, dict(metrics)
         with engine.whole_parameters():
             for name, tensor in engine.model_state().items():
                 kept = self._state.get(name)
@@ -78,7 +82,6 @@ class BestModel:
                     self._state[name] = tensor.clone()
                 else:
                     kept.copy_(tensor)
-        return True
 
     def restore(self, engine: Engine) -> None:
         """Gives the model its best parameters and buffers back. Collective at ZeRO stage 3: every rank."""

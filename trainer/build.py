@@ -97,8 +97,15 @@ class Pieces:
         }
 
 
-def build(config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog) -> Pieces:
+def build(
+    config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog, met: Callable[[], None] = lambda: None
+) -> Pieces:
     """Builds everything a run needs. Collective: every rank.
+
+    Args:
+        config, ranks, plan: of the run.
+        log: takes what DeepSpeed says.
+        met: called when the ranks have met, before anything slow.
 
     Raises:
         UserError: something has to change first; before anything is computed.
@@ -110,6 +117,7 @@ def build(config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog) -> P
     engines.check_optimizer(config)
     task = tasks.load(config.trainer.task, config.trainer.task_options)
     distributed.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
+    met()
 
     # From here on ranks wait for one another, so an error of one is raised on all.
     error: TrainerError | None = None

@@ -72,16 +72,22 @@ def run(
     log = DeepSpeedLog(keep=ranks.first)
     log.install()
     watch: Watch | None = None
+
+    def met() -> None:
+        nonlocal watch
+        deadline_s = None if config.trainer.max_wall_time_s is None else started_at_s + config.trainer.max_wall_time_s
+        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
+
     try:
-        pieces = build(config, ranks, plan, log)
+        pieces = build(config, ranks, plan, log, met)
+        assert watch is not None
         done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
         if done is not None:
             if folder is not None:
                 say(f"The run in {folder.path} has come to its end already: nothing to do.")
             return done
         snapshot = restore(pieces, source, resume)
-        deadline_s = None if config.trainer.max_wall_time_s is None else started_at_s + config.trainer.max_wall_time_s
-        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
+        watch.begin()
         return _train(pieces, folder, log, started_at_s, trace, watch, snapshot)
     except TrainerError as error:
         if watch is not None and not error.agreed and error.speaks is None:

@@ -66,7 +66,9 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 class Watch:
-    """Watches over one run, from its first step to its end.
+    """Watches over one run: over its ranks from their meeting on, over signals from `begin` on.
+
+    Collective: every rank makes one.
 
     Args:
         ranks: this rank, and how many.
@@ -76,6 +78,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
         self._ranks, self._timeout_s, self._deadline_s = ranks, hang_timeout_s, deadline_s
+        self._begun = False
         self._step = 0
         self._in_exchange = False
         self._reason: str | None = None
@@ -95,13 +98,8 @@ class Watch:
         self._woke_at_s = -math.inf
         self._beat_count = 0
         self._handlers: dict[signal.Signals, Any] = {}
-        self._read_end = self._write_end = -1
-        if threading.current_thread() is threading.main_thread():
-            self._read_end, self._write_end = os.pipe()
-            os.set_blocking(self._write_end, False)
-            # The number of every signal is written here at once, even while Python waits inside of a collective.
-            self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-            self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
         if self._store is not None:
             self._beat()
             gather_objects(None)  # everyone's first beat is there
@@ -110,6 +108,14 @@ class Watch:
         self._thread.start()
 
     # ---- what the run's own thread says and asks -------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The run can be stopped from now on: signals no longer end the process, and steps are waited for."""
+        if threading.current_thread() is threading.main_thread():
+            # The number of every signal is written here at once, even while Python waits inside of a collective.
+            self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+            self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        self._begun = True
 
     def at(self, step: int, phase: str) -> None:
         """Notes where this rank stands: "compute" while it works on its own, "exchange" while it waits for others."""
@@ -132,6 +138,9 @@ class Watch:
         code = error.exit_code if isinstance(error, TrainerError) else 1
         with contextlib.suppress(Exception):
             _within(_STORE_TIMEOUT_S, lambda: self._store.set("failed", json.dumps([self._ranks.rank, code])))
+        if self._ranks.first:
+            # Its process holds the store: the others must have read it there before this one ends.
+            self._closing.wait(2 * _BEAT_S)
 
     def explain(self, error: BaseException) -> TrainerError | None:
         """Why a collective failed: another rank's error, which that rank reports, or a rank that is gone; else None."""
@@ -157,11 +166,10 @@ class Watch:
             signal.set_wakeup_fd(self._old_wakeup)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-            os.write(self._write_end, b"\0")
+        os.write(self._write_end, b"\0")  # wakes the thread
         self._thread.join(timeout=10.0)
-        if self._handlers:
-            os.close(self._read_end)
-            os.close(self._write_end)
+        os.close(self._read_end)
+        os.close(self._write_end)
 
     # ---- the thread ------------------------------------------------------------------------------------------
 
@@ -174,7 +182,7 @@ class Watch:
                 self._wake()
             self._looked_at_s = time.monotonic()
             if self._reason is None and self._launchers != _launchers(self._launchers):
-                self._ask("the launcher is gone")
+                self._ask("the launcher is gone")  # heard of in the first step, where it has not begun
             if self._store is None:
                 continue
             failed = self._failed_elsewhere()
@@ -203,9 +211,6 @@ class Watch:
             os._exit(error.exit_code)
 
     def _read_signals(self, wait_s: float) -> None:
-        if self._read_end < 0:
-            self._closing.wait(wait_s)
-            return
         ready, _, _ = select.select([self._read_end], [], [], wait_s)
         for number in os.read(self._read_end, 64) if ready else b"":
             if number not in _SIGNALS:
@@ -251,7 +256,10 @@ class Watch:
         lost = self._who_is_lost(limit_s)
         if lost is not None:
             return lost
-        # Everyone answers, but somebody holds all others up.
+        # Everyone answers, but somebody holds all others up. (Before the first step, that may be work: rank 0 alone
+        # builds a cache or compiles DeepSpeed's kernel.)
+        if not self._begun:
+            return None
         count, since_s = meetings.count, meetings.since_s
         if since_s is not None and time.monotonic() - max(since_s, self._woke_at_s) > limit_s:
             behind = [rank for rank, (beat, _) in sorted(self._heard.items()) if json.loads(beat)[1] < count]
@@ -271,8 +279,9 @@ class Watch:
     def _sentence(self, ranks: list[int], what: str) -> str:
         names = [f"{r} on {self._hosts[r]}" for r in ranks[:8]]
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        when = f"in step {self._step + 1}" if self._begun else "before the first step"
         return (
-            f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, in step {self._step + 1}: killed, hanging, "
+            f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, {when}: killed, hanging, "
             "or cut off from the network.\nThe other ranks leave. To go on from the last checkpoint, start the run "
             "again with --resume auto and the same --output_dir, on any number of ranks."
         )

@@ -154,8 +154,9 @@ def run_ranks(
                 process.kill()
             process.join()
     if failures:
-        # Of the lowest rank, except one that left because of another, which says what happened.
-        raise failures[min(failures, key=lambda rank: (getattr(failures[rank], "speaks", None) is False, rank))]
+        # Who speaks for all, else the lowest rank that did not leave because of another.
+        silence = {True: 0, None: 1, False: 2}
+        raise failures[min(failures, key=lambda rank: (silence[getattr(failures[rank], "speaks", None)], rank))]
     if len(results) < world_size:
         missing = sorted(set(range(world_size)) - set(results))
         raise WorkerError(f"ranks {missing} did not end within {timeout_s:g} s")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.jobs import USER_TASKS, small_config, train
-from trainer.errors import TrainerError
+from trainer.errors import LostRankError, TrainerError
 from trainer.workers import run_ranks
 
 
@@ -20,6 +20,14 @@ def test_out_of_memory_names_the_micro_batch(tmp_path: Path) -> None:
     message = str(caught.value)
     for words in ("micro-batch of 8 samples", "memory of this device", "is 4", "changes the bits"):
         assert words in message, message
+
+
+def test_a_rank_that_is_lost_before_the_first_step(tmp_path: Path) -> None:
+    """The others leave at once, with a message that names it, and leave nothing behind."""
+    config = small_config(tmp_path / "run", task=f"{USER_TASKS}/bad_tasks.py:DiesAtStart", hang_timeout_s=15.0)
+    with pytest.raises(LostRankError, match=r"Rank 1 on .* before the first step"):
+        run_ranks(train, 3, config, timeout_s=60.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_taken_port_harms_nobody_on_one_machine(tmp_path: Path) -> None:

@@ -173,7 +173,8 @@ def test_the_best_model_on_validation_is_kept_and_tested_once(tmp_path: Path) ->
     seen = {r["step"]: r["eval/validation/accuracy"] for r in records if "eval/validation/accuracy" in r}
     assert sorted(seen) == list(range(5, 61, 5))
     best = max(seen.values())
-    first = min(step for step, value in seen.items() if value == best)
+    losses = {r["step"]: r["eval/validation/loss"] for r in records if "eval/validation/loss" in r}
+    first = min((step for step, value in seen.items() if value == best), key=lambda step: (losses[step], step))
     assert summary["best"] == {"step": first, "metric": "accuracy", "mode": "max", "value": best}
     assert first < 60, "the test wants a run that gets worse"
     assert summary["metrics"]["validation"]["accuracy"] == best

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
+from trainer.cli import main as command_line
 from trainer.config import load
-from trainer.tasks.digits import Digits
+from trainer.tasks.digits import Digits, read_images
 from trainer.workers import WorkerError, run_ranks
 
 SUMMARY_KEYS = {
@@ -95,6 +96,27 @@ def test_quickstart_learns_the_digits(tmp_path: Path) -> None:
     config = load(ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run")})
     summary = run_ranks(train, 2, config)[0]
     assert summary["metrics"]["test"]["accuracy"] >= 0.97
+
+
+def test_predictions_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quick start's model, on scikit-learn's own numbers: mostly right, whatever the size of a batch."""
+    config = load(
+        ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run"), "trainer.epochs": 8}
+    )
+    run_ranks(train, 2, config)
+    pixels, labels = read_images()
+    np.savetxt(tmp_path / "digits.csv", pixels[:90], delimiter=",", fmt="%g")
+    common = ["predict", "--model", str(tmp_path / "run"), "--input", str(tmp_path / "digits.csv")]
+    said = []
+    for size in ("7", "90"):
+        assert command_line([*common, "--batch_size", size]) == 0
+        said.append([line.split(",")[0] for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1]
+    assert said[0][0] == "label"
+    assert np.mean(np.array(said[0][1:], dtype=int) == labels[:90]) > 0.9
+    (tmp_path / "digits.csv").write_text("1,2,3\n")
+    assert command_line(common) == 2
+    assert "1 lines of 3 numbers" in capsys.readouterr().err
 
 
 def test_a_slip_in_the_metrics_does_not_cost_the_model(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """User tasks that go wrong, each in one way, and models with something unusual in them."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import torch
@@ -185,6 +187,15 @@ class NoMemory(MyTask):
         if dist.get_rank() == 1 and NoMemory.calls > 14:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return super().forward(model, batch)
+
+
+class DiesAtStart(MyTask):
+    """Rank 1 is killed while the data is read."""
+
+    def splits(self):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().splits()
 
 
 class Crashes(MyTask):

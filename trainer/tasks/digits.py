@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import classification
 from ..errors import UserError
 from ..order import SampleRandom, key
 from ..splits import Batch
@@ -137,6 +139,22 @@ class Digits:
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """The share of images whose likeliest class is the right one."""
         return {"accuracy": float((outputs.argmax(dim=1) == batch["label"]).double().mean())}
+
+    def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
+        """{"label", "score"} for each line of a csv file: 64 pixels, row after row, from 0 to 16, as scikit-learn's."""
+        try:
+            pixels = np.loadtxt(source, delimiter=",", dtype=np.float32, ndmin=2)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--input {source} cannot be read as lines of 64 numbers: {error}") from error
+        if pixels.shape[1] != 64 or not len(pixels) or not ((pixels >= 0) & (pixels <= 16)).all():
+            raise UserError(
+                f"--input {source} has {len(pixels)} lines of {pixels.shape[1]} numbers. A digit is 64 from 0 to 16."
+            )
+        device = next(model.parameters()).device
+        images = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) / 16.0
+        names = [str(digit) for digit in range(10)]
+        for part in images.split(batch_size):
+            yield from classification.predictions(self.forward(model, {"image": part.to(device)}), names)
 
 
 TASK = Digits
