@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -123,8 +124,6 @@ class Checkpoints:
             self._error = OSError(None, str(error))
 
     def _write(self, snapshot: Snapshot) -> None:
-        from safetensors.torch import save
-
         self._folder.mkdir(exist_ok=True)
         name = f"step-{snapshot.step:09d}"
         target, temporary = self._folder / name, self._folder / f".{name}.{os.getpid()}"
@@ -134,10 +133,9 @@ class Checkpoints:
             files: dict[str, Any] = {}
             for part, tensors in snapshot.tensors.items():
                 file = temporary / f"{part}.safetensors"
-                data = save(tensors)
-                files[file.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
                 self._fault(f"before {part}")
-                write_synced(file, data)
+                digest, size = _write_tensors(file, tensors)
+                files[file.name] = {"sha256": digest, "bytes": size}
             self._fault("before manifest")
             manifest = _sealed({"format": _FORMAT, "step": snapshot.step, "files": files, **snapshot.facts})
             write_synced(temporary / MANIFEST, manifest)
@@ -157,6 +155,40 @@ class Checkpoints:
         for old in list_checkpoints(self._folder)[self._keep :]:
             self._fault("before deleting")
             shutil.rmtree(old, ignore_errors=True)
+
+
+# safetensors' names of the types that models and optimizers have.
+_DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Writes tensors on the CPU as a safetensors file, synced. Returns its sha256 and its size in bytes.
+
+    Straight from their memory: the library's own writer makes two copies first, which takes five times the processor's
+    time, and that time is taken from the rank beside which this runs.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in itertools.chain(
+            (len(text).to_bytes(8, "little"), text),
+            (t.contiguous().flatten().view(torch.uint8).numpy().data for t in tensors.values() if t.numel()),
+        ):
+            digest.update(part)
+            while len(part):  # an unbuffered file may take less than it is given
+                part = part[file.write(part) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest(), 8 + len(text) + offset
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
