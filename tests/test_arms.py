@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.arms import WEAK, Budget, ImpossibleError, adam_for, check_base, check_strong, run_id, values_of
+from trainer.arms import WEAK, Budget, ImpossibleError, Place, adam_for, check_base, check_strong, run_id, values_of
 from trainer.config import Config, parse
 from trainer.errors import UserError
 
@@ -33,7 +33,7 @@ def of(
 
 def test_sequential_is_the_base_with_a_seed() -> None:
     values = base()
-    values["trainer"]["seed"] = 3
+    values["trainer"] |= {"seed": 3, "log_every_steps": 12}  # 38 steps an epoch, 760 in all: 60 points of a curve
     assert of("sequential") == parse(values)
 
 
@@ -60,11 +60,14 @@ def test_rules() -> None:
     rates = {arm: of(arm, 4).trainer.learning_rate for arm in WEAK}
     assert {arm: r.scaling_rule for arm, r in rates.items()} == {
         "weak": "none", "weak_linear": "linear", "weak_linear_warmup": "linear", "weak_sqrt": "sqrt",
-        "weak_sqrt_adam": "sqrt",
+        "weak_sqrt_adam": "sqrt", "weak_lars": "linear", "weak_lamb": "sqrt", "weak_adascale": "adascale",
+        "weak_tuned": "none",
     }  # fmt: skip
-    assert {r.base_global_batch_size for arm, r in rates.items() if arm != "weak"} == {32}
-    # Goyal et al. 2017: five epochs, whatever the base does; the other arms keep the base's.
-    assert {arm: r.warmup_epochs for arm, r in rates.items()} == dict.fromkeys(WEAK, 1.0) | {"weak_linear_warmup": 5.0}
+    unscaled = ("weak", "weak_tuned")
+    assert {r.base_global_batch_size for arm, r in rates.items() if arm not in unscaled} == {32}
+    # Goyal et al. 2017, and both papers of You et al.: five epochs, whatever the base does; other arms keep the base's.
+    five = dict.fromkeys(("weak_linear_warmup", "weak_lars", "weak_lamb"), 5.0)
+    assert {arm: r.warmup_epochs for arm, r in rates.items()} == dict.fromkeys(WEAK, 1.0) | five
     assert {r.schedule for r in rates.values()} == {"cosine"}
 
 
@@ -101,6 +104,36 @@ def test_equal_updates() -> None:
     # 1,024: 2 steps an epoch
     config = of("weak", 32, "updates")
     assert (config.trainer.epochs, config.trainer.max_steps) == (380, 760)
+
+
+def test_adascale_counts_its_own_steps() -> None:
+    """Equal epochs: the base's; equal updates: the sequential run's 760 steps, in as many passes as it takes."""
+    config = of("weak_adascale", 4)
+    assert (config.trainer.epochs, config.trainer.learning_rate.adascale_steps) == (20, None)
+    config = of("weak_adascale", 4, "updates")
+    assert (config.trainer.epochs, config.trainer.max_steps) == (76, None)
+    assert config.trainer.learning_rate.adascale_steps == 760
+
+
+def test_other_optimizers_take_a_rate_of_their_own() -> None:
+    values = base()
+    values["optimizer"]["params"]["weight_decay"] = 0.02
+    config = parse(values_of(values, "weak_lamb", 4, "epochs", 0, SAMPLES, lr=0.03))
+    assert config.optimizer.type == "LAMB"
+    assert config.optimizer.params == {"lr": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.02}
+    # The search is made with one rank's batch, where there is nothing to scale.
+    config = parse(values_of(values, "weak_lars", 1, "epochs", 0, SAMPLES, lr=2.0))
+    assert config.optimizer.params == {"lr": 2.0, "weight_decay": 0.02}
+    assert (config.train_batch_size, config.trainer.learning_rate.scaling_rule) == (32, "none")
+    assert config.trainer.learning_rate.warmup_epochs == 5.0
+
+
+def test_tuned_is_compared_with_tuned() -> None:
+    place = Place("group norm", "weak_tuned", "updates", 8)
+    assert place.reference == Place("group norm", "sequential_tuned", "epochs", 1)
+    assert Place("", "weak_lars", "epochs", 8).reference == Place("", "sequential", "epochs", 1)
+    assert str(place) == "group norm: weak_tuned, W = 8, equal updates"
+    assert of("weak_tuned", 8, lr=0.01).optimizer.params["lr"] == 0.01
 
 
 def test_a_cap_on_equal_updates() -> None:
@@ -149,7 +182,7 @@ def test_ids() -> None:
     one = run_id(of("weak", 4))
     assert one == run_id(of("weak", 4)) == run_id(of("weak", 4, values=base(output_dir="elsewhere")))
     others = {run_id(of(arm, W, b)) for arm in WEAK for W in (2, 4, 8) for b in ("epochs", "updates")}
-    assert len(others) == 5 * 3 * 2
+    assert len(others) == 8 * 3 * 2  # before its rate is found, weak_tuned is weak
     assert len(one) == 16
 
 

@@ -275,6 +275,7 @@ INT_MINIMA = {
     ("steps_per_print",): 1,
     ("trainer", "epochs"): 1,
     ("trainer", "max_steps"): 1,
+    ("trainer", "train_samples"): 1,
     ("trainer", "seed"): 0,
     ("trainer", "ranks_per_gpu"): 1,
     ("trainer", "cpu_threads"): 1,
@@ -283,6 +284,7 @@ INT_MINIMA = {
     ("trainer", "log_every_steps"): 1,
     ("trainer", "guard_every_steps"): 0,
     ("trainer", "learning_rate", "base_global_batch_size"): 1,
+    ("trainer", "learning_rate", "adascale_steps"): 1,
     ("trainer", "best", "patience_evaluations"): 0,
     ("trainer", "lora", "rank"): 1,
     ("trainer", "checkpoint", "every_steps"): 0,
@@ -303,7 +305,7 @@ def test_integer_minima(keys: tuple[str, ...], minimum: int) -> None:
 
     name = ".".join(keys)
     assert f'"{name}" is {minimum - 1}. It must be at least {minimum}.' in error_of(nested(minimum - 1))
-    if name != "trainer.learning_rate.base_global_batch_size":  # alone it contradicts the default rule
+    if keys[:2] != ("trainer", "learning_rate"):  # these contradict the default rule
         config.parse(nested(minimum))
 
 
@@ -431,6 +433,33 @@ CONTRADICTIONS = [
         ("scaling_rule", '"optimizer.params.lr"', "not given"),
     ),
     (rate(base_global_batch_size=8), ("base_global_batch_size has no effect", 'scaling_rule "none"')),
+    (rate(scaling_rule="adascale"), ('scaling_rule "adascale"', "nothing to scale", "64", "base_global_batch_size")),
+    (rate(adascale_steps=8), ("adascale_steps has no effect", 'scaling_rule "none"', 'the rule to "adascale"')),
+    (
+        rate(scaling_rule="sqrt", base_global_batch_size=8, adascale_steps=8),
+        ("adascale_steps has no effect", 'scaling_rule "sqrt"'),
+    ),
+    *(
+        (
+            changes | {"zero_optimization": {"stage": stage}},
+            (words, f"zero_optimization.stage is {stage}", "stage 0 only"),
+        )
+        for stage in (1, 2, 3)
+        for changes, words in (
+            (base(trainer={"gradient_noise": True}), '"trainer.gradient_noise"'),
+            (rate(scaling_rule="adascale", base_global_batch_size=8), 'scaling_rule "adascale"'),
+            (base(optimizer={"type": "LARS", "params": {"lr": 1.0}}), '"optimizer.type" LARS'),
+            (base(optimizer={"type": "lamb", "params": {"lr": 0.01}}), '"optimizer.type" lamb'),
+        )
+    ),
+    (
+        rate(scaling_rule="adascale", base_global_batch_size=8) | {"scheduler": {"type": "WarmupLR"}},
+        ('"scheduler"', '"trainer.learning_rate"', "Leave one of them out"),
+    ),
+    (
+        base(optimizer={"type": "LARS", "params": {"lr": 1.0}}, trainer={"decay_biases_and_norms": True}),
+        ('"trainer.decay_biases_and_norms" has no effect with LARS',),
+    ),
     (rate(final_fraction=0.1), ("final_fraction has no effect", 'schedule "constant"')),
     *(
         (adam(**{key: True}), (f'"optimizer.params.{key}"', "torch's AdamW", '"torch_adam": true'))
@@ -457,6 +486,9 @@ def test_contradictions(values: dict[str, Any], words: tuple[str, ...]) -> None:
         base(scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": [0.1], "warmup_type": "linear"}}),
         base(scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": 10}}),
         rate(scaling_rule="linear", base_global_batch_size=32),
+        rate(scaling_rule="adascale", base_global_batch_size=32, adascale_steps=100),
+        base(trainer={"gradient_noise": True, "train_samples": 100}),
+        base(optimizer={"type": "LAMB", "params": {"lr": 0.01}}, trainer={"decay_biases_and_norms": True}),
         {
             "train_micro_batch_size_per_gpu": 8,
             "optimizer": ADAM,
@@ -755,7 +787,7 @@ def test_every_optimizer_of_deepspeeds_own_is_known_or_refused(deepspeed: Any) -
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     torchs = {name.lower() for name in dir(torch.optim)}
-    known = set(deepspeed_keys.OPTIMIZERS) | set(deepspeed_keys.REFUSED_OPTIMIZERS)
+    known = set(deepspeed_keys.OPTIMIZERS) | set(deepspeed_keys.REFUSED_OPTIMIZERS) | set(deepspeed_keys.LAYERWISE)
     assert {name for name in DEEPSPEED_OPTIMIZERS if name not in known} <= torchs
     assert not set(deepspeed_keys.OPTIMIZERS) & set(deepspeed_keys.REFUSED_OPTIMIZERS)
 

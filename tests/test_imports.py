@@ -19,7 +19,8 @@ TRAINER = ROOT / "trainer"
 # it in this list; a new module is given its place here.
 GROUPS = [
     # Said before torch is loaded, and computed without it.
-    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan", "arms"},
+    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan", "arms"}
+    | {"gradient_noise", "adascale"},
     # Plain PyTorch.
     {
         "order",
@@ -35,17 +36,20 @@ GROUPS = [
         "watch",
         "checkpoint",
     }
-    | {"cache", "tables", "classification", "pretrained", "adapt"}
+    | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
     | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "inference", "image_data"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
-    {"verify", "check_task", "predict", "slots", "study", "study_report", "cli", "main", "__main__"},
+    {"verify", "check_task", "predict", "slots", "study", "study_plan", "study_results", "study_figures"}
+    | {"study_tensorboard", "study_report", "timing", "prediction", "tuning", "cli", "main", "__main__"},
 ]
 HEAVY = {
     "PIL",
+    "pytorch_optimizer",
+    "optuna",
     "peft",
     "scipy",
     "tokenizers",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from trainer.arms import Place
 from trainer.inference import (
     DRAWS,
     Judgement,
@@ -88,10 +89,12 @@ def test_seeds_needed() -> None:
 # Verdicts
 
 SEEDS = range(10)
+BASE = Place("", "sequential", "epochs", 1)
+WEAK_AT_8 = Place("", "weak", "epochs", 8)
 
 
 def one(weak: dict[int, float | None], sequential: dict[int, float | None], rules: Rules, tests: int = 1) -> Judgement:
-    return judge(sequential, {("weak", "epochs", 8): weak}, rules, tests)
+    return judge({BASE: sequential}, {WEAK_AT_8: weak}, rules, tests)
 
 
 def accuracies(mean: float, n: int = 10, seed: int = 0) -> dict[int, float | None]:
@@ -102,17 +105,20 @@ def test_numbers_of_a_comparison() -> None:
     sequential: dict[int, float | None] = {0: 0.9, 1: 0.92, 2: 0.94}
     j = one({0: 0.8, 1: 0.85, 2: None}, sequential, Rules(deviation_floor=0.001))
     (c,) = j.comparisons
-    assert (j.mean, j.deviation) == (pytest.approx(0.92), pytest.approx(0.02))
-    assert j.target == pytest.approx(0.86)
+    r = j.references[BASE]
+    assert (r.mean, r.deviation) == (pytest.approx(0.92), pytest.approx(0.02))
+    assert r.target == pytest.approx(0.86)
     assert c.differences == pytest.approx([-0.1, -0.07])  # by seed
     assert (c.mean, c.difference, c.failures) == (pytest.approx(0.825), pytest.approx(-0.085), 3)
 
 
 def test_the_floor_and_a_given_target() -> None:
     alike: dict[int, float | None] = dict.fromkeys(SEEDS, 0.9)
-    assert one(alike, alike, Rules(deviation_floor=0.01)).target == pytest.approx(0.87)
-    assert one(alike, alike, Rules(target=0.5)).target == 0.5
-    assert one(alike, alike, Rules(higher_is_better=False, deviation_floor=0.01)).target == pytest.approx(0.93)
+    assert one(alike, alike, Rules(deviation_floor=0.01)).references[BASE].target == pytest.approx(0.87)
+    assert one(alike, alike, Rules(target=0.5)).references[BASE].target == 0.5
+    assert one(alike, alike, Rules(higher_is_better=False, deviation_floor=0.01)).references[
+        BASE
+    ].target == pytest.approx(0.93)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,22 @@ def test_where_less_is_better() -> None:
     assert c.verdicts == {"loses": "contradicted", "fails": "contradicted"}
 
 
+def test_every_place_is_compared_with_its_own_reference() -> None:
+    """A tuned arm with tuned runs, a variant with its own: here both lose by the same, whatever the others do."""
+    tuned, sizes = Place("", "sequential_tuned", "epochs", 1), Place("100 samples", "sequential", "epochs", 1)
+    j = judge(
+        {BASE: accuracies(0.5), tuned: accuracies(0.95), sizes: accuracies(0.3)},
+        {
+            Place("", "weak_tuned", "epochs", 8): accuracies(0.75),
+            Place("100 samples", "weak", "epochs", 8): accuracies(0.1),
+        },
+        Rules(),
+    )
+    assert [c.difference for c in j.comparisons] == pytest.approx([-0.2, -0.2])
+    assert [c.failures for c in j.comparisons] == [10, 10]
+    assert j.references[tuned].target == pytest.approx(0.935, abs=0.01)
+
+
 def test_few_seeds_never_give_a_verdict() -> None:
     """However clear they look."""
     for n, tests in ((2, 1), (4, 1), (9, 40)):
@@ -143,10 +165,10 @@ def test_few_seeds_never_give_a_verdict() -> None:
 def test_nothing_is_decided_before_all_declared_seeds_are_there() -> None:
     weak, sequential = accuracies(0.1, 9), accuracies(0.95)
     for a, b in ((weak, sequential), (accuracies(0.1), accuracies(0.95, 9))):
-        (c,) = judge(b, {("weak", "epochs", 8): a}, Rules(), 1, 10).comparisons
+        (c,) = judge({BASE: b}, {WEAK_AT_8: a}, Rules(), 1, 10).comparisons
         assert c.verdicts == {"loses": "undecided", "fails": "undecided"}
         assert all(s.endswith("1 of the declared seeds is missing") for s in c.sentences.values())
-    (c,) = judge(sequential, {("weak", "epochs", 8): accuracies(0.1)}, Rules(), 1, 10).comparisons
+    (c,) = judge({BASE: sequential}, {WEAK_AT_8: accuracies(0.1)}, Rules(), 1, 10).comparisons
     assert c.verdicts == {"loses": "supported", "fails": "supported"}
 
 
@@ -192,7 +214,11 @@ def simulate(loss: float, arms: int, studies: int, seed: int) -> list[Judgement]
         return {s: float(v) for s, v in enumerate(np.round(random.normal(mean, 0.01, 10) * 300) / 300)}
 
     return [
-        judge(draw(0.95), {("weak", "epochs", 2**w): draw(0.95 - loss) for w in range(1, arms + 1)}, Rules())
+        judge(
+            {BASE: draw(0.95)},
+            {Place("", "weak", "epochs", 2**w): draw(0.95 - loss) for w in range(1, arms + 1)},
+            Rules(),
+        )
         for _ in range(studies)
     ]
 

@@ -81,6 +81,12 @@ def test_ramp_from_zero_where_there_is_nothing_to_climb() -> None:
     assert rates(3, warmup_steps=2, scale=0.5) == [0.25, 0.5, 0.5, 0.5]
 
 
+def test_between_two_steps_of_the_ramp() -> None:
+    """AdaScale's position is no whole number; the ramp never rises above the full rate."""
+    options = {"scale": 1.0, "warmup_steps": 4, "total_steps": 8, "schedule": "linear", "final_fraction": 0.0}
+    assert [factor(p, **options) for p in (0.0, 1.5, 3.0, 3.5, 4.0, 5.0)] == [0.25, 0.625, 1.0, 1.0, 1.0, 0.75]
+
+
 @checked
 @given(
     scale=st.floats(0.01, 100.0),

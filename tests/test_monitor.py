@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.gradient_noise import Noise, NoiseScale, estimate
 from trainer.monitor import PHASES, Pace, PhaseTimer, Window, Writer, memory_gib
 
 CPU = torch.device("cpu")
@@ -223,6 +224,64 @@ def test_phases_in_a_window_are_milliseconds_of_a_step(clock: FakeClock) -> None
     record = close(window)
     assert [record[f"throughput/{phase}_ms"] for phase in PHASES] == pytest.approx([500.0] * 4)
     assert record["throughput/step_time_ms"] == pytest.approx(2000.0)
+
+
+# The gradient's noise
+
+
+def noisy_step(window: Window, i: int) -> None:
+    M = 3 - i % 2  # as in an epoch's last, smaller batch
+    window.begin_step()
+    norm, norms = torch.tensor(1.0 + 0.1 * i), torch.tensor([0.5 + i, 1.0, 0.25][:M])
+    window.end_step(torch.ones(M), norm, 5.0, 5, 0.1, 0, norms, [2.0, 2.0, 1.0][:M])
+
+
+def test_noise_of_a_window_and_of_the_run() -> None:
+    total = NoiseScale()
+    window = Window(2, 3, CPU, noise=total)
+    made: list[Noise | None] = []
+    for i in range(4):
+        noisy_step(window, i)
+        norm = float(torch.tensor(1.0 + 0.1 * i))
+        made.append(estimate([0.5 + i, 1.0, 0.25][: 3 - i % 2], [2.0, 2.0, 1.0][: 3 - i % 2], norm, 5))
+        if window.full:
+            own = NoiseScale()
+            for noise in made[-2:]:
+                own.add(noise)
+            record = close(window, i + 1)
+            shown = {f"noise/{n}": v for n, v in own.means().items() if v is not None}
+            assert {n: v for n, v in record.items() if n.startswith("noise/")} == shown
+    run = NoiseScale()
+    for noise in made:
+        run.add(noise)
+    assert total.summary() == run.summary()
+    assert total.steps == 4
+
+
+@pytest.mark.parametrize("capacity", [10, 2], ids=["the same window", "a window into which it does not fit"])
+def test_noise_of_a_run_that_was_interrupted(capacity: int) -> None:
+    """Wherever it was, and whatever the length of the windows is afterwards."""
+    whole = NoiseScale()
+    window = Window(10, 3, CPU, noise=whole)
+    for i in range(17):
+        noisy_step(window, i)
+        if window.full:
+            close(window)
+    close(window)
+    parts = NoiseScale()
+    window = Window(10, 3, CPU, noise=parts)
+    for i in range(17):
+        noisy_step(window, i)
+        if window.full:
+            close(window)
+        if i in (4, 6, 13):
+            saved = json.loads(json.dumps(window.checkpoint()))
+            parts = NoiseScale()
+            window = Window(capacity, 3, CPU, noise=parts)
+            window.load(saved)
+    if window.filled:
+        close(window)
+    assert parts.checkpoint() == whole.checkpoint()
 
 
 # The whole run

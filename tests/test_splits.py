@@ -181,3 +181,22 @@ def test_counts_may_be_a_numpy_array() -> None:
 def test_an_array_that_no_tensor_can_hold() -> None:
     with pytest.raises(UserError, match=r'"train".*"text"'):
         as_split({"text": np.array(["a", "b"])}, "train", "Mine")
+
+
+def test_the_counts_of_micro_batches() -> None:
+    indices, bounds = torch.tensor([4, 0, 3, 3, 1]), [(0, 2), (2, 3), (3, 5)]
+    assert Split(images_and_labels(5)).counts_of(indices, bounds) == [2.0, 1.0, 2.0]
+    split = Split(images_and_labels(5), torch.tensor([1.0, 2.5, 4.0, 8.0, 16.0]))
+    assert split.counts_of(indices, bounds) == [17.0, 8.0, 10.5]
+    assert sum(split.counts_of(indices, bounds)) == split.count_of(indices)
+
+
+def test_a_part_of_a_split() -> None:
+    x = torch.arange(12.0).view(4, 3)
+    split = Split({"x": x}, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([3, 1, 2, 3]), ("x",))
+    part = split.subset(torch.tensor([1, 3]))
+    assert part.arrays["x"].tolist() == x[[1, 3]].tolist()
+    assert part.counts is not None and part.counts.tolist() == [2.0, 4.0]
+    assert part.lengths is not None and part.lengths.tolist() == [1, 3]
+    assert part.padded == ("x",)
+    assert Split({"x": x}).subset(torch.tensor([0])).counts is None

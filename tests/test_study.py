@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -13,11 +14,13 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.distributed.jobs import ROOT
-from trainer.arms import SEQUENTIAL, WEAK
+from trainer.arms import SEQUENTIAL, SEQUENTIAL_TUNED, WEAK
 from trainer.cli import main
 from trainer.errors import UserError
-from trainer.study import Plan, Study, duration, expand, load, plan_text, work
-from trainer.study_report import report, verdicts, write_report
+from trainer.study import declaration, duration
+from trainer.study_plan import Plan, Study, expand, load, plan_text, work
+from trainer.study_report import report, write_report
+from trainer.study_results import verdicts
 
 SHIPPED = ROOT / "ds_configs" / "study.json"
 
@@ -32,8 +35,9 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
 
 
 def planned(path: Path, samples: int = 1200) -> tuple[Study, Plan]:
-    study, base, _ = load(str(path))
-    return study, expand(study, base, samples)
+    study, variants = load(str(path))
+    sizes = [v.config.trainer.train_samples or samples for v in variants]
+    return study, expand(study, [dataclasses.replace(v, samples=n) for v, n in zip(variants, sizes)])
 
 
 # Planning
@@ -43,10 +47,10 @@ def test_the_shipped_study() -> None:
     study, plan = planned(SHIPPED)
     assert len(study.seeds) >= 10
     assert max(study.world_sizes) == 32
-    assert {c.arm for c in plan.cells} == {SEQUENTIAL, *WEAK}
+    assert {c.arm for c in plan.cells} == {SEQUENTIAL, SEQUENTIAL_TUNED, *WEAK}
     assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha  # a verdict is possible
-    assert [(arm, W) for arm, budget, W, _ in plan.impossible if budget == "epochs"] == [
-        ("weak_sqrt_adam", 16), ("weak_sqrt_adam", 32),
+    assert [str(place) for place, _ in plan.impossible if place.budget == "epochs"] == [
+        "weak_sqrt_adam, W = 16", "weak_sqrt_adam, W = 32",
     ]  # fmt: skip
     assert [W for W, answer in plan.strong if answer == 4] == [2, 4]
 
@@ -54,9 +58,9 @@ def test_the_shipped_study() -> None:
 def test_seeds_come_whole(tmp_path: Path) -> None:
     """A study that is interrupted has all arms of its first seeds."""
     _, plan = planned(write(tmp_path, {"seeds": [5, 3], "budgets": ["epochs"], "world_sizes": [2, 4]}))
-    assert [c.seed for c in plan.cells] == [5] * 11 + [3] * 11
-    assert plan.cells[0].arm == plan.cells[11].arm == SEQUENTIAL
-    assert len(plan.configs) == 22
+    assert [c.seed for c in plan.cells] == [5] * 20 + [3] * 20
+    assert plan.cells[0].arm == plan.cells[20].arm == SEQUENTIAL
+    assert len(plan.configs) == 2 * (20 - 7)  # the rates of 7 places are searched first
     assert {c.trainer.exactness for c in plan.configs.values()} == {"bitwise"}
 
 
@@ -71,10 +75,34 @@ def test_equal_configs_are_one_run(tmp_path: Path) -> None:
     assert (len(plan.cells), len(plan.configs)) == (6, 4)
 
 
+def test_variants_are_studies_of_their_own(tmp_path: Path) -> None:
+    """A subset has its own batches beyond the data, and one micro-batch of all ranks stands for synchronised ones."""
+    path = write(
+        tmp_path,
+        {
+            "seeds": 2, "budgets": ["epochs"], "world_sizes": [2, 8], "arms": ["weak"], "dataset_sizes": [100],
+            "variants": {"synchronised": {"synchronised_batch_norm": True, "trainer.task_options.model": "cnn"}},
+        },
+    )  # fmt: skip
+    _, plan = planned(path)
+    assert list(plan.variants) == ["", "100 samples", "synchronised"]
+    assert [str(place) for place, _ in plan.impossible] == ["100 samples: weak, W = 8"]
+    configs = {str(c.place): plan.configs[c.id] for c in plan.cells if c.id is not None}
+    assert configs["100 samples: weak, W = 2"].trainer.train_samples == 100
+    assert configs["weak, W = 8"].train_micro_batch_size_per_gpu == 8
+    synchronised = configs["synchronised: weak, W = 8"]
+    assert (synchronised.train_batch_size, synchronised.train_micro_batch_size_per_gpu) == (256, 64)
+    assert synchronised.trainer.task_options == {"model": "cnn"}
+    assert configs["synchronised: sequential"].train_micro_batch_size_per_gpu == 8
+    measured = [name for name, config in configs.items() if config.trainer.gradient_noise]
+    assert measured == ["sequential"]
+    assert plan.comparisons() == 5
+
+
 def test_work_follows_the_samples(tmp_path: Path) -> None:
     path = write(tmp_path, {"budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"]}, epochs=3)
     _, plan = planned(path)
-    efforts = {(c.arm, c.budget): work(plan.configs[c.id], 1200) for c in plan.cells}
+    efforts = {(c.arm, c.budget): work(plan.configs[c.id], 1200) for c in plan.cells if c.id is not None}
     assert efforts == {
         ("sequential", "epochs"): 3600,
         ("weak", "epochs"): 3600,
@@ -83,10 +111,12 @@ def test_work_follows_the_samples(tmp_path: Path) -> None:
 
 
 def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path: Path) -> None:
-    study, plan = planned(write(tmp_path, {"seeds": 3, "budgets": ["epochs"], "world_sizes": [2, 64]}))
-    text = plan_text(study, plan, 1200)
+    arms = ["strong", "weak", "weak_linear", "weak_sqrt", "weak_tuned", "weak_lars"]
+    _, plan = planned(write(tmp_path, {"seeds": 3, "budgets": ["epochs"], "world_sizes": [2, 64], "arms": arms}))
+    text = plan_text(plan)
     assert re.search(r"weak_linear +epochs +2 +64 +20 +380 +3\n", text)
-    assert "weak, equal epochs, W = 64: impossible, the global batch 64 x 32 = 2,048 is larger" in text
+    assert "weak, W = 64: impossible, the global batch 64 x 32 = 2,048 is larger" in text
+    assert "3 searches for a learning rate, of 9 runs each, by validation/accuracy" in text
     assert "strong, W = 64: impossible, 64 ranks are more than the 4 micro-batches" in text
     assert "note: with 3 seeds no verdict is possible on 5 comparisons at alpha 0.05; at least 7 are needed" in text
 
@@ -108,6 +138,13 @@ def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path
         ({"output_dir": ""}, '"study.output_dir" is missing'),
         ({"budgets": ["epochs"], "max_epochs": 50}, "no effect"),
         ({"budgets": ["updates"], "max_epochs": 5}, "less than trainer.epochs"),
+        ({"dataset_sizes": [100, 100]}, "each of them once"),
+        ({"variants": {"wide": 3}}, "a name and a block of dotted config keys"),
+        ({"variants": {"wide": {"trainer.task_optins": 3}}}, 'Did you mean "task_options"'),
+        ({"variants": {"short": {"trainer.max_steps": 3}}}, "has no place in the base config"),
+        ({"tuning": {"trials": 1}}, "at least 3"),
+        ({"tuning": {"metric": "test/accuracy"}}, "would make the test meaningless"),
+        ({"timing": {"world_sizes": [0]}}, "whole numbers of at least 1"),
     ],
 )
 def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> None:
@@ -135,14 +172,12 @@ def results(folder: Path, seeds: int = 10) -> Path:
     """A study's folder as the runs would have left it: weak at W = 8 is bad, W = 2 good, one run not finite."""
     arms = ["sequential", "strong", "weak", "weak_sqrt"]
     path = write(folder, {"seeds": seeds, "arms": arms, "world_sizes": [2, 8], "budgets": ["epochs"]})
-    _, base, _ = load(str(path))
-    study, plan = planned(path)
+    _, plan = planned(path)
     out = folder / "out"
     (out / "runs").mkdir(parents=True)
-    fixed = {k: v for k, v in json.loads(json.dumps(study.__dict__)).items() if k not in ("max_parallel", "output_dir")}
-    base["trainer"]["task"] = NASTY
-    declared = {"study": fixed, "base": base, "cells": [c.__dict__ for c in plan.cells], "command": NASTY}
-    declared |= {"impossible": [["weak", "epochs", 64, NASTY]], "strong": plan.strong}
+    declared = declaration(plan, {"samples": {"train": 1200}, "data_sha256": {}})
+    declared["base"]["trainer"]["task"] = declared["command"] = NASTY
+    declared["impossible"] = [["weak, W = 64", NASTY]]
     (out / "study.json").write_text(json.dumps(declared))
     for i, cell in enumerate(plan.cells):
         lost = cell.arm == "weak" and cell.world_size == 8
@@ -153,6 +188,7 @@ def results(folder: Path, seeds: int = 10) -> Path:
             "metrics": {} if broken else {"test": {"accuracy": value, "loss": 1 - value}}, "steps": 760, "epochs": 20,
             "global_batch_size": 32, "micro_batch_size": 8, "parameters_sha256": None if broken else f"{i:064x}",
             "started_at_s": 1.0, "wall_time_s": 1.0, "step_time_s": None if broken else 0.001, "samples_per_s": 9.0,
+            "learning_rate": 0.003, "samples": 1200, "curves": {}, "gradient_noise": None,
             "code_sha256": "c" * 64, "device_model": NASTY, "facts": {"torch": "2", "device_model": NASTY},
         }  # fmt: skip
         (out / "runs" / f"{cell.id}.json").write_text(json.dumps(run))
@@ -165,7 +201,7 @@ def test_verdicts_of_a_folder(tmp_path: Path) -> None:
     assert text.startswith("sequential: test/accuracy 0.95")
     assert "strong scaling has the accuracy of the sequential runs: supported at W = 2, by construction" in text
     assert "strong scaling at W = 8: impossible here" in text
-    at = lines.index("weak, learning rate unchanged, equal epochs: loses accuracy against the sequential runs?")
+    at = lines.index("weak, learning rate unchanged, equal epochs: loses against its sequential runs?")
     assert lines[at + 1].startswith("  W = 2: contradicted. ")
     assert lines[at + 2].startswith("  W = 8: supported. 0.2")
     at = lines.index("weak, learning rate unchanged, equal epochs: fails to converge more often than not?")
@@ -184,12 +220,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "path", "circle", "rect"):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("path", "circle", "rect"):
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -200,15 +235,18 @@ def test_the_page(tmp_path: Path) -> None:
     page = Page()
     page.feed(source)
     assert page.open == []
-    assert page.text.index("Verdicts") < page.text.index("failure rate") < page.text.index("Every run")
+    assert page.text.index("Verdicts") < page.text.index("Failure rates") < page.text.index("Every run")
     for needed in ("Declared before the runs", "Clopper-Pearson", "Holm", "What could not be run", "seed 9"):
         assert needed in page.text
     # everything of a user's is text
     assert page.text.count(NASTY) >= 4
     assert "script" not in page.tags
-    # and nothing is asked of anybody
-    assert not {"script", "link", "img", "iframe", "object", "use", "image"} & set(page.tags)
-    assert not {"src", "href", "xlink:href", "srcset", "action"} & {name for name, _ in page.attributes}
+    # and nothing is asked of anybody: pictures are part of the page
+    assert not {"script", "link", "iframe", "object", "use", "image"} & set(page.tags)
+    assert not {"href", "xlink:href", "srcset", "action"} & {name for name, _ in page.attributes}
+    pictures = [value or "" for name, value in page.attributes if name == "src"]
+    assert len(pictures) == page.tags.count("img") == 2
+    assert all(picture.startswith("data:image/svg+xml;base64,") for picture in pictures)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "http" not in source.replace("http-equiv", "")
     assert "url(" not in source
@@ -216,17 +254,15 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_the_figures(tmp_path: Path) -> None:
-    source = write_report(results(tmp_path)).read_text()
-    figures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)]
-    assert [f.findtext("title") for f in figures] == [
-        "test/accuracy over W by arm, equal epochs",
-        "Share of runs that fail to converge over W by arm, equal epochs",
-    ]
-    marks = [g.findtext("title") or "" for g in figures[1].iter("g")]
-    assert "weak, W = 8: 1.0000 (0.6915 to 1.0000)" in marks
-    assert len(marks) == 4
-    numbers = [float(n) for f in figures for e in f.iter() for n in re.findall(r"[\d.]+", e.get("d", ""))]
-    assert 0 <= min(numbers) <= max(numbers) <= 760
+    folder = results(tmp_path)
+    write_report(folder)
+    made = sorted(file.name for file in (folder / "figures").iterdir())
+    assert made == [f"{name}.{kind}" for name in ("failures-epochs", "metric-epochs") for kind in ("pdf", "svg")]
+    for name, title in (("metric", "test/accuracy over W"), ("failures", "share of runs that fail to converge")):
+        figure = ElementTree.parse(folder / "figures" / f"{name}-epochs.svg")
+        text = " ".join("".join(element.itertext()) for element in figure.iter() if element.tag.endswith("text"))
+        assert title in text
+        assert "weak, square root" in text or "weak_sqrt" in text, text
 
 
 def test_the_tables(tmp_path: Path) -> None:

@@ -272,6 +272,24 @@ def test_statistics_may_be_left_out() -> None:
     assert not records.requires_grad
 
 
+def test_norms_stand_beside_statistics_and_flags() -> None:
+    """Of each micro-batch's gradient, in order; one that a micro-batch did not use counts as 0."""
+    tree = TreeSum([torch.zeros(3, 2), torch.zeros(4)], leaves=[5], statistics_size=2, norms=True, rank=0, world_size=1)
+    # Norms of 5e-30: in float32 their squares are 0.
+    gradients = [(torch.full((3, 2), 3e-30 * j), torch.full((4,), 1.0 + j) if j % 2 else None) for j in range(1, 6)]
+    for step in range(2):
+        if step:
+            tree.raise_flag()
+        for j in tree.start(5):
+            tree.statistics.fill_(10.0 + j)
+            tree.add(gradients[j], torch.tensor(float(j)))
+        records = tree.reduce()
+        assert records.tolist() == [[j, 10.0 + j, 10.0 + j] for j in range(5)]
+        assert tree.flags.tolist() == [float(step)] * 5
+        expected = [sum(float((g.double() ** 2).sum()) for g in leaf if g is not None) ** 0.5 for leaf in gradients]
+        assert tree.norms.tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_reduce_needs_the_whole_block() -> None:
     tree = make_tree(1, 0, [3])
     tree.start(3)

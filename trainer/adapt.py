@@ -102,24 +102,21 @@ def merged(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
 
 
-def parameter_groups(model: nn.Module, config: Config, has_weight_decay: bool) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) -> list[dict[str, Any]]:
     """The optimizer's groups: [{"params": [...], and what differs from optimizer.params}, ...], none empty.
 
-    Biases and the gains of norms (parameters of at most one dimension) are not decayed: decay draws weights to 0,
-    which is no prior for a gain. A parameter belongs to the last pattern of `trainer.parameter_groups` that
-    covers it.
+    A parameter belongs to the last pattern of `trainer.parameter_groups` that covers it.
 
     Args:
         model: whose parameters with a gradient are grouped, in their order.
         config: the run's.
-        has_weight_decay: whether the optimizer knows weight decay.
+        vectors: what differs for biases and the gains of norms (parameters of at most one dimension).
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     settings: dict[str, dict[str, Any]] = {name: {} for name in named}
-    if has_weight_decay and not config.trainer.decay_biases_and_norms:
-        for name, parameter in named.items():
-            if parameter.ndim <= 1:
-                settings[name] = {"weight_decay": 0.0}
+    for name, parameter in named.items():
+        if parameter.ndim <= 1:
+            settings[name] = dict(vectors)
     for pattern, changes in config.trainer.parameter_groups.items():
         for name in _matching(pattern, list(named), '"trainer.parameter_groups"'):
             settings[name] = settings[name] | changes

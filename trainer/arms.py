@@ -18,6 +18,7 @@ from .config import Config, parse
 from .errors import UserError
 
 Budget = Literal["epochs", "updates"]
+Rule = Literal["none", "linear", "sqrt", "adascale"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,22 @@ class Arm:
         rule: of trainer.learning_rate.scaling_rule, in the growth W of the global batch.
         warmup_epochs: of trainer.learning_rate; None for the base config's own.
         scales_adam: change Adam's betas and eps with the batch as well.
+        optimizer: takes the place of the base config's; None for that one.
+        centre: where the search for a learning rate begins; 0 for the base config's rate.
+        tuned: "" for a rate that is given, "base" for one searched with the batch of one rank and then scaled by the
+            rule, "own" for one searched with the batch of W.
     """
 
     title: str
-    rule: Literal["none", "linear", "sqrt"] = "none"
+    rule: Rule = "none"
     warmup_epochs: float | None = None
     scales_adam: bool = False
+    optimizer: Literal["LARS", "LAMB"] | None = None
+    centre: float = 0.0
+    tuned: Literal["", "base", "own"] = ""
 
 
-SEQUENTIAL, STRONG = "sequential", "strong"
+SEQUENTIAL, STRONG, SEQUENTIAL_TUNED = "sequential", "strong", "sequential_tuned"
 WEAK = {
     "weak": Arm("weak, learning rate unchanged"),
     # Goyal et al. 2017, arXiv 1706.02677, sections 2.1 and 2.2.
@@ -47,8 +55,52 @@ WEAK = {
     "weak_sqrt": Arm("weak, square-root rule", "sqrt"),
     # Malladi et al. 2022, arXiv 2205.10287.
     "weak_sqrt_adam": Arm("weak, square-root rule with Adam's betas and eps", "sqrt", scales_adam=True),
+    # You et al. 2017, arXiv 1708.03888, and 2020, arXiv 1904.00962, with the rules that their authors use. Neither
+    # knows a rate of the base's optimizer, so each has its own searched, with the batch of one rank.
+    "weak_lars": Arm("weak, LARS", "linear", warmup_epochs=5.0, optimizer="LARS", centre=4.0, tuned="base"),
+    "weak_lamb": Arm("weak, LAMB", "sqrt", warmup_epochs=5.0, optimizer="LAMB", centre=0.01, tuned="base"),
+    # Johnson et al. 2020, arXiv 2007.05105.
+    "weak_adascale": Arm("weak, AdaScale", "adascale"),
+    # Shallue et al. 2019, arXiv 1811.03600: a batch is judged fairly at its own best rate only.
+    "weak_tuned": Arm("weak, learning rate tuned at each W", tuned="own"),
 }
 NAMES = (SEQUENTIAL, STRONG, *WEAK)
+
+
+def reference_of(arm: str) -> str:
+    """The sequential arm that a weak one is compared with: tuned against tuned, by equally many trials."""
+    return SEQUENTIAL_TUNED if arm in WEAK and WEAK[arm].tuned == "own" else SEQUENTIAL
+
+
+def title_of(arm: str) -> str:
+    """An arm in words."""
+    titles = {SEQUENTIAL: "sequential", SEQUENTIAL_TUNED: "sequential, learning rate tuned", STRONG: "strong"}
+    return titles[arm] if arm in titles else WEAK[arm].title
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where runs stand in a study, but for their seed.
+
+    Attributes:
+        variant: of the base config; "" for the base itself.
+        arm, budget, world_size: W is 1 for the sequential arms.
+    """
+
+    variant: str
+    arm: str
+    budget: Budget
+    world_size: int
+
+    @property
+    def reference(self) -> Place:
+        """The sequential runs that this is compared with."""
+        return Place(self.variant, reference_of(self.arm), "epochs", 1)
+
+    def __str__(self) -> str:
+        what = f"{self.arm}, W = {self.world_size}" if self.world_size > 1 else self.arm
+        what += ", equal updates" if self.budget == "updates" else ""
+        return f"{self.variant}: {what}" if self.variant else what
 
 
 class ImpossibleError(UserError):
@@ -110,21 +162,26 @@ def values_of(
     seed: int,
     samples: int,
     max_epochs: int | None = None,
+    lr: float | None = None,
 ) -> dict[str, Any]:
     """The config values of one run, on one rank.
 
     Equal epochs keep `trainer.epochs`. Equal updates (Hoffer et al. 2017: large batches generalise worse because they
     make fewer updates) give exactly the sequential run's number of optimizer steps; warm-up and the time between
     validations are stretched alike, so that every run makes about as many validations to choose its model from.
+    AdaScale counts scale-invariant steps: with equal updates it makes as many of them as the sequential run makes
+    steps, as its authors do; with equal epochs its gain stands in the place of a rule's constant.
 
     Args:
         base: config values that `check_base` has passed.
-        arm: "sequential" or a key of WEAK.
-        world_size: W; 1 for the sequential arm.
+        arm: "sequential", "sequential_tuned" or a key of WEAK.
+        world_size: W; 1 for the sequential arms.
         budget: what this run has in common with the sequential one.
         seed: of the run.
         samples: of the training set.
         max_epochs: the most epochs that equal updates may take; beyond, the run is as long as this allows.
+        lr: the learning rate with the batch of one rank, or for arms that are tuned at each W, with theirs; None for
+            the base's own.
 
     Raises:
         ImpossibleError: the global batch is larger than the training set, or the arm's rule ends before W.
@@ -136,39 +193,61 @@ def values_of(
     values["train_batch_size"] = B * world_size
     block: dict[str, Any] = values.setdefault("trainer", {})
     block["seed"] = seed
-    if arm == SEQUENTIAL:
+    own = steps_per_epoch(samples, B * world_size, trainer.drop_last)
+    this = WEAK.get(arm, Arm(arm))
+    if this.optimizer is not None:
+        values["optimizer"] = {"type": this.optimizer, "params": _params_for(this.optimizer, config.optimizer.params)}
+    if lr is not None:
+        values.setdefault("optimizer", {}).setdefault("params", {})["lr"] = lr
+    if arm not in WEAK:
         assert world_size == 1
+        block["log_every_steps"] = _window(own * trainer.epochs)
         return values
     if B * world_size > samples:
         raise ImpossibleError(
             f"the global batch {world_size} x {B} = {B * world_size:,} is larger than the training set of {samples:,}"
         )
-    this = WEAK[arm]
     warmup_epochs = trainer.learning_rate.warmup_epochs if this.warmup_epochs is None else this.warmup_epochs
+    rate: dict[str, Any] = block.setdefault("learning_rate", {})
     if budget == "updates":
         every = steps_per_epoch(samples, B, trainer.drop_last)
-        own = steps_per_epoch(samples, B * world_size, trainer.drop_last)
         stretch, epochs = every / own, -(-every * trainer.epochs // own)
         if max_epochs is not None and epochs > max_epochs:
             epochs, stretch = max_epochs, max_epochs / trainer.epochs
-        else:
+        elif this.rule != "adascale":
             block["max_steps"] = every * trainer.epochs
         block["epochs"] = epochs
-        warmup_epochs *= stretch
         if trainer.evaluate_every_epochs:
             block["evaluate_every_epochs"] = max(1, round(trainer.evaluate_every_epochs * stretch))
-    rate: dict[str, Any] = block.setdefault("learning_rate", {})
+        if this.rule == "adascale":
+            rate["adascale_steps"] = every * trainer.epochs
+        warmup_epochs *= stretch
     if warmup_epochs:
         rate["warmup_epochs"] = warmup_epochs
-    if this.rule != "none":
-        if "lr" not in config.optimizer.params:
+    if this.rule != "none" and world_size > 1:
+        if "lr" not in values["optimizer"]["params"]:
             raise UserError(f'The arm {arm} scales "optimizer.params.lr", which is not given.')
         rate |= {"scaling_rule": this.rule, "base_global_batch_size": B}
     if this.scales_adam:
         if config.optimizer.type.lower() not in ("adam", "adamw"):
             raise UserError(f"The arm {arm} is a rule for Adam and AdamW; this optimizer is {config.optimizer.type}.")
         values["optimizer"]["params"] = adam_for(config.optimizer.params, world_size)
+    block["log_every_steps"] = _window(block.get("max_steps") or own * block.get("epochs", trainer.epochs))
     return values
+
+
+# Points of a loss curve.
+_CURVE_POINTS = 60
+
+
+def _window(steps: int) -> int:
+    return max(1, steps // _CURVE_POINTS)
+
+
+def _params_for(optimizer: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What LARS and LAMB take over from the base's optimizer; the rate is searched."""
+    kept = {"weight_decay"} | ({"betas", "eps"} if optimizer == "LAMB" else {"momentum"})
+    return {"lr": 1.0} | {name: value for name, value in params.items() if name in kept}
 
 
 def run_id(config: Config) -> str:

@@ -16,13 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import device as devices
 from . import distributed, tasks
 from .adapt import adapt, compile_in_place
+from .adascale import AdaScale, growth
 from .batching import BatchPlan, micro_batch_bounds
 from .config import Config
 from .console import DeepSpeedLog, say
+from .deepspeed_keys import LAYERWISE
 from .distributed import Ranks, raise_together
 from .errors import TrainerError, UserError
 from .learning_rate import factor, scaling_factor
-from .order import key, seed_generators
+from .optimizers import check_optimizer
+from .order import key, nested_subset, seed_generators
 from .splits import Split, as_splits
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Pieces:
         host_splits, splits: the data on the CPU and on the device.
         inexact: why the run is not bitwise; empty if it is.
         own_buffers: buffers that the model's forward changes, so that ranks differ in them; found in the first step.
+        adascale: sets the learning rate, where the config asks for it.
     """
 
     config: Config
@@ -56,7 +60,13 @@ class Pieces:
     facts: dict[str, Any]
     hosts: list[str]
     own_buffers: set[str] = field(default_factory=set)
+    adascale: AdaScale | None = None
     _data_sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether steps measure the norms of the micro-batches' gradients."""
+        return self.config.trainer.gradient_noise or self.adascale is not None
 
     @property
     def exactness(self) -> str:
@@ -110,11 +120,12 @@ def build(
     Raises:
         UserError: something has to change first; before anything is computed.
     """
+    _check_noise(config, plan)
     device, backend = devices.choose(config, ranks)
     devices.settle(config)
     with log.capture():
         from . import engine as engines
-    engines.check_optimizer(config)
+    check_optimizer(config)
     task = tasks.load(config.trainer.task, config.trainer.task_options)
     distributed.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
     met()
@@ -125,6 +136,7 @@ def build(
     model, steps_per_epoch, total_steps = nn.Module(), 0, 0
     try:
         host_splits = as_splits(task.splits(), type(task).__name__)
+        host_splits["train"] = chosen_samples(host_splits["train"], config.trainer.train_samples)
         samples = len(host_splits["train"])
         steps_per_epoch, total_steps = _count_steps(config, plan, samples)
         seed_generators(key(config.trainer.seed, "model"), device)
@@ -142,6 +154,8 @@ def build(
     facts = devices.facts(device, engines.VERSION)
     if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         facts["transformers"] = importlib.metadata.version("transformers")
+    if config.optimizer.type.lower() in LAYERWISE:
+        facts["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
     inexact = _zero_reason(config) + _sync_batch_norm_reason(model) + _compare_facts(facts, config, host_splits)
     refuse_inexact(config, inexact)
 
@@ -151,6 +165,7 @@ def build(
             'minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
         )
     model.to(device).train()
+    adaptive = _adascale(config, plan, steps_per_epoch, total_steps)
     try:
         with log.capture():
             engine = engines.Engine(
@@ -158,7 +173,7 @@ def build(
                 config,
                 micro_batch_size=plan.micro_batch_size,
                 world_size=ranks.world_size,
-                schedule=_schedule(config, plan, steps_per_epoch, total_steps),
+                schedule=adaptive.factor if adaptive else _schedule(config, plan, steps_per_epoch, total_steps),
             )
     except TrainerError as own:
         error = own
@@ -177,6 +192,7 @@ def build(
         inexact=inexact,
         facts=facts,
         hosts=distributed.gather_objects(f"{socket.gethostname()} {device}"),
+        adascale=adaptive,
     )
 
 
@@ -188,6 +204,29 @@ def refuse_inexact(config: Config, reasons: list[str]) -> None:
             'With "auto" the run goes on and is labelled tolerance.',
             agreed=True,
         )
+
+
+def _check_noise(config: Config, plan: BatchPlan) -> None:
+    if config.trainer.learning_rate.scaling_rule == "adascale":
+        growth(config, plan)
+    if config.trainer.gradient_noise and plan.micro_batches == 1:
+        raise UserError(
+            '"trainer.gradient_noise" compares the gradients of micro-batches, and the global batch of '
+            f"{plan.global_batch_size} samples is a single one (train_micro_batch_size_per_gpu "
+            f"{plan.micro_batch_size}).\nLeave it out, or use a smaller micro-batch (which is another model)."
+        )
+
+
+def chosen_samples(split: Split, samples: int | None) -> Split:
+    """The part of the training split that the config asks for."""
+    if samples is None:
+        return split
+    if samples > len(split):
+        raise UserError(
+            f"trainer.train_samples is {samples:,}, but the training split has only {len(split):,} samples.\n"
+            f"Use at most {len(split)}, or leave it out for all of them."
+        )
+    return split.subset(nested_subset(len(split), samples))
 
 
 def _count_steps(config: Config, plan: BatchPlan, samples: int) -> tuple[int, int]:
@@ -231,6 +270,11 @@ def _schedule(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps
         scale = scaling_factor(rate.scaling_rule, plan.global_batch_size, config.base_global_batch_size())
     if scale == 1.0 and rate.schedule == "constant" and not rate.warmup_epochs:
         return None
+    return _factor(config, scale, steps_per_epoch, total_steps)
+
+
+def _factor(config: Config, scale: float, steps_per_epoch: int, total_steps: int) -> Callable[[float], float]:
+    rate = config.trainer.learning_rate
     return functools.partial(
         factor,
         scale=scale,
@@ -239,6 +283,15 @@ def _schedule(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps
         schedule=rate.schedule,
         final_fraction=rate.final_fraction,
     )
+
+
+def _adascale(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps: int) -> AdaScale | None:
+    rate = config.trainer.learning_rate
+    if rate.scaling_rule != "adascale":
+        return None
+    schedule = _factor(config, 1.0, steps_per_epoch, rate.adascale_steps or total_steps)
+    base = config.base_global_batch_size()
+    return AdaScale(growth(config, plan), base, schedule, rate.adascale_steps)
 
 
 def _zero_reason(config: Config) -> list[str]:

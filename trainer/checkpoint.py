@@ -180,13 +180,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for part in itertools.chain(
-            (len(text).to_bytes(8, "little"), text),
-            (t.contiguous().flatten().view(torch.uint8).numpy().data for t in tensors.values() if t.numel()),
-        ):
-            digest.update(part)
-            while len(part):  # an unbuffered file may take less than it is given
-                part = part[file.write(part) :]
+        data: Iterator[Any] = (
+            t.contiguous().flatten().view(torch.uint8).numpy() for t in tensors.values() if t.numel()
+        )
+        for part in itertools.chain((len(text).to_bytes(8, "little"), text), data):
+            left = memoryview(part)
+            digest.update(left)
+            while left:  # an unbuffered file may take less than it is given
+                left = left[file.write(left) :]
         os.fsync(file.fileno())
     return digest.hexdigest(), 8 + len(text) + offset
 

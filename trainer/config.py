@@ -23,8 +23,8 @@ from .schema import build, check_arguments, lay_over, near, option, read_json
 class LearningRate:
     """`trainer.learning_rate`: what happens to `optimizer.params.lr` over a run."""
 
-    scaling_rule: Literal["none", "linear", "sqrt"] = option(
-        "none", "multiply the rate by the growth k of the global batch (linear) or by sqrt(k)"
+    scaling_rule: Literal["none", "linear", "sqrt", "adascale"] = option(
+        "none", "multiply the rate by the growth k of the global batch (linear), by sqrt(k), or by AdaScale's gain"
     )
     base_global_batch_size: int | None = option(
         None, "the global batch the rate was chosen for; weak scaling takes that of one rank", minimum=1
@@ -32,6 +32,9 @@ class LearningRate:
     warmup_epochs: float = option(0.0, "epochs of gradual warm-up, from the unscaled to the scaled rate", minimum=0)
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "the shape after warm-up")
     final_fraction: float = option(0.0, "where linear and cosine end, of the highest rate", minimum=0, below=1)
+    adascale_steps: int | None = option(
+        None, "the run ends when AdaScale's gains add up to so many; without it, after trainer.epochs", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Trainer:
     task_options: dict[str, Any] = option({}, "keyword arguments for the task")
     epochs: int = option(20, "passes over the training set", minimum=1)
     max_steps: int | None = option(None, "stop after so many optimizer steps, even inside an epoch", minimum=1)
+    train_samples: int | None = option(
+        None, "train on so many samples of the training split, chosen the same way whatever the seed", minimum=1
+    )
     seed: int = option(0, "all randomness follows from it: weights, sample order, dropout, augmentation", minimum=0)
     drop_last: bool = option(False, "leave out an epoch's last, smaller global batch")
     output_dir: str | None = option(None, "where results go; without it a new folder runs/<config>-<number>")
@@ -85,6 +91,7 @@ class Trainer:
     evaluate_micro_batch_size: int = option(128, "samples of one forward in evaluation", minimum=1)
     log_every_steps: int = option(10, "length of the logging window in steps", minimum=1)
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
+    gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: Checkpoint = option(Checkpoint, "what an interrupted run goes on from")
     max_wall_time_s: float | None = option(None, "stop with a checkpoint after so many seconds, exit code 75", above=0)
     hang_timeout_s: float = option(600.0, "give up when a rank does not answer for so long", minimum=15)
@@ -102,7 +109,9 @@ class Trainer:
 class Optimizer:
     """`optimizer`, as DeepSpeed reads it."""
 
-    type: str = option("AdamW", "Adam, AdamW and Lion are DeepSpeed's own; any other name is torch.optim's")
+    type: str = option(
+        "AdamW", "Adam, AdamW and Lion are DeepSpeed's own, LARS and LAMB pytorch-optimizer's, any other torch.optim's"
+    )
     params: dict[str, Any] = option({}, "the optimizer's arguments")
 
 
@@ -240,6 +249,11 @@ def _check_contradictions(config: Config) -> None:
             )
     elif rate.base_global_batch_size is not None:
         raise UserError('trainer.learning_rate.base_global_batch_size has no effect with scaling_rule "none".')
+    if rate.adascale_steps is not None and rate.scaling_rule != "adascale":
+        raise UserError(
+            f'trainer.learning_rate.adascale_steps has no effect with scaling_rule "{rate.scaling_rule}".\n'
+            'Leave it out, or set the rule to "adascale".'
+        )
     _check_model_options(config)
     if rate.final_fraction and rate.schedule == "constant":
         raise UserError('trainer.learning_rate.final_fraction has no effect with schedule "constant".')
@@ -293,7 +307,20 @@ def _check_zero(config: Config) -> None:
                 f'"{extra[0]}" has no effect at ZeRO stage 0: the trainer reduces gradients along its own tree.\n'
                 "Leave it out, or set zero_optimization.stage to 1, 2 or 3 (the run is then labelled tolerance)."
             )
-    elif config.trainer.exactness == "bitwise":
+        return
+    whole = None  # what needs the gradient of a micro-batch, or of a parameter, in one piece
+    if config.trainer.gradient_noise:
+        whole = '"trainer.gradient_noise"'
+    elif config.trainer.learning_rate.scaling_rule == "adascale":
+        whole = 'trainer.learning_rate.scaling_rule "adascale"'
+    elif config.optimizer.type.lower() in deepspeed_keys.LAYERWISE:
+        whole = f'"optimizer.type" {config.optimizer.type}'
+    if whole is not None:
+        raise UserError(
+            f"{whole} works at ZeRO stage 0 only, and zero_optimization.stage is {stage}: ZeRO reduces and keeps "
+            "gradients in pieces that belong to no micro-batch and no layer. Leave one of them out."
+        )
+    if config.trainer.exactness == "bitwise":
         raise UserError(
             f'trainer.exactness "bitwise" and zero_optimization.stage {stage} contradict one another: DeepSpeed '
             "reduces gradients in an order that depends on the number of ranks.\n"
@@ -308,6 +335,11 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(f'"optimizer.type" {name} cannot be used: {deepspeed_keys.REFUSED_OPTIMIZERS[lower]}.')
     if lower in deepspeed_keys.OPTIMIZERS:
         check_arguments(params, deepspeed_keys.OPTIMIZERS[lower], "optimizer.params")
+    if lower == "lars" and config.trainer.decay_biases_and_norms:
+        raise UserError(
+            '"trainer.decay_biases_and_norms" has no effect with LARS, which never decays parameters of one dimension. '
+            "Leave it out."
+        )
     if lower in ("adam", "adamw"):
         torch_adam = bool(params.get("torch_adam"))
         for key in params:

@@ -118,8 +118,8 @@ ONLY_WITH_ZERO = (
     "zero_force_ds_cpu_optimizer",
 )
 
-# Optimizers DeepSpeed builds itself: parameter names and their JSON types. All other names are
-# torch.optim's, whose signatures are read where torch is loaded anyway (engine.check_optimizer).
+# Optimizers DeepSpeed builds itself: parameter names and their JSON types. All other names but those of LAYERWISE
+# are torch.optim's; their signatures are read where torch is loaded anyway (optimizers.check_optimizer).
 _NUMBER: Types = (int, float)
 _PAIR: Types = (list,)
 _ADAM: dict[str, Types] = {
@@ -148,8 +148,10 @@ OPTIMIZERS: dict[str, dict[str, Types]] = {
     "adamw": {**_ADAM, **ADAM_TORCH_ONLY, **ADAM_DEEPSPEED_ONLY},
     "lion": {"lr": _NUMBER, "betas": _PAIR, "weight_decay": _NUMBER, "set_grad_none": _BOOL},
 }
+# Not DeepSpeed's: they come from the package pytorch-optimizer (optimizers.py). DeepSpeed's own FusedLamb runs only
+# with fp16 and dynamic loss scaling, and it has no LARS.
+LAYERWISE = ("lars", "lamb")
 REFUSED_OPTIMIZERS: dict[str, str] = {
-    "lamb": "DeepSpeed's FusedLamb runs only with fp16 and dynamic loss scaling",
     "muon": "it tags parameters in DeepSpeed's own way; use torch.optim's Muon where your torch has it",
     "muadam": "it needs the mup package",
     "muadamw": "it needs the mup package",

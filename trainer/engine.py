@@ -12,7 +12,6 @@ The only module that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,40 +31,15 @@ from . import deepspeed_keys
 from .adapt import parameter_groups
 from .config import Config
 from .errors import UserError
-from .schema import near
+from .optimizers import client_optimizer, for_vectors
 
 VERSION: str = deepspeed.__version__
-
-
-def check_optimizer(config: Config) -> None:
-    """Checks an optimizer that is torch.optim's by its signature. Raises UserError."""
-    name = config.optimizer.type
-    if name.lower() in deepspeed_keys.OPTIMIZERS:
-        return
-    known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
-    known.remove("Optimizer")
-    if name not in known:
-        raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam"])}')
-    parameters = list(inspect.signature(getattr(torch.optim, name)).parameters)[1:]
-    for key in config.optimizer.params:
-        if key not in parameters:
-            raise UserError(f'unknown key "optimizer.params.{key}" for {name}. {near(key, parameters)}')
 
 
 def builds_an_op(config: Config) -> bool:
     """Whether DeepSpeed compiles a kernel when this optimizer is made for the first time."""
     name = config.optimizer.type.lower()
     return name in deepspeed_keys.OPTIMIZERS and not config.optimizer.params.get("torch_adam")
-
-
-def _has_weight_decay(config: Config) -> bool:
-    name = config.optimizer.type
-    if config.optimizer.params.get("weight_decay") == 0:
-        return False
-    if name.lower() in deepspeed_keys.OPTIMIZERS:
-        return "weight_decay" in deepspeed_keys.OPTIMIZERS[name.lower()]
-    known = inspect.signature(getattr(torch.optim, name)).parameters
-    return "weight_decay" in known and bool(config.optimizer.params.get("weight_decay", known["weight_decay"].default))
 
 
 class Engine:
@@ -75,8 +49,8 @@ class Engine:
         model: on its device already.
         config: the run's.
         micro_batch_size, world_size: for the batch keys that DeepSpeed wants to agree.
-        schedule: step -> multiple of `optimizer.params.lr`; None leaves the rate to DeepSpeed's own
-            scheduler, or constant.
+        schedule: step -> multiple of `optimizer.params.lr`, asked once for every step, in order; None leaves the
+            rate to DeepSpeed's own scheduler, or constant.
 
     Raises:
         UserError: DeepSpeed or torch refuse the optimizer.
@@ -113,10 +87,12 @@ class Engine:
         lr_scheduler = None
         if schedule is not None:
             lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)  # noqa: E731
+        groups = parameter_groups(model, config, for_vectors(config))
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                model_parameters=parameter_groups(model, config, _has_weight_decay(config)),
+                model_parameters=groups,
+                optimizer=client_optimizer(config, groups),
                 config=_deepspeed_config(config, micro_batch_size, world_size),
                 lr_scheduler=lr_scheduler,
                 dist_init_required=False,
@@ -378,13 +354,14 @@ def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int) ->
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.gradient_clipping,
-        "optimizer": {"type": config.optimizer.type, "params": dict(config.optimizer.params)},
         "memory_breakdown": config.memory_breakdown,
         "dump_state": config.dump_state,
         "disable_python_gc": config.disable_python_gc,
         # DeepSpeed's throughput timer synchronises the device twice a step.
         "timers": {"throughput": {"enabled": False}},
     }
+    if config.optimizer.type.lower() not in deepspeed_keys.LAYERWISE:  # which arrive as an object
+        result["optimizer"] = {"type": config.optimizer.type, "params": dict(config.optimizer.params)}
     if config.scheduler is not None:
         result["scheduler"] = {"type": config.scheduler.type, "params": dict(config.scheduler.params)}
     if config.steps_per_print is not None:

@@ -1,9 +1,9 @@
 """What a study's results say, and how sure that is. Pure statistics: numbers in, verdicts out.
 
-Every weak arm, budget and W is one comparison with the sequential runs, paired by seed. Each of the two claims made of
-it has a test that can support it and a test that can contradict it. Each of these four families of tests is corrected
-by Holm (1979) over all comparisons of the study. What neither test decides is undecided, and too few seeds to decide
-anything are said to be that.
+Every weak arm, budget and W is one comparison with sequential runs of the same variant, paired by seed. Each of the two
+claims made of it has a test that can support it and a test that can contradict it. Each of these four families of tests
+is corrected by Holm (1979) over all comparisons of the study. What neither test decides is undecided, and too few seeds
+to decide anything are said to be that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from .arms import Place
 
 # Up to so many seeds every assignment of signs is counted; beyond, so many random ones are.
 EXACT_UP_TO = 16
@@ -103,6 +105,7 @@ class Comparison:
     """One weak arm, budget and W against the sequential runs of the same seeds.
 
     Attributes:
+        place: what is compared, with `place.reference`.
         values: seed -> metric; None for a run that stopped being finite.
         differences: metric minus the sequential run's of the same seed, where both have one.
         interval: of the mean; `difference_interval` of the mean difference.
@@ -110,9 +113,7 @@ class Comparison:
         verdicts, sentences: by claim, "loses" and "fails".
     """
 
-    arm: str
-    budget: str
-    world_size: int
+    place: Place
     values: dict[int, float | None]
     differences: list[float]
     mean: float
@@ -129,15 +130,22 @@ class Comparison:
 
 
 @dataclass
-class Judgement:
-    """What a study comes to: the sequential runs' numbers, the target, and every comparison."""
+class Reference:
+    """Sequential runs: seed -> metric, their mean and its interval, and the target that follows from them."""
 
-    rules: Rules
-    sequential: dict[int, float | None]
+    values: dict[int, float | None]
     mean: float
     deviation: float
     interval: tuple[float, float]
     target: float
+
+
+@dataclass
+class Judgement:
+    """What a study comes to: the sequential runs by place, and every comparison with them."""
+
+    rules: Rules
+    references: dict[Place, Reference]
     comparisons: list[Comparison]
 
 
@@ -152,8 +160,8 @@ def _describe(values: Sequence[float], alpha: float) -> tuple[float, float, tupl
 
 
 def judge(
-    sequential: Mapping[int, float | None],
-    weak: Mapping[tuple[str, str, int], Mapping[int, float | None]],
+    sequential: Mapping[Place, Mapping[int, float | None]],
+    weak: Mapping[Place, Mapping[int, float | None]],
     rules: Rules,
     planned: int | None = None,
     seeds: int = 0,
@@ -161,32 +169,29 @@ def judge(
     """All verdicts of a study.
 
     Args:
-        sequential: seed -> metric of the kept model; None where the run stopped being finite.
-        weak: (arm, budget, W) -> the same.
+        sequential: place -> seed -> metric of the kept model; None where the run stopped being finite.
+        weak: the same; of each place, `sequential` has the reference.
         rules: as declared.
         planned: comparisons the study declares, if more than there are results for: the correction is for all.
         seeds: how many are declared. Before they are all there, nothing is decided: who looks again and again, and
             stops at a verdict, finds one in the end whatever the truth.
     """
     sign = 1.0 if rules.higher_is_better else -1.0
-    mean, deviation, interval = _describe(_finite(sequential), rules.alpha)
-    target = rules.target
-    if target is None:
-        spread = max(rules.deviation_floor, deviation if math.isfinite(deviation) else 0.0)
-        target = mean - sign * rules.target_deviations * spread
-    result = Judgement(rules, dict(sequential), mean, deviation, interval, target, [])
-    for (arm, budget, world_size), values in weak.items():
+    result = Judgement(rules, {place: _reference(values, rules) for place, values in sequential.items()}, [])
+    for place, values in weak.items():
+        reference = result.references[place.reference]
+        target = reference.target
         losses = [
-            sign * (reference - v)
+            sign * (other - v)
             for seed, v in values.items()
-            if v is not None and (reference := sequential.get(seed)) is not None
+            if v is not None and (other := reference.values.get(seed)) is not None
         ]
         failures = sum(v is None or sign * (v - target) < 0 for v in values.values())
         differences = [-sign * loss for loss in losses]
         own_mean, own_deviation, own_interval = _describe(_finite(values), rules.alpha)
         difference, _, difference_interval = _describe(differences, rules.alpha)
         comparison = Comparison(
-            arm, budget, world_size, dict(values), differences, own_mean, own_deviation, own_interval, difference,
+            place, dict(values), differences, own_mean, own_deviation, own_interval, difference,
             difference_interval, failures, rate_interval(failures, len(values), rules.alpha),
         )  # fmt: skip
         comparison.p = {
@@ -203,8 +208,23 @@ def judge(
             comparison.adjusted[family] = value
     tests = len(result.comparisons) + len(missing)
     for comparison in result.comparisons:
-        _conclude(comparison, rules, tests, seeds - min(len(sequential), len(comparison.values)))
+        _conclude(
+            comparison,
+            rules,
+            tests,
+            seeds - min(len(result.references[comparison.place.reference].values), len(comparison.values)),
+        )
     return result
+
+
+def _reference(values: Mapping[int, float | None], rules: Rules) -> Reference:
+    sign = 1.0 if rules.higher_is_better else -1.0
+    mean, deviation, interval = _describe(_finite(values), rules.alpha)
+    target = rules.target
+    if target is None:
+        spread = max(rules.deviation_floor, deviation if math.isfinite(deviation) else 0.0)
+        target = mean - sign * rules.target_deviations * spread
+    return Reference(dict(values), mean, deviation, interval, target)
 
 
 def _binomial_p(hits: int, runs: int) -> float:

@@ -1,4 +1,4 @@
-"""Learning-rate scaling rules and schedules, as pure functions of the step.
+"""Learning-rate scaling rules and schedules, as pure functions of the step. AdaScale, which has a state, is elsewhere.
 
 The learning rate of a step is `optimizer.params.lr` times `factor(...)`; DeepSpeed's engine steps the
 schedule. Nothing here depends on the world size except through the global batch, so under strong
@@ -24,7 +24,7 @@ def scaling_factor(rule: str, global_batch_size: int, base_global_batch_size: in
 
 
 def factor(
-    step: int,
+    step: float,
     *,
     scale: float,
     warmup_steps: int,
@@ -40,7 +40,7 @@ def factor(
     `schedule` runs over the steps that are left, from `scale` down to `final_fraction` of it.
 
     Args:
-        step: optimizer step, from 0.
+        step: optimizer step, from 0; with `adascale_steps` the scale-invariant steps made so far.
         scale: what the scaling rule gives.
         warmup_steps: steps of the ramp; 0 for none.
         total_steps: steps of the whole run.
@@ -50,7 +50,7 @@ def factor(
     if step < warmup_steps:
         if scale > 1.0:
             return 1.0 + (scale - 1.0) * step / warmup_steps
-        return scale * (step + 1) / warmup_steps
+        return scale * min(step + 1, warmup_steps) / warmup_steps  # a whole step never meets the bound
     if schedule == "constant":
         return scale
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

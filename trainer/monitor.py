@@ -12,13 +12,14 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from .gradient_noise import NoiseScale, estimates
 from .output import to_json
 
 PHASES = ("data", "compute", "reduce", "optimizer")
@@ -88,14 +89,23 @@ class Window:
         micro_batches: the largest M.
         device: where losses and norms are.
         clock: seconds, replaceable for tests.
+        noise: the run's gradient noise, to which the window adds its steps when it is read; None to measure none.
     """
 
     def __init__(
-        self, steps: int, micro_batches: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+        self,
+        steps: int,
+        micro_batches: int,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+        noise: NoiseScale | None = None,
     ) -> None:
         self._device, self._clock = device, clock
         self._losses = torch.zeros(steps, micro_batches, device=device)
         self._norms = torch.zeros(steps, device=device)
+        self._noise = noise
+        self._micro_norms = torch.zeros(steps, micro_batches, device=device) if noise is not None else None
+        self._counts: list[list[float]] = []  # of each step's micro-batches, if noise is measured
         self._capacity = steps
         self.timer = PhaseTimer(device, clock)
         # M, count, samples, learning rate and tokens of each step
@@ -111,13 +121,33 @@ class Window:
         self.timer.begin()
 
     def end_step(
-        self, losses: Tensor, norm: Tensor, count: float, samples: int, learning_rate: float, tokens: int = 0
+        self,
+        losses: Tensor,
+        norm: Tensor,
+        count: float,
+        samples: int,
+        learning_rate: float,
+        tokens: int = 0,
+        micro_norms: Tensor | None = None,
+        counts: Sequence[float] | None = None,
     ) -> None:
-        """Takes one step's numbers: losses (M,) sums of the micro-batches, norm () of the gradient."""
+        """Takes one step's numbers.
+
+        Args:
+            losses: (M,) sums of the micro-batches.
+            norm: () of the gradient.
+            count, samples, learning_rate, tokens: of the step.
+            micro_norms: (M,) of the micro-batches' gradients, if noise is measured.
+            counts: (M,) what `count` is the sum of, if noise is measured.
+        """
         i = len(self._filled)
         self._losses[i, : len(losses)].copy_(losses)
         self._norms[i].copy_(norm)
         self._filled.append((len(losses), count, samples, learning_rate, tokens))
+        if self._micro_norms is not None:
+            assert micro_norms is not None and counts is not None
+            self._micro_norms[i, : len(losses)].copy_(micro_norms)
+            self._counts.append(list(counts))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -150,16 +180,32 @@ class Window:
     def checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds of a window that has begun: JSON values. Waits for the device."""
         n = self.filled
-        return {"filled": list(self._filled), "losses": self._losses[:n].tolist(), "norms": self._norms[:n].tolist()}
+        values = {"filled": list(self._filled), "losses": self._losses[:n].tolist(), "norms": self._norms[:n].tolist()}
+        if self._noise is None or self._micro_norms is None:
+            return values
+        micro_norms = self._micro_norms[:n].tolist()
+        # The run's noise with that of the window's steps: these are there even if the window will not fit.
+        total = self._noise.copy()
+        samples = [samples for _, _, samples, *_ in self._filled]
+        for noise in estimates(micro_norms, self._counts, values["norms"], samples)[self._before :]:
+            total.add(noise)
+        return values | {"micro_norms": micro_norms, "counts": list(self._counts), "noise": total.checkpoint()}
 
     def load(self, values: Mapping[str, Any]) -> None:
         """Puts back what `checkpoint` gave, if it fits; its steps count for loss and norm, and not for the time."""
+        if self._noise is not None and self._micro_norms is not None:
+            if "noise" not in values:
+                return  # it was not measured then
+            self._noise.load(values["noise"])
         filled = [(int(m), float(c), int(s), float(r), int(t)) for m, c, s, r, t in values["filled"]]
         if not filled or len(filled) >= self._capacity:
             return
         self._filled = filled
         self._losses[: len(filled)].copy_(torch.tensor(values["losses"]))
         self._norms[: len(filled)].copy_(torch.tensor(values["norms"]))
+        if self._micro_norms is not None:
+            self._micro_norms[: len(filled)].copy_(torch.tensor(values["micro_norms"]))
+            self._counts = [[float(c) for c in counts] for counts in values["counts"]]
         self._before = len(filled)
 
     def close(self, step: int, epoch: int) -> Callable[[], dict[str, float]] | None:
@@ -167,11 +213,13 @@ class Window:
         steps, filled = len(self._filled), self._filled
         if steps == 0:
             return None
-        timed, self._before = filled[self._before :], 0
+        before, self._before = self._before, 0
+        timed = filled[before:]
         elapsed_s = self._clock() - self._started_at_s - self._paused_s
         phases = self.timer.take()
         losses, norms = self._copy(self._losses[:steps]), self._copy(self._norms[:steps])
-        self._filled = []
+        micro_norms = None if self._micro_norms is None else self._copy(self._micro_norms[:steps])
+        counts, self._filled, self._counts = self._counts, [], []
 
         def read() -> dict[str, float]:
             seconds = phases()  # on a GPU this waits for the window's last step, and so for the copies
@@ -185,6 +233,13 @@ class Window:
                 "train/learning_rate": math.fsum(rate for *_, rate, _ in filled) / steps,
                 "train/grad_norm": math.fsum(norms.tolist()) / steps,
             }
+            if self._noise is not None and micro_norms is not None:
+                own, samples = NoiseScale(), [samples for _, _, samples, *_ in filled]
+                for i, noise in enumerate(estimates(micro_norms.tolist(), counts, norms.tolist(), samples)):
+                    own.add(noise)
+                    if i >= before:  # the others are in the checkpoint's
+                        self._noise.add(noise)
+                record.update({f"noise/{name}": value for name, value in own.means().items() if value is not None})
             if not timed:
                 return record
             record["throughput/samples_per_s"] = sum(samples for _, _, samples, *_ in timed) / elapsed_s

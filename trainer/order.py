@@ -40,6 +40,17 @@ def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
+def nested_subset(samples: int, chosen: int) -> Tensor:
+    """The same `chosen` of `samples` samples in every run: (chosen,) int64 on the CPU, in their original order.
+
+    The first ones of one pseudo-random order, which knows no seed: a smaller subset is part of a larger one, and
+    seeds of a study have the same data. The order is of the whole split because a prefix of the file may be one class.
+    """
+    assert 1 <= chosen <= samples
+    generator = torch.Generator().manual_seed(key(0, "train_samples"))
+    return torch.randperm(samples, generator=generator)[:chosen].sort().values
+
+
 def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batch_size: int) -> Tensor:
     """The order with each global batch arranged so that samples of about the same length share a micro-batch.
 

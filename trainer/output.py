@@ -96,7 +96,7 @@ class OutputFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file at once: readers see the old file or the new one, never half of it."""
-        _replace(self.path / name, (to_json(value, indent=2) + "\n").encode())
+        write_json(self.path / name, value)
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Calls `write` with an empty folder, which then appears under its name, whole, in place of an older one."""
@@ -201,7 +201,9 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file at once: readers see the old file or the new one, never half of it."""
+    data = (to_json(value, indent=2) + "\n").encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write_synced(temporary, data)
     os.replace(temporary, path)

@@ -36,6 +36,7 @@ from .output import OutputFolder
 _HARMLESS = (
     "trainer.output_dir", "trainer.log_every_steps", "trainer.guard_every_steps", "trainer.checkpoint",
     "trainer.hang_timeout_s", "trainer.max_wall_time_s", "trainer.ranks_per_gpu", "trainer.exactness",
+    "trainer.gradient_noise",
     "tensorboard", "steps_per_print", "memory_breakdown", "dump_state", "disable_python_gc",
     # Compared by what follows from them: the batch plan, the number of steps, the hash of the data.
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -49,6 +50,7 @@ _LABELLED: tuple[str, ...] = (
     "torch",
     "deepspeed",
     "transformers",
+    "pytorch_optimizer",
     "device_type",
     "device_model",
 )
@@ -124,6 +126,7 @@ class Saver:
             "engine": engine,
             "window": self._window.checkpoint(),
             "best": best,
+            "adascale": None if p.adascale is None else p.adascale.checkpoint(),
             "history": self._history,
         }
 
@@ -306,7 +309,8 @@ def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None
     for key in ("global_batch_size", "micro_batch_size"):
         if facts["plan"][key] != plan[key]:
             changes.append(f"{key.replace('_', ' ')}: {facts['plan'][key]} before, {plan[key]} now")
-    scheduled = p.config.scheduler is not None or p.config.trainer.learning_rate.schedule != "constant"
+    rate = p.config.trainer.learning_rate
+    scheduled = p.config.scheduler is not None or (rate.schedule != "constant" and rate.adascale_steps is None)
     if scheduled and facts["total_steps"] != p.total_steps:
         changes.append(f"steps, on which the learning rate depends: {facts['total_steps']} before, {p.total_steps} now")
     for split, digest in p.data_sha256().items():

@@ -22,6 +22,7 @@ from .config import Config
 from .console import DeepSpeedLog, say
 from .distributed import Ranks, broadcast_object, gather_objects, raise_together
 from .errors import NonFiniteError, Stopped, TrainerError, UserError
+from .gradient_noise import NoiseScale
 from .guard import compare_ranks, state_sha256
 from .monitor import Window
 from .output import OutputFolder
@@ -121,7 +122,8 @@ def _train(
     snapshot: Snapshot | None,
 ) -> dict[str, Any]:
     p, engine, options, device = pieces, pieces.engine, pieces.config.trainer, pieces.device
-    window = Window(options.log_every_steps, max(p.micro_batch_counts()), device)
+    noise = NoiseScale() if options.gradient_noise else None
+    window = Window(options.log_every_steps, max(p.micro_batch_counts()), device, noise=noise)
     make_step = (ExactStep if engine.zero_stage == 0 else ZeroStep)(p, window.timer, watch)
     best = _best_model(p)
     done = first_step = 0  # optimizer steps made, and made before this process began
@@ -130,6 +132,8 @@ def _train(
         done = first_step = snapshot.step
         history = snapshot.facts["history"]
         window.load(snapshot.facts["window"])
+        if p.adascale is not None and snapshot.facts["adascale"] is not None:
+            p.adascale.load(snapshot.facts["adascale"])
         if best is not None and snapshot.facts["best"] is not None:
             best.load(snapshot.tensors.get("best", {}), snapshot.facts["best"], engine)
     history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
@@ -153,8 +157,10 @@ def _train(
             window.begin_step()
             rate = engine.learning_rate
             losses, norm = make_step(batch)
-            window.end_step(losses, norm, batch.count, len(batch.indices), rate, batch.tokens)
+            of_noise = (make_step.micro_batch_norms, batch.counts)
+            window.end_step(losses, norm, batch.count, len(batch.indices), rate, batch.tokens, *of_noise)
             done = batch.step + 1
+            ends = done == p.total_steps or (p.adascale is not None and p.adascale.finished)
             record.pace.step(done - first_step, len(batch.indices), batch.tokens)
 
             if done == first_step + 1:
@@ -171,18 +177,20 @@ def _train(
                 if make_step.deferred:
                     _check_window(window, done)
                 record.window(done)
-            if validation_steps and done % validation_steps == 0 and done < p.total_steps:
+            if validation_steps and done % validation_steps == 0 and not ends:
                 validation = record.evaluate("validation", done)
                 if best is not None:
                     best.offer(engine, validation, done)
-            stops = make_step.asked_to_stop and done < p.total_steps
-            if stops or (checkpoint_steps and done % checkpoint_steps == 0 and done < p.total_steps):
+            stops = make_step.asked_to_stop and not ends
+            if stops or (checkpoint_steps and done % checkpoint_steps == 0 and not ends):
                 if make_step.deferred:
                     _check_window(window, done)
                 record.flush()
                 record.checkpointed(saver.save(done))
             if stops:
                 _stop(p, saver, folder, done, watch)
+            if ends:
+                break
         if make_step.deferred:
             _check_window(window, done)
         record.window(done, last=True)
@@ -220,6 +228,10 @@ def _train(
                 if folder is not None:
                     save_model(p, folder)
         summary["best"] = best.summary()
+    if noise is not None:
+        summary["gradient_noise"] = noise.summary()
+    if p.adascale is not None:
+        summary["adascale"] = p.adascale.summary()
     if "test" in p.splits:
         metrics["test"] = record.evaluate("test", done)  # once, on the model that is kept
     record.close()

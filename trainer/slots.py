@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing.connection
 import os
 import shutil
@@ -56,13 +57,16 @@ def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
     """What a plan needs to know of the data, and results of the machine."""
     from . import device as devices
     from . import engine, tasks
+    from .build import chosen_samples
+    from .optimizers import check_optimizer
     from .splits import as_splits
 
     device, _ = devices.choose(config, ranks)
     devices.settle(config)
-    engine.check_optimizer(config)
+    check_optimizer(config)
     task = tasks.load(config.trainer.task, config.trainer.task_options)
     splits = as_splits(task.splits(), type(task).__name__)
+    splits["train"] = chosen_samples(splits["train"], config.trainer.train_samples)
     return {
         "samples": {name: len(split) for name, split in splits.items()},
         "data_sha256": {name: split.data_hash() for name, split in splits.items()},
@@ -84,9 +88,29 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
         summary = {"status": "not finite", "steps": error.good_steps, "metrics": {}, "reason": str(error)}
         summary |= {"started_at_s": began_at_s, "wall_time_s": time.time() - began_at_s}
     finally:
+        curves = _curves(Path(folder) / "metrics.jsonl")
         shutil.rmtree(folder, ignore_errors=True)
         gc.collect()  # engines refer to themselves
-    return summary
+    return summary | {"curves": curves}
+
+
+# What of a run's log a study keeps, besides validations.
+_KEPT = ("train/loss", "train/learning_rate", "noise/scale_samples")
+
+
+def _curves(file: Path) -> dict[str, dict[str, list[float]]]:
+    """Name -> {"step", "value"} of a run's log, as far as it came."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    if not file.exists():
+        return curves
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            if (name in _KEPT or name.startswith("eval/validation/")) and value is not None:
+                curve = curves.setdefault(name, {"step": [], "value": []})
+                curve["step"].append(record["step"])
+                curve["value"].append(value)
+    return curves
 
 
 class Slots:
@@ -135,6 +159,3 @@ class Slots:
             process.join()
             pipe.close()
         self._processes, self._pipes = [], []
-
-
-# ---- the study ---------------------------------------------------------------------------------------------------

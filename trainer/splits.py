@@ -46,6 +46,15 @@ class Split:
         """The samples at `indices`, (B,) int64 on the split's device, as fresh tensors."""
         return {name: array.index_select(0, indices) for name, array in self.arrays.items()}
 
+    def subset(self, indices: Tensor) -> Split:
+        """The samples at `indices`, (n,) int64 on the CPU, as a split; this one must be on the CPU, too."""
+        return replace(
+            self,
+            arrays=self.gather(indices),
+            counts=None if self.counts is None else self.counts.index_select(0, indices),
+            lengths=None if self.lengths is None else self.lengths.index_select(0, indices),
+        )
+
     def to(self, device: torch.device) -> Split:
         """The split on a device; counts and lengths stay on the host, where the batch arithmetic happens."""
         return replace(self, arrays={name: array.to(device) for name, array in self.arrays.items()})
@@ -77,6 +86,13 @@ class Split:
         if self.counts is None:
             return float(len(indices))
         return float(self.counts.index_select(0, indices).to(torch.float64).sum())
+
+    def counts_of(self, indices: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
+        """The summed count of each micro-batch, (M,), exact; arguments as in `longest`."""
+        if self.counts is None:
+            return [float(stop - start) for start, stop in bounds]
+        counts = self.counts.index_select(0, indices).to(torch.float64).numpy()
+        return np.add.reduceat(counts, [start for start, _ in bounds]).tolist()
 
     def data_hash(self) -> str:
         """SHA-256 over names, types, shapes and bytes."""

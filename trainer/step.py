@@ -18,6 +18,7 @@ from .build import Pieces
 from .distributed import raise_together
 from .errors import NonFiniteError, UserError
 from .evaluate import check_outputs
+from .gradient_noise import Noise, estimate
 from .guard import digest
 from .monitor import PhaseTimer
 from .order import SampleRandom, by_length, epoch_order, key, seed_generators
@@ -38,6 +39,7 @@ class GlobalBatch:
         count: what the summed loss is divided by: samples, or valid tokens.
         longest: the longest sample of each micro-batch, for samples of different lengths.
         tokens: the summed lengths of the samples; 0 where they have none.
+        counts: what each micro-batch adds to `count`, in a run that looks at the gradient's noise.
     """
 
     step: int
@@ -47,6 +49,7 @@ class GlobalBatch:
     count: float
     longest: list[int] | None = None
     tokens: int = 0
+    counts: list[float] | None = None
 
 
 def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]:
@@ -76,6 +79,7 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
                 split.count_of(samples),
                 None if lengths is None else split.longest(samples, bounds),
                 split.tokens(samples),
+                split.counts_of(samples, bounds) if pieces.measures_noise else None,
             )
             step += 1
 
@@ -171,10 +175,14 @@ class ExactStep:
         self._statistics = RunningStatistics(pieces.engine.model)
         self._flags = _Flags(pieces.device)
         self.asked_to_stop = False
+        # (M,) of the last step, where they are measured: the norms of the micro-batches' gradients.
+        self.micro_batch_norms: Tensor | None = None
+        self._adascale, self._measures_noise = pieces.adascale, pieces.measures_noise
         self._tree = TreeSum(
             self._engine.parameters,
             leaves=pieces.micro_batch_counts(),
             statistics_size=self._statistics.size,
+            norms=pieces.measures_noise,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             staging=torch.device("cpu") if dist.get_backend() == "gloo" else None,
@@ -234,17 +242,28 @@ class ExactStep:
         losses, norm = records[:, 0], engine.gradient_norm()
         self._timer.mark("reduce")
 
+        if self._measures_noise:
+            self.micro_batch_norms = tree.norms
+
         # ... and each makes the same update.
         health = losses.sum() + norm
         if self.deferred:
             torch.maximum(self.broken, (~torch.isfinite(health)).float(), out=self.broken)
         elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
             raise non_finite(batch.step, losses.tolist(), float(norm))
+        if self._adascale is not None:
+            # The rate of the step after this one follows from it, and `engine.step` asks for that rate.
+            self._adascale.observe(self._noise(batch, norm))
         engine.step(self._without_gradient(batch.step))
         if statistics.size:
             statistics.apply(records[:, 1:], self.broken if self.deferred else None)
         self._timer.mark("optimizer")
         return losses, norm
+
+    def _noise(self, batch: GlobalBatch, norm: Tensor) -> Noise | None:
+        assert batch.counts is not None
+        *norms, whole = torch.cat([self._tree.norms, norm.reshape(1)]).tolist()  # device to host
+        return estimate(norms, batch.counts, whole, len(batch.indices))
 
     def _without_gradient(self, step: int) -> list[int]:
         """Places of the parameters that no micro-batch of this step used.
@@ -295,6 +314,7 @@ class ZeroStep:
         self._statistics = RunningStatistics(pieces.engine.model)
         self.deferred = False
         self.asked_to_stop = False
+        self.micro_batch_norms: Tensor | None = None  # the config refuses to measure them here
 
     def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """Makes the step. Collective: every rank. Returns losses (M,) and the gradient norm () as ExactStep does."""

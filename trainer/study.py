@@ -1,11 +1,13 @@
 """`python -m trainer study`: the runs of a study, many in one process, finished ones never again.
 
-The output folder holds `study.json`, which is what was declared and planned, and one file a finished run in `runs/`.
-Everything else is made of these (see study_report).
+The output folder holds `study.json`, which is what was declared and planned, one file a finished run in `runs/`, the
+searches for learning rates in `tuning/`, and the runs on real ranks in `timing/`. Everything else is made of these
+(see study_report).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -17,221 +19,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .arms import (
-    NAMES,
-    SEQUENTIAL,
-    STRONG,
-    WEAK,
-    Budget,
-    ImpossibleError,
-    check_base,
-    check_strong,
-    run_id,
-    values_of,
-)
-from .config import Config, parse
-from .console import say, table
+from .arms import WEAK, Place, run_id
+from .config import Config
+from .console import say
 from .errors import Stopped, UserError
-from .inference import Rules, seeds_needed
-from .output import to_json
-from .schema import build, lay_over, near, option, read_json
+from .output import to_json, write_json
+from .schema import near, read_json
 from .slots import Slots
+from .study_plan import Cell, Plan, Study, Variant, expand, load, plan_text, work
+from .tuning import Search
 from .workers import WorkerError
-
-# What a run of a study does without: it is alone, short, and its files are not kept. Inexact runs are refused,
-# because only an exact run on one rank is the run on W.
-_OPERATION = {
-    "tensorboard.enabled": False,
-    "trainer.guard_every_steps": 0,
-    "trainer.checkpoint.every_steps": 0,
-    "trainer.exactness": "bitwise",
-}
-
-
-@dataclass(frozen=True)
-class Study:
-    """`study`: what is compared, and by which rules it is judged. Declared before the runs, and then fixed."""
-
-    output_dir: str = option("", "the folder of this study")
-    arms: list[str] = option(list(NAMES), "what is compared; sequential is always part of it")
-    world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
-    seeds: list[int] = option([], "of every arm; in the file also a count n, for 0 to n - 1")
-    budgets: list[str] = option(["epochs"], "what a weak run has in common with the sequential: epochs, updates")
-    max_epochs: int | None = option(None, "the most epochs that equal updates may take", minimum=1)
-    metric: str = option("test/accuracy", "<split>/<metric> of the model that a run keeps")
-    direction: Literal["max", "min"] = option("max", "whether more or less of it is better")
-    margin: float = option(0.01, "the smallest loss of the metric that matters", above=0)
-    target: float | None = option(None, "what a run must reach to have converged; null for one made of sequential")
-    target_deviations: float = option(3.0, "the target lies so many standard deviations from its mean", above=0)
-    deviation_floor: float = option(0.005, "none of them taken as smaller than this", above=0)
-    alpha: float = option(0.05, "family-wise error rate; intervals have level 1 - alpha", above=0, below=1)
-    max_parallel: int | None = option(None, "runs at a time; null for one a GPU, or one a core", minimum=1)
-
-    @property
-    def rules(self) -> Rules:
-        """What `inference.judge` goes by."""
-        return Rules(
-            self.direction == "max", self.alpha, self.margin, self.target, self.target_deviations, self.deviation_floor
-        )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm, budget, W and seed; cells with the same id are the same run."""
-
-    arm: str
-    budget: Budget
-    world_size: int
-    seed: int
-    id: str
-
-
-@dataclass
-class Plan:
-    """What a study consists of, on a training set of so many samples.
-
-    Attributes:
-        cells: one for each arm, budget, W and seed; sequential first, and seed by seed, so that a study that is
-            interrupted has whole pairs.
-        configs: run id -> config.
-        impossible, strong: (arm, budget, W, why) and (W, M) or (W, why not).
-    """
-
-    cells: list[Cell]
-    configs: dict[str, Config]
-    impossible: list[tuple[str, str, int, str]]
-    strong: list[tuple[int, int | str]]
-
-    def comparisons(self) -> int:
-        """Weak arm, budget and W: what is compared with the sequential runs."""
-        return len({(c.arm, c.budget, c.world_size) for c in self.cells if c.arm != SEQUENTIAL})
-
-
-def load(path: str) -> tuple[Study, dict[str, Any], Config]:
-    """The study in a file, its base config's values, and the base config checked. Raises UserError."""
-    values = read_json(Path(path))
-    block = values.pop("study", None)
-    if not isinstance(block, dict):
-        raise UserError(f'{path}: a study needs a "study" block {{...}} beside the config that it varies.')
-    try:
-        study = _checked(block)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    base = check_base(values, path)
-    if study.max_epochs is not None and study.max_epochs < base.trainer.epochs:
-        raise UserError(f'{path}: "study.max_epochs" ({study.max_epochs}) is less than trainer.epochs.')
-    for key, value in _OPERATION.items():
-        lay_over(values, key, value)
-    return study, values, base
-
-
-def _checked(block: Mapping[str, Any]) -> Study:
-    count = block.get("seeds")
-    if isinstance(count, int) and not isinstance(count, bool):
-        block = {**block, "seeds": list(range(min(count, 10_000)))}
-    study: Study = build(Study, dict(block), "study.")
-    if len(study.seeds) < 2:
-        raise UserError('"study.seeds" must be at least 2: one run says nothing of what another seed would give.')
-    for name, given, known in (("arms", study.arms, NAMES), ("budgets", study.budgets, ("epochs", "updates"))):
-        for value in given:
-            if value not in known:
-                raise UserError(f'"study.{name}" holds {value!r}. {near(str(value), known)}')
-    for name, numbers, least in (("seeds", study.seeds, 0), ("world_sizes", study.world_sizes, 1)):
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 1 << 63:
-                raise UserError(f'"study.{name}" holds {number!r}. It must hold whole numbers of at least {least}.')
-    for name in ("arms", "budgets", "seeds", "world_sizes"):
-        values = getattr(study, name)
-        if not values or len(set(values)) < len(values):
-            raise UserError(f'"study.{name}" is {values}. It must name at least one, and each of them once.')
-    if study.max_epochs is not None and "updates" not in study.budgets:
-        raise UserError('"study.max_epochs" has no effect without the budget "updates".')
-    if study.metric.count("/") != 1:
-        raise UserError(f'"study.metric" is "{study.metric}". It must be <split>/<metric>, such as test/accuracy.')
-    if not study.output_dir:
-        raise UserError('"study.output_dir" is missing: the folder for the results, where a stopped study goes on.')
-    return study
-
-
-def expand(study: Study, base: Mapping[str, Any], samples: int) -> Plan:
-    """All runs of a study on a training set of so many samples. Raises UserError where an arm makes no sense."""
-    plan = Plan([], {}, [], [])
-    config = parse(dict(base))
-
-    def add(arm: str, budget: Budget, world_size: int, seed: int) -> None:
-        this = parse(values_of(base, arm, world_size, budget, seed, samples, study.max_epochs))
-        cell = Cell(arm, budget, world_size, seed, run_id(this))
-        plan.cells.append(cell)
-        plan.configs[cell.id] = this
-
-    if STRONG in study.arms:
-        for world_size in study.world_sizes:
-            try:
-                plan.strong.append((world_size, check_strong(config, world_size, samples)))
-            except ImpossibleError as reason:
-                plan.strong.append((world_size, str(reason)))
-    budgets: list[Budget] = ["updates" if budget == "updates" else "epochs" for budget in study.budgets]
-    groups = [(a, b, W) for b in budgets for a in WEAK if a in study.arms for W in study.world_sizes if W > 1]
-    possible = []
-    for arm, budget, world_size in groups:
-        try:
-            values_of(base, arm, world_size, budget, 0, samples, study.max_epochs)
-            possible.append((arm, budget, world_size))
-        except ImpossibleError as reason:
-            plan.impossible.append((arm, budget, world_size, str(reason)))
-    for seed in study.seeds:
-        add(SEQUENTIAL, "epochs", 1, seed)
-        for group in possible:
-            add(*group, seed)
-    return plan
-
-
-def work(config: Config, samples: int) -> int:
-    """Samples that a run goes through: what its time follows, as all runs have the same micro-batches."""
-    trainer = config.trainer
-    whole = trainer.epochs * samples
-    return whole if trainer.max_steps is None else min(whole, trainer.max_steps * config.plan(1).global_batch_size)
-
-
-def plan_text(study: Study, plan: Plan, samples: int) -> str:
-    """The plan as a table, with what cannot be run and why."""
-    rows: list[Sequence[str]] = []
-    seeds = str(len(study.seeds))
-    for cell in [c for c in plan.cells if c.seed == study.seeds[0]]:
-        trainer = plan.configs[cell.id].trainer
-        B = plan.configs[cell.id].plan(1).global_batch_size
-        updates = trainer.epochs * (samples // B if trainer.drop_last else -(-samples // B))
-        updates = min(updates, trainer.max_steps or updates)
-        rows.append(
-            (
-                cell.arm,
-                "-" if cell.arm == SEQUENTIAL else cell.budget,
-                str(cell.world_size),
-                f"{B:,}",
-                str(trainer.epochs),
-                f"{updates:,}",
-                seeds,
-            )
-        )
-    header = ("arm", "equal", "W", "global batch", "epochs", "updates", "seeds")
-    lines = [table(rows, header)]
-    for W, answer in plan.strong:
-        if isinstance(answer, int):
-            lines.append(f"strong, W = {W}: the sequential run; its {answer} micro-batches are dealt to {W} ranks")
-        else:
-            lines.append(f"strong, W = {W}: impossible, {answer}")
-    lines += [f"{arm}, equal {budget}, W = {W}: impossible, {why}" for arm, budget, W, why in plan.impossible]
-    tests, n = plan.comparisons(), len(study.seeds)
-    if tests and 2.0**-n * tests > study.alpha:
-        lines.append(
-            f"note: with {n} seeds no verdict is possible on {tests} comparisons at alpha {study.alpha:g}; "
-            f"at least {seeds_needed(tests, study.alpha)} are needed"
-        )
-    return "\n".join(lines)
 
 
 class _Display:
@@ -245,8 +45,8 @@ class _Display:
 
             self._bar = tqdm(total=total, initial=done, unit="run", dynamic_ncols=True)
 
-    def finished(self, done: int, cell: Cell, shown: str, left_s: float) -> None:
-        text = f"{cell.arm} W={cell.world_size} seed {cell.seed}: {shown}"
+    def finished(self, done: int, label: str, shown: str, left_s: float) -> None:
+        text = f"{label}: {shown}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"{text}; {duration(left_s)} left", refresh=False)
             self._bar.update(done - self._bar.n)
@@ -275,36 +75,44 @@ def study(path: str, dry_run: bool = False) -> int:
     Raises:
         UserError: something has to change first; before any run.
     """
-    declared, base, config = load(path)
+    declared, variants = load(path)
     folder = Path(declared.output_dir)
-    parallel = _parallel(config, declared.max_parallel)
-    slots = Slots(cuda=parallel[0])
+    cuda, parallel = _parallel(variants[0].config, declared.max_parallel)
+    slots = Slots(cuda)
     total = 0
     try:
         with _interruptible():
             slots.grow(1)
-            slots.send(0, "probe", config)
-            (answer,) = slots.wait([0])
-            if answer[1] != "done":
-                raise UserError(answer[2]) if answer[1] == "error" else WorkerError(answer[2])
-            probe = answer[2]
-            samples = probe["samples"]["train"]
-            plan = expand(declared, base, samples)
-            say(plan_text(declared, plan, samples), "")
-            total = len(plan.configs)
+            probe, variants = _probed(slots, variants)
+            plan = expand(declared, variants)
+            say(plan_text(plan), "")
+            total = plan.runs()
             if dry_run:
-                say(f"{total:,} runs, {parallel[1]} at a time; nothing was started")
+                say(f"{total:,} runs, {parallel} at a time; nothing was started")
                 return 0
             with _locked(folder):
-                _declare(folder, declared, base, plan, probe)
+                _declare(folder, plan, probe)
                 shutil.rmtree(folder / "running", ignore_errors=True)
-                return _make(declared, plan, probe, folder, slots, parallel[1])
+                return _make(plan, probe, folder, slots, parallel, cuda)
     except KeyboardInterrupt:
         done = len(finished(folder))
         say("", f"stopped: {done:,} of {total:,} runs are finished and kept. The same command goes on from there.")
         return Stopped.exit_code
     finally:
         slots.close()
+
+
+def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[Variant]]:
+    """What the data of the base are, and the variants with their samples. Raises UserError."""
+    probes = []
+    for variant in variants:
+        slots.send(0, "probe", variant.config)
+        (answer,) = slots.wait([0])
+        if answer[1] != "done":
+            raise UserError(answer[2]) if answer[1] == "error" else WorkerError(answer[2])
+        probes.append(answer[2])
+    known = [dataclasses.replace(v, samples=probe["samples"]["train"]) for v, probe in zip(variants, probes)]
+    return probes[0], known
 
 
 def _parallel(config: Config, wanted: int | None) -> tuple[bool, int]:
@@ -344,25 +152,39 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is in use: another study runs there.") from None
 
 
-def _declare(folder: Path, declared: Study, base: Mapping[str, Any], plan: Plan, probe: Mapping[str, Any]) -> None:
-    """Writes study.json, or finds that it says the same. Raises UserError if a study was declared otherwise."""
-    fixed = dataclasses.asdict(declared)
-    del fixed["max_parallel"], fixed["output_dir"]
+def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
+    """What study.json holds, as JSON values.
+
+    Args:
+        plan: of the study.
+        probe: {"samples", "data_sha256"} of the base's splits.
+    """
+    fixed = dataclasses.asdict(plan.study)
+    for name in plan.study.timed_apart:
+        del fixed[name]
     values = {
         "study": fixed,
-        "base": base,
+        "base": plan.variants[""].values,
         "samples": probe["samples"],
+        "variant_samples": {name: variant.samples for name, variant in plan.variants.items()},
         "data_sha256": probe["data_sha256"],
         "cells": [dataclasses.asdict(cell) for cell in plan.cells],
-        "impossible": plan.impossible,
+        "searches": {name: dataclasses.asdict(search) for name, search in plan.searches.items()},
+        "tuned": [[*dataclasses.astuple(place), name] for place, name in plan.tuned.items()],
+        "impossible": [[str(place), why] for place, why in plan.impossible],
         "strong": plan.strong,
         "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
         "declared_at_s": time.time(),
     }
-    values = json.loads(to_json(values))
+    return dict(json.loads(to_json(values)))
+
+
+def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
+    """Writes study.json, or finds that it says the same. Raises UserError if a study was declared otherwise."""
+    values = declaration(plan, probe)
     file = folder / "study.json"
     if not file.exists():
-        _write(file, values)
+        write_json(file, values)
         return
     before = read_json(file)
     for part in ("study", "base", "data_sha256"):
@@ -378,16 +200,6 @@ def _declare(folder: Path, declared: Study, base: Mapping[str, Any], plan: Plan,
         )
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file at once: it is there whole, or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(to_json(values, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
     """Run id -> result, of all runs that have come to their end."""
     results = {}
@@ -398,55 +210,156 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
-    """The declared metric of a result; None where the run stopped being finite."""
+    """A metric of a result, as <split>/<metric>; None where the run stopped being finite."""
     split, name = metric.split("/")
     value = result["metrics"].get(split, {}).get(name)
     return None if value is None else float(value)
 
 
-def _make(declared: Study, plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int) -> int:
-    """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
-    from .study_report import verdicts, write_report
+class _Agenda:
+    """What is left to run. Trials come first: each has to wait for the one before."""
 
-    samples = probe["samples"]["train"]
-    results = finished(folder)
-    cells = {cell.id: cell for cell in reversed(plan.cells)}
-    waiting = [i for i in dict.fromkeys(cell.id for cell in plan.cells) if i not in results]
-    effort = {i: work(plan.configs[i], samples) for i in waiting}
-    total, made_s, made = len(plan.configs), 0.0, 0
-    done = total - len(waiting)
-    say(f"{total:,} runs, {done:,} of them finished before; {min(parallel, max(1, len(waiting)))} at a time")
+    def __init__(self, plan: Plan, folder: Path, results: dict[str, dict[str, Any]]) -> None:
+        self._plan, self._file, self._results = plan, folder / "tuning" / "found.json", results
+        self.configs = dict(plan.configs)
+        self.labels: dict[str, tuple[Place, int]] = {}
+        self._fixed: collections.deque[str] = collections.deque()
+        self._trials: collections.deque[str] = collections.deque()
+        self._known: set[str] = set()
+        study = plan.study
+        self._searches = {
+            name: Search(
+                name,
+                lambda lr, seed, place=search.place: plan.config(place, seed, lr),  # type: ignore[misc]
+                search.centre,
+                study.tuning,
+                study.direction == "max",
+                folder / "tuning",
+            )
+            for name, search in plan.searches.items()
+        }
+        self._cells: dict[str, list[Cell]] = {name: [] for name in plan.searches}
+        self._found: dict[str, dict[str, Any]] = {}
+        for cell in plan.cells:
+            if cell.id is None:
+                self._cells[plan.tuned[cell.place]].append(cell)
+            else:
+                self._add(cell.id, plan.configs[cell.id], cell.place, cell.seed, self._fixed)
+        for name in list(self._searches):
+            self._advance(name)
+
+    def _add(self, this: str, config: Config, place: Place, seed: int, queue: collections.deque[str]) -> None:
+        if this in self._known:
+            return
+        self._known.add(this)
+        self.configs[this], self.labels[this] = config, (place, seed)
+        if this not in self._results:
+            queue.append(this)
+
+    def _advance(self, name: str) -> None:
+        """Goes on with a search as far as there are results."""
+        search, at = self._searches[name], self._plan.searches[name].place
+        while wanted := search.next_runs():
+            for this in wanted:
+                self._add(this, search.configs[this], at, search.configs[this].trainer.seed, self._trials)
+            known = [this for this in wanted if this in self._results]
+            if not known:
+                return
+            for this in known:
+                result = self._results[this]
+                metric = self._plan.study.tuning_metric
+                split = metric.split("/")[0]
+                search.take(this, metric_of(result, metric), metric_of(result, f"{split}/loss"))
+        if name not in self._found:
+            lr, ids = search.best, {}
+            for cell in self._cells[name]:
+                config = self._plan.config(cell.place, cell.seed, lr)
+                this = run_id(config)
+                ids[f"{cell.place} seed {cell.seed}"] = this
+                self._add(this, config, cell.place, cell.seed, self._fixed)
+            self._found[name] = search.record() | {"centre": self._plan.searches[name].centre, "ids": ids}
+            write_json(self._file, self._found)
+
+    def next(self) -> str | None:
+        """The next run to start; None if all that is left waits for others."""
+        queue = self._trials or self._fixed
+        return queue.popleft() if queue else None
+
+    def take(self, this: str) -> None:
+        """A run has come to its end, and is in the results."""
+        for name, search in self._searches.items():
+            if this in search.configs:
+                self._advance(name)
+
+    def left(self) -> list[str]:
+        """Runs that wait to be started, as far as their configs are known."""
+        return [*self._trials, *self._fixed]
+
+    def done(self) -> int:
+        """Runs of this study that are finished."""
+        return len(self._known & self._results.keys())
+
+    def unknown(self) -> int:
+        """Runs whose configs are not known yet."""
+        tuning = self._plan.study.tuning
+        trials = sum(tuning.trials - len(s.trials) for s in self._searches.values()) * tuning.seeds
+        return trials + sum(len(self._cells[name]) for name in self._searches if name not in self._found)
+
+
+def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int, cuda: bool) -> int:
+    """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
+    from .study_report import write_report
+    from .study_results import verdicts
+    from .timing import time_ranks
+
+    declared, results = plan.study, finished(folder)
+    agenda = _Agenda(plan, folder, results)
+    total, made_s, made = plan.runs(), 0.0, 0
+
+    def effort(this: str) -> int:
+        return work(agenda.configs[this], plan.variants[agenda.labels[this][0].variant].samples)
+
+    say(f"{total:,} runs, {agenda.done():,} of them finished before; {parallel} at a time")
     idle, busy, failed = [0], dict[int, str](), dict[str, str]()
-    display = _Display(total, done)
+    display = _Display(total, agenda.done())
     try:
-        while waiting or busy:
-            while waiting and idle:
-                slot, this = idle.pop(), waiting.pop(0)
-                slots.send(slot, "run", plan.configs[this], str(folder / "running" / this))
+        while True:
+            while idle and (this := agenda.next()) is not None:
+                slot = idle.pop()
+                slots.send(slot, "run", agenda.configs[this], str(folder / "running" / this))
                 busy[slot] = this
+            if not busy:
+                break
             for slot, kind, value in slots.wait(list(busy)):
                 this = busy.pop(slot)
                 idle.append(slot)
-                cell = cells[this]
+                place, seed = agenda.labels[this]
                 if kind != "done":
-                    failed[this] = f"{cell.arm}, W = {cell.world_size}, seed {cell.seed}: {value}"
+                    failed[this] = f"{place}, seed {seed}: {value}"
                     continue
-                result = _result(cell, plan.configs[this], value, probe)
-                _check_metric(declared.metric, result)
-                _write(folder / "runs" / f"{this}.json", result)
+                cell = Cell(place.arm, place.budget, place.world_size, seed, place.variant, this)
+                result = _result(cell, agenda.configs[this], value, probe, plan.variants[place.variant].samples)
+                _check_metrics(declared, result)
+                write_json(folder / "runs" / f"{this}.json", result)
+                results[this] = result
                 is_first = not made
-                done, made, made_s = done + 1, made + effort[this], made_s + result["wall_time_s"]
-                left_s = sum(effort[i] for i in [*waiting, *busy.values()]) * made_s / made / parallel
-                if is_first and waiting:
-                    say(f"the first run took {made_s:.1f} s; the {total - done:,} others will take {duration(left_s)}")
+                made, made_s = made + effort(this), made_s + result["wall_time_s"]
+                agenda.take(this)
+                known = [effort(i) for i in [*agenda.left(), *busy.values()]]
+                mean = sum(known) / len(known) if known else made / max(1, len(results))
+                left_s = (sum(known) + agenda.unknown() * mean) * made_s / made / parallel
+                if is_first and (known or agenda.unknown()):
+                    others, took_s = total - agenda.done(), result["wall_time_s"]
+                    say(f"the first run took {took_s:.1f} s; {others:,} others will take {duration(left_s)}")
                     slots.grow(parallel)
                     idle += range(1, parallel)
-                value = metric_of(result, declared.metric)
-                shown = result["status"] if value is None else f"{declared.metric} {value:.4f}"
-                display.finished(done, cell, shown, left_s)
+                shown_metric = metric_of(result, declared.metric)
+                shown = result["status"] if shown_metric is None else f"{declared.metric} {shown_metric:.4f}"
+                display.finished(agenda.done(), f"{place} seed {seed}", shown, left_s)
             if len(failed) > 2 and not made:
                 break
     except WorkerError as error:
+        done = agenda.done()
         say("", f"{error}. {done:,} of {total:,} runs are finished and kept; the same command goes on from there.")
         return 1
     finally:
@@ -457,23 +370,36 @@ def _make(declared: Study, plan: Plan, probe: dict[str, Any], folder: Path, slot
         say(f"{len(failed):,} runs could not be made, and are tried again by the same command. The first:")
         say(next(iter(failed.values())))
         return 1
+    if declared.timing is not None:
+        time_ranks(declared.timing, plan, folder, cuda)
     say("", *verdicts(folder), "", f"report: {write_report(folder)}")
     return 0
 
 
-def _result(cell: Cell, config: Config, summary: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
-    facts = probe["facts"]
+def _result(
+    cell: Cell, config: Config, summary: Mapping[str, Any], probe: Mapping[str, Any], samples: int
+) -> dict[str, Any]:
+    facts, B = probe["facts"], config.plan(1).global_batch_size
     kept = ("parameters_sha256", "model_sha256", "exactness", "samples_per_s", "step_time_s", "time_to_first_step_s")
+    curves = {
+        name: {"epoch": [step * B / samples for step in curve["step"]], "value": curve["value"]}
+        for name, curve in summary["curves"].items()
+    }
     return {
         **dataclasses.asdict(cell),
         "status": summary["status"],
         "reason": summary.get("reason"),
-        "global_batch_size": config.plan(1).global_batch_size,
+        "global_batch_size": B,
         "micro_batch_size": config.plan(1).micro_batch_size,
+        "learning_rate": config.optimizer.params.get("lr"),
         "epochs": config.trainer.epochs,
+        "samples": samples,
         "steps": summary["steps"],
         "metrics": summary["metrics"],
         "best": summary.get("best"),
+        "gradient_noise": summary.get("gradient_noise"),
+        "adascale": summary.get("adascale"),
+        "curves": curves,
         **{name: summary.get(name) for name in kept},
         "started_at_s": summary["started_at_s"],
         "wall_time_s": summary["wall_time_s"],
@@ -484,9 +410,11 @@ def _result(cell: Cell, config: Config, summary: Mapping[str, Any], probe: Mappi
     }
 
 
-def _check_metric(metric: str, result: Mapping[str, Any]) -> None:
-    split, name = metric.split("/")
+def _check_metrics(study: Study, result: Mapping[str, Any]) -> None:
     metrics = result["metrics"]
-    if metrics and name not in metrics.get(split, {}):
-        known = [f"{s}/{m}" for s, values in metrics.items() for m in values]
-        raise UserError(f'"study.metric" is "{metric}", which this task does not measure. {near(metric, known)}')
+    tuned = any(arm in WEAK and WEAK[arm].tuned for arm in study.arms)
+    for key, wanted in (("metric", study.metric), *([("tuning.metric", study.tuning_metric)] if tuned else [])):
+        split, name = wanted.split("/")
+        if metrics and name not in metrics.get(split, {}):
+            known = [f"{s}/{m}" for s, values in metrics.items() for m in values]
+            raise UserError(f'"study.{key}" is "{wanted}", which this task does not measure. {near(wanted, known)}')

@@ -151,6 +151,7 @@ class TreeSum:
         shapes_of: the parameters whose gradients are added, in order; float32.
         leaves: every M that a step may have (a full global batch, and an epoch's last one).
         statistics_size: floats that each micro-batch hands to all ranks besides its loss.
+        norms: measure the norm of each micro-batch's gradient, and hand it to all ranks, too.
         rank, world_size: this rank, and how many.
         staging: the device on which collectives run; the CPU where gloo has to carry GPU tensors.
     """
@@ -161,13 +162,16 @@ class TreeSum:
         *,
         leaves: Collection[int],
         statistics_size: int,
+        norms: bool = False,
         rank: int,
         world_size: int,
         staging: torch.device | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        # Its loss, its statistics, and whether its rank asks all others for something (see `raise_flag`).
-        self.record_size = record_size = 1 + statistics_size + 1
+        # Its loss, its statistics, its norm if asked for, and whether its rank asks all others for something (see
+        # `raise_flag`).
+        self.record_size = record_size = 1 + statistics_size + norms + 1
+        self._statistics_stop = 1 + statistics_size
         device = shapes_of[0].device
         offsets, size = [], 0
         for parameter in shapes_of:
@@ -193,9 +197,10 @@ class TreeSum:
         self._records = self._storage[: self._most_local * record_size].view(self._most_local, record_size)
         # Made once: indexing costs more than the copy it is for.
         self._loss_cells = [row[0] for row in self._records]
-        self._statistics_rows = [row[1:-1] for row in self._records]
+        self._statistics_rows = [row[1 : self._statistics_stop] for row in self._records]
+        self._norm_cells = [row[-2] for row in self._records] if norms else None
         self._gathered_records = torch.zeros(max_leaves, record_size, device=device)
-        self._flags = self._gathered_records[:0, 0]
+        self._norms = self._flags = self._gathered_records[:0, 0]
         self._staging = staging or device
         self._messages: dict[tuple[str, int], Tensor] = {}
         self._program: tuple[tuple[Merge, ...], ...] = ()
@@ -235,6 +240,11 @@ class TreeSum:
         """After `reduce`: (M,) float32, 1 for each micro-batch whose rank has raised its flag."""
         return self._flags
 
+    @property
+    def norms(self) -> Tensor:
+        """After `reduce`: (M,) float32, the norm of each micro-batch's gradient, where they are measured."""
+        return self._norms
+
     def add(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         """Adds the next micro-batch.
 
@@ -249,6 +259,9 @@ class TreeSum:
         if not merges:
             self._missing[position].zero_()  # of the step before
         present = [g if g is not None else self._note_missing(i, position) for i, g in enumerate(gradients)]
+        if self._norm_cells is not None:
+            # The norm, to be squared on the host: in float32 the square of a small one would vanish.
+            self._norm_cells[self._leaf].copy_(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present))))
         if merges:
             torch._foreach_add_(self._views[position], present)
             for merge in merges[1:]:
@@ -283,18 +296,18 @@ class TreeSum:
         if W == 1:
             records = self._gathered_records[:M]
             records.copy_(self._records[:M])
-            return self._without_flags(records)
+            return self._taken_apart(records)
         counts = [len(cover(M, W, r)) for r in range(W)]
         most = max(counts)
         if W == 2 or most * self.size * 4 * W <= DIRECT_LIMIT_BYTES:
             received = self._exchange_directly(counts, most)
         else:
             received = self._exchange_shards(counts)
-        return self._without_flags(self._in_order(received[:, : self.records_size], M))
+        return self._taken_apart(self._in_order(received[:, : self.records_size], M))
 
-    def _without_flags(self, records: Tensor) -> Tensor:
-        self._flags = records[:, -1]
-        return records[:, :-1]
+    def _taken_apart(self, records: Tensor) -> Tensor:
+        self._norms, self._flags = records[:, -2], records[:, -1]  # without norms, nobody looks at the first
+        return records[:, : self._statistics_stop]
 
     def _exchange_directly(self, counts: list[int], most: int) -> Tensor:
         length = self.records_size + most * self.size

@@ -46,6 +46,8 @@ def same_end(make: Any, tmp_path: Path, sessions: list[tuple[int, int]], rank: i
         assert a == b, (step, [name for name in a if a[name] != b.get(name)])
     for name in ("parameters_sha256", "model_sha256", "metrics", "steps", "exactness"):
         assert result[name] == reference[name], name
+    for name in ("gradient_noise", "adascale"):
+        assert result.get(name) == reference.get(name), name
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     saved = [state_sha256(load_file(tmp_path / n / "model" / "model.safetensors")) for n in ("whole", "parts")]
     assert saved[0] == saved[1]

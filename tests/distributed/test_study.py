@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ from tests.distributed.jobs import ROOT, train
 from trainer.arms import values_of
 from trainer.config import parse
 from trainer.errors import UserError
-from trainer.study import expand, finished, load, study
+from trainer.study import finished, study
+from trainer.study_plan import expand, load
+from trainer.study_results import Results
 from trainer.workers import run_ranks
 
 
@@ -30,6 +33,7 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
     values["study"] |= {
         "output_dir": str(folder / "study"), "seeds": 2, "world_sizes": [2, 4, 8], "budgets": ["epochs"],
         "arms": ["sequential", "strong", "weak", "weak_linear_warmup"], "max_epochs": None, "max_parallel": 2,
+        "timing": None, "dataset_sizes": [], "variants": {},
     } | (study or {})  # fmt: skip
     path = folder / "study.json"
     path.write_text(json.dumps(values))
@@ -37,11 +41,11 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("arm", ["weak_linear_warmup", "weak_sqrt_adam"])
+@pytest.mark.parametrize("arm", ["weak_linear_warmup", "weak_sqrt_adam", "weak_lamb", "weak_adascale"])
 def test_a_weak_arm_is_the_run_of_w_real_ranks(tmp_path: Path, world_size: int, arm: str) -> None:
     """Real weak scaling: the batch keys say so, and the learning rate's base is one rank's batch by itself."""
-    _, base, _ = load(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
-    one = values_of(base, arm, world_size, "epochs", 7, 1200)
+    _, (base,) = load(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
+    one = values_of(base.values, arm, world_size, "epochs", 7, 1200, lr=0.01)
     one["trainer"]["output_dir"] = str(tmp_path / "one")
     many = json.loads(json.dumps(one))
     del many["train_batch_size"], many["trainer"]["learning_rate"]["base_global_batch_size"]
@@ -77,9 +81,8 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     began_at_s = time.time()
     assert study(str(path)) == 0
     results = finished(tmp_path / "study")
-    _, base, _ = load(str(path))
-    declared = load(str(path))[0]
-    plan = expand(declared, base, 1200)
+    declared, (base,) = load(str(path))
+    plan = expand(declared, [dataclasses.replace(base, samples=1200)])
     assert set(results) == set(plan.configs)
     assert len(results) == 14
     for name, (changed_ns, data) in before.items():
@@ -87,7 +90,7 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     made = [r for r in results.values() if r["started_at_s"] > began_at_s]
     assert len(made) == 14 - len(before)
     assert sorted(os.listdir(tmp_path / "study")) == [
-        ".lock", "report.html", "results.csv", "results.parquet", "runs", "study.json",
+        ".lock", "figures", "report.html", "results.csv", "results.parquet", "runs", "study.json", "tensorboard",
     ]  # fmt: skip
 
     # The last of many in one process is the run of a fresh one: nothing leaks from run to run.
@@ -155,7 +158,7 @@ def test_runs_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert study(str(path)) == 1
     said = capsys.readouterr().out
     assert "3 runs could not be made, and are tried again by the same command. The first:" in said
-    assert "sequential, W = 1, seed 0: The optimizer SGD cannot be built: Nesterov" in said
+    assert "sequential, seed 0: The optimizer SGD cannot be built: Nesterov" in said
     assert finished(tmp_path / "study") == {}
 
 
@@ -174,3 +177,73 @@ def test_two_studies_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     with FileLock(tmp_path / "study" / ".lock"), pytest.raises(UserError, match="another study runs there"):
         study(str(path))
+
+
+def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Searched rates, subsets, another model, real ranks; stopped in the middle of the searches, and gone on with."""
+    path = write(
+        tmp_path,
+        {
+            "arms": ["sequential", "strong", "weak", "weak_tuned", "weak_lamb", "weak_adascale"],
+            "world_sizes": [4],
+            "budgets": ["epochs", "updates"],
+            "tuning": {"trials": 4},
+            "dataset_sizes": [200],
+            "variants": {"wide": {"trainer.task_options.width": 160}},
+            "timing": {"world_sizes": [2], "max_steps": 30, "repeats": 2},
+        },
+    )
+    folder = tmp_path / "study"
+    runs = folder / "runs"
+
+    def ask() -> None:
+        deadline_s = time.monotonic() + 120
+        while time.monotonic() < deadline_s and len(list(runs.glob("*.json"))) < 5:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert study(str(path)) == 75
+    asking.join()
+    stamps = {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}
+    proposed = {f.name: json.loads(f.read_text())["proposed"] for f in (folder / "tuning").glob("*W*.json")}
+    assert study(str(path)) == 0
+    assert stamps.items() <= {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}.items()
+
+    # Three variants: a search at W = 1 and two at W = 4 for weak_tuned, one at W = 1 for LAMB.
+    found = json.loads((folder / "tuning" / "found.json").read_text())
+    assert len(found) == 3 * 4
+    for name, rates in proposed.items():
+        assert [t["lr"] for t in found[Path(name).stem]["trials"]][: len(rates)] == rates
+    results = finished(folder)
+    of_trials = {this for search in found.values() for trial in search["trials"] for this in trial["runs"]}
+    assert len(of_trials) == 3 * 4 * 4
+    assert not {results[this]["seed"] for this in of_trials} & {0, 1}
+    for name, search in found.items():
+        best = max(search["trials"], key=lambda trial: (trial["value"], -trial["loss"]))
+        assert search["best"] == best["lr"]
+        for this in search["ids"].values():
+            assert results[this]["learning_rate"] == search["best"], name
+
+    # (Where the best rate is the base's, a run of one place is another's as well.)
+    cells = [cell for cell in Results(folder).cells if cell["seed"] == 0]
+    rows = {(c["variant"], c["arm"], c["budget"], c["world_size"]): results[c["id"]] for c in cells}
+    assert len(rows) == 3 * (2 + 2 * 4)
+    assert rows["200 samples", "weak", "epochs", 4]["samples"] == 200
+    assert rows["", "weak_lamb", "epochs", 4]["config"]["optimizer"]["type"] == "LAMB"
+    assert rows["", "weak_adascale", "updates", 4]["adascale"]["position"] >= 76
+    assert rows["", "sequential", "epochs", 1]["gradient_noise"]["scale_samples"] > 0
+    curve = rows["", "sequential", "epochs", 1]["curves"]["train/loss"]
+    assert len(curve["epoch"]) == len(curve["value"]) > 20
+    assert curve["epoch"][-1] == pytest.approx(2, abs=0.05)
+
+    # Real ranks: 30 steps twice at W = 1 and 2, to the same bits, and never again.
+    said = capsys.readouterr().out
+    assert "strong scaling on real ranks: runs of 30 steps of seed 0 at W = 1, 2 ended with the same bits" in said
+    timed = sorted((folder / "timing").iterdir())
+    assert [file.name for file in timed] == ["W1-0.json", "W1-1.json", "W2-0.json", "W2-1.json", "network.json"]
+    assert len({json.loads(file.read_text())["parameters_sha256"] for file in timed[:4]}) == 1
+    before = {file: file.stat().st_mtime_ns for file in [*runs.iterdir(), *timed]}
+    assert study(str(path)) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before

@@ -111,3 +111,29 @@ class Predicts(WithValidation):
 
     def pictures(self, outputs, batch):
         return {"logits": torch.zeros(3, 4, 5, dtype=torch.uint8)}
+
+
+class Pulls(MyTask):
+    """A linear loss: the gradient of a sample is the sample itself, whatever the weights are by then."""
+
+    def splits(self):
+        generator = torch.Generator().manual_seed(3)
+        x = 0.1 + torch.randn(500, 20, generator=generator)
+        return {"train": {"x": x}, "test": {"x": x[:50]}}
+
+    def model(self):
+        model = nn.Linear(20, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def augment(self, batch, random):
+        return batch
+
+    def forward(self, model, batch):
+        return {"pull": model(batch["x"])[:, 0]}
+
+    def loss(self, outputs, batch):
+        return outputs["pull"].sum(), len(batch["x"])
+
+    def metrics(self, outputs, batch):
+        return {}

@@ -63,10 +63,17 @@ class Digits:
         dropout: probability of zeroing a feature before the classifier (cnn) or a hidden unit (mlp).
         shift: augmentation: training images move by up to so many pixels in each direction.
         split_seed: which images are train, validation and test; the same whatever the run's seed.
+        norm: of the cnn: "batch", or "group" (Wu and He 2018, groups of 4 channels), which no other sample enters.
     """
 
     def __init__(
-        self, model: str = "cnn", width: int = 0, dropout: float = 0.1, shift: int = 1, split_seed: int = 0
+        self,
+        model: str = "cnn",
+        width: int = 0,
+        dropout: float = 0.1,
+        shift: int = 1,
+        split_seed: int = 0,
+        norm: str = "batch",
     ) -> None:
         if model not in ("cnn", "mlp"):
             raise UserError(f'"trainer.task_options.model" is {model!r}. It must be "cnn" or "mlp".')
@@ -82,6 +89,14 @@ class Digits:
         self._model, self._dropout, self._shift, self._split_seed = model, dropout, int(shift), split_seed
         self._moves: Tensor | None = None
         self._width = int(width) or {"cnn": 16, "mlp": 128}[model]
+        if norm not in ("batch", "group"):
+            raise UserError(f'"trainer.task_options.norm" is {norm!r}. It must be "batch" or "group".')
+        if norm == "group" and (model == "mlp" or self._width % 4):
+            raise UserError(
+                f'"trainer.task_options.norm": "group" needs the cnn, with a width that 4 divides; this is the {model} '
+                f"with a width of {self._width}."
+            )
+        self._norm = norm
 
     def splits(self) -> dict[str, dict[str, Tensor]]:
         """Images (N, 1, 8, 8) float32 in 0..1, labels (N,) int64: 1,200 train, 297 validation, 300 test."""
@@ -102,8 +117,9 @@ class Digits:
             )
 
         def block(inputs: int, outputs: int) -> list[nn.Module]:
-            # The convolution needs no bias: BatchNorm subtracts it again.
-            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            # The convolution needs no bias: the normalisation subtracts it again, or has its own.
+            norm = nn.BatchNorm2d(outputs) if self._norm == "batch" else nn.GroupNorm(outputs // 4, outputs)
+            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm, nn.ReLU()]
 
         return nn.Sequential(
             *block(1, w),

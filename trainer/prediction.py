@@ -1,0 +1,96 @@
+"""Times on ranks that are not there: pure arithmetic on what was measured on those that are.
+
+A step on W ranks takes as long as the rank with most micro-batches computes, plus what every rank does once (the
+optimizer and the rest), plus the exchange: its messages' latency, growing with log2 W, and the bytes that a rank
+receives, over the bandwidth. How many messages and bytes there are follows from the plan and the summation tree. What
+the model leaves out: ranks that wait for one another, and cores or links that they share.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .summation import DIRECT_LIMIT_BYTES, cover
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's step, in seconds.
+
+    Attributes:
+        micro_batch_s: one micro-batch: load, forward, backward, addition.
+        once_s: what a step takes besides its micro-batches.
+        latency_s: of a message between two ranks.
+        bytes_per_s: that a rank receives.
+        micro_batches: M.
+        floats: of the gradient; `record_floats` of what each micro-batch carries besides.
+    """
+
+    micro_batch_s: float
+    once_s: float
+    latency_s: float
+    bytes_per_s: float
+    micro_batches: int
+    floats: int
+    record_floats: int = 2
+
+
+def exchange(M: int, W: int, floats: int, record_floats: int = 2) -> tuple[int, int]:
+    """(collectives, bytes that the busiest rank receives) of the exact sum of M micro-batches over W ranks."""
+    if W == 1:
+        return 0, 0
+    counts = [len(cover(M, W, rank)) for rank in range(W)]
+    most, records = max(counts), -(-M // W) * record_floats
+    if W == 2 or most * floats * 4 * W <= DIRECT_LIMIT_BYTES:
+        return 1, (W - 1) * (most * floats + records) * 4
+    shard = -(-floats // W)
+    others = sum(counts) - min(counts)
+    return 2, (others * shard + (W - 1) * (shard + records)) * 4
+
+
+def step_time_s(m: Measured, W: int) -> float:
+    """Predicted seconds of a step on W ranks of their own. Exact by construction at W = 1."""
+    collectives, received = exchange(m.micro_batches, W, m.floats, m.record_floats)
+    own = -(-m.micro_batches // W)  # of the ranks that have most
+    messages = collectives * math.ceil(math.log2(W)) if W > 1 else 0
+    return own * m.micro_batch_s + m.once_s + messages * m.latency_s + received / m.bytes_per_s
+
+
+def speed_up(m: Measured, W: int) -> float:
+    """Predicted time of a step on one rank over that on W."""
+    return step_time_s(m, 1) / step_time_s(m, W)
+
+
+@dataclass(frozen=True)
+class SearchTimes:
+    """Seconds until so many trials of equal length have ended, on the same W devices.
+
+    Attributes:
+        strong: one after the other, each on all W devices.
+        at_once: W at a time, each on one device.
+        mixed: the best of groups of `group` devices, W / group trials at a time.
+    """
+
+    trials: int
+    strong: float
+    at_once: float
+    mixed: float
+    group: int
+
+
+def search_times(trial_s: float, speed_ups: dict[int, float], W: int, trials: int) -> SearchTimes:
+    """How long a search of `trials` runs takes on W devices.
+
+    Trials that do not need one another's results are assumed, which is in favour of W at once: a search that learns
+    from each trial gains from having them one after the other.
+
+    Args:
+        trial_s: one run on one device.
+        speed_ups: of a run on so many ranks; of 1, of W, and of its divisors that are possible.
+        W: devices.
+        trials: how many.
+    """
+    times = {k: math.ceil(trials / (W // k)) * trial_s / s for k, s in speed_ups.items() if W % k == 0}
+    group = min(times, key=lambda k: (times[k], k))
+    return SearchTimes(trials, times[W], times[1], times[group], group)

@@ -1,0 +1,154 @@
+"""The runs of a study for TensorBoard's HParams tab."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# What the tab lists as hyper-parameters, in this order, where a row has it; what has a "/" in its name is a metric.
+_HPARAMS = (
+    "variant", "arm", "budget", "world_size", "seed", "global_batch_size", "learning_rate", "epochs", "steps",
+    "status", "config_sha256",
+)  # fmt: skip
+
+# The tab shows a box to tick for each value that it is told of.
+_MOST_VALUES = 30
+
+
+def write_hparams(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes <folder>/tensorboard, a folder of events for each run, in place of an older one.
+
+    Args:
+        folder: the study's.
+        rows: one a run (see `study_results.rows_of`): hyper-parameters by name, and metrics as <split>/<metric>, None
+            or not finite where the run has none. `started_at_s` and `wall_time_s` are used where they are given.
+
+    Returns:
+        What to give to `tensorboard --logdir`.
+    """
+    from tensorboard.plugins.hparams import api_pb2, metadata
+
+    target, temporary = folder / "tensorboard", folder / f".tensorboard.{os.getpid()}"
+    written_at_s = time.time()
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    experiment = api_pb2.Experiment(
+        name=folder.name,
+        time_created_secs=written_at_s,
+        hparam_infos=_hparam_infos(rows),
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _metrics(rows)],
+    )
+    try:
+        _write(temporary, written_at_s, [_told(metadata.EXPERIMENT_TAG, experiment=experiment)])
+        taken: set[str] = set()
+        for row in rows:
+            name = _name(row, taken)
+            (temporary / name).mkdir()
+            _write(temporary / name, written_at_s, _session(row, name, written_at_s))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _name(row: Mapping[str, Any], taken: set[str]) -> str:
+    """A run's folder; names of variants are a user's, and may hold anything."""
+    name = f"{row['arm']}-{row['budget']}-W{row['world_size']}-seed{row['seed']}"
+    if row.get("variant"):
+        name += "-" + re.sub(r"[^A-Za-z0-9_.=]+", "_", str(row["variant"]))[:60]
+    unique, number = name, 2
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def _hparams(row: Mapping[str, Any]) -> dict[str, str | float]:
+    values = {key: row[key] for key in _HPARAMS if row.get(key) is not None}
+    if "variant" in values:
+        values["variant"] = values["variant"] or "base"
+    return {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row if "/" in key))
+
+
+def _hparam_infos(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Name, type and, where they are few, values of each hyper-parameter."""
+    from tensorboard.plugins.hparams import api_pb2
+
+    infos = []
+    known = [_hparams(row) for row in rows]
+    for key in _HPARAMS:
+        values = {row[key] for row in known if key in row}
+        if not values:
+            continue
+        texts = any(isinstance(value, str) for value in values)
+        kind = api_pb2.DATA_TYPE_STRING if texts else api_pb2.DATA_TYPE_FLOAT64
+        info = api_pb2.HParamInfo(name=key, type=kind)
+        if len(values) <= _MOST_VALUES:
+            info.domain_discrete.extend(sorted(values))
+        elif not texts:
+            info.domain_interval.min_value, info.domain_interval.max_value = min(values), max(values)
+        infos.append(info)
+    return infos
+
+
+def _session(row: Mapping[str, Any], name: str, written_at_s: float) -> list[Any]:
+    """The summaries of one run: how it began, its metrics, and how it ended."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    began_at_s = row.get("started_at_s") or written_at_s
+    # Its own group: what has one group is taken for repetitions, and shown as their mean.
+    start = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=began_at_s)
+    for key, value in _hparams(row).items():
+        if isinstance(value, str):
+            start.hparams[key].string_value = value
+        else:
+            start.hparams[key].number_value = value
+    metrics = [Summary.Value(tag=key, simple_value=row[key]) for key in row if "/" in key and _is_known(row[key])]
+    end = plugin_data_pb2.SessionEndInfo(
+        status=api_pb2.STATUS_SUCCESS if row.get("status") == "finished" else api_pb2.STATUS_FAILURE,
+        end_time_secs=began_at_s + (row.get("wall_time_s") or 0.0),
+    )
+    return [
+        _told(metadata.SESSION_START_INFO_TAG, session_start_info=start),
+        Summary(value=metrics),
+        _told(metadata.SESSION_END_INFO_TAG, session_end_info=end),
+    ]
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _told(tag: str, **content: Any) -> Any:
+    """A summary that is for the HParams plugin."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    data = plugin_data_pb2.HParamsPluginData(**content)
+    about = metadata.create_summary_metadata(data)
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+
+
+def _write(folder: Path, written_at_s: float, summaries: Sequence[Any]) -> None:
+    """An event file. TensorBoard's own writer has a thread and a queue for each, which a thousand files do not need."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    # A TensorBoard that looks on reads a file whose name comes later than that of the one which is gone.
+    with (folder / f"events.out.tfevents.{written_at_s:.6f}.study").open("wb") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=written_at_s, file_version="brain.Event:2").SerializeToString())
+        for summary in summaries:
+            writer.write(Event(wall_time=written_at_s, step=0, summary=summary).SerializeToString())
