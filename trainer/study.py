@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
@@ -76,6 +77,7 @@ def study(path: str, dry_run: bool = False) -> int:
         UserError: something has to change first; before any run.
     """
     declared, variants = load(path)
+    _check_packages(declared)
     folder = Path(declared.output_dir)
     cuda, parallel = _parallel(variants[0].config, declared.max_parallel)
     slots = Slots(cuda)
@@ -100,6 +102,20 @@ def study(path: str, dry_run: bool = False) -> int:
         return Stopped.exit_code
     finally:
         slots.close()
+
+
+def _check_packages(declared: Study) -> None:
+    """Raises UserError where a package of the extra `study` is missing: now, and not after the runs."""
+    arms = [WEAK[arm] for arm in declared.arms if arm in WEAK]
+    needed = {"matplotlib": "the figures"}
+    needed |= {"optuna": "searched learning rates"} if any(arm.tuned for arm in arms) else {}
+    needed |= {"pytorch_optimizer": "LARS and LAMB"} if any(arm.optimizer for arm in arms) else {}
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"A study needs {' and '.join(f'{name} (for {needed[name]})' for name in missing)}. "
+            "They come with pip install -e '.[study]'."
+        )
 
 
 def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[Variant]]:
