@@ -90,6 +90,14 @@ def test_labels_are_text_and_the_same_data_are_the_same_bytes(tmp_path: Path, na
     assert base64.b64decode(data_uri(svg).removeprefix("data:image/svg+xml;base64,")).decode() == svg
 
 
+def test_the_legend_lies_outside_of_the_axes(tmp_path: Path) -> None:
+    figure = accuracy()
+    save(figure, tmp_path, "a")
+    axes, legend = figure.axes[0].get_window_extent(), figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 < axes.x0 < axes.x1 < legend.x0 < legend.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 < axes.y0 < axes.y1 < figure.bbox.y1
+
+
 def test_a_users_settings_change_nothing(tmp_path: Path) -> None:
     import matplotlib
 
@@ -111,11 +119,12 @@ def test_every_arm_is_drawn_alike_everywhere_and_unlike_all_others() -> None:
 
 
 def test_arms_lie_apart_and_near_their_w() -> None:
-    for count in (1, 2, 12):
-        shifts = figures._shifts(count, [2, 4, 8])
+    for count, sizes in ((1, [2, 4, 8]), (2, [2, 4]), (12, [8]), (12, [2, 32])):
+        shifts = figures._shifts(count, sizes)
         assert len(set(shifts)) == count
         assert max(shifts) / min(shifts) < 2**0.6
         assert math.prod(shifts) == pytest.approx(1)
+    assert max(figures._shifts(12, [30, 31, 32])) < (31 / 30) ** 0.5
 
 
 HUGE = [Point(2, 0.5, 0.4, 0.6), Point(4, 1e300), Point(8, NAN), Point(16, -1e20, -1e25, 1e3), Point(32, math.inf)]
@@ -231,8 +240,10 @@ def value(part: Any) -> Any:
 
 
 def test_the_hparams_tab_finds_every_run(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import api_pb2
+
     rows = [row("weak", W, seed, None if (W, seed) == (8, 1) else 0.9 + W / 1000) for W in (2, 8) for seed in (0, 1)]
-    rows += [row("sequential", 1, 0, 0.95, variant=name, learning_rate=None) for name in ("", "a/../b", "a/.../b")]
+    rows += [row("sequential", 1, 0, 0.95, variant=name, learning_rate=None) for name in ("", "a/b", "a b", "../b")]
     for _ in range(2):  # and again, in place of the first
         write_hparams(tmp_path, rows)
     groups = {group.name: group for group in session_groups(tmp_path / "tensorboard")}
@@ -251,7 +262,9 @@ def test_the_hparams_tab_finds_every_run(tmp_path: Path) -> None:
     metrics = {m.name.tag: m.value for m in group.metric_values}
     assert metrics == {"test/accuracy": pytest.approx(0.902), "test/loss": 1.0}
     assert (group.sessions[0].start_time_secs, group.sessions[0].end_time_secs) == (1000, 1002)
+    assert group.sessions[0].status == api_pb2.STATUS_SUCCESS
     broken = groups["weak-epochs-W8-seed1"]
+    assert broken.sessions[0].status == api_pb2.STATUS_FAILURE
     assert {m.name.tag for m in broken.metric_values} == {"test/loss"}
     assert value(broken.hparams["status"]) == "not finite"
     assert not groups["sequential-epochs-W1-seed0"].hparams["learning_rate"].WhichOneof("kind")

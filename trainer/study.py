@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .arms import WEAK, Place, run_id
+from .arms import WEAK, Place, run_id, steps_per_epoch
 from .config import Config
 from .console import say
 from .errors import Stopped, UserError
@@ -397,8 +397,9 @@ def _result(
 ) -> dict[str, Any]:
     facts, B = probe["facts"], config.plan(1).global_batch_size
     kept = ("parameters_sha256", "model_sha256", "exactness", "samples_per_s", "step_time_s", "time_to_first_step_s")
+    every = steps_per_epoch(samples, B, config.trainer.drop_last)
     curves = {
-        name: {"epoch": [step * B / samples for step in curve["step"]], "value": curve["value"]}
+        name: {"epoch": [step / every for step in curve["step"]], "value": curve["value"]}
         for name, curve in summary["curves"].items()
     }
     return {

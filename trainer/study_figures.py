@@ -307,20 +307,22 @@ def noise_scale(title: str, curves: Sequence[Curve], marks: Sequence[Level] = ()
 
     Args:
         title: above the drawing.
-        curves: one a seed: x in epochs, y in samples. Estimates that are not positive are left out: noise hides them.
+        curves: one a seed: x in epochs, y in samples. An unbiased estimate may be negative: it counts in the median,
+            and the line has a gap where that is negative.
         marks: batches worth a line, in samples.
     """
     figure, (axes,) = _figure(title, "gradient noise scale (samples)", "epochs")
     axes.set_yscale("log")
-    kept = [[(x, y) for x, y in zip(c.x, c.y) if math.isfinite(y) and y > 0] for c in curves]
+    kept = [[(x, y) for x, y in zip(c.x, c.y) if math.isfinite(y)] for c in curves]
     line = _across_seeds([Curve([x for x, _ in pairs], [y for _, y in pairs]) for pairs in kept])
-    axes.fill_between(line.x, line.low, line.high, color=_BLUE, alpha=0.2, linewidth=0, label="all seeds")
-    alone = "o" if len(line.x) == 1 else ""
-    axes.plot(line.x, line.middle, color=_BLUE, label="median over seeds", marker=alone)
     marks = [mark for mark in marks if math.isfinite(mark.value) and mark.value > 0]
-    seen = [*line.low, *line.high, *(mark.value for mark in marks)]
-    if seen:
-        axes.set_ylim(min(seen) / 1.5, max(seen) * 1.5)
+    low, high = _log_view([*line.low, *line.middle, *line.high, *(mark.value for mark in marks)])
+    axes.set_ylim(low, high)
+    ends = (np.clip(end, low / 2, high * 2) for end in (line.low, line.high))
+    axes.fill_between(line.x, *ends, color=_BLUE, alpha=0.2, linewidth=0, label="all seeds")
+    middle = np.where(line.middle > 0, np.minimum(line.middle, high * 2), np.nan)
+    alone = "o" if len(line.x) == 1 else ""
+    axes.plot(line.x, middle, color=_BLUE, label="median over seeds", marker=alone)
     for mark in marks:
         axes.axhline(mark.value, color=_GREY, lw=0.9, ls=(0, (4, 3)))
     _beside(axes, [(mark.value, mark.name) for mark in marks])
@@ -376,14 +378,13 @@ def trials(title: str, label: str, series: Sequence[Series]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({p.x for s in series for p in s.points if p.x > 0})
-    values = [v for s in series for p in s.points for v in (p.y, p.low, p.high) if math.isfinite(v) and v > 0]
-    if values:
-        axes.set_ylim(min(values) / 1.3, max(values) * 1.3)
+    axes.set_ylim(*_log_view(v for s in series for p in s.points for v in (p.y, p.low, p.high)))
     if ticks:
         axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
-    _plain(axes.xaxis, _sparse(ticks, 8))
+    _plain(axes.xaxis, _sparse(ticks, 10))
     _plain(axes.yaxis)
-    _marks(axes, series)
+    # The best mix is often one of the others.
+    _marks(axes, series, nested=True)
     _legend(figure, [axes])
     return figure
 
@@ -472,8 +473,11 @@ def _look(style: _Style, dashed: bool = False) -> dict[str, Any]:
     }
 
 
-def _marks(axes: Axes, series: Sequence[Series], apart: bool = False) -> None:
-    """Series as marks with bars, joined; `apart` shifts each a little, so that bars do not cover one another.
+def _marks(axes: Axes, series: Sequence[Series], apart: bool = False, nested: bool = False) -> None:
+    """Series as marks with bars, joined.
+
+    `apart` shifts each a little, so that bars do not cover one another; `nested` draws each wider than those on top of
+    it, so that lines do not.
 
     The view is as wide as it is: what lies beyond it is an arrow at the edge, and what is not finite a cross.
     """
@@ -490,7 +494,11 @@ def _marks(axes: Axes, series: Sequence[Series], apart: bool = False) -> None:
         )
         inside = [i for i, p in enumerate(points) if low <= p.y <= high]
         more: dict[str, Any] = {"color": style.colour, "zorder": 3 + place / 100}
-        axes.plot(xs, ys, markevery=inside, label=style.label, zorder=more["zorder"], **_look(style, one.dashed))
+        look = _look(style, one.dashed)
+        if nested:
+            below = len(series) - 1 - place
+            look |= {"linewidth": 1.3 + 1.1 * below, "markersize": look["markersize"] + 1.5 * below}
+        axes.plot(xs, ys, markevery=inside, label=style.label, zorder=more["zorder"], **look)
         for p, x in zip(points, xs):
             if not math.isfinite(p.y):
                 broken = True
@@ -517,9 +525,9 @@ def _cross(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **mo
 
 
 def _shifts(count: int, xs: Iterable[float]) -> list[float]:
-    """(count,) factors of x on a logarithmic axis: together less than half of the narrowest gap."""
+    """(count,) factors of x on a logarithmic axis, together about half of the narrowest gap at most."""
     places = sorted(math.log2(x) for x in xs if x > 0)
-    gap = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    gap = min((1.0, *(b - a for a, b in itertools.pairwise(places))))  # in octaves
     step = min(0.09 * gap, 0.56 * gap / max(1, count - 1))
     return [2.0 ** (step * (i - (count - 1) / 2)) for i in range(count)]
 
@@ -592,6 +600,13 @@ def _curve_view(lines: Sequence[_Line]) -> tuple[float, float, bool]:
         return low / 1.2, high * 1.2, True
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room, False
+
+
+def _log_view(values: Iterable[float]) -> tuple[float, float]:
+    """The range to show on a logarithmic axis: what is above 0, but for what is a million times off."""
+    known = sorted(v for v in values if math.isfinite(v) and v > 0)
+    shown = [v for v in known if known[len(known) // 2] / 1e6 <= v <= known[len(known) // 2] * 1e6] or [1.0]
+    return shown[0] / 1.4, min(shown[-1], 1e200) * 1.4
 
 
 def _level(axes: Axes, level: Level, colour: str, dashes: Any) -> None:
