@@ -39,10 +39,10 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, td.text { text-align: left; } th.text { text-align: inherit; }
 code { font-size: 0.85em; overflow-wrap: anywhere; } summary { cursor: pointer; }
 .verdict { font-weight: 600; } .supported { color: #b3261e; } .contradicted { color: #006d3c; }
-.undecided { color: #555; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+.undecided { color: #555; } figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
 """
 
 
@@ -97,7 +97,8 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         "<h2>Verdicts</h2>",
         *(f"<p>{escape(line)}</p>" for line in strong_sentences(results)),
         *(_verdict_table(results, variant, budget) for variant, budget in results.blocks()),
-        *(f"<p>{escape(line)}</p>" for line in size_sentences(results) + noise_sentences(results)),
+        *(f"<p>{escape(line)}</p>" for line in noise_sentences(results)),
+        *_sizes(results),
         "<details><summary>Every verdict with its numbers</summary>",
         *(f"<p>{escape(line)}.</p>" for line in sequential_sentences(results)),
     ]
@@ -147,10 +148,19 @@ def _shown(value: Any) -> str:
 
 def _table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
     def line(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(_shown(cell))}</{tag}>" for cell in cells) + "</tr>"
+        words = [' class="text"' if isinstance(cell, str) and cell != "-" else "" for cell in cells]
+        return "<tr>" + "".join(f"<{tag}{w}>{escape(_shown(c))}</{tag}>" for c, w in zip(cells, words)) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
     return f"<table><thead>{line(header, 'th')}</thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _sizes(results: Results) -> list[str]:
+    lines = size_sentences(results)
+    if not lines:
+        return []
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return [f"<h3>From how many training samples on is weak scaling harmless?</h3><ul>{items}</ul>"]
 
 
 def _verdict_table(results: Results, variant: str, budget: str) -> str:
@@ -169,7 +179,7 @@ def _verdict_table(results: Results, variant: str, budget: str) -> str:
         f"<h3>Does weak scaling lose {escape(results.study.metric)}? {escape(what)}</h3>"
         f"<p>Mean difference to the sequential runs ({reference.mean:.4f}, standard deviation "
         f"{reference.deviation:.4f}; tuned arms: to tuned sequential runs), the verdict on a loss, and how many of "
-        f"{len(results.study.seeds)} runs failed to converge.</p>"
+        f"{len(results.study.seeds)} runs failed to converge, if any.</p>"
         f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -177,7 +187,8 @@ def _verdict_table(results: Results, variant: str, budget: str) -> str:
 def _verdict_cell(c: Comparison) -> str:
     verdict = c.verdicts["loses"]
     number = "no metric" if math.isnan(c.difference) else f"{c.difference:+.4f}"
-    return f'{number} <span class="verdict {verdict}">{verdict}</span> {c.failures}'
+    failed = f", {c.failures} failed" if c.failures else ""
+    return f'{number} <span class="verdict {verdict}">{verdict}</span>{failed}'
 
 
 def _comparison_table(results: Results) -> str:
@@ -306,7 +317,17 @@ def _trials_table(results: Results) -> str:
         for n in sorted({1, W // 2, W, 2 * W, 8 * W}):
             t = search_times(trial_s, known, W, n)
             source = "measured" if all(k in measured for k in (W, t.group)) else "predicted"
-            rows.append([W, n, t.strong, t.at_once, t.mixed, f"{W // t.group} at a time, {t.group} ranks each", source])
+            rows.append(
+                [
+                    W,
+                    n,
+                    t.strong,
+                    t.at_once,
+                    t.mixed,
+                    f"{W // t.group} at a time, {t.group} rank{'s' if t.group > 1 else ''} each",
+                    source,
+                ]
+            )
     header = ["W", "trials", "one at a time on W, s", "W at once, s", "best mix, s", "which is", "speed-up"]
     whole = "" if results.timings.max_steps is None else f" of {results.timings.max_steps:,} steps"
     return (

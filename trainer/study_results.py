@@ -266,7 +266,9 @@ def noise_sentences(results: Results) -> list[str]:
         bad = [c.place.world_size for c in comparisons if c.verdicts["loses"] == "supported"]
         if bad:
             seen.append(f"{arm} from W = {min(bad)} (a batch of {min(bad) * B:,}) on")
-    return [line + ("The study shows a loss of " + "; ".join(seen) + "." if seen else "The study shows no loss.")]
+    return [
+        line + ("The study shows a loss of " + "; ".join(seen) + "." if seen else "No loss is shown in this study.")
+    ]
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
