@@ -123,9 +123,13 @@ def test_other_optimizers_take_a_rate_of_their_own() -> None:
     assert config.optimizer.params == {"lr": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.02}
     # The search is made with one rank's batch, where there is nothing to scale.
     config = parse(values_of(values, "weak_lars", 1, "epochs", 0, SAMPLES, lr=2.0))
-    assert config.optimizer.params == {"lr": 2.0, "weight_decay": 0.02}
+    assert config.optimizer.params == {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.0005}
     assert (config.train_batch_size, config.trainer.learning_rate.scaling_rule) == (32, "none")
     assert config.trainer.learning_rate.warmup_epochs == 5.0
+
+    values["optimizer"] = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.001}}
+    config = parse(values_of(values, "weak_lars", 1, "epochs", 0, SAMPLES, lr=2.0))
+    assert config.optimizer.params == {"lr": 2.0, "momentum": 0.8, "weight_decay": 0.001}
 
 
 def test_tuned_is_compared_with_tuned() -> None:

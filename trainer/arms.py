@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .batching import micro_batch_bounds, rank_block
-from .config import Config, parse
+from .config import Config, Optimizer, parse
 from .errors import UserError
 
 Budget = Literal["epochs", "updates"]
@@ -196,7 +196,7 @@ def values_of(
     own = steps_per_epoch(samples, B * world_size, trainer.drop_last)
     this = WEAK.get(arm, Arm(arm))
     if this.optimizer is not None:
-        values["optimizer"] = {"type": this.optimizer, "params": _params_for(this.optimizer, config.optimizer.params)}
+        values["optimizer"] = {"type": this.optimizer, "params": _params_for(this.optimizer, config.optimizer)}
     if lr is not None:
         values.setdefault("optimizer", {}).setdefault("params", {})["lr"] = lr
     if arm not in WEAK:
@@ -244,10 +244,18 @@ def _window(steps: int) -> int:
     return max(1, steps // _CURVE_POINTS)
 
 
-def _params_for(optimizer: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What LARS and LAMB take over from the base's optimizer; the rate is searched."""
-    kept = {"weight_decay"} | ({"betas", "eps"} if optimizer == "LAMB" else {"momentum"})
-    return {"lr": 1.0} | {name: value for name, value in params.items() if name in kept}
+# You et al. 2017, section 6.
+_LARS = {"momentum": 0.9, "weight_decay": 0.0005}
+
+
+def _params_for(optimizer: str, base: Optimizer) -> dict[str, Any]:
+    """What LARS and LAMB take over from the base's optimizer; the rate is searched.
+
+    LAMB is built like Adam. LARS is built like SGD: Adam's decay, which acts beside the gradient, means nothing to it.
+    """
+    like, known = ("adam", ("betas", "eps", "weight_decay")) if optimizer == "LAMB" else ("sgd", tuple(_LARS))
+    kept = {n: v for n, v in base.params.items() if n in known} if base.type.lower().startswith(like) else {}
+    return {"lr": 1.0, **(_LARS if optimizer == "LARS" else {}), **kept}
 
 
 def run_id(config: Config) -> str:
