@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.distributed.jobs import ROOT, train
 from trainer.config import Best, Checkpoint, LearningRate, Lora, Trainer, load, parse
+from trainer.study_plan import Study
 from trainer.workers import run_ranks
 
 README = (ROOT / "README.md").read_text()
@@ -29,6 +30,7 @@ def test_every_trainer_key_and_config_file_is_explained() -> None:
     blocks = {"learning_rate": LearningRate, "best": Best, "lora": Lora, "checkpoint": Checkpoint}
     keys = [f.name for f in dataclasses.fields(Trainer) if f.name not in blocks]
     keys += [f"{block}.{f.name}" for block, cls in blocks.items() for f in dataclasses.fields(cls)]
+    keys += [f.name for f in dataclasses.fields(Study)]
     for name in [*keys, *(file.name for file in (ROOT / "ds_configs").iterdir())]:
         assert f"`{name}`" in README, name
 
