@@ -55,6 +55,14 @@ def test_the_shipped_study() -> None:
     assert [W for W, answer in plan.strong if answer == 4] == [2, 4]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("study*.json")), ids=lambda p: p.stem)
+def test_every_shipped_study_can_decide(file: Path) -> None:
+    study, plan = planned(file)
+    assert plan.comparisons() >= 4
+    assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha
+    assert all("weak_sqrt_adam" in str(place) for place, _ in plan.impossible)
+
+
 def test_seeds_come_whole(tmp_path: Path) -> None:
     """A study that is interrupted has all arms of its first seeds."""
     _, plan = planned(write(tmp_path, {"seeds": [5, 3], "budgets": ["epochs"], "world_sizes": [2, 4]}))
