@@ -153,6 +153,8 @@ def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path
         ({"tuning": {"trials": 1}}, "at least 3"),
         ({"tuning": {"metric": "test/accuracy"}}, "would make the test meaningless"),
         ({"timing": {"world_sizes": [0]}}, "whole numbers of at least 1"),
+        ({"timing": {"world_sizes": [5]}}, '"study.timing.world_sizes" holds 5: 5 ranks are more than'),
+        ({"seeds": [1, 1_000_003]}, "belongs to the searches"),
     ],
 )
 def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from .console import table
 from .errors import UserError
 from .inference import Rules, seeds_needed
 from .schema import build, lay_over, near, option, read_json
-from .tuning import Tuning
+from .tuning import FIRST_SEED, Tuning
 
 # What a run of a study does without: it is alone, short, and its files are not kept. Inexact runs are refused,
 # because only an exact run on one rank is the run on W.
@@ -205,6 +206,11 @@ def load(path: str) -> tuple[Study, list[Variant]]:
         raise UserError(f'{path}: "study.max_epochs" ({study.max_epochs}) is less than trainer.epochs.')
     if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
         raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
+    for world_size in study.timing.world_sizes if study.timing is not None else []:
+        try:
+            base.plan(world_size)
+        except UserError as error:
+            raise UserError(f'{path}: "study.timing.world_sizes" holds {world_size}: {error}') from None
     changes: dict[str, dict[str, Any]] = {"": {}}
     changes |= {f"{n:,} samples": {"trainer.train_samples": n} for n in study.dataset_sizes}
     changes |= study.variants
@@ -256,6 +262,9 @@ def _checked(block: Mapping[str, Any]) -> Study:
             )
         if not isinstance(change.get(_SYNCHRONISED, False), bool):
             raise UserError(f'"study.variants.{name}.{_SYNCHRONISED}" must be true or false.')
+    trials = range(FIRST_SEED, FIRST_SEED + study.tuning.seeds)
+    if set(trials) & set(study.seeds):
+        raise UserError(f'"study.seeds" holds {trials[0]}, which belongs to the searches for learning rates.')
     if study.max_epochs is not None and "updates" not in study.budgets:
         raise UserError('"study.max_epochs" has no effect without the budget "updates".')
     for name, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
@@ -319,7 +328,11 @@ def _search_of(place: Place, base: Config) -> SearchPlan | None:
         return None
     at = place if tuned == "own" else Place(place.variant, place.arm, "epochs", 1)
     centre = arm.centre if arm is not None and arm.centre else float(base.optimizer.params["lr"])
-    name = re.sub(r"[^a-zA-Z0-9_]+", "-", f"{at.variant or 'base'}-{at.arm}-{at.budget}-W{at.world_size}")
+    # Of a variant's name, which is anybody's text, what a file's name may hold; its hash tells it from a similar one.
+    variant = re.sub(r"[^a-zA-Z0-9_]+", "-", at.variant) if at.variant else "base"
+    if at.variant:
+        variant += f"-{hashlib.sha256(at.variant.encode()).hexdigest()[:6]}"
+    name = f"{variant}-{at.arm}-{at.budget}-W{at.world_size}"
     return SearchPlan(name, at, centre)
 
 

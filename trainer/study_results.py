@@ -60,7 +60,7 @@ class Results:
             raise UserError(f"{folder} holds no finished run yet.")
         weak = {place: values for place, values in weak.items() if values}
         self.judgement: Judgement = judge(sequential, weak, self.study.rules, len(planned), len(self.study.seeds))
-        self.timings: Timings | None = read_timings(folder, self.study.timing)
+        self.timings: Timings | None = read_timings(folder)
 
     @property
     def rules(self) -> Rules:

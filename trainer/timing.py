@@ -46,7 +46,12 @@ def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
         say(f"timing: there is one device, and {most} micro-batches: nothing to run on several ranks")
     out = folder / "timing"
     out.mkdir(exist_ok=True)
-    missing = [(r, W) for r in range(timing.repeats) for W in sizes if not (out / f"W{W}-{r}.json").exists()]
+    missing = [
+        (r, W)
+        for r in range(timing.repeats)
+        for W in sizes
+        if not (file := out / f"W{W}-{r}.json").exists() or read_json(file)["max_steps"] != timing.max_steps
+    ]
     if missing:
         say(f"timing: {len(missing)} runs on {', '.join(map(str, sizes))} real ranks, one at a time")
     for repeat, W in missing:
@@ -58,10 +63,13 @@ def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
         finally:
             shutil.rmtree(running, ignore_errors=True)
         write_json(out / f"W{W}-{repeat}.json", {**result, "devices": devices, "own_devices": devices >= W})
-    if len(sizes) > 1 and not (out / "network.json").exists():
-        W = max(W for W in sizes if devices >= W) if devices > 1 else 2
-        values = run_ranks(_network, max(2, W), config.trainer.device, cuda=cuda)[0]
-        write_json(out / "network.json", values)
+    given = {"latency_us": timing.latency_us, "bandwidth_gb_per_s": timing.bandwidth_gb_per_s}
+    given = {name: value for name, value in given.items() if value is not None}
+    network = read_json(out / "network.json") if (out / "network.json").exists() else {}
+    if len(given) < 2 and len(sizes) > 1 and "measured" not in network:
+        W = max(2, *(W for W in sizes if devices >= W))
+        network["measured"] = run_ranks(_network, W, config.trainer.device, cuda=cuda)[0]
+    write_json(out / "network.json", {**network, "given": given})
 
 
 def _devices(config: Config, cuda: bool) -> int:
@@ -160,7 +168,7 @@ class Timings:
         return {W: [a / b for a, b in zip(one, values)] for W, values in self.steps_s.items()}
 
 
-def read_timings(folder: Path, timing: Timing | None) -> Timings | None:
+def read_timings(folder: Path) -> Timings | None:
     """What `time_ranks` has left; None if nothing. Raises UserError for a damaged file."""
     runs: list[Mapping[str, Any]] = [read_json(file) for file in sorted((folder / "timing").glob("W*-*.json"))]
     if not any(run["world_size"] == 1 for run in runs):
@@ -176,18 +184,15 @@ def read_timings(folder: Path, timing: Timing | None) -> Timings | None:
         {W: [str(run["parameters_sha256"]) for run in of] for W, of in by_size.items()},
         [W for W in by_size if W not in own],
         by_size[1][0]["max_steps"],
-        *_measured(folder, by_size[1], timing),
+        *_measured(folder, by_size[1]),
     )
 
 
-def _measured(folder: Path, one: Sequence[Mapping[str, Any]], timing: Timing | None) -> tuple[Measured | None, bool]:
+def _measured(folder: Path, one: Sequence[Mapping[str, Any]]) -> tuple[Measured | None, bool]:
     file = folder / "timing" / "network.json"
-    network = read_json(file) if file.exists() else {}
-    latency = timing.latency_us if timing is not None else None
-    bandwidth = timing.bandwidth_gb_per_s if timing is not None else None
-    given = latency is not None or bandwidth is not None
-    latency = latency or network.get("latency_us")
-    bandwidth = bandwidth or network.get("bandwidth_gb_per_s")
+    network = read_json(file) if file.exists() else {"given": {}}
+    known = network.get("measured", {}) | network["given"]
+    latency, bandwidth, given = known.get("latency_us"), known.get("bandwidth_gb_per_s"), bool(network["given"])
     if latency is None or bandwidth is None:
         return None, given
     M = int(one[0]["micro_batches"])

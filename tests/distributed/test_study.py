@@ -110,13 +110,12 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
         study(str(path))
 
 
-def test_a_study_that_is_asked_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, epochs=6)
-    runs = tmp_path / "study" / "runs"
+def stopped_after(count: int, path: Path, runs: Path) -> None:
+    """Starts a study, which gets a SIGTERM when so many runs are finished."""
 
     def ask() -> None:
-        deadline_s = time.monotonic() + 60
-        while time.monotonic() < deadline_s and not list(runs.glob("*.json")):
+        deadline_s = time.monotonic() + 120
+        while time.monotonic() < deadline_s and len(list(runs.glob("*.json"))) < count:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -124,6 +123,13 @@ def test_a_study_that_is_asked_to_stop(tmp_path: Path, capsys: pytest.CaptureFix
     asking.start()
     assert study(str(path)) == 75
     asking.join()
+
+
+def test_a_study_that_is_asked_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, epochs=6)
+    runs = tmp_path / "study" / "runs"
+
+    stopped_after(1, path, runs)
     done = len(list(runs.glob("*.json")))
     assert 1 <= done < 14
     said = capsys.readouterr().out
@@ -196,16 +202,7 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = tmp_path / "study"
     runs = folder / "runs"
 
-    def ask() -> None:
-        deadline_s = time.monotonic() + 120
-        while time.monotonic() < deadline_s and len(list(runs.glob("*.json"))) < 5:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert study(str(path)) == 75
-    asking.join()
+    stopped_after(5, path, runs)
     stamps = {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}
     proposed = {f.name: json.loads(f.read_text())["proposed"] for f in (folder / "tuning").glob("*W*.json")}
     assert study(str(path)) == 0
@@ -245,6 +242,14 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     timed = sorted((folder / "timing").iterdir())
     assert [file.name for file in timed] == ["W1-0.json", "W1-1.json", "W2-0.json", "W2-1.json", "network.json"]
     assert len({json.loads(file.read_text())["parameters_sha256"] for file in timed[:4]}) == 1
-    before = {file: file.stat().st_mtime_ns for file in [*runs.iterdir(), *timed]}
+    before = {file: file.stat().st_mtime_ns for file in [*runs.iterdir(), *timed[:4]]}
+    assert Results(folder).timings.given is False  # type: ignore[union-attr]
+    # Another network can be given afterwards: what is judged does not follow from it.
+    values = json.loads(path.read_text())
+    values["study"]["timing"] |= {"latency_us": 7.0, "bandwidth_gb_per_s": 3.0}
+    path.write_text(json.dumps(values))
     assert study(str(path)) == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before
+    timings = Results(folder).timings
+    assert timings is not None and timings.measured is not None and timings.given
+    assert (timings.measured.latency_s, timings.measured.bytes_per_s) == pytest.approx((7e-6, 3e9))
