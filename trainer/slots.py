@@ -22,6 +22,7 @@ from .workers import WorkerError, worker_context
 
 def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
     """A process that does what the pipe says until the other end is gone; then it ends at once, run or not."""
+    import gc
     import queue
     import traceback
 
@@ -39,6 +40,8 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    # What is imported already stays: the collection after each run then looks at that run alone.
+    gc.freeze()
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout = sys.stderr = nowhere
         while True:
