@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .batching import BatchPlan
@@ -234,8 +235,6 @@ def _train(
         summary["adascale"] = p.adascale.summary()
     if "test" in p.splits:
         metrics["test"] = record.evaluate("test", done)  # once, on the model that is kept
-    record.close()
-    saver.wait()
     summary |= {
         "status": "stopped early" if stopped_early else "finished",
         "exactness": p.exactness,
@@ -249,13 +248,28 @@ def _train(
         "step_time_s": record.pace.step_time_s,
         "started_at_s": started_at_s,
         "time_to_first_step_s": time_to_first_step_s,
-        "wall_time_s": time.time() - started_at_s,
     }
+    _leave(p, record, saver, folder, summary)
     if folder is not None:
-        save_card(p, folder, summary)
-        _conclude(folder, record, summary)
         say("", result_table(summary, folder.path, p.config.tensorboard.enabled))
     return summary
+
+
+def _leave(p: Pieces, record: Recorder, saver: Saver, folder: OutputFolder | None, summary: dict[str, Any]) -> None:
+    """Writes a finished run's last files. Collective: no rank has finished where rank 0 cannot write them."""
+    error: TrainerError | None = None
+    try:
+        record.close()
+        saver.wait()
+        summary["wall_time_s"] = time.time() - summary["started_at_s"]
+        if folder is not None:
+            save_card(p, folder, summary)
+            _conclude(folder, record, summary)
+    except Exception as own:
+        error = own if isinstance(own, TrainerError) else _of_the_folder(own, folder)
+        if error is None:
+            raise
+    raise_together(error)
 
 
 def _stop(p: Pieces, saver: Saver, folder: OutputFolder | None, done: int, watch: Watch) -> None:
@@ -297,13 +311,24 @@ def _explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | Non
             f"{advice} (train_micro_batch_size_per_gpu, or trainer.gradient_checkpointing=true, which keeps the bits). "
             "Another micro-batch is another model: its size changes the bits."
         )
-    if isinstance(error, OSError) and folder is not None and error.errno is not None:
-        return TrainerError(
-            f"The output folder {folder.path} cannot be written: {error.strerror or error}"
-            f"{f' ({error.filename})' if error.filename else ''}.\nMake room, or the folder writable again, and start "
-            "the run again with --resume auto and the same --output_dir: it goes on from its last checkpoint."
-        )
-    return None
+    return _of_the_folder(error, folder)
+
+
+def _of_the_folder(error: BaseException, folder: OutputFolder | None) -> TrainerError | None:
+    """The message for an error in writing to the output folder; None for any other."""
+    if folder is None:
+        return None
+    if isinstance(error, SafetensorError) and "while serializing" in str(error):  # as for a full disk
+        what, where = str(error), None
+    elif isinstance(error, OSError) and error.errno is not None:
+        what, where = error.strerror or str(error), error.filename
+    else:
+        return None
+    return TrainerError(
+        f"The output folder {folder.path} cannot be written: {what}{f' ({where})' if where else ''}.\n"
+        "Make room, or the folder writable again, and start the run again with --resume auto and the same "
+        "--output_dir: it goes on from its last checkpoint."
+    )
 
 
 def _best_model(p: Pieces) -> BestModel | None:

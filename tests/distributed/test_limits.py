@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.jobs import USER_TASKS, small_config, train
+from tests.distributed.jobs import USER_TASKS, small_config, train, train_without_summary
 from trainer.errors import LostRankError, TrainerError
 from trainer.workers import run_ranks
 
@@ -20,6 +20,16 @@ def test_out_of_memory_names_the_micro_batch(tmp_path: Path) -> None:
     message = str(caught.value)
     for words in ("micro-batch of 8 samples", "memory of this device", "is 4", "changes the bits"):
         assert words in message, message
+
+
+def test_a_run_whose_last_file_cannot_be_written_has_finished_nowhere(tmp_path: Path) -> None:
+    """As on a disk that is full by then: all ranks end with the error, which rank 0 says."""
+    folder = tmp_path / "run"
+    errors = run_ranks(train_without_summary, 2, small_config(folder, max_steps=2))
+    for error in errors:
+        assert "cannot be written: Is a directory" in error and "--resume auto" in error, errors
+    assert (folder / "model" / "model.safetensors").exists()
+    assert not (folder / "summary.json").exists()
 
 
 def test_a_rank_that_is_lost_before_the_first_step(tmp_path: Path) -> None:
