@@ -19,8 +19,8 @@ TRAINER = ROOT / "trainer"
 # it in this list; a new module is given its place here.
 GROUPS = [
     # Said before torch is loaded, and computed without it.
-    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan", "arms"}
-    | {"gradient_noise", "adascale"},
+    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"}
+    | {"gradient_noise", "adascale", "study", "study.arms"},
     # Plain PyTorch.
     {
         "order",
@@ -38,13 +38,14 @@ GROUPS = [
     }
     | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
-    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "inference", "image_data"},
+    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "image_data", "study.inference"},
     # DeepSpeed's engine, and what is made of all of the above.
     {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
-    {"verify", "check_task", "predict", "slots", "study", "study_plan", "study_results", "study_figures"}
-    | {"study_tensorboard", "study_report", "timing", "prediction", "tuning", "cli", "main", "__main__"},
+    {"verify", "check_task", "predict", "study.slots", "study.runner", "study.plan", "study.results", "study.figures"}
+    | {"study.drawing", "study.hparams", "study.report", "study.timing", "study.prediction", "study.tuning"}
+    | {"cli", "main", "__main__"},
 ]
 HEAVY = {
     "PIL",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.distributed.jobs import ROOT, train
 from trainer.config import Best, Checkpoint, LearningRate, Lora, Trainer, load, parse
-from trainer.study_plan import Study
+from trainer.study.plan import Study
 from trainer.workers import run_ranks
 
 README = (ROOT / "README.md").read_text()
@@ -37,9 +37,10 @@ def test_every_trainer_key_and_config_file_is_explained() -> None:
 
 def test_the_map_of_the_code_is_complete() -> None:
     (tree,) = re.findall(r"```\ntrainer/\n(.*?)```", README, flags=re.DOTALL)
-    listed = set(re.findall(r"^  (\w+\.py) ", tree, flags=re.MULTILINE))
-    there = {file.name for file in (ROOT / "trainer").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert listed == there
+    for indent, folder in (("  ", "trainer"), ("    ", "trainer/study")):
+        listed = set(re.findall(rf"^{indent}(\w+\.py) ", tree, flags=re.MULTILINE))
+        there = {file.name for file in (ROOT / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert listed == there
 
 
 def test_the_example_task_is_exact(tmp_path: Path) -> None:

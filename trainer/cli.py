@@ -101,11 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
                 flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
             )
         if flags.command == "study":
-            from .study import study
+            from .study.runner import study
 
             return study(flags.ds_config, flags.dry_run)
         if flags.command == "report":
-            from .study_report import report
+            from .study.report import report
 
             return report(flags.folder)
         if min(flags.world_sizes) < 1:

@@ -17,10 +17,12 @@ def banner(p: Pieces) -> list[str]:
     epochs = p.total_steps / p.steps_per_epoch
     precision = "bfloat16 autocast" if p.config.torch_autocast.enabled else "float32"
     clipping = p.config.gradient_clipping
+    # AdaScale's gains end the run, which is then shorter.
+    most = "at most " if trainer.learning_rate.adascale_steps is not None else ""
     lines = [
         f"{plan.scaling} scaling: {plan.equation()}",
         f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} "
-        f"epoch{'s' * (epochs != 1)} = {p.total_steps:,} steps",
+        f"epoch{'s' * (epochs != 1)} = {most}{p.total_steps:,} steps",
         f"{p.config.optimizer.type}, learning rate {p.engine.learning_rate:.4g} at the first step, "
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .batching import BatchPlan
@@ -316,6 +315,8 @@ def _explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | Non
 
 def _of_the_folder(error: BaseException, folder: OutputFolder | None) -> TrainerError | None:
     """The message for an error in writing to the output folder; None for any other."""
+    from safetensors import SafetensorError
+
     if folder is None:
         return None
     if isinstance(error, SafetensorError) and "while serializing" in str(error):  # as for a full disk

@@ -17,12 +17,12 @@ import pytest
 from filelock import FileLock
 
 from tests.distributed.jobs import ROOT, train
-from trainer.arms import values_of
 from trainer.config import parse
 from trainer.errors import UserError
-from trainer.study import finished, study
-from trainer.study_plan import expand, load
-from trainer.study_results import Results
+from trainer.study.arms import values_of
+from trainer.study.plan import expand, load
+from trainer.study.results import Results
+from trainer.study.runner import finished, study
 from trainer.workers import run_ranks
 
 

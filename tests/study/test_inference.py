@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainer.arms import Place
-from trainer.inference import (
+from trainer.study.arms import Place
+from trainer.study.inference import (
     DRAWS,
     Judgement,
     Rules,

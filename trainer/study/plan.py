@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config import Config, parse
+from ..console import table
+from ..errors import UserError
+from ..schema import build, lay_over, near, option, read_json
 from .arms import (
     NAMES,
     SEQUENTIAL,
@@ -24,11 +28,7 @@ from .arms import (
     run_id,
     values_of,
 )
-from .config import Config, parse
-from .console import table
-from .errors import UserError
 from .inference import Rules, seeds_needed
-from .schema import build, lay_over, near, option, read_json
 from .tuning import FIRST_SEED, Tuning
 
 # What a run of a study does without: it is alone, short, and its files are not kept. Inexact runs are refused,

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .batching import micro_batch_bounds, rank_block
-from .config import Config, Optimizer, parse
-from .errors import UserError
+from ..batching import micro_batch_bounds, rank_block
+from ..config import Config, Optimizer, parse
+from ..errors import UserError
 
 Budget = Literal["epochs", "updates"]
 Rule = Literal["none", "linear", "sqrt", "adascale"]

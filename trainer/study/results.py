@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+from ..schema import build, read_json
 from .arms import SEQUENTIAL, WEAK, Place, title_of
-from .errors import UserError
 from .inference import Comparison, Judgement, Reference, Rules, judge
-from .schema import build, read_json
-from .study import finished, metric_of
-from .study_plan import Study
+from .plan import Study
+from .runner import finished, metric_of
 from .timing import Timings, check_bits, read_timings
 
 CLAIMS = {"loses": "loses against its sequential runs", "fails": "fails to converge more often than not"}

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.arms import WEAK, Budget, ImpossibleError, Place, adam_for, check_base, check_strong, run_id, values_of
 from trainer.config import Config, parse
 from trainer.errors import UserError
+from trainer.study.arms import (
+    WEAK,
+    Budget,
+    ImpossibleError,
+    Place,
+    adam_for,
+    check_base,
+    check_strong,
+    run_id,
+    values_of,
+)
 
 SAMPLES = 1200
 

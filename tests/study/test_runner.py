@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.distributed.jobs import ROOT
-from trainer.arms import SEQUENTIAL, SEQUENTIAL_TUNED, WEAK
 from trainer.cli import main
 from trainer.errors import UserError
-from trainer.study import declaration, duration
-from trainer.study_plan import Plan, Study, expand, load, plan_text, work
-from trainer.study_report import report, write_report
-from trainer.study_results import verdicts
+from trainer.study.arms import SEQUENTIAL, SEQUENTIAL_TUNED, WEAK
+from trainer.study.plan import Plan, Study, expand, load, plan_text, work
+from trainer.study.report import report, write_report
+from trainer.study.results import verdicts
+from trainer.study.runner import declaration, duration
 
 SHIPPED = ROOT / "ds_configs" / "study.json"
 

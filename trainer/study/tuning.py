@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
+from ..errors import UserError
+from ..output import write_json
+from ..schema import option
 from .arms import run_id
-from .config import Config
-from .errors import UserError
-from .output import write_json
-from .schema import option
 
 # Trials draw their randomness from seeds that no study has reason to declare for judged runs.
 FIRST_SEED = 1_000_003

@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import Config
+from ..console import say
+from ..distributed import Ranks
+from ..output import write_json
+from ..schema import read_json
+from ..workers import run_ranks
 from .arms import SEQUENTIAL, Place
-from .config import Config
-from .console import say
-from .distributed import Ranks
-from .output import write_json
 from .prediction import Measured
-from .schema import read_json
-from .workers import run_ranks
 
 if TYPE_CHECKING:
-    from .study_plan import Plan, Timing
+    from .plan import Plan, Timing
 
 _SMALL, _LARGE, _ROUNDS = 256, 1 << 20, 30
 
@@ -81,7 +81,7 @@ def _devices(config: Config, cuda: bool) -> int:
 
 
 def _timed(ranks: Ranks, config: Config) -> dict[str, Any]:
-    from .run import run
+    from ..run import run
 
     floats: list[int] = []
 
@@ -110,7 +110,7 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
     """Latency and bandwidth of the ranks' collectives, from messages of two sizes."""
     import torch
 
-    from . import distributed
+    from .. import distributed
 
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")

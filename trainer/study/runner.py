@@ -23,16 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
+from ..console import say
+from ..errors import Stopped, UserError
+from ..output import to_json, write_json
+from ..schema import near, read_json
+from ..workers import WorkerError
 from .arms import WEAK, Place, run_id, steps_per_epoch
-from .config import Config
-from .console import say
-from .errors import Stopped, UserError
-from .output import to_json, write_json
-from .schema import near, read_json
+from .plan import Cell, Plan, Study, Variant, expand, load, plan_text, work
 from .slots import Slots
-from .study_plan import Cell, Plan, Study, Variant, expand, load, plan_text, work
 from .tuning import Search
-from .workers import WorkerError
 
 
 class _Display:
@@ -324,8 +324,8 @@ class _Agenda:
 
 def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int, cuda: bool) -> int:
     """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
-    from .study_report import write_report
-    from .study_results import verdicts
+    from .report import write_report
+    from .results import verdicts
     from .timing import time_ranks
 
     declared, results = plan.study, finished(folder)

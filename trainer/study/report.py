@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import study_figures as figures
+from ..console import say
+from . import figures
 from .arms import SEQUENTIAL, SEQUENTIAL_TUNED, Place, title_of
-from .console import say
+from .drawing import Curve, Group, Level, Point, Series
 from .inference import Comparison
 from .prediction import search_times, speed_up
-from .study_figures import Point, Series
-from .study_results import (
+from .results import (
     CLAIMS,
     Results,
     claims,
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder is none of a study, or a package is missing.
     """
-    from .study_tensorboard import write_hparams
+    from .hparams import write_hparams
 
     results = Results(folder)
     rows = rows_of(results)
@@ -384,8 +384,8 @@ def _draw_block(results: Results, album: _Album, variant: str, budget: str, name
         f"{metric} over W, {what}",
         metric,
         series,
-        figures.Level(reference.mean, "sequential, and strong", *reference.interval),
-        figures.Level(reference.target, "target"),
+        Level(reference.mean, "sequential, and strong", *reference.interval),
+        Level(reference.target, "target"),
     )
     album.add(
         f"metric-{name}", figure, f"{metric} by arm, {what}: means over seeds with {level} intervals of the mean."
@@ -407,7 +407,7 @@ def _draw_block(results: Results, album: _Album, variant: str, budget: str, name
         places = [Place(variant, SEQUENTIAL, "epochs", 1)]
         places += [c.place for comparisons in groups.values() for c in comparisons if c.place.world_size == W]
         curves = [
-            figures.Group(place.arm, [_curve(run, "train/loss") for run in runs], place.arm)
+            Group(place.arm, [_curve(run, "train/loss") for run in runs], place.arm)
             for place in places
             if (runs := [run for run in results.results_at(place) if "train/loss" in run["curves"]])
         ]
@@ -417,9 +417,9 @@ def _draw_block(results: Results, album: _Album, variant: str, budget: str, name
             album.add(f"loss-W{W}-{name}", figure, caption)
 
 
-def _curve(run: Mapping[str, Any], name: str) -> figures.Curve:
+def _curve(run: Mapping[str, Any], name: str) -> Curve:
     curve = run["curves"][name]
-    return figures.Curve(curve["epoch"], curve["value"], run["status"] == "not finite")
+    return Curve(curve["epoch"], curve["value"], run["status"] == "not finite")
 
 
 def _draw_sizes(results: Results, album: _Album) -> None:
@@ -450,14 +450,14 @@ def _draw_noise(results: Results, album: _Album) -> None:
     if scale is None or not curves:
         return
     B = runs[0]["global_batch_size"]
-    marks = [figures.Level(B, f"one rank's batch, {B:,}")]
+    marks = [Level(B, f"one rank's batch, {B:,}")]
     bad = {
         arm: min(c.place.world_size for c in comparisons if c.verdicts["loses"] == "supported")
         for arm, comparisons in results.groups("", "epochs").items()
         if any(c.verdicts["loses"] == "supported" for c in comparisons)
     }
     marks += [
-        figures.Level(W * B, f"{' and '.join(a for a in bad if bad[a] == W)} lose from {W * B:,} on")
+        Level(W * B, f"{' and '.join(a for a in bad if bad[a] == W)} lose from {W * B:,} on")
         for W in sorted(set(bad.values()))
     ]
     figure = figures.noise_scale("gradient noise scale along the sequential runs", curves, marks)

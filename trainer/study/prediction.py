@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .summation import DIRECT_LIMIT_BYTES, cover
+from ..summation import DIRECT_LIMIT_BYTES, cover
 
 
 @dataclass(frozen=True)

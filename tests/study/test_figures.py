@@ -15,11 +15,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trainer import study_figures as figures
-from trainer.arms import NAMES, SEQUENTIAL_TUNED
 from trainer.errors import UserError
-from trainer.study_figures import Curve, Group, Level, Point, Series, data_uri, save
-from trainer.study_tensorboard import write_hparams
+from trainer.study import drawing, figures
+from trainer.study.arms import NAMES, SEQUENTIAL_TUNED
+from trainer.study.drawing import Curve, Group, Level, Point, Series
+from trainer.study.figures import data_uri, save
+from trainer.study.hparams import write_hparams
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[study]")
 
@@ -109,22 +110,22 @@ def test_a_users_settings_change_nothing(tmp_path: Path) -> None:
 
 
 def test_every_arm_is_drawn_alike_everywhere_and_unlike_all_others() -> None:
-    assert set(figures.ARMS) == {*NAMES, SEQUENTIAL_TUNED}
-    styles = figures._styles([(arm, "") for arm in figures.ARMS])
+    assert set(drawing.ARMS) == {*NAMES, SEQUENTIAL_TUNED}
+    styles = drawing.styles_of([(arm, "") for arm in drawing.ARMS])
     assert len({(s.colour, s.mark, s.filled) for s in styles}) == len({s.label for s in styles}) == 12
     assert len({(s.colour, s.dashes) for s in styles}) == 12
-    assert figures._styles([("anything", "weak_lars")])[0]._replace(label="weak, LARS") in styles
-    others = figures._styles([(f"other {i}", "") for i in range(14)])
+    assert drawing.styles_of([("anything", "weak_lars")])[0]._replace(label="weak, LARS") in styles
+    others = drawing.styles_of([(f"other {i}", "") for i in range(14)])
     assert len({(s.colour, s.mark, s.filled) for s in others}) == 14
 
 
 def test_arms_lie_apart_and_near_their_w() -> None:
     for count, sizes in ((1, [2, 4, 8]), (2, [2, 4]), (12, [8]), (12, [2, 32])):
-        shifts = figures._shifts(count, sizes)
+        shifts = drawing.shifts(count, sizes)
         assert len(set(shifts)) == count
         assert max(shifts) / min(shifts) < 2**0.6
         assert math.prod(shifts) == pytest.approx(1)
-    assert max(figures._shifts(12, [30, 31, 32])) < (31 / 30) ** 0.5
+    assert max(drawing.shifts(12, [30, 31, 32])) < (31 / 30) ** 0.5
 
 
 HUGE = [Point(2, 0.5, 0.4, 0.6), Point(4, 1e300), Point(8, NAN), Point(16, -1e20, -1e25, 1e3), Point(32, math.inf)]
@@ -162,7 +163,7 @@ def test_what_is_a_thousand_times_off_does_not_hide_the_rest(tmp_path: Path) -> 
 
 def test_the_median_over_seeds() -> None:
     """Grids differ, and a run that broke off is infinite: two of three, and so is the median."""
-    line = figures._across_seeds(
+    line = drawing.across_seeds(
         [Curve([0, 2, 4], [0, 2, 4]), Curve([0, 2, 4], [10, NAN, 1]), Curve([0, 4], [8, 8], broken=True), Curve([], [])]
     )
     assert line.x.tolist() == [0, 2, 4]
@@ -170,16 +171,16 @@ def test_the_median_over_seeds() -> None:
     assert line.low.tolist() == [0, 2, 4]
     assert line.high.tolist() == [10, math.inf, math.inf]
     assert line.ends == [(0, 10), (4, 8)]
-    line = figures._across_seeds([Curve([0, 1, 2], [1, 2, 3]), Curve([0, 1], [1, NAN]), Curve([0, 1], [1, math.inf])])
+    line = drawing.across_seeds([Curve([0, 1, 2], [1, 2, 3]), Curve([0, 1], [1, NAN]), Curve([0, 1], [1, math.inf])])
     assert line.middle.tolist() == [1, math.inf, math.inf]
     # one that is only shorter has no part in the rest
-    assert figures._across_seeds([Curve([0, 4], [1, 1]), Curve([0, 2], [3, 3])]).middle.tolist() == [2, 2, 1]
+    assert drawing.across_seeds([Curve([0, 4], [1, 1]), Curve([0, 2], [3, 3])]).middle.tolist() == [2, 2, 1]
 
 
 def test_matplotlib_is_imported_late_and_missed_politely() -> None:
     code = (
         "import sys; sys.modules['matplotlib.style'] = None\n"
-        "import trainer.study_figures as f, trainer.study_tensorboard\n"
+        "import trainer.study.figures as f, trainer.study.hparams\n"
         "assert not {'matplotlib', 'tensorboard'} & set(sys.modules)\n"
         "try: f.trials('t', 'y', [])\nexcept ValueError as error: print(error)"
     )
@@ -188,9 +189,9 @@ def test_matplotlib_is_imported_late_and_missed_politely() -> None:
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
-    code = "import sys\nfrom tests.test_study_figures import *\nsave(accuracy(), Path(sys.argv[1]), 'a')\n"
+    code = "import sys\nfrom tests.study.test_figures import *\nsave(accuracy(), Path(sys.argv[1]), 'a')\n"
     code += "assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_figure_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.prediction import Measured, exchange, search_times, speed_up, step_time_s
+from trainer.study.prediction import Measured, exchange, search_times, speed_up, step_time_s
 
 # 8 micro-batches of 10 ms, 2 ms once a step, 1 ms latency, 1 GB/s, 100,000 floats.
 M = Measured(0.010, 0.002, 0.001, 1e9, micro_batches=8, floats=100_000)

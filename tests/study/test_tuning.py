@@ -10,7 +10,7 @@ import pytest
 
 from trainer.config import Config, parse
 from trainer.errors import UserError
-from trainer.tuning import FIRST_SEED, Search, Trial, Tuning, best_of
+from trainer.study.tuning import FIRST_SEED, Search, Trial, Tuning, best_of
 
 
 def config_of(lr: float, seed: int) -> Config:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_study import results
-from trainer.study_report import write_report
+from tests.study.test_runner import results
+from trainer.study.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -137,7 +137,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """The report of a study whose names are hostile (see tests.test_study)."""
+    """The report of a study whose names are hostile (see tests.study.test_runner)."""
     return write_report(results(tmp_path))
 
 

@@ -1,0 +1,279 @@
+"""The figures of a study, for its page and for print: plain numbers in, a matplotlib figure out.
+
+The same numbers give the same bytes, on any machine with the same matplotlib: its own font, no dates, no random ids,
+and nobody's matplotlibrc.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..output import write_synced
+from .drawing import (
+    BLACK,
+    BLUE,
+    GREY,
+    Curve,
+    Group,
+    Level,
+    Point,
+    Series,
+    across_seeds,
+    curve_view,
+    draw_cross,
+    draw_legend,
+    draw_level,
+    draw_marks,
+    drawn,
+    empty_figure,
+    log_view,
+    look_of,
+    name_levels,
+    plain_numbers,
+    sparse,
+    styles_of,
+    view_of,
+    world_size_axis,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@drawn
+def over_world_sizes(
+    title: str,
+    label: str,
+    series: Sequence[Series],
+    reference: Level | None = None,
+    target: Level | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """A quantity over W by arm, with intervals.
+
+    Args:
+        title: above the drawing.
+        label: the quantity and its unit.
+        series: x is W, at least 1.
+        reference: the sequential runs: a line, and a band of their interval.
+        target: a dashed line.
+        limits: the range of the quantity, for one that has ends; points beyond are marked at the edge.
+    """
+    figure, (axes,) = empty_figure(title, label)
+    levels = [level for level in (reference, target) if level is not None]
+    low, high = limits or view_of([p for s in series for p in s.points], levels)
+    # Marks at the ends stay whole.
+    room = 0.04 * (high - low) if limits else 0.0
+    axes.set_ylim(low - room, high + room)
+    if reference is not None:
+        draw_level(axes, reference, BLACK, "solid")
+    if target is not None:
+        draw_level(axes, target, GREY, (0, (4, 3)))
+    world_size_axis(axes, {p.x for s in series for p in s.points})
+    draw_marks(axes, series, apart=True)
+    draw_legend(figure, [axes])
+    return figure
+
+
+@drawn
+def loss_curves(title: str, label: str, groups: Sequence[Group], x_label: str = "epochs") -> Figure:
+    """The median over seeds of a quantity along the runs, in a band from the smallest to the largest.
+
+    A run that stopped being finite counts as infinite from there on, so that those that are left do not look too good;
+    a cross shows where it stopped.
+
+    Args:
+        title: above the drawing.
+        label: the quantity and its unit.
+        groups: arms, each with one curve a seed; lengths and samplings may differ.
+        x_label: what the curves' x counts.
+    """
+    figure, (axes,) = empty_figure(title, label, x_label)
+    styles = styles_of([(g.name, g.arm) for g in groups])
+    lines = [across_seeds(group.curves) for group in groups]
+    low, high, log = curve_view(lines)
+    axes.set_yscale("log" if log else "linear")
+    axes.set_ylim(low, high)
+    if log:
+        plain_numbers(axes.yaxis)
+    top = 10 * abs(high)  # far enough; what is infinite cannot be drawn
+    for place, (line, style) in enumerate(zip(lines, styles)):
+        axes.fill_between(line.x, line.low, np.minimum(line.high, top), color=style.colour, alpha=0.15, linewidth=0)
+        middle = np.where(np.isfinite(line.middle), np.minimum(line.middle, top), np.nan)
+        every = max(1, len(line.x) // 6)
+        marked = (place * every // len(groups), every)
+        axes.plot(line.x, middle, label=style.label, markevery=marked, zorder=3 + place / 100, **look_of(style))
+        draw_cross(axes, [x for x, _ in line.ends], [min(y, high) for _, y in line.ends], style.colour)
+    if any(line.ends for line in lines):
+        draw_cross(axes, [], [], GREY, label="not finite from here")
+    draw_legend(figure, [axes])
+    return figure
+
+
+@drawn
+def speed_up(title: str, measured: Sequence[Point], predicted: Sequence[Point] = ()) -> Figure:
+    """Speed-up over W, T1 / TW, and strong efficiency, T1 / (W TW), side by side.
+
+    Args:
+        title: above the drawing.
+        measured: x is W, y the speed-up, low and high its spread over runs.
+        predicted: the same, of a model of the machine; dashed.
+    """
+    figure, axes = empty_figure(title, "", panels=2)
+    sizes = {p.x for p in (*measured, *predicted)} | {1.0}
+    both = (("measured", measured, False), ("predicted", predicted, True))
+    kinds = [(name, points, dashed) for name, points, dashed in both if points]
+    for panel, label in zip(axes, ("speed-up, T1 / TW", "efficiency, T1 / (W TW)")):
+        share = panel is axes[1]
+        panel.set_ylabel(label)
+        ideal = [1.0 if share else x for x in sorted(sizes)]
+        panel.plot(sorted(sizes), ideal, color=BLACK, lw=0.9, ls=(0, (1, 2)), label="ideal")
+        series = [
+            Series(
+                name,
+                [Point(p.x, *((v / p.x if share else v) for v in (p.y, p.low, p.high))) for p in points],
+                dashed=dashed,
+            )
+            for name, points, dashed in kinds
+        ]
+        seen = [v for s in series for p in s.points for v in (p.y, p.low, p.high) if math.isfinite(v)]
+        if share:
+            panel.set_ylim(0, max(1.0, min(2.0, max(seen, default=1.0))) * 1.06)
+        else:
+            seen = [v for v in seen if v > 0] + [1.0]
+            panel.set_yscale("log", base=2)
+            panel.set_ylim(max(2.0**-6, min(seen)) / 1.15, max(max(sizes), min(max(seen), 2 * max(sizes))) * 1.15)
+            plain_numbers(panel.yaxis, [2.0**k for k in range(-6, 20)])
+        world_size_axis(panel, sizes)
+        draw_marks(panel, series)
+    draw_legend(figure, axes, below=True)
+    return figure
+
+
+@drawn
+def noise_scale(title: str, curves: Sequence[Curve], marks: Sequence[Level] = ()) -> Figure:
+    """The gradient noise scale along the sequential runs, in samples: the median over seeds, in a band of all.
+
+    Args:
+        title: above the drawing.
+        curves: one a seed: x in epochs, y in samples. An unbiased estimate may be negative: it counts in the median,
+            and the line has a gap where that is negative.
+        marks: batches worth a line, in samples.
+    """
+    figure, (axes,) = empty_figure(title, "gradient noise scale (samples)", "epochs")
+    axes.set_yscale("log")
+    kept = [[(x, y) for x, y in zip(c.x, c.y) if math.isfinite(y)] for c in curves]
+    line = across_seeds([Curve([x for x, _ in pairs], [y for _, y in pairs]) for pairs in kept])
+    marks = [mark for mark in marks if math.isfinite(mark.value) and mark.value > 0]
+    low, high = log_view([*line.low, *line.middle, *line.high, *(mark.value for mark in marks)])
+    axes.set_ylim(low, high)
+    ends = (np.clip(end, low / 2, high * 2) for end in (line.low, line.high))
+    axes.fill_between(line.x, *ends, color=BLUE, alpha=0.2, linewidth=0, label="all seeds")
+    middle = np.where(line.middle > 0, np.minimum(line.middle, high * 2), np.nan)
+    alone = "o" if len(line.x) == 1 else ""
+    axes.plot(line.x, middle, color=BLUE, label="median over seeds", marker=alone)
+    for mark in marks:
+        axes.axhline(mark.value, color=GREY, lw=0.9, ls=(0, (4, 3)))
+    name_levels(axes, [(mark.value, mark.name) for mark in marks])
+    plain_numbers(axes.yaxis)
+    if len(line.x):
+        axes.legend(loc="best")
+    else:
+        axes.set_xticks([])
+    return figure
+
+
+@drawn
+def over_sizes(title: str, label: str, series: Sequence[Series], margin: float | None = None) -> Figure:
+    """The difference to sequential over the number of training samples, a panel for each W.
+
+    Args:
+        title: above the drawing.
+        label: the difference and its unit.
+        series: x in training samples; `world_size` is the panel.
+        margin: with its sign, the difference from which on a loss matters: -0.01 of an accuracy, +0.01 of a loss.
+    """
+    sizes = sorted({s.world_size for s in series})
+    figure, panels = empty_figure(title, label, "training samples", panels=max(1, len(sizes)))
+    levels = [Level(0.0, "")] + ([Level(margin, "")] if margin is not None else [])
+    low, high = view_of([p for s in series for p in s.points], levels)
+    ticks = sorted({p.x for s in series for p in s.points if p.x > 0})
+    for panel, size in zip(panels, sizes or [0]):
+        panel.set_xscale("log")
+        panel.set_ylim(low, high)
+        panel.axhline(0, color=BLACK, lw=0.9)
+        if margin is not None:
+            panel.axhline(margin, color=GREY, lw=0.9, ls=(0, (4, 3)), label="margin")
+        if size:
+            panel.set_title(f"W = {size}", fontsize=8.5, loc="center")
+        plain_numbers(panel.xaxis, sparse(ticks, 3 if len(panels) > 1 else 6))
+        if ticks:
+            panel.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
+        draw_marks(panel, [s for s in series if s.world_size == size], apart=True)
+    draw_legend(figure, panels, below=True)
+    return figure
+
+
+@drawn
+def trials(title: str, label: str, series: Sequence[Series]) -> Figure:
+    """The time to the best configuration over the number of trials, by how devices are shared out.
+
+    Args:
+        title: above the drawing.
+        label: the time and its unit.
+        series: x is the number of trials, y the time, both above 0; dashed where predicted.
+    """
+    figure, (axes,) = empty_figure(title, label, "trials")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({p.x for s in series for p in s.points if p.x > 0})
+    axes.set_ylim(*log_view(v for s in series for p in s.points for v in (p.y, p.low, p.high)))
+    if ticks:
+        axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+    plain_numbers(axes.xaxis, sparse(ticks, 10))
+    plain_numbers(axes.yaxis)
+    # The best mix is often one of the others.
+    draw_marks(axes, series, nested=True)
+    draw_legend(figure, [axes])
+    return figure
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@drawn
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Writes <folder>/<name>.svg and .pdf, each at once, and returns the text of the SVG."""
+    # Laid out once: a second time would move by a rounding error, and the ids follow from the places.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    title = figure.get_suptitle()
+    svg = _rendered(figure, "svg", {"Title": title, "Date": None, "Creator": None, "Format": None, "Type": None})
+    # What matplotlib leaves there would make a reader of the file name an address that it never asks for.
+    pdf = _rendered(figure, "pdf", {"Title": title, "CreationDate": None, "Creator": None, "Producer": None})
+    folder.mkdir(parents=True, exist_ok=True)
+    for data, ending in ((svg, "svg"), (pdf, "pdf")):
+        file = folder / f"{name}.{ending}"
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        write_synced(temporary, data)
+        os.replace(temporary, file)
+    return svg.decode()
+
+
+def _rendered(figure: Figure, kind: str, metadata: Mapping[str, str | None]) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, metadata=dict(metadata))
+    return stream.getvalue()
+
+
+def data_uri(svg: str) -> str:
+    """An SVG as the address of an <img>: there, the ids of several figures in one page never meet."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
