@@ -40,12 +40,12 @@ GROUPS = [
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
     | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "image_data", "study.inference"},
     # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
+    {"engine", "build", "micro_batches", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
     {"run"},
     # What a person starts.
     {"verify", "check_task", "predict", "study.slots", "study.runner", "study.plan", "study.results", "study.figures"}
-    | {"study.drawing", "study.hparams", "study.report", "study.timing", "study.prediction", "study.tuning"}
-    | {"cli", "main", "__main__"},
+    | {"study.drawing", "study.hparams", "study.album", "study.report", "study.timing", "study.prediction"}
+    | {"study.tuning", "cli", "main", "__main__"},
 ]
 HEAVY = {
     "PIL",

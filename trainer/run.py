@@ -24,13 +24,14 @@ from .distributed import Ranks, broadcast_object, gather_objects, raise_together
 from .errors import NonFiniteError, Stopped, TrainerError, UserError
 from .gradient_noise import NoiseScale
 from .guard import compare_ranks, state_sha256
+from .micro_batches import global_batches
 from .monitor import Window
 from .output import OutputFolder
 from .recorder import Recorder
 from .report import banner, result_table
 from .resume import Resume, Saver, claim, finished_summary, restore
 from .saving import save_card, save_model
-from .step import ExactStep, ZeroStep, global_batches, non_finite, unordered_buffers
+from .step import ExactStep, ZeroStep, non_finite, unordered_buffers
 from .watch import Watch
 
 if TYPE_CHECKING:

@@ -34,8 +34,9 @@ def _steps(ranks: Ranks, config: Config, rounds: int) -> list[float]:
 
     from trainer.build import build
     from trainer.console import DeepSpeedLog
+    from trainer.micro_batches import global_batches
     from trainer.monitor import Window
-    from trainer.step import ExactStep, global_batches
+    from trainer.step import ExactStep
 
     pieces = build(config, ranks, config.plan(ranks.world_size), DeepSpeedLog(keep=False))
     step = ExactStep(pieces, Window(10, pieces.plan.micro_batches, pieces.device).timer)

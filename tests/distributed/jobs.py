@@ -126,8 +126,9 @@ def first_gradient(ranks: Ranks, config: Config) -> list[Any]:
     """The reduced gradient of the first step, one numpy array a parameter."""
     from trainer.build import build
     from trainer.console import DeepSpeedLog
+    from trainer.micro_batches import global_batches
     from trainer.monitor import PhaseTimer
-    from trainer.step import ExactStep, global_batches
+    from trainer.step import ExactStep
 
     log = DeepSpeedLog(keep=False)
     log.install()

@@ -12,6 +12,7 @@ from ..schema import build, read_json
 from .arms import SEQUENTIAL, WEAK, Place, title_of
 from .inference import Comparison, Judgement, Reference, Rules, judge
 from .plan import Study
+from .prediction import speed_up
 from .runner import finished, metric_of
 from .timing import Timings, check_bits, read_timings
 
@@ -289,3 +290,16 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         row |= {k: run.get(k) for k in kept} | {"noise_scale_samples": noise.get("scale_samples")}
         rows.append(row | facts | {name: metric_of(run, name) for name in names})
     return rows
+
+
+def speed_ups(results: Results) -> tuple[dict[int, float], dict[int, float]]:
+    """W -> median measured and W -> predicted speed-up of strong scaling, for every W that its plan allows."""
+    timings = results.timings
+    if timings is None:
+        return {}, {}
+    measured = {W: sorted(ratios)[len(ratios) // 2] for W, ratios in timings.speed_ups().items() if ratios}
+    predicted: dict[int, float] = {}
+    if timings.measured is not None:
+        sizes = {1, *(W for W, answer in results.declared["strong"] if isinstance(answer, int)), *measured}
+        predicted = {W: speed_up(timings.measured, W) for W in sorted(sizes)}
+    return measured, predicted

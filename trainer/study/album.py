@@ -1,0 +1,170 @@
+"""Which figures a study has, and the numbers in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from . import figures
+from .arms import SEQUENTIAL, SEQUENTIAL_TUNED, Place
+from .drawing import Curve, Group, Level, Point, Series
+from .prediction import search_times
+from .results import Results, noise_scale, sizes_of, speed_ups
+
+
+class Album:
+    """Figures of one page: each is saved, and gives the HTML that shows it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.parts: list[str] = []
+
+    def add(self, name: str, figure: Any, caption: str) -> None:
+        """Saves a figure as SVG and PDF, and shows it with its caption."""
+        svg = figures.save(figure, self._folder, name)
+        self.parts.append(
+            f'<figure><img alt="{escape(caption)}" src="{figures.data_uri(svg)}">'
+            f"<figcaption>{escape(caption)} (figures/{escape(name)}.svg, .pdf)</figcaption></figure>"
+        )
+
+
+def figures_of(results: Results, folder: Path) -> list[str]:
+    """All figures of a study, saved in a folder: their part of the page, in HTML."""
+    album = Album(folder)
+    for i, (variant, budget) in enumerate(results.blocks()):
+        _draw_block(results, album, variant, budget, f"{i}-{budget}" if variant else budget)
+    _draw_sizes(results, album)
+    _draw_noise(results, album)
+    _draw_times(results, album)
+    return ["<h2>Figures</h2>", *album.parts] if album.parts else []
+
+
+def _draw_block(results: Results, album: Album, variant: str, budget: str, name: str) -> None:
+    """The metric and the failures over W, and the losses over time, of one variant and budget."""
+    groups, metric = results.groups(variant, budget), results.study.metric
+    level = f"{100 * (1 - results.rules.alpha):g} %"
+    what = f"{variant}, {results.budget(budget)}" if variant else results.budget(budget)
+    reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
+    series = [
+        Series(arm, [Point(c.place.world_size, c.mean, *c.interval) for c in comparisons], arm)
+        for arm, comparisons in groups.items()
+    ]
+    tuned = results.judgement.references.get(Place(variant, SEQUENTIAL_TUNED, "epochs", 1))
+    if tuned is not None and tuned.values:
+        series.append(Series(SEQUENTIAL_TUNED, [Point(1, tuned.mean, *tuned.interval)], SEQUENTIAL_TUNED))
+    figure = figures.over_world_sizes(
+        f"{metric} over W, {what}",
+        metric,
+        series,
+        Level(reference.mean, "sequential, and strong", *reference.interval),
+        Level(reference.target, "target"),
+    )
+    album.add(
+        f"metric-{name}", figure, f"{metric} by arm, {what}: means over seeds with {level} intervals of the mean."
+    )
+    failures = [
+        Series(
+            arm,
+            [Point(c.place.world_size, c.failures / len(c.values), *c.failure_interval) for c in comparisons],
+            arm,
+        )
+        for arm, comparisons in groups.items()
+    ]
+    figure = figures.over_world_sizes(
+        f"share of runs that fail to converge, {what}", "failure rate", failures, limits=(0.0, 1.0)
+    )
+    album.add(f"failures-{name}", figure, f"Failure rates, {what}, with {level} Clopper-Pearson intervals.")
+    sizes = sorted({c.place.world_size for comparisons in groups.values() for c in comparisons})
+    for W in dict.fromkeys((sizes[0], sizes[-1])):
+        places = [Place(variant, SEQUENTIAL, "epochs", 1)]
+        places += [c.place for comparisons in groups.values() for c in comparisons if c.place.world_size == W]
+        curves = [
+            Group(place.arm, [_curve(run, "train/loss") for run in runs], place.arm)
+            for place in places
+            if (runs := [run for run in results.results_at(place) if "train/loss" in run["curves"]])
+        ]
+        if curves:
+            figure = figures.loss_curves(f"training loss at W = {W}, {what}", "training loss", curves)
+            caption = f"Training loss at W = {W}, {what}: medians, and bands of all seeds."
+            album.add(f"loss-W{W}-{name}", figure, caption)
+
+
+def _curve(run: Mapping[str, Any], name: str) -> Curve:
+    curve = run["curves"][name]
+    return Curve(curve["epoch"], curve["value"], run["status"] == "not finite")
+
+
+def _draw_sizes(results: Results, album: Album) -> None:
+    sizes = sizes_of(results)
+    if len(sizes) < 2:
+        return
+    lines: dict[tuple[str, str, int], list[Point]] = {}
+    for c in results.judgement.comparisons:
+        if c.place.variant in sizes:
+            point = Point(sizes[c.place.variant], c.difference, *c.difference_interval)
+            lines.setdefault((c.place.arm, c.place.budget, c.place.world_size), []).append(point)
+    for budget in dict.fromkeys(budget for _, budget, _ in lines):
+        series = [
+            Series(arm, sorted(points, key=lambda p: p.x), arm, world_size=W)
+            for (arm, of, W), points in lines.items()
+            if of == budget
+        ]
+        margin = -results.study.margin if results.study.direction == "max" else results.study.margin
+        metric, what = results.study.metric, results.budget(budget)
+        figure = figures.over_sizes(f"{metric} against sequential, {what}", "difference", series, margin)
+        album.add(f"sizes-{budget}", figure, f"Difference of {metric} to sequential by training samples, {what}.")
+
+
+def _draw_noise(results: Results, album: Album) -> None:
+    scale = noise_scale(results)
+    runs = results.results_at(Place("", SEQUENTIAL, "epochs", 1))
+    curves = [_curve(run, "noise/scale_samples") for run in runs if "noise/scale_samples" in run["curves"]]
+    if scale is None or not curves:
+        return
+    B = runs[0]["global_batch_size"]
+    marks = [Level(B, f"one rank's batch, {B:,}")]
+    bad = {
+        arm: min(c.place.world_size for c in comparisons if c.verdicts["loses"] == "supported")
+        for arm, comparisons in results.groups("", "epochs").items()
+        if any(c.verdicts["loses"] == "supported" for c in comparisons)
+    }
+    marks += [
+        Level(W * B, f"{' and '.join(a for a in bad if bad[a] == W)} lose from {W * B:,} on")
+        for W in sorted(set(bad.values()))
+    ]
+    figure = figures.noise_scale("gradient noise scale along the sequential runs", curves, marks)
+    album.add("noise", figure, "Gradient noise scale (McCandlish et al. 2018) of the sequential runs.")
+
+
+def _draw_times(results: Results, album: Album) -> None:
+    measured, predicted = speed_ups(results)
+    if results.timings is None or len(measured) < 2:
+        return
+    points = [
+        Point(W, measured[W], min(ratios), max(ratios)) for W, ratios in sorted(results.timings.speed_ups().items())
+    ]
+    figure = figures.speed_up("strong scaling", points, [Point(W, s) for W, s in sorted(predicted.items())])
+    given = "given" if results.timings.given else "measured"
+    m = results.timings.measured
+    network = (
+        f" Predicted from one rank's step, a latency of {m.latency_s * 1e6:,.0f} us and {m.bytes_per_s / 1e9:.3g} "
+        f"GB/s, both {given}, for ranks with devices of their own."
+        if m is not None
+        else ""
+    )
+    album.add("speed-up", figure, f"Speed-up and efficiency of strong scaling.{network}")
+    known = predicted | measured
+    W = max(known)
+    trial_s = sorted(results.timings.walls_s[1])[len(results.timings.walls_s[1]) // 2]
+    counts = sorted({2**i for i in range(9)} | {W})
+    times = [search_times(trial_s, known, W, n) for n in counts]
+    dashed = W not in measured
+    series = [
+        Series(f"one run on {W} ranks at a time", [Point(t.trials, t.strong) for t in times], "strong", dashed),
+        Series(f"{W} runs at once", [Point(t.trials, t.at_once) for t in times], "sequential", dashed),
+        Series("best mix", [Point(t.trials, t.mixed) for t in times], "weak", dashed),
+    ]
+    figure = figures.trials(f"a search for the best configuration on {W} devices", "seconds", series)
+    album.add("trials", figure, f"Time until the best of so many trials is known on {W} devices.")
