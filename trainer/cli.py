@@ -82,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
     compare.add_argument("ds_config", metavar="FILE", help='JSON config with a "study" block')
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: study.seeds=5"
+    )
     compare.add_argument("--dry_run", action="store_true", help="show the plan; starts no run")
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
     again.add_argument("folder", metavar="DIR", help="study.output_dir")
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.command == "study":
             from .study.runner import study
 
-            return study(flags.ds_config, flags.dry_run)
+            return study(flags.ds_config, flags.dry_run, dict(parse_override(text) for text in flags.set))
         if flags.command == "report":
             from .study.report import report
 

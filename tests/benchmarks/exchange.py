@@ -47,7 +47,7 @@ def _steps(ranks: Ranks, config: Config, rounds: int) -> list[float]:
         dist.all_reduce(tree.gradient)
         records = tree._gathered_records[: tree._leaves]
         records.fill_(1.0)
-        return records
+        return tree._taken_apart(records)
 
     batches = iter(global_batches(pieces))
     ratios = []

@@ -164,6 +164,20 @@ def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> Non
     assert str(tmp_path / "study.json") in str(caught.value)
 
 
+def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """They win over the file, for the base config and for the study, and are checked like it."""
+    study, (base, *_) = load(
+        str(SHIPPED), {"study.seeds": 9, "trainer.task_options.data": "mine.csv", "trainer.epochs": 3}
+    )
+    assert study.seeds == list(range(9))
+    assert base.config.trainer.epochs == 3
+    assert base.values["trainer"]["task_options"]["data"] == "mine.csv"
+    assert main(["study", str(SHIPPED), "--set", "study.seedz=9"]) == 2
+    assert 'Did you mean "seeds"' in capsys.readouterr().err
+    assert main(["study", str(SHIPPED), "--set", "trainer.epohcs=9"]) == 2
+    assert 'Did you mean "epochs"' in capsys.readouterr().err
+
+
 def test_a_config_without_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(ROOT / "ds_configs" / "strong.json")]) == 2
     assert 'a study needs a "study" block' in capsys.readouterr().err

@@ -191,9 +191,19 @@ class Plan:
         return parse(values)
 
 
-def load(path: str) -> tuple[Study, list[Variant]]:
-    """The study in a file, and its base configs, checked: the first is the base itself. Raises UserError."""
+def load(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[Study, list[Variant]]:
+    """The study in a file, and its base configs, checked: the first is the base itself.
+
+    Args:
+        path: the JSON file.
+        overrides: dotted key -> value, of the base config or of the study ("study.seeds" -> 5); they win over the file.
+
+    Raises:
+        UserError: anything in it is wrong.
+    """
     values = read_json(Path(path))
+    for key, value in (overrides or {}).items():
+        lay_over(values, key, value)
     block = values.pop("study", None)
     if not isinstance(block, dict):
         raise UserError(f'{path}: a study needs a "study" block {{...}} beside the config that it varies.')

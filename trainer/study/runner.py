@@ -67,8 +67,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def study(path: str, dry_run: bool = False) -> int:
-    """Plans and runs a study, or goes on with it, and writes its report.
+def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None = None) -> int:
+    """Plans and runs a study, or goes on with it, and writes its report. Overrides as in `plan.load`.
 
     Returns:
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.
@@ -76,7 +76,7 @@ def study(path: str, dry_run: bool = False) -> int:
     Raises:
         UserError: something has to change first; before any run.
     """
-    declared, variants = load(path)
+    declared, variants = load(path, overrides)
     _check_packages(declared)
     folder = Path(declared.output_dir)
     cuda, parallel = _parallel(variants[0].config, declared.max_parallel)
