@@ -21,8 +21,8 @@ from trainer.config import parse
 from trainer.errors import UserError
 from trainer.study.arms import values_of
 from trainer.study.plan import expand, load
-from trainer.study.results import Results
-from trainer.study.runner import finished, study
+from trainer.study.results import Results, finished
+from trainer.study.runner import study
 from trainer.workers import run_ranks
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,25 @@ from .arms import SEQUENTIAL, WEAK, Place, title_of
 from .inference import Comparison, Judgement, Reference, Rules, judge
 from .plan import Study
 from .prediction import speed_up
-from .runner import finished, metric_of
 from .timing import Timings, check_bits, read_timings
 
 CLAIMS = {"loses": "loses against its sequential runs", "fails": "fails to converge more often than not"}
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run id -> result, of all runs that have come to their end."""
+    results = {}
+    for file in sorted((folder / "runs").glob("*.json")):
+        result = read_json(file)
+        results[str(result["id"])] = result
+    return results
+
+
+def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
+    """A metric of a result, as <split>/<metric>; None where the run stopped being finite."""
+    split, name = metric.split("/")
+    value = result["metrics"].get(split, {}).get(name)
+    return None if value is None else float(value)
 
 
 class Results:

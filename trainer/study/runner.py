@@ -31,6 +31,7 @@ from ..schema import near, read_json
 from ..workers import WorkerError
 from .arms import WEAK, Place, run_id, steps_per_epoch
 from .plan import Cell, Plan, Study, Variant, expand, load, plan_text, work
+from .results import finished, metric_of, verdicts
 from .slots import Slots
 from .tuning import Search
 
@@ -216,22 +217,6 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
         )
 
 
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> result, of all runs that have come to their end."""
-    results = {}
-    for file in sorted((folder / "runs").glob("*.json")):
-        result = read_json(file)
-        results[str(result["id"])] = result
-    return results
-
-
-def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a result, as <split>/<metric>; None where the run stopped being finite."""
-    split, name = metric.split("/")
-    value = result["metrics"].get(split, {}).get(name)
-    return None if value is None else float(value)
-
-
 class _Agenda:
     """What is left to run. Trials come first: each has to wait for the one before."""
 
@@ -325,7 +310,6 @@ class _Agenda:
 def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int, cuda: bool) -> int:
     """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
     from .report import write_report
-    from .results import verdicts
     from .timing import time_ranks
 
     declared, results = plan.study, finished(folder)
