@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
     [
         ("throughput.py --rounds 2 --model mlp --world_sizes 1 2", "mlp        2"),
         ("exchange.py --rounds 2", "38.15 MiB"),
-        ("checkpoints.py --pairs 2 --world_sizes 2", "digits CNN"),
+        ("checkpoints.py --pairs 2 --world_sizes 2", "cnn"),
         ("study.py --runs 4 --launched 2", "the same parameters"),
         ("startup.py --rounds 2", "minimal"),
     ],
