@@ -1,6 +1,7 @@
 """What a checkpoint every 50 steps costs, and the comparison of ranks every 50 steps.
 
-    python tests/benchmarks/checkpoints.py [--pairs 100] [--world_sizes 1 2] [--models cnn minilm] [--minilm FOLDER --data FILE]
+    python tests/benchmarks/checkpoints.py [--pairs 100] [--world_sizes 1 2]
+    python tests/benchmarks/checkpoints.py --models minilm --minilm FOLDER --data FILE --pairs 25
 
 A run of the digits CNN, or of MiniLM on texts with its lower layers frozen, makes a checkpoint, or a comparison of
 ranks, every 20 steps. So of every two neighbouring stretches of 10 steps one bears the cost, the copy and whatever
