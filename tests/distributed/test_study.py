@@ -193,11 +193,12 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "arms": ["sequential", "strong", "weak", "weak_tuned", "weak_lamb", "weak_adascale"],
             "world_sizes": [4],
             "budgets": ["epochs", "updates"],
-            "tuning": {"trials": 4},
+            "tuning": {"trials": 3},
             "dataset_sizes": [200],
             "variants": {"wide": {"trainer.task_options.width": 160}},
-            "timing": {"world_sizes": [2], "max_steps": 30, "repeats": 2},
+            "timing": {"world_sizes": [2], "max_steps": 20, "repeats": 2},
         },
+        train_samples=400,
     )
     folder = tmp_path / "study"
     runs = folder / "runs"
@@ -215,7 +216,7 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert [t["lr"] for t in found[Path(name).stem]["trials"]][: len(rates)] == rates
     results = finished(folder)
     of_trials = {this for search in found.values() for trial in search["trials"] for this in trial["runs"]}
-    assert len(of_trials) == 3 * 4 * 4
+    assert len(of_trials) == 3 * 4 * 3
     assert not {results[this]["seed"] for this in of_trials} & {0, 1}
     for name, search in found.items():
         best = max(search["trials"], key=lambda trial: (trial["value"], -trial["loss"]))
@@ -229,16 +230,16 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(rows) == 3 * (2 + 2 * 4)
     assert rows["200 samples", "weak", "epochs", 4]["samples"] == 200
     assert rows["", "weak_lamb", "epochs", 4]["config"]["optimizer"]["type"] == "LAMB"
-    assert rows["", "weak_adascale", "updates", 4]["adascale"]["position"] >= 76
+    assert rows["", "weak_adascale", "updates", 4]["adascale"]["position"] >= 26
     assert rows["", "sequential", "epochs", 1]["gradient_noise"]["scale_samples"] > 0
     curve = rows["", "sequential", "epochs", 1]["curves"]["train/loss"]
     assert len(curve["epoch"]) == len(curve["value"]) > 20
     assert curve["epoch"][-1] == 2
     assert rows["", "weak", "epochs", 4]["curves"]["train/loss"]["epoch"][-1] == 2  # its last batch is smaller
 
-    # Real ranks: 30 steps twice at W = 1 and 2, to the same bits, and never again.
+    # Real ranks: 20 steps twice at W = 1 and 2, to the same bits, and never again.
     said = capsys.readouterr().out
-    assert "strong scaling on real ranks: runs of 30 steps of seed 0 at W = 1, 2 ended with the same bits" in said
+    assert "strong scaling on real ranks: runs of 20 steps of seed 0 at W = 1, 2 ended with the same bits" in said
     timed = sorted((folder / "timing").iterdir())
     assert [file.name for file in timed] == ["W1-0.json", "W1-1.json", "W2-0.json", "W2-1.json", "network.json"]
     assert len({json.loads(file.read_text())["parameters_sha256"] for file in timed[:4]}) == 1
