@@ -281,12 +281,13 @@ def launcher(role: str, *signals: int) -> Callable[[int, int, random.Random, Pat
     return plan
 
 
+STARTING = "SIGKILL of a rank that starts"
 # Kind -> (its plan, how often it is drawn).
 KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = {
     "SIGKILL of a rank": (kill, 14),
     "SIGKILL of rank 0": (kill_rank_0, 6),
     "SIGKILL of all ranks at once": (kill_all, 6),
-    "SIGKILL of a rank that starts": (kill_while_starting, 8),
+    STARTING: (kill_while_starting, 8),
     "SIGKILL inside a checkpoint write": (kill_while_writing, 12),
     "SIGTERM, SIGINT, SIGUSR1 to a rank": (ask, 10),
     "the same to all ranks": (ask_all, 5),
