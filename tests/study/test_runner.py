@@ -192,10 +192,10 @@ def test_durations() -> None:
 NASTY = "<script>alert(\"x\")</script> & 'q'"
 
 
-def results(folder: Path, seeds: int = 10) -> Path:
+def results(folder: Path, seeds: int = 10, budget: str = "epochs", noise: dict[str, Any] | None = None) -> Path:
     """A study's folder as the runs would have left it: weak at W = 8 is bad, W = 2 good, one run not finite."""
     arms = ["sequential", "strong", "weak", "weak_sqrt"]
-    path = write(folder, {"seeds": seeds, "arms": arms, "world_sizes": [2, 8], "budgets": ["epochs"]})
+    path = write(folder, {"seeds": seeds, "arms": arms, "world_sizes": [2, 8], "budgets": [budget]})
     _, plan = planned(path)
     out = folder / "out"
     (out / "runs").mkdir(parents=True)
@@ -212,7 +212,7 @@ def results(folder: Path, seeds: int = 10) -> Path:
             "metrics": {} if broken else {"test": {"accuracy": value, "loss": 1 - value}}, "steps": 760, "epochs": 20,
             "global_batch_size": 32, "micro_batch_size": 8, "parameters_sha256": None if broken else f"{i:064x}",
             "started_at_s": 1.0, "wall_time_s": 1.0, "step_time_s": None if broken else 0.001, "samples_per_s": 9.0,
-            "learning_rate": 0.003, "samples": 1200, "curves": {}, "gradient_noise": None,
+            "learning_rate": 0.003, "samples": 1200, "curves": {}, "gradient_noise": noise,
             "code_sha256": "c" * 64, "device_model": NASTY, "facts": {"torch": "2", "device_model": NASTY},
         }  # fmt: skip
         (out / "runs" / f"{cell.id}.json").write_text(json.dumps(run))
@@ -231,6 +231,18 @@ def test_verdicts_of_a_folder(tmp_path: Path) -> None:
     at = lines.index("weak, learning rate unchanged, equal epochs: fails to converge more often than not?")
     assert lines[at + 1].startswith("  W = 2: contradicted. 0 of 10 runs")
     assert lines[at + 2].startswith("  W = 8: supported. 10 of 10 runs (95 % interval 0.69 to 1.00)")
+
+
+def test_the_noise_scale_speaks_of_equal_epochs(tmp_path: Path) -> None:
+    """Where it stands beside what the study saw: W = 8 times 32 samples lose, at equal epochs."""
+    noise = {"scale_samples": 146.0}
+    (tmp_path / "epochs").mkdir()
+    said = verdicts(results(tmp_path / "epochs", noise=noise))[-1]
+    assert "146 about twice as many: W = 4.56 times the batch of 32" in said
+    assert said.endswith("The study shows a loss of weak from W = 8 (a batch of 256) on.")
+    (tmp_path / "updates").mkdir()
+    said = verdicts(results(tmp_path / "updates", budget="updates", noise=noise))[-1]
+    assert said.endswith("at equal epochs, at which this study compares nothing.")
 
 
 class Page(HTMLParser):

@@ -277,14 +277,18 @@ def noise_sentences(results: Results) -> list[str]:
         f"({scale[1]:,.0f} to {scale[2]:,.0f} over seeds). Batches well below it should cost few samples more, and "
         f"{scale[0]:,.0f} about twice as many: W = {max(1.0, scale[0] / B):.3g} times the batch of {B}. "
     )
-    seen = []
-    for arm, comparisons in results.groups("", "epochs").items():
+    seen, groups = [], results.groups("", "epochs")
+    for arm, comparisons in groups.items():
         bad = [c.place.world_size for c in comparisons if c.verdicts["loses"] == "supported"]
         if bad:
             seen.append(f"{arm} from W = {min(bad)} (a batch of {min(bad) * B:,}) on")
-    return [
-        line + ("The study shows a loss of " + "; ".join(seen) + "." if seen else "No loss is shown in this study.")
-    ]
+    if not groups:
+        line += "That is at equal epochs, at which this study compares nothing."
+    elif seen:
+        line += f"The study shows a loss of {'; '.join(seen)}."
+    else:
+        line += "No loss is shown in this study."
+    return [line]
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
