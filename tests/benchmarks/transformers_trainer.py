@@ -5,7 +5,8 @@
 
 Both train the two upper layers, pooler and classifier of the same model on the same samples, with the same learning
 rate, schedule, weight decay, clipping, micro-batches, accumulation, epochs, padding (each micro-batch to its longest
-text) and number of threads, and both log every 10 steps to TensorBoard. Each training is a process of its own; a
+text) and number of threads, and both log every 10 steps to TensorBoard. The Hugging Face Trainer is given its loss,
+summed and divided by the whole batch (see there). Each training is a process of its own; a
 round is one of each, with one seed, in an order that changes from round to round. Samples/s are those trained after
 the first 8 steps, divided by the wall time of the loop from then to its last step: without loading and evaluation.
 The CPU time of that loop is printed beside it: it says more on a machine that does other things as well. Printed
@@ -160,6 +161,12 @@ def theirs(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
         train_dataset=splits["train"],
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[Watch()],
+        # Left to itself, transformers 5.23 takes the classifier's loss, a mean over the micro-batch, for one that is
+        # divided by the whole batch already, because the model's forward takes **kwargs: gradients would be as many
+        # times too large as there are accumulation steps, and clipped as such.
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: (
+            torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        ),
     )
     trainer.train()
     predictions = trainer.predict(splits["test"])
