@@ -126,6 +126,9 @@ def test_all_three_keys_where_they_agree(m: int, accumulation: int, W: int) -> N
     ("keys", "wanted"),
     [
         ((1, 256, 8, None), "global batch 256 samples = 32 micro-batches x 8 samples; 1 rank x 32 micro-batches"),
+        ((32, 256, 8, None), "global batch 256 samples = 32 micro-batches x 8 samples; 32 ranks x 1 micro-batch"),
+        ((1, 8, 8, None), "global batch 8 samples = 1 micro-batch x 8 samples; 1 rank x 1 micro-batch"),
+        ((2, 4, 1, None), "global batch 4 samples = 4 micro-batches x 1 sample; 2 ranks x 2 micro-batches"),
         ((4, 4096, 8, None), "global batch 4,096 samples = 512 micro-batches x 8 samples; 4 ranks x 128 micro-batches"),
         (
             (3, 256, 8, None),

@@ -67,10 +67,12 @@ class BatchPlan:
         """The batch arithmetic in one line, for the console."""
         full = self.micro_batches * self.micro_batch_size == self.global_batch_size
         size = f"{self.micro_batch_size} samples" if full else f"at most {self.micro_batch_size} samples"
+        size = size if self.micro_batch_size > 1 else "1 sample"
         ranks = "rank" if self.world_size == 1 else "ranks"
+        whole, own = ("es" if count != "1" else "" for count in (str(self.micro_batches), self.per_rank()))
         return (
-            f"global batch {self.global_batch_size:,} samples = {self.micro_batches} micro-batches x {size}; "
-            f"{self.world_size} {ranks} x {self.per_rank()} micro-batches"
+            f"global batch {self.global_batch_size:,} samples = {self.micro_batches} micro-batch{whole} x {size}; "
+            f"{self.world_size} {ranks} x {self.per_rank()} micro-batch{own}"
         )
 
 
