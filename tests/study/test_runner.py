@@ -55,6 +55,15 @@ def test_the_shipped_study() -> None:
     assert [W for W, answer in plan.strong if answer == 4] == [2, 4]
 
 
+def test_strong_is_planned_as_far_as_it_goes(tmp_path: Path) -> None:
+    """4 micro-batches can be dealt to 4 ranks, whatever W the weak arms are asked for."""
+    _, plan = planned(write(tmp_path, {"world_sizes": [8, 32]}))
+    assert [W for W, _ in plan.strong] == [4, 8, 32]
+    assert [W for W, answer in plan.strong if answer == 4] == [4]
+    _, plan = planned(write(tmp_path, {"world_sizes": [1, 3]}))
+    assert [(W, answer) for W, answer in plan.strong] == [(3, 4), (4, 4)]
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("study*.json")), ids=lambda p: p.stem)
 def test_every_shipped_study_can_decide(file: Path) -> None:
     study, plan = planned(file)
@@ -223,7 +232,7 @@ def test_verdicts_of_a_folder(tmp_path: Path) -> None:
     lines = verdicts(results(tmp_path))
     text = "\n".join(lines)
     assert text.startswith("sequential: test/accuracy 0.95")
-    assert "strong scaling has the accuracy of the sequential runs: supported at W = 2, by construction" in text
+    assert "strong scaling has the accuracy of the sequential runs: supported at W = 2, 4, by construction" in text
     assert "strong scaling at W = 8: impossible here" in text
     at = lines.index("weak, learning rate unchanged, equal epochs: loses against its sequential runs?")
     assert lines[at + 1].startswith("  W = 2: contradicted. ")

@@ -295,7 +295,8 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
     plan = Plan(study, {variant.name: variant for variant in variants})
     base = variants[0]
     if STRONG in study.arms:
-        for world_size in study.world_sizes:
+        # Also on as many ranks as there are micro-batches: a base with few of them says how far it goes.
+        for world_size in sorted({*study.world_sizes, base.config.plan(1).micro_batches} - {1}):
             try:
                 plan.strong.append((world_size, check_strong(base.config, world_size, base.samples)))
             except ImpossibleError as reason:
