@@ -32,6 +32,21 @@ def test_a_run_whose_last_file_cannot_be_written_has_finished_nowhere(tmp_path: 
     assert not (folder / "summary.json").exists()
 
 
+def test_a_full_disk_under_the_weights_is_told_as_one(tmp_path: Path) -> None:
+    """The writer of safetensors has an exception of its own for it, the same as for a file that cannot be read."""
+    from safetensors import SafetensorError
+
+    from trainer.output import OutputFolder
+    from trainer.run import _of_the_folder
+
+    folder = OutputFolder.claim(str(tmp_path / "run"), "test")
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    message = str(_of_the_folder(full, folder))
+    assert f"{tmp_path / 'run'} cannot be written" in message and "No space left on device" in message
+    assert _of_the_folder(SafetensorError("Error while deserializing header: invalid"), folder) is None
+    assert _of_the_folder(full, None) is None  # another rank than the one that writes
+
+
 def test_a_rank_that_is_lost_before_the_first_step(tmp_path: Path) -> None:
     """The others leave at once, with a message that names it, and leave nothing behind."""
     config = small_config(tmp_path / "run", task=f"{USER_TASKS}/bad_tasks.py:DiesAtStart", hang_timeout_s=15.0)
