@@ -1,0 +1,44 @@
+"""What random tasks do wrong on purpose, and the words with which the trainer has to say so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One way to make a result depend on who computes what.
+
+    Attributes:
+        reason: a regular expression that the reason against bitwise has to match, in the label or the refusal.
+        layer: the class in fuzz_flaws.py; None where the task itself is flawed (random_task.FLAWS).
+        several_ranks: whether it can only be seen with two ranks or more.
+        tokens: whether it needs an embedding.
+    """
+
+    reason: str
+    layer: str | None = None
+    several_ranks: bool = False
+    tokens: bool = False
+
+
+FLAWS: dict[str, Flaw] = {
+    "python_random": Flaw(r"Python's random module"),
+    "numpy_random": Flaw(r"numpy's global generator"),
+    "task_generator": Flaw(r"generator"),
+    "global_generator": Flaw(r"generator"),
+    "module_generator": Flaw(r"generator", "FlawedGenerator"),
+    "task_counter": Flaw(r"times_called"),
+    "global_counter": Flaw(r"CALLS_OF_ALL"),
+    "module_counter": Flaw(r"calls_so_far.*changes|changes.*calls_so_far", "FlawedCounter"),
+    "task_memory": Flaw(r"recent_means"),
+    "module_memory": Flaw(r"memory_bank", "FlawedMemory"),
+    "own_buffer": Flaw(r"buffer .*own_average", "FlawedBuffer"),
+    "tally": Flaw(r"buffer .*own_tally", "FlawedTally"),
+    "spectral_norm": Flaw(r"buffer .*_[uv]\b", "FlawedSpectral"),
+    "writes_parameter": Flaw(r"parameter .*shrinking", "FlawedWriter"),
+    "first_batch": Flaw(r"parameter .*first_scale|started", "FlawedStart"),
+    "max_norm": Flaw(r"parameter .*layers\.0\.inner\.weight", tokens=True),
+    "rank": Flaw(r"\brank", several_ranks=True),
+    "clock": Flaw(r"."),
+}
