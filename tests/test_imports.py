@@ -36,11 +36,13 @@ GROUPS = [
         "watch",
         "checkpoint",
     }
-    | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers"}
+    | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers", "engine_contract"}
+    | {"progress", "task_contract", "python_state", "causes", "audit"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
     | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "image_data", "study.inference"},
     # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "micro_batches", "step", "evaluate", "report", "best", "saving", "recorder", "resume"},
+    {"engine", "build", "micro_batches", "step", "evaluate", "report", "best", "saving", "recorder", "resume"}
+    | {"rehearsal"},
     {"run"},
     # What a person starts.
     {"verify", "check_task", "predict", "study.slots", "study.runner", "study.plan", "study.results", "study.figures"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from .batching import BatchPlan, micro_batch_bounds
 from .config import Config
 from .console import DeepSpeedLog, say
 from .deepspeed_keys import LAYERWISE
-from .distributed import Ranks, raise_together
+from .distributed import Ranks, broadcast_tensor, raise_together
 from .errors import TrainerError, UserError
 from .learning_rate import factor, scaling_factor
 from .optimizers import check_optimizer
@@ -42,7 +42,9 @@ class Pieces:
     Attributes:
         host_splits, splits: the data on the CPU and on the device.
         inexact: why the run is not bitwise; empty if it is.
-        own_buffers: buffers that the model's forward changes, so that ranks differ in them; found in the first step.
+        alike: whether all ranks have the same device model.
+        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them; found
+            by the rehearsal.
         adascale: sets the learning rate, where the config asks for it.
     """
 
@@ -59,7 +61,8 @@ class Pieces:
     inexact: list[str]
     facts: dict[str, Any]
     hosts: list[str]
-    own_buffers: set[str] = field(default_factory=set)
+    alike: bool = True
+    changing: list[str] = field(default_factory=list)
     adascale: AdaScale | None = None
     _data_sha256: dict[str, str] = field(default_factory=dict)
 
@@ -76,7 +79,14 @@ class Pieces:
     def common_state(self) -> dict[str, Tensor]:
         """Parameters and buffers by name: what every rank must hold alike."""
         state = self.engine.model_state()
-        return {name: tensor for name, tensor in state.items() if name not in self.own_buffers}
+        return {name: tensor for name, tensor in state.items() if name not in self.changing}
+
+    def follow_first(self) -> None:
+        """Takes over rank 0's values of what each rank's forward has changed in its own way. Collective: every rank."""
+        state = self.engine.model_state() if self.changing else {}
+        for name in self.changing:
+            own = state[name]
+            own.copy_(broadcast_tensor(own.cpu() if self.ranks.first else None, own.dtype, tuple(own.shape)))
 
     def micro_batch_counts(self) -> set[int]:
         """Every number of micro-batches that a step of this run has: M, and that of an epoch's last batch."""
@@ -156,7 +166,8 @@ def build(
         facts["transformers"] = importlib.metadata.version("transformers")
     if config.optimizer.type.lower() in LAYERWISE:
         facts["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
-    inexact = _zero_reason(config) + _sync_batch_norm_reason(model) + _compare_facts(facts, config, host_splits)
+    unlike = _compare_facts(facts, config, host_splits)
+    inexact = _zero_reason(config) + _sync_batch_norm_reason(model) + unlike
     refuse_inexact(config, inexact)
 
     if engines.builds_an_op(config) and ranks.first:
@@ -192,15 +203,23 @@ def build(
         inexact=inexact,
         facts=facts,
         hosts=distributed.gather_objects(f"{socket.gethostname()} {device}"),
+        alike=not unlike,
         adascale=adaptive,
     )
 
 
-def refuse_inexact(config: Config, reasons: list[str]) -> None:
-    """Raises UserError, on every rank, if the config asks for bitwise and there is a reason against it."""
+def refuse_inexact(config: Config, reasons: Sequence[str], remedies: Sequence[str] = ()) -> None:
+    """Raises UserError, on every rank, if the config asks for bitwise and there is a reason against it.
+
+    Args:
+        config: of the run.
+        reasons: clauses.
+        remedies: sentences that say what to do.
+    """
     if reasons and config.trainer.exactness == "bitwise":
+        advice = "".join(f"{remedy}\n" for remedy in remedies)
         raise UserError(
-            f'trainer.exactness is "bitwise", but {"; ".join(reasons)}.\n'
+            f'trainer.exactness is "bitwise", but {"; ".join(reasons)}.\n{advice}'
             'With "auto" the run goes on and is labelled tolerance.',
             agreed=True,
         )
@@ -320,20 +339,26 @@ def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Spli
         A reason against bitwise if the device models differ.
 
     Raises:
-        UserError: on every rank, if anything else differs: the run would be nobody's.
+        UserError: on every rank, if anything else differs, also where device models do.
     """
     own: dict[str, Any] = {**facts, "config": repr(config.as_dict())}
     own.update({f"data of {name}": split.data_hash() for name, split in splits.items()})
     everyone = distributed.gather_objects((socket.gethostname(), own))
-    for name in own:
+    unlike: list[str] = []
+    for name in sorted({name for _, facts_of in everyone for name in facts_of}):
         values = [facts_of.get(name) for _, facts_of in everyone]
         usual = distributed.common_value(values)
         for rank, value in enumerate(values):
             if value == usual:
                 continue
             where = f"rank {rank} on {everyone[rank][0]}"
-            if name in ("device_model", "cpu_capability"):
-                return [f"{where} runs on {value}, others on {usual}"]
+            if name in _OF_THE_DEVICE:
+                unlike.append(f"{where} runs on {value}, others on {usual}")
+                break
             shown = "" if name == "config" else f": {value}, others {usual}"
             raise UserError(f"{where} has another {name} than the other ranks{shown}.", agreed=True)
-    return []
+    return unlike[:1]
+
+
+# Facts in which ranks may differ, at the price of the label. Whatever else differs, the run would be nobody's.
+_OF_THE_DEVICE = ("device_model", "cpu_capability")

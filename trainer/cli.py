@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
     check = commands.add_parser("check-task", help="say what of a task isn't exact, and why")
     check.add_argument("task", metavar="TASK", help="path/to/file.py:ClassName, or a built-in task")
+    check.add_argument("--ds_config", metavar="FILE", help="with this config's micro-batches, optimizer and precision")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="trainer.task_options.x=3")
     guess = commands.add_parser("predict", help="what a trained model says of new data")
     guess.add_argument("--model", required=True, metavar="DIR", help="a run's output folder, or the model in it")
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.command == "check-task":
             from .check_task import check_task
 
-            return check_task(flags.task, dict(parse_override(text) for text in flags.set))
+            return check_task(flags.task, dict(parse_override(text) for text in flags.set), flags.ds_config)
         if flags.command == "predict":
             from .predict import predict
 

@@ -91,6 +91,12 @@ class Trainer:
     evaluate_micro_batch_size: int = option(128, "samples of one forward in evaluation", minimum=1)
     log_every_steps: int = option(10, "length of the logging window in steps", minimum=1)
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
+    audit_every_steps: int | None = option(
+        None,
+        "steps between audits, in which each rank computes a micro-batch of another one again; 0 for none, by default "
+        "with the guard, and less often where a rank has fewer than four micro-batches",
+        minimum=0,
+    )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: Checkpoint = option(Checkpoint, "what an interrupted run goes on from")
     max_wall_time_s: float | None = option(None, "stop with a checkpoint after so many seconds, exit code 75", above=0)

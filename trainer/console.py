@@ -69,7 +69,7 @@ class DeepSpeedLog(logging.Filter):
         self._sink.close()
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal, a plain line every tenth of the run elsewhere.
 
     Args:

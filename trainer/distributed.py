@@ -293,17 +293,21 @@ def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
 
 def gather_int64(value: Tensor) -> list[int]:
     """Every rank's number, by rank: () int64. Collective: every rank. Waits for the device."""
+    return gather_rows(value.reshape(1)).flatten().tolist()
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's (n,), by rank: (W, n) on the CPU. Collective: every rank, with equal n. Waits for the device."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [int(value)]
-    if dist.get_backend() == "gloo":
-        value = value.cpu()
-    gathered = torch.empty(dist.get_world_size(), dtype=torch.int64, device=value.device)
+        return row.cpu()[None]
+    row = row.cpu() if dist.get_backend() == "gloo" else row.cuda()
+    gathered = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype, device=row.device)
     with meetings:
-        all_gather_flat(gathered, value.reshape(1))
-        return gathered.tolist()
+        all_gather_flat(gathered, row)
+        return gathered.cpu().view(-1, len(row))  # device to host
 
 
 def broadcast_object(value: T | None) -> T:

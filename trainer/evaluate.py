@@ -7,7 +7,7 @@ size; ranks take contiguous blocks of them, as in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,33 +16,14 @@ from torch import Tensor
 
 from .batching import micro_batch_bounds, rank_block
 from .distributed import Ranks, all_gather_flat, broadcast_object, gather_objects
-from .errors import UserError
 from .order import key, seed_generators
+from .progress import Progress, TaskCalls
 from .splits import Batch, Split
+from .task_contract import check_outputs
 from .tasks import Outputs, Task
 
 if TYPE_CHECKING:
     from .engine import Engine
-
-
-def _named(outputs: Outputs) -> dict[str, Tensor]:
-    if isinstance(outputs, Tensor):
-        return {"": outputs}
-    if isinstance(outputs, Mapping):
-        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-    raise UserError(f"forward() must return a tensor or a dictionary of tensors, not {type(outputs).__name__}.")
-
-
-def check_outputs(outputs: Outputs, samples: int) -> dict[str, Tensor]:
-    """The named tensors of a task's outputs. Raises UserError unless each has one row a sample."""
-    named = _named(outputs)
-    for name, value in named.items():
-        if value.ndim == 0 or len(value) != samples:
-            raise UserError(
-                f"forward() returned an output{name and f' {name!r}'} of shape {tuple(value.shape)} for {samples} "
-                "samples. Each output needs one row a sample."
-            )
-    return named
 
 
 def evaluate(
@@ -53,6 +34,7 @@ def evaluate(
     ranks: Ranks,
     micro_batch_size: int,
     seed: int,
+    progress: Progress,
     look: Callable[[Outputs, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a split, the same bits at every world size. Collective: every rank.
@@ -64,6 +46,7 @@ def evaluate(
         ranks: who computes which micro-batches.
         micro_batch_size: samples of one forward.
         seed: for models that draw random numbers in evaluation too.
+        progress: of the run, for tasks that ask for it.
         look: called on rank 0 with the outputs and the arrays of the whole split, on the CPU.
 
     Returns:
@@ -77,7 +60,7 @@ def evaluate(
     repeats = [0] * (most - len(block)) if engine.zero_stage == 3 else []
     sums: list[Tensor] = []
     pieces: dict[str, list[Tensor]] = {}
-    model = engine.forward_module
+    calls, model = TaskCalls(task), engine.forward_module
     model.eval()
     with torch.inference_mode(mode=engine.zero_stage == 0), torch.no_grad(), engine.autocast():
         for position, j in enumerate(block + repeats):
@@ -85,8 +68,8 @@ def evaluate(
             batch = split.gather(torch.arange(start, stop, device=engine.device))
             batch = split.cut(batch, longest[j] if longest is not None else None)
             seed_generators(key(seed, "evaluation", j), engine.device)
-            outputs = task.forward(model, batch)
-            loss, _ = task.loss(outputs, batch)
+            outputs = calls.forward(model, batch, progress)
+            loss, _ = calls.loss(outputs, batch, progress)
             if position >= len(block):
                 continue
             sums.append(loss.detach().float())

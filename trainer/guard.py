@@ -45,6 +45,20 @@ def hash64(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def hash_each(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> `hash64` of a tensor, in the same order, without empty ones. Waits for the device, once for all."""
+    hashed = {name: hash64([tensor]) for name, tensor in tensors.items() if tensor.numel()}
+    if not hashed:
+        return {}
+    on_device: dict[torch.device, list[str]] = {}
+    for name, value in hashed.items():
+        on_device.setdefault(value.device, []).append(name)
+    values: dict[str, int] = {}
+    for names in on_device.values():
+        values |= dict(zip(names, torch.stack([hashed[name] for name in names]).tolist()))  # device to host
+    return {name: values[name] for name in hashed}
+
+
 def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
     """Checks that every rank holds the same bits. Collective: every rank.
 
@@ -58,11 +72,11 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
     hashes = gather_int64(hash64(state.values()))
     if len(set(hashes)) == 1:
         return
-    by_tensor = gather_objects({name: int(hash64([tensor])) for name, tensor in state.items()})
+    by_tensor = gather_objects(hash_each(state))
     usual = common_value(hashes)
     wrong = [rank for rank, value in enumerate(hashes) if value != usual]
     tensor = next(
-        (name for name in state if len({rank_hashes[name] for rank_hashes in by_tensor}) > 1), "an unnamed tensor"
+        (name for name in state if len({rank_hashes.get(name) for rank_hashes in by_tensor}) > 1), "an unnamed tensor"
     )
     if len(hashes) == 2:
         who = "ranks 0 and 1 differ"

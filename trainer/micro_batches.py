@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .batching import micro_batch_bounds
 from .build import Pieces
-from .errors import UserError
-from .evaluate import check_outputs
 from .monitor import PhaseTimer
 from .order import SampleRandom, by_length, epoch_order, key, seed_generators
+from .progress import Progress, TaskCalls
 from .splits import Batch
 
 
@@ -23,8 +21,7 @@ class GlobalBatch:
     """The samples of one step, the same on every rank.
 
     Attributes:
-        step: optimizer steps made before this one.
-        epoch: passes begun before this one.
+        progress: where the run stands: optimizer steps made, and passes begun, before this one.
         indices: (n,) int64 into the training split, on the device.
         bounds: its M micro-batches, as positions in `indices`.
         count: what the summed loss is divided by: samples, or valid tokens.
@@ -33,14 +30,18 @@ class GlobalBatch:
         counts: what each micro-batch adds to `count`, in a run that looks at the gradient's noise.
     """
 
-    step: int
-    epoch: int
+    progress: Progress
     indices: Tensor
     bounds: list[tuple[int, int]]
     count: float
     longest: list[int] | None = None
     tokens: int = 0
     counts: list[float] | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made before this one."""
+        return self.progress.step
 
 
 def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]:
@@ -63,8 +64,7 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
             bounds = micro_batch_bounds(len(samples), pieces.plan.micro_batch_size)
             # The count is known before anything is computed: from the indices, on the host.
             yield GlobalBatch(
-                step,
-                epoch,
+                Progress(step, epoch, pieces.total_steps),
                 on_device[start : start + B],
                 bounds,
                 split.count_of(samples),
@@ -75,54 +75,89 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
             step += 1
 
 
-# Samples are gathered and augmented many micro-batches at a time, up to so many bytes of them.
+# Samples are gathered many micro-batches at a time, up to so many bytes of them.
 CHUNK_BYTES = 64 << 20
 # Memory from torch's allocators starts at a multiple of this. A piece of a chunk that does too is as good
 # as a fresh tensor; any other is copied, since a math library may choose its kernel by alignment.
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}
 
 
+class Computed(NamedTuple):
+    """One micro-batch, computed alone.
+
+    Attributes:
+        arrays: the samples as the task's forward got them.
+        outputs: what its forward returned.
+        result: what its loss returned: for a task that keeps the protocol, (summed loss, count).
+    """
+
+    arrays: Batch
+    outputs: Any
+    result: Any
+
+
 class MicroBatches:
-    """Computes micro-batches: gather, augment, seed, forward, loss."""
+    """Computes micro-batches: gather, augment, seed, forward, loss.
+
+    How many micro-batches a rank has depends on the world size, so nothing is computed for several of them at once:
+    a kernel may give an element other bits in a tensor of another size. Only gathers, which move values, are made
+    in chunks, and augmentations that say that they are as harmless (`augment_in_chunks`).
+    """
 
     def __init__(self, pieces: Pieces, timer: PhaseTimer) -> None:
-        self._pieces, self._timer = pieces, timer
+        self._engine, self._device, self._timer = pieces.engine, pieces.device, timer
         self._split = pieces.splits["train"]
-        self._augment = getattr(pieces.task, "augment", None)
+        self._calls = TaskCalls(pieces.task)
         self._seed = pieces.config.trainer.seed
         self._random = SampleRandom(self._seed, len(self._split), pieces.device)
         self._alignment = ALIGNMENT_BYTES[pieces.device.type]
         sample_bytes = sum(array[0].numel() * array.element_size() for array in self._split.arrays.values())
         self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * pieces.plan.micro_batch_size))
+        # Taken at the task's word; the rehearsal looks whether it is true.
+        self.augments_in_chunks = bool(getattr(pieces.task, "augment_in_chunks", False))
 
     def losses(self, batch: GlobalBatch, block: range) -> Iterator[Tensor]:
         """The summed losses of a block of micro-batches, each with its graph: () on the device."""
-        p, task, engine, device = self._pieces, self._pieces.task, self._pieces.engine, self._pieces.device
-        model = engine.forward_module
+        model = self._engine.forward_module
         for first in range(block.start, block.stop, self._chunk):
             chunk = range(first, min(first + self._chunk, block.stop))
-            for j, arrays in zip(chunk, self._load(batch, chunk)):
-                # Dropout and the like draw from these: a function of the step and the micro-batch.
-                seed_generators(key(self._seed, "forward", batch.step, j), device)
-                with engine.autocast():
-                    outputs = task.forward(model, arrays)
-                    result = task.loss(outputs, arrays)
-                if batch.step == 0:
-                    start, stop = batch.bounds[j]
-                    check_outputs(outputs, stop - start)  # now, rather than in the first evaluation
-                    expected = p.host_splits["train"].count_of(batch.indices[start:stop].cpu())
-                    _check_first_loss(type(task).__name__, result, expected, j)
-                yield result[0]
+            loaded = self.load(batch, chunk)
+            self._timer.mark("data")
+            for j, arrays in zip(chunk, loaded):
+                yield self._forward(model, batch, j, arrays).result[0]
 
-    def _load(self, batch: GlobalBatch, chunk: range) -> list[Batch]:
-        """The samples of some micro-batches, gathered and augmented at once: one dictionary each."""
+    def compute(self, batch: GlobalBatch, j: int) -> Computed:
+        """Computes one micro-batch alone, as `losses` does among others. Not for the step: for looking at the task."""
+        (arrays,) = self.load(batch, range(j, j + 1))
+        return self._forward(self._engine.forward_module, batch, j, arrays)
+
+    def _forward(self, model: Any, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
+        # Dropout and the like draw from these: a function of the step and the micro-batch.
+        seed_generators(key(self._seed, "forward", batch.step, j), self._device)
+        with self._engine.autocast():
+            outputs = self._calls.forward(model, arrays, batch.progress)
+            return Computed(arrays, outputs, self._calls.loss(outputs, arrays, batch.progress))
+
+    def load(self, batch: GlobalBatch, chunk: range) -> list[Batch]:
+        """The samples of some micro-batches, gathered and augmented: one dictionary each, of fresh tensors."""
         bounds = batch.bounds[chunk.start : chunk.stop]
         indices = batch.indices[bounds[0][0] : bounds[-1][1]]
-        arrays = self._augmented(batch.epoch, indices)
-        sizes = [stop - start for start, stop in bounds]
-        if batch.step == 0 and self._augment is not None:
-            self._check_augment(batch.epoch, indices[: sizes[0]], {n: a[: sizes[0]] for n, a in arrays.items()})
-        pieces: list[Batch] = [{} for _ in bounds]
+        arrays = self._split.gather(indices)
+        if self._calls.augment is not None and self.augments_in_chunks:
+            arrays = self._augmented(arrays, indices, batch.progress)
+        pieces = self._cut(arrays, [stop - start for start, stop in bounds])
+        if self._calls.augment is not None and not self.augments_in_chunks:
+            for k, (start, stop) in enumerate(bounds):
+                # For what draws from torch's generators instead of its `random`.
+                seed_generators(key(self._seed, "augment", batch.step, chunk[k]), self._device)
+                pieces[k] = self._augmented(pieces[k], batch.indices[start:stop], batch.progress)
+        if batch.longest is not None:
+            pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
+        return pieces
+
+    def _cut(self, arrays: Batch, sizes: list[int]) -> list[Batch]:
+        """Cuts gathered samples into micro-batches, each of which is as good as gathered by itself."""
+        pieces: list[Batch] = [{} for _ in sizes]
         for name, array in arrays.items():
             split = array.split(sizes)
             row_bytes = array[0].numel() * array.element_size()
@@ -130,58 +165,10 @@ class MicroBatches:
                 split = tuple(piece.clone() for piece in split)
             for piece, tensor in zip(pieces, split):
                 piece[name] = tensor
-        if batch.longest is not None:
-            pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
-        self._timer.mark("data")
         return pieces
 
-    def _augmented(self, epoch: int, indices: Tensor) -> Batch:
-        arrays = self._split.gather(indices)
-        if self._augment is None:
-            return arrays
-        if epoch != self._random.epoch:
-            self._random.start_epoch(epoch)
-        return self._augment(arrays, self._random.of(indices))
-
-    def _check_augment(self, epoch: int, indices: Tensor, among_others: Batch) -> None:
-        task = type(self._pieces.task).__name__
-        alone = self._augmented(epoch, indices)
-        for name, array in alone.items():
-            if not torch.equal(array, among_others[name]):
-                raise UserError(
-                    f"{task}.augment() gives other values for {name!r} when the same samples come among more samples. "
-                    "It must treat each sample on its own, with random numbers from its `random` argument.\n"
-                    "Mixing samples of a micro-batch (mixup, statistics) belongs into forward(), which sees one "
-                    "micro-batch at a time."
-                )
-
-
-def _check_first_loss(task: str, result: object, expected: float, j: int) -> None:
-    """Raises UserError if the loss of a micro-batch of the first step cannot be a summed loss with its count."""
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise UserError(
-            f"{task}.loss() must return two things, (summed loss, count); it returned a {type(result).__name__}."
-        )
-    loss, count = result
-    value = float(loss.detach()) if isinstance(loss, Tensor) and loss.ndim == 0 else 0.0
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise UserError(
-            f"{task}.loss() must return (summed loss, count), the loss a scalar tensor; it returned {got}.\n"
-            'Sum over the micro-batch, for example F.cross_entropy(..., reduction="sum").'
-        )
-    if not loss.requires_grad:
-        raise UserError(
-            f"{task}.loss() returned a loss without a graph: nothing in it depends on the model's parameters."
-        )
-    if (isinstance(count, Tensor) and count.ndim != 0) or not isinstance(count, (int, float, Tensor)):
-        got = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
-        raise UserError(f"{task}.loss() must return (summed loss, count), the count a number; it returned {got}.")
-    if not math.isclose(float(count), expected, rel_tol=1e-5):
-        raise UserError(
-            f"{task}.loss() counted {float(count):g} for micro-batch {j}, but its samples' counts add up to "
-            f"{expected:g}.\nThe count is the number of samples, unless the split says otherwise: "
-            "Split(arrays, counts=...) (valid tokens, or weights, of each sample)."
-        )
-    if not math.isfinite(value):
-        raise UserError(f"{task}.loss() is {value} for micro-batch {j} of the first step. It must be finite.")
+    def _augmented(self, arrays: Batch, indices: Tensor, progress: Progress) -> Batch:
+        assert self._calls.augment is not None
+        if progress.epoch != self._random.epoch:
+            self._random.start_epoch(progress.epoch)
+        return self._calls.augment(arrays, self._random.of(indices), progress)

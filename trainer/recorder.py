@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .build import Pieces
-from .console import DeepSpeedLog, Progress
+from .console import DeepSpeedLog, ProgressBar
 from .evaluate import evaluate
 from .monitor import Pace, Window, Writer, memory_gib
 from .output import OutputFolder
+from .progress import Progress
 from .splits import Batch
 from .tasks import Outputs
 
@@ -33,7 +34,7 @@ class Recorder:
         self._writer: Writer | None = None
         self._pending: Callable[[], dict[str, float]] | None = None
         self._eval_s = self._checkpoint_s = 0.0
-        self.progress = Progress(pieces.total_steps, pieces.ranks.first, first_step)
+        self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
         self.pace = Pace(pieces.total_steps - first_step)
 
     def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
@@ -102,6 +103,7 @@ class Recorder:
                 p.ranks,
                 p.config.trainer.evaluate_micro_batch_size,
                 p.config.trainer.seed,
+                Progress(step, step // p.steps_per_epoch, p.total_steps),
                 look,
             )
             if quiet:

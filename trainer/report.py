@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from .adapt import frozen_share
+from .audit import Audit
 from .build import Pieces
 from .console import table
 
 
-def banner(p: Pieces) -> list[str]:
+def banner(p: Pieces, audit: Audit | None) -> list[str]:
     """The start-up lines: the batch arithmetic as an equation, the length of the run, and what is exact."""
     trainer, plan = p.config.trainer, p.plan
     sizes = " / ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
@@ -30,21 +31,23 @@ def banner(p: Pieces) -> list[str]:
     warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
     if warmup_steps >= p.total_steps:
         lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, which never reaches the full rate")
-    trained, every = frozen_share(p.engine.model)
-    if trained < every:
-        lines.append(f"{trained:,} of {every:,} parameters are trained, the others are frozen")
+    trained, total = frozen_share(p.engine.model)
+    if trained < total:
+        lines.append(f"{trained:,} of {total:,} parameters are trained, the others are frozen")
     lines += [f"note: {note}" for note in getattr(p.task, "notes", ())]
+    every = "not audited" if audit is None else f"audited every {audit.every_steps:,} steps and in the last"
+    checked = f"rehearsed, {every}"
     if p.inexact:
         lines.append(f"exactness: tolerance, because {'; '.join(p.inexact)}")
     elif plan.scaling == "strong":
         lines.append(
-            f"exactness: bitwise. Any 1 to {plan.micro_batches} ranks give this very model, on this device model and "
-            "these versions"
+            f"exactness: bitwise ({checked}). Any 1 to {plan.micro_batches} ranks give this very model, on this device "
+            "model and these versions"
         )
     else:
         lines.append(
-            f"exactness: bitwise. One rank with train_batch_size={plan.global_batch_size} and this learning rate gives "
-            "this very model, on this device model and these versions"
+            f"exactness: bitwise ({checked}). One rank with train_batch_size={plan.global_batch_size} and this "
+            "learning rate gives this very model, on this device model and these versions"
         )
     return lines
 

@@ -31,10 +31,12 @@ from .errors import TrainerError, UserError
 from .guard import compare_ranks
 from .monitor import Window
 from .output import OutputFolder
+from .progress import takes_progress
 
 # Keys that may change between a checkpoint and going on from it: they change no bit of the model.
 _HARMLESS = (
-    "trainer.output_dir", "trainer.log_every_steps", "trainer.guard_every_steps", "trainer.checkpoint",
+    "trainer.output_dir", "trainer.log_every_steps", "trainer.guard_every_steps", "trainer.audit_every_steps",
+    "trainer.checkpoint",
     "trainer.hang_timeout_s", "trainer.max_wall_time_s", "trainer.ranks_per_gpu", "trainer.exactness",
     "trainer.gradient_noise",
     "tensorboard", "steps_per_print", "memory_breakdown", "dump_state", "disable_python_gc",
@@ -311,8 +313,9 @@ def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None
             changes.append(f"{key.replace('_', ' ')}: {facts['plan'][key]} before, {plan[key]} now")
     rate = p.config.trainer.learning_rate
     scheduled = p.config.scheduler is not None or (rate.schedule != "constant" and rate.adascale_steps is None)
-    if scheduled and facts["total_steps"] != p.total_steps:
-        changes.append(f"steps, on which the learning rate depends: {facts['total_steps']} before, {p.total_steps} now")
+    dependent = "the learning rate" if scheduled else "the task" if takes_progress(p.task) else None
+    if dependent is not None and facts["total_steps"] != p.total_steps:
+        changes.append(f"steps, on which {dependent} depends: {facts['total_steps']} before, {p.total_steps} now")
     for split, digest in p.data_sha256().items():
         if facts["data_sha256"].get(split) != digest:
             changes.append(f"the data of {split}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import audit
 from .batching import BatchPlan
 from .best import BestModel
 from .build import Pieces, build, refuse_inexact
@@ -28,10 +29,11 @@ from .micro_batches import global_batches
 from .monitor import Window
 from .output import OutputFolder
 from .recorder import Recorder
+from .rehearsal import rehearse
 from .report import banner, result_table
 from .resume import Resume, Saver, claim, finished_summary, restore
 from .saving import save_card, save_model
-from .step import ExactStep, ZeroStep, non_finite, unordered_buffers
+from .step import ExactStep, ZeroStep, non_finite
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -140,17 +142,19 @@ def _train(
     history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
     record = Recorder(p, window, first_step, history)
     saver = Saver(p, window, best, history, folder)
-    buffers_before = unordered_buffers(p)
+    rehearsal_s, notes = _rehearse(p, make_step, first_step) if first_step < p.total_steps else (0.0, [])
     validation_steps = options.evaluate_every_epochs * p.steps_per_epoch if "validation" in p.splits else 0
     checkpoint_steps = options.checkpoint.every_steps
     time_to_first_step_s = math.nan
     if p.ranks.first:
-        say(*banner(p))
+        say(*banner(p, make_step.audit), *(f"note: {note}" for note in notes))
         if first_step:
             say(f"going on after step {first_step:,} from a checkpoint of {history[-2]['world_size']} ranks")
     if best is not None and options.best.metric != "auto":
         best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
 
+    if folder is not None:
+        record.open(folder, log)  # only now: the rehearsal has shown that the task works
     try:
         for batch in global_batches(p, first_step):
             if best is not None and best.enough:
@@ -164,12 +168,10 @@ def _train(
             ends = done == p.total_steps or (p.adascale is not None and p.adascale.finished)
             record.pace.step(done - first_step, len(batch.indices), batch.tokens)
 
+            if p.changing:
+                p.follow_first()
             if done == first_step + 1:
-                # Rank 0's files appear only now that the task has shown that it works.
-                _check_buffers(p, buffers_before)
                 time_to_first_step_s = time.time() - started_at_s
-                if folder is not None:
-                    record.open(folder, log)
             if trace is not None:
                 trace(done, engine, losses)
             if options.guard_every_steps and done % options.guard_every_steps == 0 and engine.zero_stage == 0:
@@ -238,6 +240,7 @@ def _train(
     summary |= {
         "status": "stopped early" if stopped_early else "finished",
         "exactness": p.exactness,
+        "inexact": p.inexact,
         "world_size": p.plan.world_size,
         "global_batch_size": p.plan.global_batch_size,
         "micro_batch_size": p.plan.micro_batch_size,
@@ -248,6 +251,7 @@ def _train(
         "step_time_s": record.pace.step_time_s,
         "started_at_s": started_at_s,
         "time_to_first_step_s": time_to_first_step_s,
+        "rehearsal_s": rehearsal_s,
     }
     _leave(p, record, saver, folder, summary)
     if folder is not None:
@@ -348,18 +352,36 @@ def _best_model(p: Pieces) -> BestModel | None:
     return BestModel(p.config, getattr(p.task, "best_metric", None))
 
 
-def _check_buffers(p: Pieces, before: dict[str, str]) -> None:
-    """Labels or refuses a model whose forward changes a buffer of its own. Collective: every rank."""
-    now = unordered_buffers(p)
-    changed = sorted(set().union(*gather_objects([name for name in now if before.get(name) != now[name]])))
-    if not changed:
-        return
-    reasons = [f"the model's buffer {changed[0]} changes in its forward, so micro-batches depend on one another"]
-    refuse_inexact(p.config, reasons)
+def _rehearse(p: Pieces, make_step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str]]:
+    """Rehearses, labels or refuses the run, and begins its audits. Collective: every rank.
+
+    Returns:
+        The seconds that it took, and notes for the person who started the run.
+    """
+    began_s = time.perf_counter()
+    found = rehearse(p, make_step.micro_batches, make_step.statistics, first_step)
+    reasons = [finding.what for finding in found.findings if finding.what not in p.inexact]
+    remedies = list(dict.fromkeys(finding.remedy for finding in found.findings))
+    refuse_inexact(p.config, reasons, remedies)
     p.inexact += reasons
-    p.own_buffers.update(changed)
-    if p.ranks.first:
-        say(f"exactness: tolerance, because {reasons[0]}; each rank keeps its own, and rank 0's is saved")
+    p.changing = found.changing
+    every_steps = audit.interval(
+        p.config.trainer.audit_every_steps,
+        p.config.trainer.guard_every_steps,
+        p.plan.micro_batches,
+        p.plan.world_size,
+    )
+    if p.engine.zero_stage == 0 and not found.findings and every_steps:
+        make_step.audit = audit.Audit(
+            p.ranks,
+            p.hosts,
+            list(p.engine.names.values()),
+            every_steps=every_steps,
+            total_steps=p.total_steps,
+            seed=p.config.trainer.seed,
+            alike=p.alike,
+        )
+    return time.perf_counter() - began_s, found.notes + remedies
 
 
 def _check_window(window: Window, done: int) -> None:
@@ -372,6 +394,4 @@ def _check_window(window: Window, done: int) -> None:
 
 def _conclude(folder: OutputFolder, record: Recorder, summary: dict[str, Any]) -> None:
     record.close()
-    # Again, in case the first step changed the label.
-    record.write_manifest(folder)
     folder.write_json("summary.json", summary)

@@ -9,15 +9,13 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
+from .audit import Audit
 from .batch_norm import RunningStatistics
 from .batching import rank_block
 from .build import Pieces
-from .distributed import raise_together
-from .errors import NonFiniteError, UserError
+from .errors import NonFiniteError
 from .gradient_noise import Noise, estimate
-from .guard import digest
 from .micro_batches import GlobalBatch, MicroBatches
 from .monitor import PhaseTimer
 from .summation import TreeSum
@@ -30,8 +28,10 @@ class ExactStep:
     def __init__(self, pieces: Pieces, timer: PhaseTimer, watch: Watch | None = None) -> None:
         self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
         self._watch = watch
-        self._micro_batches = MicroBatches(pieces, timer)
-        self._statistics = RunningStatistics(pieces.engine.model)
+        self.micro_batches = MicroBatches(pieces, timer)
+        self.statistics = RunningStatistics(pieces.engine.model)
+        # Set for a run that is bitwise: then a micro-batch is computed again now and then.
+        self.audit: Audit | None = None
         self._flags = _Flags(pieces.device)
         self.asked_to_stop = False
         # (M,) of the last step, where they are measured: the norms of the micro-batches' gradients.
@@ -40,7 +40,7 @@ class ExactStep:
         self._tree = TreeSum(
             self._engine.parameters,
             leaves=pieces.micro_batch_counts(),
-            statistics_size=self._statistics.size,
+            statistics_size=self.statistics.size,
             norms=pieces.measures_noise,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
@@ -62,34 +62,35 @@ class ExactStep:
             The loss sums of all micro-batches in order, (M,), and the gradient norm before clipping, ().
 
         Raises:
-            UserError: at the first step, on every rank, if the task's loss cannot be right.
             NonFiniteError: on every rank; the parameters are those before this step.
+            RanksDifferError: likewise, if the audit finds that a micro-batch was computed wrongly.
         """
-        engine, statistics, tree = self._engine, self._statistics, self._tree
+        engine, statistics, tree = self._engine, self.statistics, self._tree
         if self._watch is not None:
             self._watch.at(batch.step, "compute")
             if self._watch.stop_reason is not None:
                 tree.raise_flag()
         # d(sum / count) = d(sum) * 1 / count: given to autograd as the gradient of the loss, it costs nothing.
         self._scale.fill_(1.0 / batch.count)
-        error: UserError | None = None
+        block = tree.start(len(batch.bounds))
+        audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
+        if audit is not None:
+            audit.choose(batch.step, len(batch.bounds))
         statistics.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
-            for loss in self._micro_batches.losses(batch, tree.start(len(batch.bounds))):
-                gradients = torch.autograd.grad(loss, engine.parameters, self._scale, allow_unused=True)
+            for j, loss in zip(block, self.micro_batches.losses(batch, block)):
+                gradients = self._gradients(loss)
                 if statistics.size:
                     statistics.collect(tree.statistics)
+                if audit is not None and j == audit.own:
+                    audit.note_summed(loss, tree.statistics, gradients)
                 tree.add(gradients, loss)
                 self._timer.mark("compute")
-        except UserError as own:
-            error = own
+            if audit is not None and audit.other is not None:
+                audit.note_again(*self._again(batch, audit.other))
         finally:
             statistics.settle()
-        if batch.step == 0:
-            raise_together(error)
-        elif error is not None:
-            raise error
 
         # ... the ranks exchange what is left of it ...
         if self._watch is not None:
@@ -98,6 +99,8 @@ class ExactStep:
         self.asked_to_stop = self._flags.read(tree.flags)
         if self._watch is not None:
             self._watch.at(batch.step, "compute")
+        if audit is not None:
+            audit.compare()
         losses, norm = records[:, 0], engine.gradient_norm()
         self._timer.mark("reduce")
 
@@ -118,6 +121,20 @@ class ExactStep:
             statistics.apply(records[:, 1:], self.broken if self.deferred else None)
         self._timer.mark("optimizer")
         return losses, norm
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """One tensor a parameter, of the loss times the scale; None for a parameter that the loss does not use."""
+        return torch.autograd.grad(loss, self._engine.parameters, self._scale, allow_unused=True)
+
+    def _again(self, batch: GlobalBatch, j: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Loss, statistics and gradients of any micro-batch, between `begin` and `settle` of the statistics."""
+        loss: Tensor = self.micro_batches.compute(batch, j).result[0]
+        gradients = self._gradients(loss)
+        row = torch.empty(self.statistics.size, device=self._device)
+        if self.statistics.size:
+            self.statistics.collect(row)
+        self._timer.mark("compute")
+        return loss, row, gradients
 
     def _noise(self, batch: GlobalBatch, norm: Tensor) -> Noise | None:
         assert batch.counts is not None
@@ -169,15 +186,16 @@ class ZeroStep:
     def __init__(self, pieces: Pieces, timer: PhaseTimer, watch: Watch | None = None) -> None:
         self._engine, self._ranks, self._device, self._timer = pieces.engine, pieces.ranks, pieces.device, timer
         self._watch = watch
-        self._micro_batches = MicroBatches(pieces, timer)
-        self._statistics = RunningStatistics(pieces.engine.model)
+        self.micro_batches = MicroBatches(pieces, timer)
+        self.statistics = RunningStatistics(pieces.engine.model)
+        self.audit: Audit | None = None  # its gradients are in one piece on no rank
         self.deferred = False
         self.asked_to_stop = False
         self.micro_batch_norms: Tensor | None = None  # the config refuses to measure them here
 
     def __call__(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """Makes the step. Collective: every rank. Returns losses (M,) and the gradient norm () as ExactStep does."""
-        statistics, W = self._statistics, self._ranks.world_size
+        statistics, W = self.statistics, self._ranks.world_size
         if self._watch is not None:
             self._watch.at(batch.step, "compute")
         M = len(batch.bounds)
@@ -191,13 +209,13 @@ class ZeroStep:
             # DeepSpeed's reduction is collective, in stages 2 and 3 at every micro-step, so every rank makes
             # equally many: one with less to do adds micro-batches of weight 0.
             statistics.begin()
-            for i, loss in enumerate(self._micro_batches.losses(batch, block)):
+            for i, loss in enumerate(self.micro_batches.losses(batch, block)):
                 yield loss * (W / batch.count)  # DeepSpeed averages over ranks, and goes backward before it returns
                 records[i, 0] = loss.detach()
                 if statistics.size:
                     statistics.collect(records[i, 1:-1])
             for _ in range(most - len(block)):
-                (loss,) = self._micro_batches.losses(batch, range(1))
+                (loss,) = self.micro_batches.losses(batch, range(1))
                 yield loss * 0.0
             statistics.settle()
             self._timer.mark("compute")
@@ -239,14 +257,3 @@ def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -
     )
     error.good_steps = step
     return error
-
-
-def unordered_buffers(pieces: Pieces) -> dict[str, str]:
-    """Name -> digest of every buffer that nobody updates in micro-batch order.
-
-    A buffer that changes in a forward carries state from one micro-batch to the next, which makes the
-    result depend on who computed what; compare before and after a step.
-    """
-    model = pieces.engine.model
-    ordered = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
-    return {n: digest(b) for n, b in model.named_buffers() if id(b) not in ordered}

@@ -132,6 +132,9 @@ class Digits:
             nn.Linear(16 * w, 10),
         )
 
+    # It only gathers, draws, and calculates with what is exact element by element.
+    augment_in_chunks = True
+
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
         """Moves each image by -shift..shift pixels in both directions, filling with background."""
         s = self._shift

@@ -293,6 +293,9 @@ class ImageClassification:
 
     # ------------------------------------------------------------ training
 
+    # It only gathers, draws, and calculates with what is exact element by element.
+    augment_in_chunks = True
+
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
         """Crops, mirrors and erases, each image by its own numbers; all in uint8."""
         image = batch["image"]  # (B, C, H, W)

@@ -287,6 +287,9 @@ class Nodules:
         """A `NoduleAutoencoder`."""
         return NoduleAutoencoder(self._latent, self._width, self._variational)
 
+    # It only gathers, draws, and calculates with what is exact element by element.
+    augment_in_chunks = True
+
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
         """Chooses a symmetry of the cube for each mask, which `forward` applies: masks stay packed until then."""
         return {**batch, "symmetry": random.integers(48).view(-1)} if self._augment else batch

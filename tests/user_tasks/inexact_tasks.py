@@ -1,0 +1,203 @@
+"""User tasks whose numbers would depend on the number of ranks, each for one cause; and augmentations that only seem to."""
+
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from my_task import MyTask
+from torch import nn
+
+calls_of_all = 0
+
+
+class CountingNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.n = nn.Linear(20, 2), 0
+
+    def forward(self, x):
+        if self.training:
+            self.n += 1
+        return self.linear(x) * (1 + 0.01 * self.n)
+
+
+class CountsInTheModel(MyTask):
+    def model(self):
+        return nn.Sequential(CountingNet())
+
+
+class AnnealsByCounting(MyTask):
+    """As KL annealing and temperature schedules are usually written."""
+
+    def splits(self):
+        self.calls = 0
+        return super().splits()
+
+    def loss(self, outputs, batch):
+        self.calls += 1
+        loss, count = super().loss(outputs, batch)
+        return loss + min(1.0, self.calls / 100) * outputs["logits"].square().sum(), count
+
+
+class CountsInAGlobal(MyTask):
+    def forward(self, model, batch):
+        global calls_of_all
+        calls_of_all += 1
+        return {"logits": model(batch["x"]) * (1 + 0.01 * calls_of_all)}
+
+
+class CountsInTheClass(MyTask):
+    calls = 0
+
+    def forward(self, model, batch):
+        CountsInTheClass.calls += 1
+        return {"logits": model(batch["x"]) * (1 + 0.01 * CountsInTheClass.calls)}
+
+
+class RemembersTheFirst(MyTask):
+    """Centres by the mean of the first micro-batch that it ever sees: afterwards it agrees with itself."""
+
+    center = None
+
+    def forward(self, model, batch):
+        if self.center is None:
+            self.center = batch["x"].mean(0)
+        return {"logits": model(batch["x"] - self.center)}
+
+
+class OwnGenerator(MyTask):
+    def __init__(self):
+        super().__init__()
+        self.noise_of = torch.Generator().manual_seed(3)
+
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"] + torch.randn(batch["x"].shape, generator=self.noise_of))}
+
+
+class ReadsTheClock(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"]) * (1 + 1e-3 * (time.perf_counter_ns() % 1000))}
+
+
+class AsksForTheRank(MyTask):
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"]) * (1 + 0.1 * dist.get_rank())}
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(50, 7, max_norm=1.0), nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.linear(self.embedding((x[:, :5].abs() * 12).long().clamp(max=49)).mean(1))
+
+
+class MaxNorm(MyTask):
+    def model(self):
+        return Embedded()
+
+
+class WritesItsWeight(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.data.mul_(0.999)
+        return super().forward(x)
+
+
+class ChangesAParameter(MyTask):
+    def model(self):
+        return nn.Sequential(WritesItsWeight(20, 2))
+
+
+class GoesBackward(MyTask):
+    def loss(self, outputs, batch):
+        loss, count = super().loss(outputs, batch)
+        loss.backward(retain_graph=True)
+        return loss, count
+
+
+class AnnealsLate(MyTask):
+    """Its penalty sets in at the 30th call: no rehearsal can see that."""
+
+    def splits(self):
+        self.calls = 0
+        return super().splits()
+
+    def loss(self, outputs, batch):
+        self.calls += 1
+        loss, count = super().loss(outputs, batch)
+        return loss + max(0.0, self.calls - 30) * 0.01 * outputs["logits"].square().sum(), count
+
+
+class HarmlessState(MyTask):
+    """Keeps the last outputs to look at, and counts: no number follows from them."""
+
+    def splits(self):
+        self.seen = []
+        self.calls = 0
+        return super().splits()
+
+    def forward(self, model, batch):
+        self.calls += 1
+        outputs = super().forward(model, batch)
+        self.last = outputs["logits"].detach()
+        self.seen.append(float(self.last.sum()))
+        return outputs
+
+
+# ---------------------------------------------------------------- exact
+
+
+class AugmentsByPowers(MyTask):
+    def augment(self, batch, random):
+        return {**batch, "x": batch["x"] * (0.5 + (random.uniform(2) ** 1.7).sum(1, keepdim=True))}
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.out = nn.GRU(19, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.gru(x[:, None].expand(-1, 3, -1))[0][:, -1])
+
+
+class AugmentsBySigmoids(MyTask):
+    """19 features, a GRU: with micro-batches of 7, no tensor is a multiple of a vector register."""
+
+    def splits(self):
+        return {name: {**arrays, "x": arrays["x"][:, :19].clone()} for name, arrays in super().splits().items()}
+
+    def model(self):
+        return Recurrent()
+
+    def augment(self, batch, random):
+        x = batch["x"]
+        return {**batch, "x": x * torch.sigmoid(3 * random.uniform(19) + x)}
+
+
+class ClaimsChunks(AugmentsBySigmoids):
+    augment_in_chunks = True
+
+
+class MixesUp(MyTask):
+    """Mixup within the micro-batch, with numbers from torch's default generator."""
+
+    def augment(self, batch, random):
+        share, partner = torch.rand(()), torch.randperm(len(batch["x"]))
+        return {**batch, "x": share * batch["x"] + (1 - share) * batch["x"][partner]}
+
+
+class AnnealsByProgress(MyTask):
+    def augment(self, batch, random, *, progress):
+        return {**batch, "x": batch["x"] + (1 - progress.fraction) * self.noise * random.normal(20)}
+
+    def forward(self, model, batch, progress):
+        return {"logits": model(batch["x"]) * (1 + 0.01 * progress.epoch)}
+
+    def loss(self, outputs, batch, progress=None):
+        loss, count = super().loss(outputs, batch)
+        weight = min(1.0, progress.step / (0.5 * progress.total_steps))
+        return loss + weight * F.mse_loss(outputs["logits"], torch.zeros(()).expand(count, 2), reduction="sum"), count

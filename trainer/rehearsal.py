@@ -1,0 +1,376 @@
+"""The rehearsal: before its first step a run shows that its micro-batches do not depend on who computes them, or when.
+
+The same bits at every number of ranks need one thing of a task: a micro-batch's loss, gradient and statistics follow
+from its samples, its seed and the parameters, and from nothing else. So a few micro-batches of this very run, one of
+each size, are computed twice, in another order the second time (where there are several ranks: once on each, each
+beginning with another one), and every bit is compared. What changes in between, or with the order or the rank, is
+looked for and named. Afterwards everything is as it was: parameters, buffers, random numbers and Python's state.
+
+What a rehearsal cannot see: what begins later (a penalty that sets in at step 1,000), and with one rank what depends
+on the rank through anything but torch.distributed. The audit looks for that while the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .batch_norm import RunningStatistics
+from .build import Pieces
+from .causes import Calls, Finding, Hashes, another_rank, differs, explain, source_of, watched
+from .distributed import gather_objects, raise_together
+from .errors import TrainerError, UserError
+from .guard import hash_each
+from .micro_batches import GlobalBatch, MicroBatches, global_batches
+from .python_state import Key, PythonState, changes
+from .task_contract import check_micro_batch
+
+
+@dataclass
+class Found:
+    """What a rehearsal found, the same on every rank.
+
+    Attributes:
+        findings: why the run is not bitwise; empty if nothing differed.
+        notes: for the person who starts the run.
+        changing: parameters and buffers that the task's forward changes by itself.
+        counters: numbers in Python that micro-batches change, whether or not anything depends on them.
+        micro_batches: how many this rank computed.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    changing: list[str] = field(default_factory=list)
+    counters: list[str] = field(default_factory=list)
+    micro_batches: int = 0
+
+
+class _Item(NamedTuple):
+    """A micro-batch to rehearse, and whether it belongs to the run's first step (whose loss has to be finite)."""
+
+    batch: GlobalBatch
+    j: int
+    first: bool
+
+
+def rehearse(p: Pieces, micro_batches: MicroBatches, statistics: RunningStatistics, first_step: int) -> Found:
+    """Rehearses a run. Collective: every rank.
+
+    Args:
+        p: of the run; its state is that of `first_step` steps.
+        micro_batches, statistics: of its step. A task that wrongly claims `augment_in_chunks` is augmented one
+            micro-batch at a time from now on.
+        first_step: steps made so far.
+
+    Raises:
+        UserError: on every rank: the task does not keep the protocol (see `task_contract`).
+    """
+    found, error = Found(), None
+    hashes: dict[int, list[Hashes]] = {}
+    rehearsal: _Rehearsal | None = None
+    chunks_differ: str | None = None
+    try:
+        rehearsal = _Rehearsal(p, micro_batches, statistics, first_step)
+        chunks_differ = rehearsal.chunks_that_differ()
+        hashes, found = rehearsal.perform()
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    assert rehearsal is not None
+    everyone = gather_objects((hashes, found, chunks_differ))
+    differing = next((name for _, _, name in everyone if name is not None), None)
+    if differing is not None:
+        micro_batches.augments_in_chunks = False
+        found.notes.append(
+            f"the task says augment_in_chunks, but its augment() gives other bits for {differing!r} in chunks than "
+            "alone: it is called for one micro-batch at a time"
+        )
+    _unite(found, [other for _, other, _ in everyone])
+    if not found.findings and p.engine.zero_stage == 0:
+        views = [hashes for hashes, _, _ in everyone] if p.alike else [hashes]
+        difference = _first_difference(views)
+        if any(gather_objects(difference is not None)):
+            # Only now is time spent on causes: on every rank by itself, then together.
+            own_finding = rehearsal.explain_difference()
+            found.findings = _agreed(gather_objects((own_finding, difference)))
+    return found
+
+
+def _unite(found: Found, everyone: list[Found]) -> None:
+    findings = {finding: None for other in everyone for finding in other.findings}
+    found.findings = list(findings)
+    found.changing = sorted({name for other in everyone for name in other.changing})
+
+
+def _first_difference(views: list[dict[int, list[Hashes]]]) -> str | None:
+    """The first part, as in `Hashes`, in which two results of one micro-batch differ; None if none does."""
+    results: dict[int, list[Hashes]] = {}
+    for view in views:
+        for item, hashes in view.items():
+            results.setdefault(item, []).extend(hashes)
+    for alternatives in results.values():
+        one = alternatives[0]
+        for other in alternatives[1:]:
+            part = differs(one, other)
+            if part is not None:
+                return part
+    return None
+
+
+def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
+    """The findings of all ranks: those with a cause, else that ranks differ from one another."""
+    causes = {finding: None for finding, _ in everyone if finding is not None}
+    if causes:
+        return list(causes)
+    part = next(part for _, part in everyone if part is not None)
+    return [
+        Finding(
+            f"{source_of(part)} depends on the rank: each rank agrees with itself, but for the same micro-batch ranks "
+            "find different numbers",
+            "Look for torch.distributed.get_rank(), variables of the environment, files, names of hosts and the clock. "
+            "If there are none, the ranks' devices compute differently.",
+        )
+    ]
+
+
+def items_of(p: Pieces, first_step: int) -> list[_Item]:
+    """The micro-batches that are rehearsed: two of the next step, and one of each smaller size that the run has.
+
+    With samples in the order of their lengths, the first two are the shortest and the longest.
+    """
+    batch = next(global_batches(p, first_step))
+    items = [_Item(batch, j, first_step == 0) for j in range(min(2, len(batch.bounds)))]
+    if len(batch.bounds) == 1 and first_step + 1 < p.total_steps:
+        items.append(_Item(next(global_batches(p, first_step + 1)), 0, False))
+    last_of_epoch = (first_step // p.steps_per_epoch + 1) * p.steps_per_epoch - 1
+    tail = next(global_batches(p, last_of_epoch)) if last_of_epoch < p.total_steps else batch
+    for other in (batch, tail):
+        start, stop = other.bounds[-1]
+        if stop - start not in {i.batch.bounds[i.j][1] - i.batch.bounds[i.j][0] for i in items}:
+            items.append(_Item(other, len(other.bounds) - 1, False))
+    return items
+
+
+class _Rehearsal:
+    """One rank's part; for `causes.explain`, what computes micro-batches from a state of its choice."""
+
+    def __init__(self, p: Pieces, micro_batches: MicroBatches, statistics: RunningStatistics, first_step: int) -> None:
+        self._p, self._engine, self._micro_batches, self._statistics = p, p.engine, micro_batches, statistics
+        self._items = items_of(p, first_step)
+        self._exact = p.engine.zero_stage == 0
+        self._scale = torch.zeros((), device=p.device)
+        self.python = PythonState(p.task, p.engine.model)
+        self.before = self.python.take()
+        self._tensors = self._engine.state() if self._exact else _buffers(self._engine.model)
+        self._hashes = hash_each(self._tensors)
+        # To the host, as a GPU may have no room for them twice.
+        self._copies = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in self._tensors.items()
+            if not name.startswith("optimizer ")
+        }
+
+    # ---- the performance ------------------------------------------------------------------------------------
+
+    def perform(self) -> tuple[dict[int, list[Hashes]], Found]:
+        """Computes the micro-batches. Returns number of the item -> its results, and what changed meanwhile."""
+        ranks, found = self._p.ranks, Found()
+        results: dict[int, list[Hashes]] = {}
+        count = len(self._items)
+        if not self._exact:
+            turns = [0]
+        elif ranks.world_size > 1 and self._p.alike:
+            turns = [ranks.rank]  # the other orders are on the other ranks
+        else:
+            turns = [0, 1]
+        with _generators_kept(self._p.device):
+            for turn in turns:
+                order = [(k + turn) % count for k in range(count)]
+                elsewhere = turn > 0 and ranks.world_size == 1
+                for number, hashes in zip(order, self._in_turn(order, elsewhere)):
+                    results.setdefault(number, []).append(hashes)
+                    found.micro_batches += 1
+                if turn == turns[0]:
+                    found.counters = self._counters()
+                self._put_back(found)
+        self._check_what_is_not_the_tasks()
+        return results, found
+
+    def _counters(self) -> list[str]:
+        now = self.python.take()
+        numbers = [key for key in changes(self.before, now) if key in now and _is_number(now[key].value)]
+        return [self.python.name_of(key) for key in numbers]
+
+    def _in_turn(self, order: list[int], elsewhere: bool) -> list[Hashes]:
+        if elsewhere:
+            try:
+                with another_rank():
+                    return [self._visit(self._items[number]) for number in order]
+            except Exception:  # it may need the rank for a collective, which is its own affair
+                self._put_back(Found())
+        return [self._visit(self._items[number]) for number in order]
+
+    def _visit(self, item: _Item, calls: Calls | None = None) -> Hashes:
+        """Computes one micro-batch and hashes what comes of it."""
+        self._scale.fill_(1.0 / item.batch.count)
+        row = torch.empty(self._statistics.size, device=self._p.device)
+        gradients: tuple[Tensor | None, ...] = ()
+        self._statistics.begin()
+        try:
+            with watched(self._engine.model, calls), contextlib.nullcontext() if self._exact else torch.no_grad():
+                computed = self._micro_batches.compute(item.batch, item.j)
+            start, stop = item.batch.bounds[item.j]
+            named = check_micro_batch(
+                type(self._p.task).__name__,
+                computed.outputs,
+                computed.result,
+                samples=stop - start,
+                count=self._p.host_splits["train"].count_of(item.batch.indices[start:stop].cpu()),
+                micro_batch=item.j,
+                finite=item.first,
+                graph=self._exact,
+            )
+            loss = computed.result[0]
+            if self._exact:
+                gradients = torch.autograd.grad(loss, self._engine.parameters, self._scale, allow_unused=True)
+            if self._statistics.size:
+                self._statistics.collect(row)
+        finally:
+            self._statistics.settle()
+        parts = {f"data {name}": array for name, array in computed.arrays.items()}
+        parts |= {f"output {name}": output for name, output in named.items()}
+        parts["loss"] = loss
+        parts |= {
+            f"gradient {name}": gradient
+            for name, gradient in zip(self._engine.names.values(), gradients)
+            if gradient is not None
+        }
+        parts["statistics"] = row
+        return hash_each(parts)
+
+    def _put_back(self, found: Found) -> None:
+        """Restores everything, and adds to what is found the parameters and buffers that the visits changed."""
+        self.python.put_back(self.before)
+        after = hash_each(self._tensors)
+        for called in (name for name in after if after[name] != self._hashes[name]):
+            kind, _, name = called.partition(" ")
+            if kind == "optimizer":
+                raise UserError(
+                    f"{self._name} changes the optimizer's {name} in its forward or loss. Leave it to the trainer."
+                )
+            with torch.no_grad():
+                self._tensors[called].copy_(self._copies[called])
+            found.changing.append(name)
+            found.findings.append(self._change(kind, name))
+
+    @property
+    def _name(self) -> str:
+        return type(self._p.task).__name__
+
+    def _change(self, kind: str, name: str) -> Finding:
+        model = self._engine.model
+        if kind == "buffer":
+            return Finding(
+                f"the model's buffer {name} changes in its forward, so micro-batches depend on one another",
+                "After each step every rank takes over rank 0's, which is saved. Of such buffers only the running "
+                "statistics of BatchNorm and InstanceNorm layers are the same at every number of ranks.",
+            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
+            return Finding(
+                f"the parameter {name} changes in the forward: {type(owner).__name__} with max_norm rescales the rows "
+                "that it looks up, and each rank looks up others",
+                "Leave max_norm out, and scale the embedded vectors in the forward instead. As it is, every rank takes "
+                "over rank 0's after each step.",
+            )
+        return Finding(
+            f"the parameter {name} changes in the forward, before the gradients of all micro-batches are there",
+            "Leave it to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's after "
+            "each step.",
+        )
+
+    def _check_what_is_not_the_tasks(self) -> None:
+        gradients = [p.grad.any() for p in self._engine.parameters if p.grad is not None]
+        if self._exact and gradients and bool(torch.stack(gradients).any()):  # device to host
+            raise UserError(
+                f"{self._name} calls backward() in its forward or loss, which adds to the gradients that the trainer "
+                "sums. Return the loss, and take gradients of your own with torch.autograd.grad()."
+            )
+
+    def chunks_that_differ(self) -> str | None:
+        """The first array that a task's augment() makes differently in a chunk of micro-batches than alone; or None."""
+        work = self._micro_batches
+        if not work.augments_in_chunks:
+            return None
+        batch = self._items[0].batch
+        chunk = range(min(5, len(batch.bounds)))
+        with _generators_kept(self._p.device):
+            together = work.load(batch, chunk)
+            work.augments_in_chunks = False
+            alone = [work.load(batch, range(j, j + 1))[0] for j in chunk]
+            work.augments_in_chunks = True
+        self.python.put_back(self.before)
+        for one, other in zip(together, alone):
+            part = differs(hash_each(one), hash_each(other))
+            if part is not None:
+                return part
+        return None
+
+    # ---- for the cause, if something differed ------------------------------------------------------------------
+
+    def explain_difference(self) -> Finding | None:
+        """The cause of a difference that this rank sees by itself; None if it agrees with itself."""
+        with _generators_kept(self._p.device):
+            try:
+                return explain(self, alone=self._p.ranks.world_size == 1)
+            finally:
+                self.python.put_back(self.before)
+
+    @property
+    def items(self) -> range:
+        """The numbers of the micro-batches."""
+        return range(len(self._items))
+
+    @property
+    def model(self) -> nn.Module:
+        """Whose modules may be the cause."""
+        return self._engine.model
+
+    def from_the_start(self, *numbers: int, leave: Key | None = None) -> tuple[Hashes, Calls]:
+        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`."""
+        self.python.put_back(self.before, leave=leave)
+        hashes: Hashes = {}
+        calls: Calls = []
+        for number in numbers:
+            calls.clear()
+            hashes = self._visit(self._items[number], calls)
+        return hashes, calls
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that nobody updates in the order of the micro-batches."""
+    ordered = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+    return {f"buffer {n}": b for n, b in model.named_buffers() if id(b) not in ordered}
+
+
+@contextlib.contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """Torch's generators are afterwards as they were."""
+    state = torch.get_rng_state()
+    of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if of_device is not None:
+            torch.cuda.set_rng_state(of_device, device)
