@@ -19,6 +19,8 @@ from trainer.batching import micro_batch_bounds
 TASK = str(Path(__file__).resolve().parent / "random_task.py")
 MAX_WORLD_SIZE = 8
 MAX_MICRO_BATCHES = 13
+# Of a whole run, so that a case takes about a second.
+MOST_MICRO_STEPS = 45
 
 KINDS = (
     "dense layers",
@@ -152,16 +154,18 @@ def _plan(chance: random.Random, kind: str, flaw: str | None) -> Plan:
             sizes += [stop - start for start, stop in micro_batch_bounds(samples % B, m)]
         if kind == "BatchNorm" and min(sizes) == 1:
             continue
-        return Plan(m, B, samples, drop_last, min(sizes), M, chance.randint(3, 8))
+        steps = min(chance.randint(3, 8), max(3, MOST_MICRO_STEPS // M))
+        return Plan(m, B, samples, drop_last, min(sizes), M, steps)
 
 
 def _world_sizes(chance: random.Random, M: int) -> tuple[int, ...]:
-    """1, one that does not divide M where there is one, and others: four where M allows."""
+    """1, one that does not divide M where there is one, and others: four where M allows, mostly small ones."""
     possible = list(range(2, min(MAX_WORLD_SIZE, M) + 1))
     uneven = [W for W in possible if M % W]
-    chosen = [chance.choice(uneven)] if uneven else []
-    others = [W for W in possible if W not in chosen]
-    chance.shuffle(others)
+    # Many ranks share few cores, so large world sizes are drawn less often.
+    rarity = {W: chance.random() ** W for W in possible}
+    chosen = [max(uneven, key=rarity.__getitem__)] if uneven else []
+    others = sorted((W for W in possible if W not in chosen), key=rarity.__getitem__, reverse=True)
     return tuple(sorted([1, *chosen, *others[: 3 - len(chosen)]]))
 
 

@@ -20,8 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trainer import workers
 from trainer.workers import worker_context
 
+# What runs import late, and so each process by itself: LoRA, LARS and LAMB, and parts of DeepSpeed.
+PRELOAD = ["peft", "pytorch_optimizer", "setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"]
+PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_repack", "deepspeed.moe.ep_router"]
 # How long ranks may take to end by themselves once one of them has failed.
 GRACE_S = 5.0
 # A process that has made so many runs is replaced: what libraries never free is freed then.
@@ -68,7 +72,9 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
     trace: list[dict[str, str]] = []
 
     def watch(step: int, engine: Any, losses: Any) -> None:
-        trace.append({"loss": digest(losses)} | {name: digest(tensor) for name, tensor in engine.state().items()})
+        # The losses as text: it is exact, and it is what a person compares first.
+        state = {name: digest(tensor) for name, tensor in engine.state().items()}
+        trace.append({"loss": str(losses.tolist())} | state)
 
     try:
         config = parse(values)
@@ -106,11 +112,11 @@ def _rank_main(pipe: Any, ranks: Any, environment: dict[str, str], log: str) -> 
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    gc.freeze()  # the collection after each run looks at that run alone
     while True:
         outcome = _make_run(ranks, *jobs.get())
-        gc.collect()  # engines refer to themselves
         pipe.send(outcome)
+        gc.collect()  # engines refer to themselves
+        gc.freeze()  # what is imported by now is not looked at after the next run
 
 
 class _Group:
@@ -119,7 +125,8 @@ class _Group:
     def __init__(self, world_size: int, logs: Path) -> None:
         from trainer.distributed import Ranks
 
-        context = worker_context(False)
+        context: Any = worker_context(False)
+        context.set_forkserver_preload([*workers._PRELOAD, *PRELOAD])
         self.runs = 0
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
@@ -128,7 +135,7 @@ class _Group:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             arguments = (theirs, Ranks(rank, world_size, rank, world_size), environment, str(self.logs[rank]))
-            process = context.Process(target=_rank_main, args=arguments, daemon=True)  # type: ignore[attr-defined]
+            process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -190,7 +197,8 @@ class Pool:
         deadlines = dict.fromkeys(world_sizes, time.monotonic() + limit_s)
         while waiting:
             nearest_s = min(deadlines[W] for W, _ in waiting.values()) - time.monotonic()
-            for pipe in multiprocessing.connection.wait(list(waiting), max(0.0, nearest_s)):
+            ready: list[Any] = multiprocessing.connection.wait(list(waiting), max(0.0, nearest_s))
+            for pipe in ready:
                 W, rank = waiting.pop(pipe)
                 try:
                     outcomes[W][rank] = outcome = pipe.recv()

@@ -82,9 +82,7 @@ class RandomTask:
             arrays["weight"] = counts = 0.25 * torch.randint(loss["least"], 9, (n,), generator=generator).float()
         elif loss["counts"] == "tokens":
             counts = lengths.to(getattr(torch, loss["counts_type"]))
-        padded = tuple(
-            k for k in ("x", "mask", "y") if k in arrays and arrays[k].ndim > 1 and arrays[k].shape[1] == places
-        )
+        padded = ("x", "mask", "y") if loss.get("each_place") else ("x", "mask")
         return Split(arrays, counts, lengths, padded if lengths is not None else ())
 
     def model(self):

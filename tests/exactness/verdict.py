@@ -115,8 +115,9 @@ def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
         elif not re.search(flaw.reason, said, re.DOTALL):
             return Verdict("wrong reason", f"W={W}: expected {flaw.reason!r} for {case.flaw}, got: {said}")
     if silent:
-        difference = _compare(firsts) if len(silent) == len(firsts) > 1 else ""
+        bitwise = {W: o for W, o in firsts.items() if o.kind == "finished" and o.label == "bitwise"}
+        difference = _compare(bitwise)
         if difference or len(silent) < len(concerned):
-            return Verdict("silent difference", f"{case.flaw}: bitwise at W={sorted(silent)}; {difference}")
-        return Verdict("unnoticed", f"{case.flaw}: bitwise at W={sorted(silent)}, with equal bits")
+            return Verdict("silent difference", f"{case.flaw}: bitwise at W={sorted(bitwise)}; {difference}")
+        return Verdict("unnoticed", f"{case.flaw}: bitwise at W={sorted(bitwise)}, with equal bits")
     return Verdict("refused" if strict else "labelled")
