@@ -12,28 +12,25 @@ The only module that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from . import deepspeed_keys
+from . import deepspeed_keys, engine_contract
 from .adapt import parameter_groups
 from .config import Config
 from .errors import UserError
 from .optimizers import client_optimizer, for_vectors
 
 VERSION: str = deepspeed.__version__
+# What optimizers keep on the host, beside their own code; all else lies where the parameter does. Torch's
+# Optimizer.load_state_dict goes by the name "step" too: a parameter of no dimension has moments of none.
+_ON_THE_HOST = ("step", "mu_product")
 
 
 def builds_an_op(config: Config) -> bool:
@@ -53,7 +50,7 @@ class Engine:
             rate to DeepSpeed's own scheduler, or constant.
 
     Raises:
-        UserError: DeepSpeed or torch refuse the optimizer.
+        UserError: DeepSpeed or torch refuse the optimizer, or this DeepSpeed is not what `engine_contract` asks for.
     """
 
     def __init__(
@@ -74,20 +71,19 @@ class Engine:
         self.parameters = list(self.names)
         if not self.parameters:
             raise UserError("The model has no parameter that requires a gradient: there is nothing to train.")
-        odd = [n for p, n in self.names.items() if p.dtype != torch.float32]
-        if odd:
-            raise UserError(
-                f"The parameter {odd[0]} is {self._dtype_of(odd[0])}. Trained parameters must be float32; for speed "
-                "use torch_autocast, which computes in bfloat16 and keeps float32 weights."
-            )
+        for parameter, name in self.names.items():
+            if parameter.dtype != torch.float32:
+                raise UserError(
+                    f"The parameter {name} is {str(parameter.dtype).removeprefix('torch.')}. Trained parameters must "
+                    "be float32; for speed use torch_autocast, which computes in bfloat16 and keeps float32 weights."
+                )
         self.device = self.parameters[0].device
-        # In init_distributed DeepSpeed compiles a shared-memory kernel for CPU ranks, which only its own
-        # all-reduce would use: half a minute and a compiler for nothing.
+        engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed)
+        # DeepSpeed would compile a kernel for CPU ranks that only its own all-reduce uses: half a minute for nothing.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        lr_scheduler = None
-        if schedule is not None:
-            lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)  # noqa: E731
+        lr_scheduler = None if schedule is None else functools.partial(LambdaLR, lr_lambda=schedule)
         groups = parameter_groups(model, config, for_vectors(config))
+        scalars = self._send_scalars()
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -107,11 +103,34 @@ class Engine:
                     '"torch_adam": true in optimizer.params, for torch\'s fused kernel, which is compiled already.'
                 ) from error
             raise
+        for parameter in scalars:
+            del parameter.ds_optim_param
+        parts = {"engine": self._engine, "optimizer": self.optimizer, "parameter": self.parameters[0]}
+        engine_contract.check(VERSION, self.zero_stage, **parts)
+        engine_contract.check_settings(VERSION, self._engine, self.zero_stage, self._max_norm)
+        self._inner = self.optimizer if self.zero_stage == 0 else self.optimizer.optimizer  # ZeRO wraps torch's
         if self.zero_stage == 0:
             self._take_over(config.memory_breakdown)
 
-    def _dtype_of(self, name: str) -> str:
-        return str(self.model.get_parameter(name).dtype).removeprefix("torch.")
+    def _send_scalars(self) -> list[Any]:
+        """Gives every rank rank 0's parameters of no dimension, and marks them. Collective: every rank.
+
+        DeepSpeed sends the model as bytes, and `view(torch.uint8)` wants a dimension ("self.dim() cannot be 0"). It
+        passes over what has the mark, which it gives to parameters that the ranks do not share.
+        """
+        scalars: list[Any] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 0:
+                continue
+            if self.zero_stage == 3:
+                raise UserError(
+                    f"The parameter {name} has no dimension (its shape is ()), and ZeRO stage 3 cannot cut it into "
+                    "parts.\nUse ZeRO stage 0, 1 or 2, or give it a dimension: torch.ones(1), not torch.ones(())."
+                )
+            torch.distributed.broadcast(parameter.detach().view(1), src=0)
+            scalars.append(parameter)
+            scalars[-1].ds_optim_param = True
+        return scalars
 
     def _take_over(self, memory_breakdown: bool) -> None:
         # The gradient arrives reduced.
@@ -232,9 +251,8 @@ class Engine:
         Returns:
             "<parameter>.<kind>" -> tensor, as on one rank; and JSON values.
         """
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
         values: dict[str, Any] = {
-            "groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in inner.param_groups],
+            "groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in self._inner.param_groups],
             "schedule": {},
             "state": {},
         }
@@ -251,14 +269,13 @@ class Engine:
                     values["state"][name] = plain
             return tensors, values
         self._link_partitions()
-        kinds = {
-            k for p, s in inner.state.items() for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape
-        }
+        states = self._inner.state
+        kinds = {k for p, s in states.items() for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape}
         for parameter, name in self.names.items():
             for kind in sorted(kinds):
-                tensors[f"{name}.{kind}"] = safe_get_full_optimizer_state(parameter, kind).clone()
-            tensors[f"{name}.weights"] = safe_get_full_fp32_param(parameter).clone()
-        for state in inner.state.values():
+                tensors[f"{name}.{kind}"] = deepspeed.utils.safe_get_full_optimizer_state(parameter, kind).clone()
+            tensors[f"{name}.weights"] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+        for state in states.values():
             values["scalars"] = {k: float(v) for k, v in state.items() if k not in kinds and v is not None}
         return tensors, values
 
@@ -268,7 +285,7 @@ class Engine:
         Raises:
             UserError: the checkpoint is of another optimizer.
         """
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner = self._inner
         if len(values["groups"]) != len(inner.param_groups):
             raise UserError(
                 f"The checkpoint has {len(values['groups'])} parameter groups, this run {len(inner.param_groups)}.",
@@ -285,14 +302,13 @@ class Engine:
             for parameter, name in self.names.items():
                 kinds = [k for k in optimizer if k.rpartition(".")[0] == name]
                 if kinds or name in values["state"]:
-                    # Fused kernels want the step beside the parameter, others on the CPU: as the checkpoint's was.
-                    state = {k.rpartition(".")[2]: self._like(optimizer[k], parameter) for k in kinds}
+                    state = {k.rpartition(".")[2]: self._placed(k, optimizer[k], parameter) for k in kinds}
                     self.optimizer.state[parameter] = state | values["state"].get(name, {})
             return
         of_optimizer = {key.rpartition(".")[2] for key in optimizer} - {"weights"}
-        partitions = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 has its own list
-        if partitions is None:
-            partitions = [p for group in inner.param_groups for p in group["params"]]
+        partitions = [p for group in inner.param_groups for p in group["params"]]
+        if self.zero_stage == 3:
+            partitions = self.optimizer.fp32_partitioned_groups_flat  # it has its own list
         fused = any(group.get("fused") for group in inner.param_groups)
         for partition in partitions:  # the optimizer would make these in its first step
             inner.state[partition] = {kind: torch.zeros_like(partition) for kind in sorted(of_optimizer)} | {
@@ -308,13 +324,13 @@ class Engine:
                 # Its "full" setters fail where a parameter does not divide by the number of ranks.
                 part = self._own_part(parameter, whole)
                 if kind == "weights":
-                    safe_set_local_fp32_param(parameter, part)
+                    deepspeed.utils.safe_set_local_fp32_param(parameter, part)
                 else:
-                    safe_set_local_optimizer_state(parameter, part, kind)
+                    deepspeed.utils.safe_set_local_optimizer_state(parameter, part, kind)
             elif kind == "weights":
-                safe_set_full_fp32_param(parameter, whole)
+                deepspeed.utils.safe_set_full_fp32_param(parameter, whole)
             else:
-                safe_set_full_optimizer_state(parameter, whole, kind)
+                deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, kind)
 
     def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
         size = parameter.ds_tensor.numel()
@@ -324,13 +340,14 @@ class Engine:
 
     def _link_partitions(self) -> None:
         # DeepSpeed links optimizer state to parameters after the first group's first step, when other groups have none.
-        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+        if self.zero_stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+    def _placed(self, key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+        # Fused kernels want the step beside the parameter, others on the CPU.
         fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
-        if tensor.ndim == 0 and not fused:
+        if key.rpartition(".")[2] in _ON_THE_HOST and not fused:
             return tensor.clone()
         result = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
         return result.to(device=parameter.device, dtype=tensor.dtype).copy_(tensor)
