@@ -94,7 +94,7 @@ class Saver:
         """
         p, began_s = self._pieces, time.perf_counter()
         if p.engine.zero_stage == 0:
-            compare_ranks(p.common_state(), step)
+            compare_ranks(self._common_state(), step)
         optimizer, values = p.engine.optimizer_state()
         with p.engine.whole_parameters():
             if self._files is not None:
@@ -115,6 +115,14 @@ class Saver:
                         self._best_step = best["step"]
                 self._files.save(Snapshot(step, tensors, self._facts(values, best)))
         return time.perf_counter() - began_s
+
+    def _common_state(self) -> dict[str, Tensor]:
+        """What every rank must hold alike, by kind and name: `Pieces.common_state` and the optimizer's tensors.
+
+        Rank 0's are written, so that a wrong moment of its own would be trained on from after every resume.
+        """
+        common, state = self._pieces.common_state(), self._pieces.engine.state()
+        return {n: t for n, t in state.items() if n.startswith("optimizer ") or n.partition(" ")[2] in common}
 
     def _facts(self, engine: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
         p = self._pieces

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import USER_TASKS, small_config, train
+from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted
+from trainer.checkpoint import list_checkpoints
+from trainer.config import Config
+from trainer.distributed import Ranks
 from trainer.errors import RanksDifferError, UserError
 from trainer.verify import first_difference, verify
 from trainer.workers import run_ranks
@@ -28,6 +33,34 @@ def test_without_the_interval_the_end_of_the_run_still_notices(tmp_path: Path) -
     config = small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", guard_every_steps=0, max_steps=6)
     with pytest.raises(RanksDifferError, match="After step 6 rank 1 differs"):
         run_ranks(train, 3, config)
+
+
+def train_with_a_flipped_moment(ranks: Ranks, config: Config, rank: int, step: int) -> None:
+    """A run in which one bit of one moment changes on one rank, after a step's update: a memory fault."""
+    import torch
+
+    from trainer.run import run
+
+    def flip(done: int, engine: Any, losses: Any) -> None:
+        if ranks.rank == rank and done == step:
+            moment = engine.optimizer.state[engine.model.outer.weight]["exp_avg"]
+            moment.view(-1).view(torch.int32)[5] ^= 1 << 3
+
+    run(config, ranks, config_name="test", started_at_s=time.time(), trace=flip)
+
+
+@pytest.mark.parametrize(("world_size", "rank", "who"), [(3, 0, "rank 0 differs"), (2, 1, "ranks 0 and 1 differ")])
+def test_a_flipped_moment_is_in_no_checkpoint(tmp_path: Path, world_size: int, rank: int, who: str) -> None:
+    """The parameters of that step are alike still: only the optimizer's state tells."""
+    config = small_config(tmp_path / "run", guard_every_steps=1, checkpoint={"every_steps": 2, "keep": 9})
+    with pytest.raises(RanksDifferError, match=rf"After step 6 {who}.*, first in optimizer outer\.weight\.exp_avg\."):
+        run_ranks(train_with_a_flipped_moment, world_size, config, rank, 6)
+    checkpoints = [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert "step-000000002" in checkpoints
+    assert "step-000000006" not in checkpoints
+    # What is there is good: from it the run comes to its right end.
+    whole = run_ranks(train, 1, small_config(tmp_path / "whole"))[0]
+    assert run_ranks(train_interrupted, 2, config, {})[0]["parameters_sha256"] == whole["parameters_sha256"]
 
 
 def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> None:
