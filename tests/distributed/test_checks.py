@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def test_verify_points_at_the_step_of_rank_seeded_randomness(
 def test_verify_reports_ranks_that_differ_within_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", max_steps=4), [2]) == 1
     assert "NO: After step" in capsys.readouterr().out
+
+
+def test_verify_takes_a_stop_at_the_same_step_for_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(small_config(tmp_path / "run", task=f"{BAD}:InfiniteLater"), [1, 2]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^2 .* 2, stopped at 3 .* yes", out, re.MULTILINE)
+    assert re.search(r"^2 ranks, stopped: Step 3 is not finite: the loss of micro-batch \d+ is", out, re.MULTILINE)
+    assert "Every run stopped at step 3 for the same reason. Before it, the same bits" in out
 
 
 def test_verify_refuses_weak_scaling(tmp_path: Path) -> None:
