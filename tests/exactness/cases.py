@@ -96,7 +96,8 @@ def random_case(seed: int, number: int) -> Case:
     flaw = list(FLAWS)[(number // 5 + seed) % len(FLAWS)] if number % 5 == 4 else None
     kind = KINDS[(number - number // 5 + seed) % len(KINDS)] if flaw is None else ""
     plan = _plan(chance, kind, flaw)
-    network = Network(chance, kind, flaw, single=plan.smallest == 1)
+    bfloat16 = kind == "bfloat16" or chance.random() < 0.2
+    network = Network(chance, kind, flaw, single=plan.smallest == 1, bfloat16=bfloat16)
     loss = network.loss()
     annealed = kind == "annealing" or chance.random() < 0.1
     spec: dict[str, Any] = {
@@ -128,7 +129,7 @@ def random_case(seed: int, number: int) -> Case:
     }
     if "scheduler" in options:
         values["scheduler"] = values["trainer"].pop("scheduler")
-    if kind == "bfloat16" or chance.random() < 0.2:
+    if bfloat16:
         values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     label = kind if flaw is None else f"flaw: {flaw}"
     return Case(seed, number, label, values, _world_sizes(chance, plan.micro_batches), flaw)
@@ -141,7 +142,7 @@ def _plan(chance: random.Random, kind: str, flaw: str | None) -> Plan:
         if flaw is not None and M < 4:
             continue
         B = m * M - (chance.randrange(m) if chance.random() < 0.5 else 0)
-        if -(-B // m) != M:
+        if -(-B // m) != M or m > B:
             continue
         tail = chance.randrange(B) if chance.random() < 0.7 else 0
         if kind == "short tails":

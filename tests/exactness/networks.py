@@ -43,12 +43,21 @@ class Network:
         flaw: a name of FLAWS, or None.
     """
 
-    def __init__(self, chance: random.Random, kind: str, flaw: str | None, single: bool) -> None:
-        """`single`: whether there is a micro-batch of one sample, over which BatchNorm1d has no variance."""
+    def __init__(self, chance: random.Random, kind: str, flaw: str | None, single: bool, bfloat16: bool) -> None:
+        """Draws it.
+
+        Args:
+            chance, kind, flaw: of the case.
+            single: whether there is a micro-batch of one sample, over which BatchNorm1d has no variance.
+            bfloat16: whether it runs under autocast.
+        """
         self._chance, self._kind, self.flaw, self._single = chance, kind, flaw, single
+        # Without AVX-512, torch 2.13 cannot evaluate an LSTM in bfloat16: "could not create a primitive descriptor".
+        self._recurrent_kinds = ["GRU", "RNN"] if bfloat16 else ["GRU", "LSTM", "RNN"]
         self.layers: list[Block] = []
         # What the layers so far give: (B, C), (B, T, C), or (B, C, *size).
-        self._form, self._features, self._places, self._size = "", 0, 0, (0,)
+        self._form, self._features, self._places = "", 0, 0
+        self._size: tuple[int, ...] = (0,)
         self._each_place = False
         self._begin()
         wanted = chance.randint(2, 4)
@@ -303,7 +312,7 @@ class Network:
 
     def _recurrent(self) -> None:
         chance, hidden = self._chance, self._chance.randint(1, 9)
-        kind = chance.choice(["GRU", "LSTM", "RNN"])
+        kind = chance.choice(self._recurrent_kinds)
         options: dict[str, Any] = {"bidirectional": chance.random() < 0.3, "bias": chance.random() < 0.8}
         if chance.random() < 0.3:
             options |= {"num_layers": 2, "dropout": 0.2}
@@ -318,7 +327,11 @@ class Network:
             weights = chance.random() < 0.5
             self._put({"own": "Attention", "features": C, "heads": heads, "dropout": dropout, "weights": weights})
             return
-        options = {"dim_feedforward": chance.randint(1, 17), "dropout": dropout, "norm_first": chance.random() < 0.5}
+        options: dict[str, Any] = {
+            "dim_feedforward": chance.randint(1, 17),
+            "dropout": dropout,
+            "norm_first": chance.random() < 0.5,
+        }
         options["activation"] = chance.choice(["relu", "gelu"])
         self._put({"own": "Encoder", "features": C, "heads": heads, "options": options})
 

@@ -243,7 +243,7 @@ def global_counter(task, x):
 
 def task_memory(task, x):
     before = task.recent_means[-3:]
-    task.recent_means.append(float(x.detach().float().mean()))
+    task.recent_means.append(float(x.detach().float().abs().mean()))
     return max(-1.0, min(1.0, sum(before))) if before else 0.5
 
 

@@ -71,7 +71,11 @@ def trainer_options(
     weights = network.weighted_layers()
     if kind == "LoRA" and network.lora_targets():
         targets = network.lora_targets()
-        lora = {"rank": chance.randint(1, 4), "alpha": chance.randint(1, 8), "dropout": chance.choice([0, 0, 0.2])}
+        lora: dict[str, Any] = {
+            "rank": chance.randint(1, 4),
+            "alpha": chance.randint(1, 8),
+            "dropout": chance.choice([0, 0, 0.2]),
+        }
         if len(targets) > 1 and chance.random() < 0.5:
             lora["also_train"] = ["head"]
             targets = [name for name in targets if name != "head"]

@@ -18,7 +18,7 @@ class Verdict:
     """One of GOOD or BAD, and a sentence for the bad ones.
 
     "wrongly refused" stands for every accusation of a run that is exact: refused, labelled or stopped. "unnoticed" is
-    a flaw that no label and no refusal names, where the bits happen to agree, or cannot be compared.
+    a flaw that no label and no refusal names, where bits cannot be compared.
     """
 
     name: str
@@ -100,7 +100,9 @@ def _exact(firsts: dict[int, Outcome]) -> Verdict:
 def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
     flaw = FLAWS[case.flaw or ""]
     strict = case.config["trainer"].get("exactness") == "bitwise"
-    concerned = {W: o for W, o in firsts.items() if W > 1 or not flaw.several_ranks}
+    # With one rank, what depends on the rank may go unseen; a reason that is given has to be right all the same.
+    unseen = [W for W, o in firsts.items() if W == 1 and flaw.several_ranks and o.label == "bitwise"]
+    concerned = {W: o for W, o in firsts.items() if W not in unseen}
     silent = {}
     for W, outcome in concerned.items():
         said = "; ".join(outcome.reasons) if outcome.kind == "finished" else outcome.message
@@ -119,5 +121,7 @@ def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
         difference = _compare(bitwise)
         if difference or len(silent) < len(concerned):
             return Verdict("silent difference", f"{case.flaw}: bitwise at W={sorted(bitwise)}; {difference}")
-        return Verdict("unnoticed", f"{case.flaw}: bitwise at W={sorted(bitwise)}, with equal bits")
+        if len(bitwise) > 1:
+            return Verdict("one hash")  # the flaw has no effect here, as before a layer that removes it
+        return Verdict("unnoticed", f"{case.flaw}: bitwise at W={sorted(bitwise)}, with nothing to compare")
     return Verdict("refused" if strict else "labelled")
