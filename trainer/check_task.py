@@ -146,7 +146,7 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
             "stops the run: for annealing, take the keyword progress."
             for counter in found.counters
         ]
-    sizes = [i.batch.bounds[i.j][1] - i.batch.bounds[i.j][0] for i in items_of(p, 0)]
+    sizes = [item.samples for item in items_of(p, 0)]
     return {
         "problems": problems,
         "notes": notes,

@@ -25,6 +25,12 @@ def _chunk_weights(device: torch.device) -> Tensor:
     return weights
 
 
+def flattened(tensor: Tensor) -> Tensor:
+    """A tensor's elements side by side, (n,), so that they can be viewed as bytes: a view where they lie so already."""
+    # Not reshape(-1): of a single element cut out of a row, torch keeps the row's stride.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+
+
 def hash64(tensors: Iterable[Tensor]) -> Tensor:
     """A 64-bit hash of tensors' bits: () int64, on their device and without waiting for it.
 
@@ -33,7 +39,7 @@ def hash64(tensors: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1)
+        flat = flattened(tensor)
         words = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
         weights = _chunk_weights(flat.device)
         for start in range(0, max(1, len(words)), _CHUNK):
@@ -93,7 +99,7 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
 
 def digest(tensor: Tensor) -> str:
     """16 hexadecimal digits (BLAKE2b) of a tensor's type, shape and bytes."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = flattened(tensor.cpu()).view(torch.uint8).numpy()
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return hashlib.blake2b(head + data.tobytes(), digest_size=8).hexdigest()
 
@@ -102,7 +108,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over the names and bytes of tensors in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(flattened(tensor.cpu()).view(torch.uint8).numpy().data)
     return total.hexdigest()

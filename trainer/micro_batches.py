@@ -113,7 +113,7 @@ class MicroBatches:
         self._alignment = ALIGNMENT_BYTES[pieces.device.type]
         sample_bytes = sum(array[0].numel() * array.element_size() for array in self._split.arrays.values())
         self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * pieces.plan.micro_batch_size))
-        # Taken at the task's word; the rehearsal looks whether it is true.
+        # The task's word; the rehearsal looks whether it is true (see `chunks`).
         self.augments_in_chunks = bool(getattr(pieces.task, "augment_in_chunks", False))
 
     def losses(self, batch: GlobalBatch, block: range) -> Iterator[Tensor]:
@@ -121,14 +121,14 @@ class MicroBatches:
         model = self._engine.forward_module
         for first in range(block.start, block.stop, self._chunk):
             chunk = range(first, min(first + self._chunk, block.stop))
-            loaded = self.load(batch, chunk)
+            loaded = self.load(batch, chunk, self.augments_in_chunks)
             self._timer.mark("data")
             for j, arrays in zip(chunk, loaded):
                 yield self._forward(model, batch, j, arrays).result[0]
 
     def compute(self, batch: GlobalBatch, j: int) -> Computed:
         """Computes one micro-batch alone, as `losses` does among others. Not for the step: for looking at the task."""
-        (arrays,) = self.load(batch, range(j, j + 1))
+        (arrays,) = self.load(batch, range(j, j + 1), self.augments_in_chunks)
         return self._forward(self._engine.forward_module, batch, j, arrays)
 
     def _forward(self, model: Any, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
@@ -138,15 +138,21 @@ class MicroBatches:
             outputs = self._calls.forward(model, arrays, batch.progress)
             return Computed(arrays, outputs, self._calls.loss(outputs, arrays, batch.progress))
 
-    def load(self, batch: GlobalBatch, chunk: range) -> list[Batch]:
-        """The samples of some micro-batches, gathered and augmented: one dictionary each, of fresh tensors."""
+    def load(self, batch: GlobalBatch, chunk: range, together: bool) -> list[Batch]:
+        """The samples of some micro-batches, gathered and augmented: one dictionary each, of fresh tensors.
+
+        Args:
+            batch: their global batch.
+            chunk: the micro-batches.
+            together: augment them at once.
+        """
         bounds = batch.bounds[chunk.start : chunk.stop]
         indices = batch.indices[bounds[0][0] : bounds[-1][1]]
         arrays = self._split.gather(indices)
-        if self._calls.augment is not None and self.augments_in_chunks:
+        if self._calls.augment is not None and together:
             arrays = self._augmented(arrays, indices, batch.progress)
         pieces = self._cut(arrays, [stop - start for start, stop in bounds])
-        if self._calls.augment is not None and not self.augments_in_chunks:
+        if self._calls.augment is not None and not together:
             for k, (start, stop) in enumerate(bounds):
                 # For what draws from torch's generators instead of its `random`.
                 seed_generators(key(self._seed, "augment", batch.step, chunk[k]), self._device)

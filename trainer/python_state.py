@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .guard import flattened
+
 # Larger tensors and arrays, such as a task's dataset, are not copied.
 _LARGEST = 1 << 16
 # Longer lists and dictionaries are not looked into.
@@ -46,14 +48,13 @@ class _Saved:
 
 
 def _bits(tensor: Tensor) -> tuple[Any, ...]:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), flattened(tensor.cpu()).view(torch.uint8).numpy().tobytes()
 
 
 def _save(value: Any, depth: int = 0) -> _Saved:
     if isinstance(value, _ATOMS):
         return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # those are the trainer's business
         return _save_tensor(value)
     for kind, read, write in _GENERATORS:
         if isinstance(value, kind):
@@ -94,7 +95,7 @@ def _save_tensor(value: Tensor) -> _Saved:
 
 
 def _write_tensor(value: Tensor, content: Tensor) -> None:
-    if _bits(value) != _bits(content):
+    if value.shape == content.shape and _bits(value) != _bits(content):
         with torch.no_grad():
             value.copy_(content)
 

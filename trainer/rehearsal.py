@@ -13,6 +13,7 @@ on the rank through anything but torch.distributed. The audit looks for that whi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .batch_norm import RunningStatistics
 from .build import Pieces
 from .causes import Calls, Finding, Hashes, another_rank, differs, explain, source_of, watched
+from .chunks import objection
 from .distributed import gather_objects, raise_together
 from .errors import TrainerError, UserError
 from .guard import hash_each
@@ -58,6 +60,12 @@ class _Item(NamedTuple):
     j: int
     first: bool
 
+    @property
+    def samples(self) -> int:
+        """How many samples it has."""
+        start, stop = self.batch.bounds[self.j]
+        return stop - start
+
 
 def rehearse(p: Pieces, micro_batches: MicroBatches, statistics: RunningStatistics, first_step: int) -> Found:
     """Rehearses a run. Collective: every rank.
@@ -74,22 +82,22 @@ def rehearse(p: Pieces, micro_batches: MicroBatches, statistics: RunningStatisti
     found, error = Found(), None
     hashes: dict[int, list[Hashes]] = {}
     rehearsal: _Rehearsal | None = None
-    chunks_differ: str | None = None
+    against_chunks: str | None = None
     try:
         rehearsal = _Rehearsal(p, micro_batches, statistics, first_step)
-        chunks_differ = rehearsal.chunks_that_differ()
+        against_chunks = rehearsal.objection_to_chunks()
         hashes, found = rehearsal.perform()
     except TrainerError as own:
         error = own
     raise_together(error)
     assert rehearsal is not None
-    everyone = gather_objects((hashes, found, chunks_differ))
-    differing = next((name for _, _, name in everyone if name is not None), None)
-    if differing is not None:
+    everyone = gather_objects((hashes, found, against_chunks))
+    objections = [reason for _, _, reason in everyone if reason is not None]
+    if objections:
         micro_batches.augments_in_chunks = False
         found.notes.append(
-            f"the task says augment_in_chunks, but its augment() gives other bits for {differing!r} in chunks than "
-            "alone: it is called for one micro-batch at a time"
+            f"the task says augment_in_chunks, but its augment() is called for one micro-batch at a time, because "
+            f"{objections[0]}"
         )
     _unite(found, [other for _, other, _ in everyone])
     if not found.findings and p.engine.zero_stage == 0:
@@ -151,9 +159,10 @@ def items_of(p: Pieces, first_step: int) -> list[_Item]:
     last_of_epoch = (first_step // p.steps_per_epoch + 1) * p.steps_per_epoch - 1
     tail = next(global_batches(p, last_of_epoch)) if last_of_epoch < p.total_steps else batch
     for other in (batch, tail):
-        start, stop = other.bounds[-1]
-        if stop - start not in {i.batch.bounds[i.j][1] - i.batch.bounds[i.j][0] for i in items}:
-            items.append(_Item(other, len(other.bounds) - 1, False))
+        for j in (0, len(other.bounds) - 1):  # the smallest and the largest of a batch
+            new = _Item(other, j, False)
+            if new.samples not in {item.samples for item in items}:
+                items.append(new)
     return items
 
 
@@ -303,24 +312,15 @@ class _Rehearsal:
                 "sums. Return the loss, and take gradients of your own with torch.autograd.grad()."
             )
 
-    def chunks_that_differ(self) -> str | None:
-        """The first array that a task's augment() makes differently in a chunk of micro-batches than alone; or None."""
-        work = self._micro_batches
-        if not work.augments_in_chunks:
+    def objection_to_chunks(self) -> str | None:
+        """Why the task's augment() may not see several micro-batches at once, though it says so; None if it may."""
+        if not self._micro_batches.augments_in_chunks:
             return None
         batch = self._items[0].batch
-        chunk = range(min(5, len(batch.bounds)))
         with _generators_kept(self._p.device):
-            together = work.load(batch, chunk)
-            work.augments_in_chunks = False
-            alone = [work.load(batch, range(j, j + 1))[0] for j in chunk]
-            work.augments_in_chunks = True
+            reason = objection(functools.partial(self._micro_batches.load, batch), range(min(5, len(batch.bounds))))
         self.python.put_back(self.before)
-        for one, other in zip(together, alone):
-            part = differs(hash_each(one), hash_each(other))
-            if part is not None:
-                return part
-        return None
+        return reason
 
     # ---- for the cause, if something differed ------------------------------------------------------------------
 

@@ -136,3 +136,54 @@ def first_gradient(ranks: Ranks, config: Config) -> list[Any]:
     step = ExactStep(pieces, PhaseTimer(pieces.device))
     step(next(global_batches(pieces)))
     return [view.clone().numpy() for view in step._tree.gradient_views]
+
+
+def train_unrehearsed(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """A run without its rehearsal and its audits."""
+    import trainer.run
+
+    trainer.run._rehearse = lambda p, make_step, first_step: (0.0, [])  # type: ignore[assignment]
+    return train(ranks, config)
+
+
+def rehearse_once(ranks: Ranks, config: Config) -> tuple[Any, Any]:
+    """A run's pieces, and what their rehearsal finds."""
+    from trainer.build import build
+    from trainer.console import DeepSpeedLog
+    from trainer.monitor import PhaseTimer
+    from trainer.rehearsal import rehearse
+    from trainer.step import ExactStep
+
+    log = DeepSpeedLog(keep=False)
+    log.install()
+    pieces = build(config, ranks, config.plan(ranks.world_size), log)
+    step = ExactStep(pieces, PhaseTimer(pieces.device))
+    return pieces, rehearse(pieces, step.micro_batches, step.statistics, 0)
+
+
+def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
+    """Everything that a next step could depend on, before a rehearsal and after it, as comparable values."""
+    import trainer.rehearsal
+    from trainer.guard import digest
+    from trainer.python_state import PythonState
+
+    states: list[Any] = []
+
+    def note(pieces: Any) -> None:
+        import torch
+
+        python = PythonState(pieces.task, pieces.engine.model)
+        values = {python.name_of(key): saved.content for key, saved in python.take().items()}
+        tensors = {name: digest(tensor) for name, tensor in pieces.engine.state().items()}
+        states.append((values, tensors, digest(torch.get_rng_state()), pieces.host_splits["train"].data_hash()))
+
+    original = trainer.rehearsal._Rehearsal.__init__
+
+    def noting(self: Any, pieces: Any, *arguments: Any) -> None:
+        note(pieces)
+        original(self, pieces, *arguments)
+
+    trainer.rehearsal._Rehearsal.__init__ = noting  # type: ignore[method-assign]
+    pieces, _ = rehearse_once(ranks, config)
+    note(pieces)
+    return states[0], states[1]

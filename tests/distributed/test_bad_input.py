@@ -131,7 +131,6 @@ def test_output_folders(capsys: pytest.CaptureFixture[str], config_file: Any, tm
         ("CountTensor", ["the count a number", "shape (3,)"]),
         ("DetachedLoss", ["without a graph"]),
         ("InfiniteAtOnce", ["first step", "finite"]),
-        ("MixesSamples", ["augment()", "each sample on its own"]),
         ("OutputsOneNumber", ["output 'mean' of shape ()", "one row a sample"]),
         ("EmptySplit", ['splits()["train"] is empty']),
         ("RaggedSplit", ["x: 7, y: 5"]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.jobs import USER_TASKS
@@ -14,8 +17,23 @@ BAD = f"{USER_TASKS}/bad_tasks.py"
 def test_an_exact_task_passes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-task", task]) == 0
     out = capsys.readouterr().out
-    assert "is exact: two steps at 1, 2 and 3 ranks gave the same bits" in out
+    assert "is exact: rehearsed in micro-batches of 8" in out
+    assert "two steps at 1, 2 and 3 ranks gave the same bits" in out
     assert "NOT EXACT" not in out
+
+
+def test_it_uses_the_micro_batches_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ragged ones, too: 500 = 4 x 110 + 60, in micro-batches of 15 or 16."""
+    config = {"train_batch_size": 110, "train_micro_batch_size_per_gpu": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}))
+    task = f"{USER_TASKS}/inexact_tasks.py:AugmentsByPowers"
+    assert main(["check-task", task, "--ds_config", str(tmp_path / "config.json")]) == 0
+    assert "rehearsed in micro-batches of 15 or 16 samples" in capsys.readouterr().out
+
+
+def test_a_counter_that_changes_nothing_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-task", f"{USER_TASKS}/inexact_tasks.py:AnnealsLate"]) == 0
+    assert "note: the task's attribute calls changes with every micro-batch. No number" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -25,9 +43,8 @@ def test_an_exact_task_passes(task: str, capsys: pytest.CaptureFixture[str]) -> 
         ("PythonRandom", ["draws from Python's random module", "torch.rand"]),
         ("NumpyRandom", ["draws from numpy's global generator"]),
         ("RankNoise", ["generator of its own", "2 ranks differ from one, first at step 1, in loss"]),
-        ("StatefulModel", ["buffer seen changes in forward()"]),
+        ("StatefulModel", ["buffer seen changes in its forward", "rank 0's"]),
         ("OtherDataEachCall", ["splits() gives other data at a second call"]),
-        ("AugmentsFromElsewhere", ["augment() gives other values for 'x' at a second call"]),
     ],
 )
 def test_each_cause_is_named(task: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

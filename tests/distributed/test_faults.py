@@ -15,6 +15,7 @@ LIVES = {
     "write": ["SIGKILL inside a checkpoint write", "SIGTERM, SIGINT, SIGUSR1 to a rank", "truncated checkpoint"],
     "hang": ["a rank that hangs"],
     "signals": ["a second signal", "the same to all ranks"],
+    "bits": ["bits flipped in the gradients of a rank"],
     "disk": ["disk full", "output folder gone", "SIGSTOP for a moment"],
 }
 

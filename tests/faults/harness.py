@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG_TIMEOUT_S = 15
+AUDIT_EVERY_STEPS = 3
 # A session that is not disturbed, on a busy machine.
 SESSION_LIMIT_S = 150.0
 MAX_WORLD_SIZE = 8
@@ -60,6 +61,7 @@ def workloads(folder: Path, long_epochs: int = 30) -> list[Workload]:
         "epochs": 4,
         "log_every_steps": 2,
         "guard_every_steps": 5,
+        "audit_every_steps": AUDIT_EVERY_STEPS,
         "hang_timeout_s": HANG_TIMEOUT_S,
         "checkpoint": {"every_steps": 3, "keep": 3},
         "learning_rate": {"schedule": "cosine", "warmup_epochs": 1},

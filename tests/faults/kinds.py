@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.harness import HANG_TIMEOUT_S, Session
+from tests.faults.harness import AUDIT_EVERY_STEPS, HANG_TIMEOUT_S, Session
 
 KILL, TERM, INT, USR1, STOP = (
     int(n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP)
 )
-STOPPED, LOST = 75, 5
+STOPPED, LOST, DIFFER = 75, 5, 4
 # How long a session may take to end.
 STOP_LIMIT_S = 30.0
 LOST_LIMIT_S = float(HANG_TIMEOUT_S)
@@ -216,6 +216,23 @@ def folder_gone(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     return Plan([act], promise, back)
 
 
+def flipped_bits(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """A rank computes wrongly: from a step on, one bit in the gradient of each of its micro-batches."""
+    victim = chance.randrange(W)
+    act = {"rank": victim, "at": "step", "step": step, "do": "flip", "seed": chance.randrange(1 << 30)}
+    leaves = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {DIFFER}, "The audit of step", f"rank {victim} on")
+
+    def promise(end: Session) -> str | None:
+        broken = leaves(end)
+        if broken is not None:
+            return broken
+        since = int(re.findall(r"bits are flipped from step (\d+) on", end.text)[0])
+        found = int(re.findall(r"The audit of step (\d+) found", end.text)[0])
+        return None if since <= found < since + AUDIT_EVERY_STEPS else f"flipped from {since} on, found in {found}"
+
+    return Plan([act], promise)
+
+
 def _newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"))
 
@@ -297,6 +314,7 @@ KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = 
     "all ranks suspended": (suspend, 2),
     "a rank that hangs": (hang, 5),
     "cut link": (cut_link, 4),
+    "bits flipped in the gradients of a rank": (flipped_bits, 6),
     "disk full": (full_disk, 6),
     "output folder gone": (folder_gone, 3),
     "truncated checkpoint": (damaged("truncated"), 4),

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -39,17 +40,18 @@ class Disturbance:
 
     Keys: "rank" (None for all), "at" ("start", "step" or "write"), "step" (made at the earliest), "moment" (of a
     checkpoint's writing), "delay_s", and "do": "signal" ("signals", "gap_s" between them), "hang", "fill" ("folder",
-    "leave_bytes"), "rename" ("from", "to"), "run" ("command"), "fail" ("errno").
+    "leave_bytes"), "rename" ("from", "to"), "run" ("command"), "fail" ("errno"), "flip" ("seed").
     """
 
     def __init__(self, facts: dict[str, Any], folder: Path) -> None:
         self._facts, self._folder, self._done = facts, folder, False
+        self._step = 0
 
     def reached(self, at: str, step: int, moment: str = "") -> None:
         f = self._facts
         if self._done or f["at"] != at or step < f.get("step", 0) or f.get("moment", "") != moment:
             return
-        self._done = True
+        self._done, self._step = True, step
         if at == "step" and f["do"] == "signal":
             # A moment later: in the middle of whatever this rank then does.
             threading.Thread(target=self._act, daemon=True).start()
@@ -80,6 +82,9 @@ class Disturbance:
             os.rename(f["from"], f["to"])
         elif f["do"] == "run":
             subprocess.run(f["command"], check=True)
+        elif f["do"] == "flip":
+            print(f"bits are flipped from step {self._step + 1} on", flush=True)
+            flip_bits(random.Random(f["seed"]))
         elif f["do"] == "fail":
             raise OSError(f["errno"], os.strerror(f["errno"]))
         else:
@@ -93,6 +98,24 @@ def fill(folder: Path, leave_bytes: int) -> None:
     if size > 0:
         with (folder / "filler").open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, size)
+
+
+def flip_bits(chance: random.Random) -> None:
+    """From now on, one bit of the gradient of every micro-batch of this rank is wrong: a device that fails."""
+    import torch
+
+    from trainer.step import ExactStep
+
+    original = ExactStep._gradients
+
+    def flipped(self: Any, loss: Any) -> Any:
+        gradients = original(self, loss)
+        chosen = chance.choice([gradient for gradient in gradients if gradient is not None])
+        words = chosen.reshape(-1).view(torch.int32)  # the gradient itself, as it is contiguous
+        words[chance.randrange(len(words))] ^= (1 << chance.randrange(31)) if chance.random() < 0.9 else -(1 << 31)
+        return gradients
+
+    ExactStep._gradients = flipped  # type: ignore[method-assign]
 
 
 def _rank(session: dict[str, Any], rank: int) -> None:

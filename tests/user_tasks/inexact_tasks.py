@@ -1,4 +1,4 @@
-"""User tasks whose numbers would depend on the number of ranks, each for one cause; and augmentations that only seem to."""
+"""User tasks whose numbers would depend on the number of ranks, each for one cause; and tasks that only look so."""
 
 import time
 
@@ -201,3 +201,28 @@ class AnnealsByProgress(MyTask):
         loss, count = super().loss(outputs, batch)
         weight = min(1.0, progress.step / (0.5 * progress.total_steps))
         return loss + weight * F.mse_loss(outputs["logits"], torch.zeros(()).expand(count, 2), reduction="sum"), count
+
+
+# ---------------------------------------------------------------- a device that computes wrongly
+
+
+class _Flip(torch.autograd.Function):
+    """The identity; backward, one bit of one number is wrong (a high one, which no rounding swallows)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient.view(-1).view(torch.int32)[0] ^= 1 << 20
+        return gradient
+
+
+class FlipsAGradient(MyTask):
+    """On rank 1, from the eighth step on, in the second epoch. Losses are right, and so is what the guard compares."""
+
+    def forward(self, model, batch, progress):
+        logits = model(batch["x"])
+        return {"logits": _Flip.apply(logits) if dist.get_rank() == 1 and progress.step >= 7 else logits}
