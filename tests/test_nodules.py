@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer import tasks
 from trainer.errors import UserError
 from trainer.order import SampleRandom
+from trainer.progress import Progress
 from trainer.tasks import nodules
 from trainer.tasks.nodules import NoduleAutoencoder, Nodules
 
@@ -122,6 +123,15 @@ def test_beta_weighs_the_kl_divergence(data: Path) -> None:
     outputs = {"nll": torch.tensor([3.0, 4.0]), "kl": torch.tensor([0.5, 0.25])}
     assert small(data, beta=4.0).loss(outputs, {})[0].item() == 10
     assert small(data, beta=0).loss(outputs, {})[0].item() == 7
+
+
+def test_beta_warms_up_with_the_progress_of_the_run(data: Path) -> None:
+    """In training only: a validation's loss means the same in every epoch."""
+    outputs = {"nll": torch.tensor([3.0, 4.0]), "kl": torch.tensor([0.25, 0.5])}
+    task = small(data, beta=4.0, beta_warmup=0.5)
+    for step, kl in ((0, 0.0), (25, 1.5), (50, 3.0), (99, 3.0)):
+        assert task.loss(outputs, {}, progress=Progress(step, 0, 100))[0].item() == 7 + kl
+        assert task.loss(outputs | {"dice": torch.ones(2)}, {}, progress=Progress(step, 0, 100))[0].item() == 10
     assert small(data, model="autoencoder").loss({"nll": outputs["nll"]}, {})[0].item() == 7
 
 
@@ -412,6 +422,8 @@ def test_a_model_is_rebuilt_without_the_data(tmp_path: Path) -> None:
         ({"width": True}, r'task_options\.width" is True'),
         ({"split_seed": -1}, r'task_options\.split_seed" is -1'),
         ({"beta": -1}, r'task_options\.beta" is -1. It must be a number of at least 0'),
+        ({"beta_warmup": 1.5}, r'task_options\.beta_warmup" is 1\.5. It must be a number of at least 0 and below 1'),
+        ({"model": "autoencoder", "beta_warmup": 0.5}, r'task_options\.beta_warmup" is 0\.5. It must be left out'),
         ({"beta": float("nan")}, r'task_options\.beta" is nan'),
         ({"test_fraction": 1}, r'task_options\.test_fraction" is 1. It must be a number of at least 0 and below 1'),
         ({"validation_fraction": "0.1"}, r"task_options\.validation_fraction\" is '0\.1'"),

@@ -20,6 +20,7 @@ from .. import lidc
 from ..errors import UserError
 from ..options import refuse
 from ..order import SampleRandom, key
+from ..progress import Progress
 from ..splits import Batch
 
 SIDE = lidc.SIDE
@@ -188,6 +189,7 @@ class Nodules:
         latent: size of the code.
         width: channels of the widest resolution.
         beta: weight of the KL divergence in the training loss (Higgins et al. 2017); 1 is the negative ELBO.
+        beta_warmup: the share of the run over which that weight grows from 0 (Bowman et al. 2016); 0 for none.
         augment: turn training masks by a random symmetry of the cube. Voxels are cubes of 1 mm, so that all 48
             rotations and reflections of a nodule are shapes that a nodule can have.
         validation_fraction, test_fraction: the shares of patients, about. A patient's place follows from a hash of
@@ -202,6 +204,7 @@ class Nodules:
         latent: int = 32,
         width: int = 8,
         beta: float = 1.0,
+        beta_warmup: float = 0.0,
         augment: bool = True,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.1,
@@ -220,6 +223,7 @@ class Nodules:
                 refuse(option, count, f"an integer from {low} to {high}")
         for option, number, below in (
             ("beta", beta, 1e6),
+            ("beta_warmup", beta_warmup, 1),
             ("validation_fraction", validation_fraction, 1),
             ("test_fraction", test_fraction, 1),
         ):
@@ -234,6 +238,9 @@ class Nodules:
             refuse("augment", augment, "true or false")
         if model == "autoencoder" and beta != 1.0:
             refuse("beta", beta, 'left out where "model" is "autoencoder": it weighs a term that only the "vae" has')
+        if model == "autoencoder" and beta_warmup:
+            refuse("beta_warmup", beta_warmup, 'left out where "model" is "autoencoder", which has no KL divergence')
+        self._beta_warmup = float(beta_warmup)
         self._data, self._latent, self._width, self._beta = data, latent, width, float(beta)
         self._variational, self._augment, self._split_seed = model == "vae", augment, split_seed
         self._shares = {"test": float(test_fraction), "validation": float(validation_fraction)}
@@ -329,11 +336,17 @@ class Nodules:
         outputs["slices"] = (255 * central).round().to(torch.uint8)
         return outputs
 
-    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, int]:
-        """Summed negative ELBO, the KL divergence weighed by beta, and the number of masks."""
+    def loss(self, outputs: dict[str, Tensor], batch: Batch, progress: Progress | None = None) -> tuple[Tensor, int]:
+        """Summed negative ELBO, the KL divergence weighed by beta, and the number of masks.
+
+        While beta warms up, only the training loss has a smaller weight: validations stay comparable.
+        """
         total = outputs["nll"].sum()
         if self._variational:
-            total = total + self._beta * outputs["kl"].sum()
+            weight = self._beta
+            if self._beta_warmup and progress is not None and "dice" not in outputs:
+                weight *= min(1.0, progress.fraction / self._beta_warmup)
+            total = total + weight * outputs["kl"].sum()
         return total, len(outputs["nll"])
 
     def metrics(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, float]:
