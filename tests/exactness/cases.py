@@ -99,7 +99,8 @@ def random_case(seed: int, number: int) -> Case:
     bfloat16 = kind == "bfloat16" or chance.random() < 0.2
     network = Network(chance, kind, flaw, single=plan.smallest == 1, bfloat16=bfloat16)
     loss = network.loss()
-    annealed = kind == "annealing" or chance.random() < 0.1
+    late = flaw is not None and FLAWS[flaw].late
+    annealed = kind == "annealing" or late or chance.random() < 0.1
     spec: dict[str, Any] = {
         "data_seed": chance.randrange(1000),
         "samples": {"train": plan.samples},
@@ -185,7 +186,8 @@ def _augmentations(chance: random.Random, kind: str, network: Network, loss: dic
     return found
 
 
-def _place(chance: random.Random, flaw: str, network: Network) -> dict[str, str]:
+def _place(chance: random.Random, flaw: str, network: Network) -> dict[str, Any]:
     """Where a task goes wrong; tokens are whole numbers, which nothing can be added to."""
     places = ["loss"] if network.input["form"] == "tokens" else ["forward", "augment", "loss"]
-    return {"kind": flaw, "where": chance.choice(places)}
+    kinds = {"late_random": "python_random", "late_counter": "task_counter"}
+    return {"kind": kinds.get(flaw, flaw), "where": chance.choice(places), "late": FLAWS[flaw].late}

@@ -14,22 +14,31 @@ class Flaw:
         layer: the class in fuzz_flaws.py; None where the task itself is flawed (random_task.FLAWS).
         several_ranks: whether it can only be seen with two ranks or more.
         tokens: whether it needs an embedding.
+        late: whether it begins in the third step, where the audit has to find it.
     """
 
     reason: str
     layer: str | None = None
     several_ranks: bool = False
     tokens: bool = False
+    late: bool = False
 
 
 FLAWS: dict[str, Flaw] = {
     "python_random": Flaw(r"Python's random module"),
     "numpy_random": Flaw(r"numpy's global generator"),
     "task_generator": Flaw(r"generator"),
+    "task_random": Flaw(r"generator"),
+    "task_numpy": Flaw(r"generator"),
     "global_generator": Flaw(r"generator"),
     "module_generator": Flaw(r"generator", "FlawedGenerator"),
     "task_counter": Flaw(r"times_called"),
     "global_counter": Flaw(r"CALLS_OF_ALL"),
+    "class_counter": Flaw(r"total_calls"),
+    "nested_counter": Flaw(r"settings"),
+    # State out of sight: that there is some is all that can be said.
+    "hidden_counter": Flaw(r"state"),
+    "hidden_start": Flaw(r"state|rank", several_ranks=True),
     "module_counter": Flaw(r"calls_so_far.*changes|changes.*calls_so_far", "FlawedCounter"),
     "task_memory": Flaw(r"recent_means"),
     "module_memory": Flaw(r"memory_bank", "FlawedMemory"),
@@ -40,5 +49,8 @@ FLAWS: dict[str, Flaw] = {
     "first_batch": Flaw(r"parameter .*first_scale|started", "FlawedStart"),
     "max_norm": Flaw(r"parameter .*layers\.0\.inner\.weight", tokens=True),
     "rank": Flaw(r"\brank", several_ranks=True),
-    "clock": Flaw(r"."),
+    "clock": Flaw(r"computed again"),
+    # The rehearsal finds them where it looks at the end of an epoch.
+    "late_random": Flaw(r"audit|Python's random module", late=True),
+    "late_counter": Flaw(r"audit|times_called", late=True),
 }

@@ -47,7 +47,16 @@ def failure(case: Case, verdict: Verdict) -> str:
 
 def table(judged: list[tuple[Case, Verdict]]) -> str:
     """One row a kind of case."""
-    columns = ("one hash", "labelled", "refused", "wrongly refused", "wrong reason", "silent difference", "traceback")
+    columns = (
+        "one hash",
+        "labelled",
+        "refused",
+        "stopped",
+        "wrongly refused",
+        "wrong reason",
+        "silent difference",
+        "traceback",
+    )
     rows = [f"| kind | cases | {' | '.join(columns)} |", f"|---|{'---|' * (len(columns) + 1)}"]
     by_kind: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for case, verdict in judged:

@@ -136,7 +136,8 @@ class Network:
         padded = self._kind in ("padded tokens", "uneven counts") or chance.random() < 0.5
         self.input = {"form": "tokens", "vocabulary": vocabulary, "places": places, "padded": padded}
         self._features, self._places = chance.randint(1, 15), places
-        if self._kind == "bags of tokens" or (chance.random() < 0.2 and self.flaw is None):
+        fits = self.flaw is None and FORMS.get(self._kind) != "places"
+        if self._kind == "bags of tokens" or (chance.random() < 0.2 and fits):
             mode = chance.choice(["sum", "mean", "max"])
             bag = {"own": "Bag", "vocabulary": vocabulary, "features": self._features, "mode": mode}
             self.layers.append({**bag, "weighted": mode == "sum" and chance.random() < 0.5})

@@ -23,6 +23,40 @@ CALLS_OF_ALL = 0
 GENERATOR_OF_ALL = torch.Generator().manual_seed(9)
 
 
+def counter():
+    """A function that counts its calls where nobody sees it."""
+    calls = 0
+
+    def call_again():
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return call_again
+
+
+def first_of_all():
+    """A function that gives what it was first called with."""
+    seen = []
+
+    def first(x):
+        if not seen:
+            seen.append(float(x.detach().float().abs().mean()))
+        return seen[0]
+
+    return first
+
+
+next_number, first_mean = counter(), first_of_all()
+
+
+class Settings:
+    """An object of the user's own inside of the task."""
+
+    def __init__(self):
+        self.count = 0
+
+
 class Model(nn.Module):
     """Layers one after the other; a token-level output is padded to all places, so that micro-batches fit together."""
 
@@ -48,12 +82,17 @@ class Model(nn.Module):
 
 
 class RandomTask:
+    total_calls = 0
+
     def __init__(self, spec):
         self.spec = spec
         self.notes = []
         self.times_called = 0
         self.my_generator = torch.Generator().manual_seed(4)
         self.recent_means = []
+        self.settings = Settings()
+        self.my_random = python_random.Random(8)
+        self.my_numpy = np.random.default_rng(8)
 
     # ---- data --------------------------------------------------------------------------------------------------
 
@@ -91,59 +130,59 @@ class RandomTask:
     # ---- augmentation ------------------------------------------------------------------------------------------
 
     def augment(self, batch, random):
-        return self._augment(batch, random, 0.0)
+        return self._augment(batch, random)
 
-    def _augment(self, batch, random, fraction):
+    def _augment(self, batch, random, progress=None):
         for step in self.spec["augment"]:
             batch = AUGMENTATIONS[step](batch, random)
         if self.spec["anneals"] and "mask" not in batch and batch["x"].is_floating_point():
-            batch = {**batch, "x": batch["x"] + (1 - fraction) * 0.1 * spread(random.normal(1), batch["x"])}
-        return self._disturbed(batch, "augment")
+            batch = {**batch, "x": batch["x"] + (1 - fraction(progress)) * 0.1 * spread(random.normal(1), batch["x"])}
+        return {**batch, "x": self._disturbed(batch["x"], "augment", progress)}
 
-    def _disturbed(self, batch, where):
-        if self._flaw("where") != where:
-            return batch
-        return {**batch, "x": batch["x"] * (1 + 0.05 * FLAWS[self._flaw("kind")](self, batch["x"]))}
-
-    def _flaw(self, key):
-        return (self.spec["flaw"] or {}).get(key)
+    def _disturbed(self, x, where, progress):
+        """The flaw, at the place where this case has it; x as it is elsewhere."""
+        flaw = self.spec["flaw"] or {}
+        if flaw.get("where") != where or (flaw["late"] and progress.step < 2):
+            return x
+        return x * (1 + 0.05 * FLAWS[flaw["kind"]](self, x))
 
     # ---- model and loss ----------------------------------------------------------------------------------------
 
     def forward(self, model, batch):
-        return self._forward(model, batch, 0.0)
+        return self._forward(model, batch)
 
-    def _forward(self, model, batch, fraction):
-        batch = self._disturbed(batch, "forward")
-        self._innocent(batch)
-        y = model(batch["x"], batch.get("mask"))
+    def _forward(self, model, batch, progress=None):
+        x = self._disturbed(batch["x"], "forward", progress)
+        self._innocent(x)
+        y = model(x, batch.get("mask"))
         if self.spec["anneals"]:
-            y = y * (1 + fraction)  # a temperature
+            y = y * (1 + fraction(progress))  # a temperature
         bottleneck = next((m for m in model.modules() if hasattr(m, "kl")), None)
         if self.spec["bare"] and bottleneck is None:
             return y
         return {"y": y} if bottleneck is None else {"y": y, "kl": bottleneck.kl}
 
-    def _innocent(self, batch):
+    def _innocent(self, x):
         """Things that change and that no number depends on."""
         if self.spec["innocent"]:
             self.times_called += 1
+            RandomTask.total_calls += 1
+            self.settings.count += next_number()
             self.notes.append(f"{time.time()} {dist.get_rank()}")
-            self.recent_means.append(batch["x"].shape)
+            self.recent_means.append(x.shape)
 
     def loss(self, outputs, batch):
-        return self._loss(outputs, batch, 0.0)
+        return self._loss(outputs, batch)
 
-    def _loss(self, outputs, batch, fraction):
+    def _loss(self, outputs, batch, progress=None):
         kl = outputs.get("kl") if isinstance(outputs, dict) else None
         outputs = outputs["y"] if isinstance(outputs, dict) else outputs
         each = self._each(outputs, batch["y"])  # (B,), or (B, T)
         if "y_other" in batch:  # mixup
             each = batch["share"] * each + (1 - batch["share"]) * self._each(outputs, batch["y_other"])
         if kl is not None:
-            each = each + (fraction if self.spec["anneals"] else 0.3) * kl
-        if self._flaw("where") == "loss":
-            each = each * (1 + 0.05 * FLAWS[self._flaw("kind")](self, each))
+            each = each + (fraction(progress) if self.spec["anneals"] else 0.3) * kl
+        each = self._disturbed(each, "loss", progress)
         counts = self.spec["loss"]["counts"]
         if counts == "weights":
             return (each * batch["weight"]).sum(), batch["weight"].sum()
@@ -173,13 +212,18 @@ class AnnealedTask(RandomTask):
     """Its functions ask how far the run is."""
 
     def augment(self, batch, random, *, progress=None):
-        return self._augment(batch, random, 0.0 if progress is None else progress.fraction)
+        return self._augment(batch, random, progress)
 
     def forward(self, model, batch, *, progress=None):
-        return self._forward(model, batch, 0.0 if progress is None else progress.fraction)
+        return self._forward(model, batch, progress)
 
     def loss(self, outputs, batch, *, progress=None):
-        return self._loss(outputs, batch, 0.0 if progress is None else progress.fraction)
+        return self._loss(outputs, batch, progress)
+
+
+def fraction(progress):
+    """The share of the run that is done; 0 for a task that does not ask."""
+    return 0.0 if progress is None else progress.fraction
 
 
 def spread(numbers, x):
@@ -241,6 +285,16 @@ def global_counter(task, x):
     return CALLS_OF_ALL % 7
 
 
+def class_counter(task, x):
+    type(task).total_calls += 1
+    return task.total_calls % 7
+
+
+def nested_counter(task, x):
+    task.settings.count += 1
+    return task.settings.count % 7
+
+
 def task_memory(task, x):
     before = task.recent_means[-3:]
     task.recent_means.append(float(x.detach().float().abs().mean()))
@@ -251,9 +305,15 @@ FLAWS = {
     "python_random": lambda task, x: python_random.random(),
     "numpy_random": lambda task, x: np.random.rand(),
     "task_generator": lambda task, x: torch.rand((), generator=task.my_generator),
+    "task_random": lambda task, x: task.my_random.random(),
+    "task_numpy": lambda task, x: task.my_numpy.random(),
     "global_generator": lambda task, x: torch.rand((), generator=GENERATOR_OF_ALL),
     "task_counter": task_counter,
     "global_counter": global_counter,
+    "class_counter": class_counter,
+    "nested_counter": nested_counter,
+    "hidden_counter": lambda task, x: next_number() % 7,
+    "hidden_start": lambda task, x: first_mean(x),
     "task_memory": task_memory,
     "rank": lambda task, x: dist.get_rank(),
     "clock": lambda task, x: time.perf_counter_ns() % 997 / 997,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from tests.exactness.flaws import FLAWS
+
 if TYPE_CHECKING:
     from tests.exactness.cases import Plan
     from tests.exactness.networks import Network
@@ -60,6 +62,8 @@ def trainer_options(
         "guard_every_steps": chance.choice([1, 2, 50]),
         "hang_timeout_s": 60,
     }
+    if chance.random() < 0.4:
+        options["audit_every_steps"] = chance.choice([0, 1, 2, 3])
     if chance.random() < 0.15:
         # More samples than are trained on: a subset of them is chosen.
         options["train_samples"] = plan.samples
@@ -68,6 +72,10 @@ def trainer_options(
         options["gradient_noise"] = True
     _rates(chance, plan, options)
     _best(chance, spec, options)
+    if network.flaw is not None and FLAWS[network.flaw].late:
+        # An audit of the last step finds it, if the run comes so far.
+        options |= {"audit_every_steps": chance.randint(1, 4)}
+        options.pop("best", None)
     weights = network.weighted_layers()
     if kind == "LoRA" and network.lora_targets():
         targets = network.lora_targets()

@@ -106,7 +106,9 @@ NON_FINITE = refused("Step 2 is not finite", "NonFiniteError")
         ("python_random", "bitwise", everywhere(refused("a buffer changes")), "wrong reason"),
         ("python_random", "bitwise", everywhere(finished(reasons=(RANDOM,))), "wrong reason"),
         ("rank", "auto", {1: [finished()], 2: [finished(reasons=("depends on the rank",))] * 2}, "labelled"),
-        ("rank", "auto", {1: [finished()], 2: [refused("ranks differ", "RanksDifferError")] * 2}, "labelled"),
+        ("rank", "auto", {1: [finished()], 2: [refused("ranks differ", "RanksDifferError")] * 2}, "stopped"),
+        ("late_random", "auto", everywhere(refused("an audit", "RanksDifferError")), "stopped"),
+        ("python_random", "auto", everywhere(refused("an audit", "RanksDifferError")), "wrongly refused"),
         ("rank", "auto", {1: [finished()], 2: [finished("[1.5]")] * 2}, "silent difference"),
     ],
 )
@@ -121,4 +123,4 @@ def test_a_failure_names_what_differs_and_the_command_that_repeats_it() -> None:
     verdict = judge(case, {1: [finished()], 2: [finished("[1.5]")] * 2})
     assert "W=1 and W=2: step 2 differs in loss" in failure(case, verdict)
     assert f"fuzz.py --seed {SEED} --case 0" in failure(case, verdict)
-    assert table([(case, verdict)]).splitlines()[-1] == "| all | 1 | 0 | 0 | 0 | 0 | 0 | 1 | 0 |"
+    assert table([(case, verdict)]).splitlines()[-1] == "| all | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 0 |"

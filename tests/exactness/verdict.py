@@ -9,13 +9,15 @@ from tests.exactness.cases import Case
 from tests.exactness.flaws import FLAWS
 from tests.exactness.pool import Outcome
 
-GOOD = ("one hash", "labelled", "refused")
+GOOD = ("one hash", "labelled", "refused", "stopped")
 BAD = ("wrongly refused", "silent difference", "traceback", "wrong reason", "unnoticed")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One of GOOD or BAD, and a sentence for the bad ones.
+
+    "stopped" is what the audit does, for flaws that nothing else can see.
 
     "wrongly refused" stands for every accusation of a run that is exact: refused, labelled or stopped. "unnoticed" is
     a flaw that no label and no refusal names, where bits cannot be compared.
@@ -103,15 +105,15 @@ def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
     # With one rank, what depends on the rank may go unseen; a reason that is given has to be right all the same.
     unseen = [W for W, o in firsts.items() if W == 1 and flaw.several_ranks and o.label == "bitwise"]
     concerned = {W: o for W, o in firsts.items() if W not in unseen}
-    silent = {}
+    silent, stopped = {}, False
     for W, outcome in concerned.items():
         said = "; ".join(outcome.reasons) if outcome.kind == "finished" else outcome.message
         if outcome.kind == "finished" and outcome.label == "bitwise":
             silent[W] = outcome
         elif outcome.kind == "finished" and strict:
             return Verdict("wrong reason", f'W={W}: labelled, though the config says "bitwise": {said}')
-        elif outcome.error == "RanksDifferError" and flaw.several_ranks:
-            continue  # stopped, before anything wrong was saved
+        elif outcome.error == "RanksDifferError" and (flaw.several_ranks or flaw.late):
+            stopped = True
         elif outcome.kind == "error" and (outcome.error != "UserError" or not strict):
             return Verdict("wrongly refused", f"W={W}: {outcome.error}: {said}")
         elif not re.search(flaw.reason, said, re.DOTALL):
@@ -124,4 +126,6 @@ def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
         if len(bitwise) > 1:
             return Verdict("one hash")  # the flaw has no effect here, as before a layer that removes it
         return Verdict("unnoticed", f"{case.flaw}: bitwise at W={sorted(bitwise)}, with nothing to compare")
+    if stopped:
+        return Verdict("stopped")
     return Verdict("refused" if strict else "labelled")
