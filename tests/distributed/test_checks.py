@@ -64,6 +64,17 @@ def test_a_flipped_moment_is_in_no_checkpoint(tmp_path: Path, world_size: int, r
     assert run_ranks(train_interrupted, 2, config, {})[0]["parameters_sha256"] == whole["parameters_sha256"]
 
 
+def test_a_flipped_weight_is_in_no_checkpoint(tmp_path: Path) -> None:
+    """The guard would have run only later."""
+    extra = {"guard_every_steps": 0, "checkpoint": {"every_steps": 6, "keep": 9}}
+    config = small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", **extra)
+    with pytest.raises(
+        RanksDifferError, match=r"After step 6 rank 1 differs from the others, first in parameter \S+\."
+    ):
+        run_ranks(train, 3, config)
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
 def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
     with pytest.raises(UserError, match=r"rank 1 on .* has another data of train than the other ranks"):
