@@ -49,7 +49,7 @@ KINDS = (
 )
 
 OF_A_SAMPLE = ("gaussian", "power", "sigmoid", "matrix", "cutout", "roll", "flip")
-OF_A_MICRO_BATCH = ("standardize", "permutation", "randn_like", "mixup")
+OF_A_MICRO_BATCH = ("standardize", "permutation", "randn_like", "mixup", "shift")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ def random_case(seed: int, number: int) -> Case:
     bfloat16 = kind == "bfloat16" or chance.random() < 0.2
     network = Network(chance, kind, flaw, single=plan.smallest == 1, bfloat16=bfloat16)
     loss = network.loss()
+    rest = 0 if plan.drop_last else plan.samples % plan.global_batch_size
+    if loss["counts"] == "weights" and min(plan.global_batch_size, rest or plan.global_batch_size) >= 8:
+        loss["least"] = chance.choice([0, 1])  # micro-batches without any count, too, but no whole batch
     late = flaw is not None and FLAWS[flaw].late
     annealed = kind == "annealing" or late or chance.random() < 0.1
     spec: dict[str, Any] = {
@@ -110,6 +113,7 @@ def random_case(seed: int, number: int) -> Case:
         "outputs": network.outputs,
         "loss": loss,
         "augment": _augmentations(chance, kind, network, loss),
+        "claims_chunks": chance.random() < 0.3,
         "anneals": annealed,
         "innocent": flaw is None and (kind == "innocent state" or chance.random() < 0.05),
         "bare": chance.random() < 0.5,

@@ -25,6 +25,19 @@ def call(module, x, mask):
     return module(x, mask) if getattr(module, "takes_mask", False) else module(x)
 
 
+def zoom(x):
+    """Interpolated to twice the size and averaged back; vectors as they are."""
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}.get(x.ndim)
+    if mode is None:
+        return x
+    return {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim](F.interpolate(x, scale_factor=2, mode=mode), 2)
+
+
+def attend(x):
+    """Scaled dot-product attention of places, with dropout; only of (B, T, C)."""
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.1) if x.ndim == 3 else torch.tanh(x)
+
+
 # Elementwise or along the last dimension; each is bounded enough not to explode in a few layers.
 FUNCTIONS = {
     "sinh": lambda x: torch.sinh(x.clamp(-2.5, 2.5)),
@@ -42,6 +55,17 @@ FUNCTIONS = {
     "fourier": lambda x: torch.fft.fft(x.float(), dim=-1).real.to(x.dtype) / max(1, x.shape[-1]) ** 0.5,
     "neighbours": lambda x: x - 0.5 * x.mean(0, keepdim=True),  # of the micro-batch
     "noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "expm1": lambda x: torch.expm1(x.clamp(-3, 2)),
+    "asinh": torch.asinh,
+    "lgamma": lambda x: torch.lgamma(x.abs() + 1).clamp(max=3),
+    "std": lambda x: x / (x.std(-1, keepdim=True, correction=0) + 1),
+    "median": lambda x: x - x.median(-1, keepdim=True).values,
+    "scatter": lambda x: torch.zeros_like(x).scatter_add(-1, x.argsort(-1) // 2, x),
+    "cummax": lambda x: x.cummax(-1).values,
+    "gather": lambda x: x.gather(-1, x.argsort(-1, stable=True)),
+    "gated": lambda x: F.glu(torch.cat([x, x.flip(-1)], -1), -1),
+    "zoom": zoom,
+    "attend": attend,
     "log_sum_exp": lambda x: x - torch.logsumexp(x, -1, keepdim=True),
 }
 

@@ -19,7 +19,8 @@ ACTIVATIONS: list[Block] = [
 ]
 FUNCTIONS = (
     *("sinh", "power", "atan2", "bump", "softmax", "log_softmax", "cumsum", "erf", "log1p", "rsqrt", "normalize"),
-    *("sort", "fourier", "neighbours", "noise", "log_sum_exp"),
+    *("sort", "fourier", "neighbours", "noise", "log_sum_exp", "expm1", "asinh", "lgamma", "std", "median", "scatter"),
+    *("cummax", "gather", "gated", "zoom", "attend"),
 )
 PADDING_MODES = ("zeros", "zeros", "circular", "replicate", "reflect")
 # The form of the input that a kind needs.
@@ -270,7 +271,7 @@ class Network:
         divisors = [g for g in range(1, C) if C % g == 0]  # at least two channels a group: one value has no variance
         kinds += ["GroupNorm"] * bool(divisors)
         padded = bool(self.input.get("padded"))
-        places = math.prod(self._size) if self._form == "signal" else 0 if padded else self._places
+        places = {"signal": math.prod(self._size), "sequence": 0 if padded else self._places}.get(self._form, 0)
         kinds += ["InstanceNorm"] * (places > 1)
         kind = chance.choice(kinds)
         if kind == "GroupNorm":

@@ -90,6 +90,7 @@ class RandomTask:
         self.times_called = 0
         self.my_generator = torch.Generator().manual_seed(4)
         self.recent_means = []
+        self.augment_in_chunks = spec["claims_chunks"]  # true or not: a wrong claim must change nothing
         self.settings = Settings()
         self.my_random = python_random.Random(8)
         self.my_numpy = np.random.default_rng(8)
@@ -264,6 +265,7 @@ AUGMENTATIONS = {
     "roll": change_x(lambda x, r: torch.stack([row.roll(int(k), -1) for row, k in zip(x, r.integers(3)[:, 0])])),
     "flip": change_x(lambda x, r: torch.where(spread(r.integers(2), x) > 0, x, x.flip(-1))),
     "standardize": change_x(lambda x, r: (x - x.mean(0)) / (x.std(0, correction=0) + 0.5)),  # over the micro-batch
+    "shift": change_x(lambda x, r: 0.7 * x + 0.3 * x.roll(1, 0)),
     "permutation": change_x(lambda x, r: 0.8 * x + 0.2 * x[torch.randperm(len(x))]),
     "randn_like": change_x(lambda x, r: x + 0.1 * torch.randn_like(x)),
     "mixup": mixup,
