@@ -152,7 +152,9 @@ OPTIMIZERS: dict[str, dict[str, Types]] = {
 # with fp16 and dynamic loss scaling, and it has no LARS.
 LAYERWISE = ("lars", "lamb")
 REFUSED_OPTIMIZERS: dict[str, str] = {
-    "muon": "it tags parameters in DeepSpeed's own way; use torch.optim's Muon where your torch has it",
+    "muon": "DeepSpeed takes the name for its own, which needs parameters that are tagged in its own way",
+    "lbfgs": "it computes the loss several times in a step, and a step here computes each micro-batch once",
+    "sparseadam": "it takes sparse gradients only, and gradients here are dense",
     "muadam": "it needs the mup package",
     "muadamw": "it needs the mup package",
     "musgd": "it needs the mup package",
