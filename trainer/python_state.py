@@ -27,14 +27,28 @@ from torch import Tensor, nn
 
 from .guard import flattened
 
-# Larger tensors and arrays, such as a task's dataset, are not copied.
+# Larger tensors and arrays, such as a task's dataset, are not copied. Longer lists and dictionaries are not looked
+# into, and of many small things not more than so many values and bytes.
 _LARGEST = 1 << 16
-# Longer lists and dictionaries are not looked into.
 _LONGEST = 4096
 _DEEPEST = 4
+_MOST_VALUES = 50_000
+_MOST_BYTES = 32 << 20
 # What torch keeps in every module: parameters, buffers, children and hooks.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class _Budget:
+    """How much may still be looked at."""
+
+    def __init__(self) -> None:
+        self._values, self._bytes = _MOST_VALUES, _MOST_BYTES
+
+    def allows(self, size_bytes: int = 0) -> bool:
+        self._values -= 1
+        self._bytes -= size_bytes
+        return self._values >= 0 and self._bytes >= 0
 
 
 class _Saved:
@@ -51,20 +65,27 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tuple(tensor.shape), flattened(tensor.cpu()).view(torch.uint8).numpy().tobytes()
 
 
-def _save(value: Any, depth: int = 0) -> _Saved:
+def _save(value: Any, budget: _Budget, depth: int = 0) -> _Saved:
+    if not budget.allows():
+        return _Saved(value, id(value), lambda: value)
     if isinstance(value, _ATOMS):
         return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # those are the trainer's business
-        return _save_tensor(value)
+        return _save_tensor(value, budget)
     for kind, read, write in _GENERATORS:
         if isinstance(value, kind):
             state = read(value)
             return _Saved(value, repr(state), functools.partial(_restored, value, write, state), generator=True)
-    if isinstance(value, np.ndarray) and value.size <= _LARGEST and not value.dtype.hasobject:
+    if (
+        isinstance(value, np.ndarray)
+        and value.size <= _LARGEST
+        and not value.dtype.hasobject
+        and budget.allows(2 * value.nbytes)
+    ):
         content = (str(value.dtype), value.shape, value.tobytes())
         return _Saved(value, content, functools.partial(_restored, value, _write_array, value.copy()))
     if depth < _DEEPEST:
-        container = _save_container(value, depth + 1)
+        container = _save_container(value, budget, depth + 1)
         if container is not None:
             return container
     return _Saved(value, id(value), lambda: value)
@@ -88,8 +109,9 @@ _GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]],
 )
 
 
-def _save_tensor(value: Tensor) -> _Saved:
-    if value.layout != torch.strided or value.numel() > _LARGEST or value.is_meta:
+def _save_tensor(value: Tensor, budget: _Budget) -> _Saved:
+    small = value.layout == torch.strided and value.numel() <= _LARGEST and not value.is_meta
+    if not small or not budget.allows(2 * value.numel() * value.element_size()):
         return _Saved(value, (id(value), value._version), lambda: value)
     return _Saved(value, _bits(value), functools.partial(_restored, value, _write_tensor, value.detach().clone()))
 
@@ -105,10 +127,10 @@ def _write_array(value: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> 
         value[...] = content
 
 
-def _save_container(value: Any, depth: int) -> _Saved | None:
+def _save_container(value: Any, budget: _Budget, depth: int) -> _Saved | None:
     """A list, tuple, set, dictionary or object of the user's own, with what is in it; None for anything else."""
     if isinstance(value, (list, tuple, collections.deque)) and len(value) <= _LONGEST:
-        items = [_save(item, depth) for item in value]
+        items = [_save(item, budget, depth) for item in value]
 
         def sequence() -> Any:
             restored = [item.back() for item in items]
@@ -135,7 +157,7 @@ def _save_container(value: Any, depth: int) -> _Saved | None:
         return None
     if len(names) > _LONGEST:
         return None
-    entries = {name: _save(entry, depth) for name, entry in names.items()}
+    entries = {name: _save(entry, budget, depth) for name, entry in names.items()}
 
     def mapping() -> Any:
         restored = {name: entry.back() for name, entry in entries.items()}
@@ -218,14 +240,15 @@ class PythonState:
 
     def take(self) -> State:
         """Takes the state down."""
+        budget = _Budget()
         saved = {
-            (number, name): _save(value)
+            (number, name): _save(value, budget)
             for number, namespace in enumerate(self._namespaces)
             for name, value in list(namespace.names.items())
             if _is_state(name, value)
         }
-        saved[PYTHONS] = _save(random._inst)
-        saved[NUMPYS] = _save(np.random.mtrand._rand)
+        saved[PYTHONS] = _save(random._inst, _Budget())
+        saved[NUMPYS] = _save(np.random.mtrand._rand, _Budget())
         return saved
 
     def put_back(self, saved: State, leave: Key | None = None) -> None:

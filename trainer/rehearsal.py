@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,14 +176,26 @@ class _Rehearsal:
         self._scale = torch.zeros((), device=p.device)
         self.python = PythonState(p.task, p.engine.model)
         self.before = self.python.take()
-        self._tensors = self._engine.state() if self._exact else _buffers(self._engine.model)
+        self._tensors = self._state()
         self._hashes = hash_each(self._tensors)
+        self._versions = self._data_versions()
+        kinds: list[Any] = [m._buffers for m in p.engine.model.modules()]
+        if self._exact:  # else DeepSpeed has put something of its own there
+            kinds += [m._parameters for m in p.engine.model.modules()]
+        self._objects = [(names, dict(names)) for names in kinds]
         # To the host, as a GPU may have no room for them twice.
         self._copies = {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in self._tensors.items()
             if not name.startswith("optimizer ")
         }
+
+    def _state(self) -> dict[str, Tensor]:
+        return self._engine.state() if self._exact else _buffers(self._engine.model)
+
+    def _data_versions(self) -> list[int]:
+        splits = (self._p.host_splits["train"], self._p.splits["train"])
+        return [array._version for split in splits for array in split.arrays.values()]
 
     # ---- the performance ------------------------------------------------------------------------------------
 
@@ -266,15 +278,23 @@ class _Rehearsal:
     def _put_back(self, found: Found) -> None:
         """Restores everything, and adds to what is found the parameters and buffers that the visits changed."""
         self.python.put_back(self.before)
-        after = hash_each(self._tensors)
-        for called in (name for name in after if after[name] != self._hashes[name]):
+        now = self._state()
+        after = hash_each(now)
+        for names, objects in self._objects:
+            # Also what was assigned anew, as in `self.average = 0.9 * self.average + ...`.
+            names.clear()
+            names.update(objects)
+        for called in [*self._tensors, *(name for name in now if name not in self._tensors)]:
             kind, _, name = called.partition(" ")
+            if after.get(called) == self._hashes.get(called):
+                continue
             if kind == "optimizer":
                 raise UserError(
                     f"{self._name} changes the optimizer's {name} in its forward or loss. Leave it to the trainer."
                 )
-            with torch.no_grad():
-                self._tensors[called].copy_(self._copies[called])
+            if called in self._tensors:
+                with torch.no_grad():
+                    self._tensors[called].copy_(self._copies[called])
             found.changing.append(name)
             found.findings.append(self._change(kind, name))
 
@@ -305,6 +325,11 @@ class _Rehearsal:
         )
 
     def _check_what_is_not_the_tasks(self) -> None:
+        if self._data_versions() != self._versions:
+            raise UserError(
+                f"{self._name} changes its training data while it trains. Copy what augment(), forward() or loss() "
+                "writes to, for example with clone()."
+            )
         gradients = [p.grad.any() for p in self._engine.parameters if p.grad is not None]
         if self._exact and gradients and bool(torch.stack(gradients).any()):  # device to host
             raise UserError(

@@ -24,6 +24,7 @@ CAUSES = [
     (f"{INEXACT}:OwnGenerator", ["a generator of its own (the task's attribute noise_of)", "torch.rand"]),
     (f"{INEXACT}:ReadsTheClock", ["forward() gives another result when the same micro-batch is computed again"]),
     (f"{INEXACT}:AsksForTheRank", ["forward() depends on the rank", ""]),
+    (f"{INEXACT}:AssignsBuffers", ["the model's buffer average changes in its forward", "buffer last changes"]),
     (f"{INEXACT}:MaxNorm", ["the parameter embedding.weight changes", "Embedding with max_norm", "Leave max_norm out"]),
     (f"{INEXACT}:ChangesAParameter", ["the parameter 0.weight changes in the forward", "Leave it to the optimizer"]),
     (f"{BAD}:PythonRandom", ["forward() draws from Python's random module", "torch.rand"]),
@@ -94,7 +95,9 @@ def test_a_rehearsal_changes_nothing(tmp_path: Path, task: str, world_size: int)
     assert run_ranks(train_unrehearsed, world_size, config)[0]["trace"] == with_it["trace"]
 
 
-@pytest.mark.parametrize("task", ["CountsInTheModel", "MaxNorm", "CountsInAGlobal", "OwnGenerator", "HarmlessState"])
+@pytest.mark.parametrize(
+    "task", ["CountsInTheModel", "AssignsBuffers", "MaxNorm", "CountsInAGlobal", "OwnGenerator", "HarmlessState"]
+)
 def test_what_a_rehearsal_finds_changed_is_put_back(tmp_path: Path, task: str) -> None:
     """Also where the search for the cause computed many micro-batches."""
     before, after = run_ranks(rehearsed_state, 1, small_config(tmp_path / "run", task=f"{INEXACT}:{task}"))[0]
@@ -105,6 +108,11 @@ def test_a_task_that_goes_backward_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GoesBackward calls backward\(\) in its forward or loss"):
         run_ranks(train, 2, small_config(tmp_path / "run", task=f"{INEXACT}:GoesBackward"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_writes_to_its_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="WritesToItsData changes its training data while it trains"):
+        run_ranks(train, 1, small_config(tmp_path / "run", task=f"{INEXACT}:WritesToItsData"))
 
 
 def test_a_wrong_claim_of_chunks_is_said_and_not_followed(capsys: pytest.CaptureFixture[str]) -> None:

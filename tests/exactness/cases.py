@@ -20,7 +20,7 @@ TASK = str(Path(__file__).resolve().parent / "random_task.py")
 MAX_WORLD_SIZE = 8
 MAX_MICRO_BATCHES = 13
 # Of a whole run, so that a case takes about a second.
-MOST_MICRO_STEPS = 45
+MOST_MICRO_STEPS = 40
 
 KINDS = (
     "dense layers",
@@ -169,7 +169,7 @@ def _world_sizes(chance: random.Random, M: int) -> tuple[int, ...]:
     possible = list(range(2, min(MAX_WORLD_SIZE, M) + 1))
     uneven = [W for W in possible if M % W]
     # Many ranks share few cores, so large world sizes are drawn less often.
-    rarity = {W: chance.random() ** W for W in possible}
+    rarity = {W: chance.random() ** (W * W / 4) for W in possible}
     chosen = [max(uneven, key=rarity.__getitem__)] if uneven else []
     others = sorted((W for W in possible if W not in chosen), key=rarity.__getitem__, reverse=True)
     return tuple(sorted([1, *chosen, *others[: 3 - len(chosen)]]))

@@ -112,11 +112,12 @@ def _rank_main(pipe: Any, ranks: Any, environment: dict[str, str], log: str) -> 
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    gc.freeze()  # the collection after each run looks at that run alone
     while True:
         outcome = _make_run(ranks, *jobs.get())
         pipe.send(outcome)
         gc.collect()  # engines refer to themselves
-        gc.freeze()  # what is imported by now is not looked at after the next run
+        gc.freeze()  # and at what it imported
 
 
 class _Group:

@@ -94,6 +94,38 @@ class Embedded(nn.Module):
         return self.linear(self.embedding((x[:, :5].abs() * 12).long().clamp(max=49)).mean(1))
 
 
+class Averaging(nn.Module):
+    """Its buffers are assigned anew in the forward, one of them from nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(20, 2)
+        self.register_buffer("average", torch.zeros(20))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+            self.last = x.detach()[0]
+        return self.linear(x - self.average)
+
+
+class AssignsBuffers(MyTask):
+    def model(self):
+        return Averaging()
+
+
+class WritesToItsData(MyTask):
+    def splits(self):
+        splits = super().splits()
+        self.x = splits["train"]["x"]
+        return splits
+
+    def forward(self, model, batch):
+        self.x[0] += 1.0
+        return super().forward(model, batch)
+
+
 class MaxNorm(MyTask):
     def model(self):
         return Embedded()
