@@ -182,6 +182,7 @@ class RandomTask:
         if "y_other" in batch:  # mixup
             each = batch["share"] * each + (1 - batch["share"]) * self._each(outputs, batch["y_other"])
         if kl is not None:
+            kl = kl[:, None] if each.ndim > 1 else kl
             each = each + (fraction(progress) if self.spec["anneals"] else 0.3) * kl
         each = self._disturbed(each, "loss", progress)
         counts = self.spec["loss"]["counts"]

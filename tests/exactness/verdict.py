@@ -112,7 +112,7 @@ def _flawed(case: Case, firsts: dict[int, Outcome]) -> Verdict:
             silent[W] = outcome
         elif outcome.kind == "finished" and strict:
             return Verdict("wrong reason", f'W={W}: labelled, though the config says "bitwise": {said}')
-        elif outcome.error == "RanksDifferError" and (flaw.several_ranks or flaw.late):
+        elif outcome.error == "RanksDifferError" and (flaw.several_ranks or flaw.late or flaw.later):
             stopped = True
         elif outcome.kind == "error" and (outcome.error != "UserError" or not strict):
             return Verdict("wrongly refused", f"W={W}: {outcome.error}: {said}")
