@@ -117,7 +117,9 @@ def random_case(seed: int, number: int) -> Case:
         "anneals": annealed,
         "innocent": flaw is None and (kind == "innocent state" or chance.random() < 0.05),
         "bare": chance.random() < 0.5,
-        "flaw": None if flaw is None or FLAWS[flaw].layer or FLAWS[flaw].tokens else _place(chance, flaw, network),
+        "flaw": None
+        if flaw is None or FLAWS[flaw].layer or FLAWS[flaw].tokens
+        else _place(chance, flaw, network, plan),
     }
     for name in ("validation", "test"):
         if chance.random() < 0.4:
@@ -160,6 +162,8 @@ def _plan(chance: random.Random, kind: str, flaw: str | None) -> Plan:
             sizes += [stop - start for start, stop in micro_batch_bounds(samples % B, m)]
         if kind == "BatchNorm" and min(sizes) == 1:
             continue
+        if flaw == "ragged_random" and len(set(sizes)) == 1:
+            continue
         steps = min(chance.randint(3, 8), max(3, MOST_MICRO_STEPS // M))
         return Plan(m, B, samples, drop_last, min(sizes), M, steps)
 
@@ -190,8 +194,9 @@ def _augmentations(chance: random.Random, kind: str, network: Network, loss: dic
     return found
 
 
-def _place(chance: random.Random, flaw: str, network: Network) -> dict[str, Any]:
+def _place(chance: random.Random, flaw: str, network: Network, plan: Plan) -> dict[str, Any]:
     """Where a task goes wrong; tokens are whole numbers, which nothing can be added to."""
     places = ["loss"] if network.input["form"] == "tokens" else ["forward", "augment", "loss"]
-    kinds = {"late_random": "python_random", "late_counter": "task_counter"}
-    return {"kind": kinds.get(flaw, flaw), "where": chance.choice(places), "late": FLAWS[flaw].late}
+    kinds = {"late_random": "python_random", "ragged_random": "python_random", "late_counter": "task_counter"}
+    size = plan.smallest if flaw == "ragged_random" else None
+    return {"kind": kinds.get(flaw, flaw), "where": chance.choice(places), "late": FLAWS[flaw].late, "size": size}

@@ -62,7 +62,7 @@ FUNCTIONS = {
     "median": lambda x: x - x.median(-1, keepdim=True).values,
     "scatter": lambda x: torch.zeros_like(x).scatter_add(-1, x.argsort(-1) // 2, x),
     "cummax": lambda x: x.cummax(-1).values,
-    "gather": lambda x: x.gather(-1, x.argsort(-1, stable=True)),
+    "gather": lambda x: x.gather(-1, x.argsort(dim=-1, stable=True)),
     "gated": lambda x: F.glu(torch.cat([x, x.flip(-1)], -1), -1),
     "zoom": zoom,
     "attend": attend,

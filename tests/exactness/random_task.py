@@ -145,6 +145,8 @@ class RandomTask:
         flaw = self.spec["flaw"] or {}
         if flaw.get("where") != where or (flaw["late"] and progress.step < 2):
             return x
+        if flaw["size"] is not None and len(x) != flaw["size"]:
+            return x
         return x * (1 + 0.05 * FLAWS[flaw["kind"]](self, x))
 
     # ---- model and loss ----------------------------------------------------------------------------------------
