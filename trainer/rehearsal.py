@@ -81,27 +81,25 @@ def rehearse(p: Pieces, micro_batches: MicroBatches, statistics: RunningStatisti
     """
     found, error = Found(), None
     hashes: dict[int, list[Hashes]] = {}
-    rehearsal: _Rehearsal | None = None
-    against_chunks: str | None = None
+    rehearsal = _Rehearsal(p, micro_batches, statistics, first_step)
+    # First, as it decides how the micro-batches are computed, here and later.
+    objections = [reason for reason in gather_objects(rehearsal.objection_to_chunks()) if reason is not None]
+    if objections:
+        micro_batches.augments_in_chunks = False
     try:
-        rehearsal = _Rehearsal(p, micro_batches, statistics, first_step)
-        against_chunks = rehearsal.objection_to_chunks()
         hashes, found = rehearsal.perform()
     except TrainerError as own:
         error = own
     raise_together(error)
-    assert rehearsal is not None
-    everyone = gather_objects((hashes, found, against_chunks))
-    objections = [reason for _, _, reason in everyone if reason is not None]
     if objections:
-        micro_batches.augments_in_chunks = False
         found.notes.append(
-            f"the task says augment_in_chunks, but its augment() is called for one micro-batch at a time, because "
+            "the task says augment_in_chunks, but its augment() is called for one micro-batch at a time, because "
             f"{objections[0]}"
         )
-    _unite(found, [other for _, other, _ in everyone])
+    everyone = gather_objects((hashes, found))
+    _unite(found, [other for _, other in everyone])
     if not found.findings and p.engine.zero_stage == 0:
-        views = [hashes for hashes, _, _ in everyone] if p.alike else [hashes]
+        views = [hashes for hashes, _ in everyone] if p.alike else [hashes]
         difference = _first_difference(views)
         if any(gather_objects(difference is not None)):
             # Only now is time spent on causes: on every rank by itself, then together.

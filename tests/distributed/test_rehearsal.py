@@ -60,6 +60,7 @@ def test_each_cause_is_labelled_or_refused(tmp_path: Path, task: str, words: lis
         ("AugmentsByPowers", {"train_batch_size": 100, "train_micro_batch_size_per_gpu": 25}),
         ("AugmentsBySigmoids", {"train_batch_size": 35, "train_micro_batch_size_per_gpu": 7}),
         ("ClaimsChunks", {"train_batch_size": 35, "train_micro_batch_size_per_gpu": 7}),
+        ("ClaimsChunksAndDraws", {}),
         ("MixesUp", {}),
         ("MixesSamples", {}),
         ("AugmentsFromElsewhere", {}),

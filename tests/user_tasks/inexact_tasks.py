@@ -214,6 +214,15 @@ class ClaimsChunks(AugmentsBySigmoids):
     augment_in_chunks = True
 
 
+class ClaimsChunksAndDraws(MyTask):
+    """A claim that is dropped for two reasons; seeded for each micro-batch, its numbers are exact then."""
+
+    augment_in_chunks = True
+
+    def augment(self, batch, random):
+        return {**batch, "x": batch["x"] + 0.1 * torch.randn_like(batch["x"])}
+
+
 class MixesUp(MyTask):
     """Mixup within the micro-batch, with numbers from torch's default generator."""
 
