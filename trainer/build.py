@@ -154,7 +154,6 @@ def build(
         if not isinstance(model, nn.Module):
             raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")
         model = adapt(model, config)
-        _check_smallest_micro_batch(config, plan, samples, model)
         if config.trainer.compile:
             compile_in_place(model)
     except TrainerError as own:
@@ -263,22 +262,6 @@ def _count_steps(config: Config, plan: BatchPlan, samples: int) -> tuple[int, in
     steps_per_epoch = samples // B if config.trainer.drop_last else -(-samples // B)
     total = steps_per_epoch * config.trainer.epochs
     return steps_per_epoch, min(total, config.trainer.max_steps or total)
-
-
-def _check_smallest_micro_batch(config: Config, plan: BatchPlan, samples: int, model: nn.Module) -> None:
-    rest = samples % plan.global_batch_size
-    bounds = micro_batch_bounds(plan.global_batch_size, plan.micro_batch_size)
-    if rest and not config.trainer.drop_last:
-        bounds = bounds + micro_batch_bounds(rest, plan.micro_batch_size)
-    if min(stop - start for start, stop in bounds) > 1:
-        return
-    if any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        raise UserError(
-            f"A micro-batch of one sample has no variance for BatchNorm1d, and this plan has one: training set "
-            f"{samples}, train_batch_size {plan.global_batch_size}, train_micro_batch_size_per_gpu "
-            f"{plan.micro_batch_size}.\nUse a larger micro-batch, or trainer.drop_last=true if the rest of the "
-            f"training set ({rest}) is the cause."
-        )
 
 
 def _schedule(config: Config, plan: BatchPlan, steps_per_epoch: int, total_steps: int) -> Callable[[int], float] | None:

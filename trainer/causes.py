@@ -49,6 +49,29 @@ def source_of(part: str) -> str:
     return {"loss": "loss()", "statistics": "a normalisation layer's statistics"}[kind]
 
 
+def changed_tensor(model: nn.Module, kind: str, name: str) -> Finding:
+    """The finding for a "parameter" or "buffer" that a task's forward changes by itself."""
+    if kind == "buffer":
+        return Finding(
+            f"the model's buffer {name} changes in its forward, so micro-batches depend on one another",
+            "After each step every rank takes over rank 0's, which is saved. Of such buffers only the running "
+            "statistics of BatchNorm and InstanceNorm layers are the same at every number of ranks.",
+        )
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
+        return Finding(
+            f"the parameter {name} changes in the forward: {type(owner).__name__} with max_norm rescales the rows "
+            "that it looks up, and each rank looks up others",
+            "Leave max_norm out, and scale the embedded vectors in the forward instead. As it is, every rank takes "
+            "over rank 0's after each step.",
+        )
+    return Finding(
+        f"the parameter {name} changes in the forward, before the gradients of all micro-batches are there",
+        "Leave it to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's after "
+        "each step.",
+    )
+
+
 class Stage(Protocol):
     """What computes micro-batches for the search: `rehearsal` has one."""
 
@@ -65,8 +88,11 @@ class Stage(Protocol):
         """Whose modules may be the cause."""
         ...
 
-    def from_the_start(self, *numbers: int, leave: Key | None = None) -> tuple[Hashes, Calls]:
-        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`."""
+    def from_the_start(self, *numbers: int, leave: Key | None = None, stirred: bool = False) -> tuple[Hashes, Calls]:
+        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`.
+
+        With `stirred`, generators are advanced before the last one.
+        """
         ...
 
 
@@ -99,17 +125,17 @@ def _unseen(stage: Stage) -> Finding | None:
 def _state(stage: Stage) -> Finding | None:
     """State in Python that a micro-batch changes and a later one depends on."""
     for number in stage.items:
-        others = [n for n in stage.items if n != number] or [number]
+        # Itself among them: what it counts or draws may be its own affair.
+        before = [*(n for n in stage.items if n != number), number]
         alone, calls = stage.from_the_start(number)
-        later, calls_later = stage.from_the_start(*others, number)
+        later, calls_later = stage.from_the_start(*before, number, stirred=True)
         part = differs(alone, later)
         if part is None:
             continue
         source = _culprit(stage.model, part, calls, calls_later)
-        stage.from_the_start(*others)
-        evolved = stage.python.take()
+        evolved = _evolved(stage, before)
         for key in changes(stage.before, evolved)[:_MOST_CAUSES]:
-            stage.from_the_start(*others)
+            _evolved(stage, before)
             if differs(alone, stage.from_the_start(number, leave=key)[0]) is not None:
                 return _finding_of(stage, key, source, evolved)
         return Finding(
@@ -118,6 +144,13 @@ def _state(stage: Stage) -> Finding | None:
             _NO_STATE,
         )
     return None
+
+
+def _evolved(stage: Stage, numbers: list[int]) -> State:
+    """Computes some micro-batches, draws from every generator, and leaves it at that. Returns the state now."""
+    stage.from_the_start(*numbers)
+    stage.python.stir(1)
+    return stage.python.take()
 
 
 def _finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:

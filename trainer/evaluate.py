@@ -62,7 +62,8 @@ def evaluate(
     pieces: dict[str, list[Tensor]] = {}
     calls, model = TaskCalls(task), engine.forward_module
     model.eval()
-    with torch.inference_mode(mode=engine.zero_stage == 0), torch.no_grad(), engine.autocast():
+    # Not inference_mode: a table that a model makes here and keeps, of positions for example, is used in training, too.
+    with torch.no_grad(), engine.autocast():
         for position, j in enumerate(block + repeats):
             start, stop = bounds[j]
             batch = split.gather(torch.arange(start, stop, device=engine.device))

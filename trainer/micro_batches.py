@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batching import micro_batch_bounds
 from .build import Pieces
+from .errors import UserError
 from .monitor import PhaseTimer
 from .order import SampleRandom, by_length, epoch_order, key, seed_generators
 from .progress import Progress, TaskCalls
@@ -63,11 +64,19 @@ def global_batches(pieces: Pieces, first_step: int = 0) -> Iterator[GlobalBatch]
             samples = order[start : start + B]
             bounds = micro_batch_bounds(len(samples), pieces.plan.micro_batch_size)
             # The count is known before anything is computed: from the indices, on the host.
+            count = split.count_of(samples)
+            if count == 0:
+                raise UserError(
+                    f"None of the {len(samples)} samples of step {step + 1} counts: their counts (valid tokens, "
+                    "weights) add up to 0, by which their loss would be divided.\nLeave such samples out of the "
+                    "training split, or use a larger train_batch_size.",
+                    agreed=True,
+                )
             yield GlobalBatch(
                 Progress(step, epoch, pieces.total_steps),
                 on_device[start : start + B],
                 bounds,
-                split.count_of(samples),
+                count,
                 None if lengths is None else split.longest(samples, bounds),
                 split.tokens(samples),
                 split.counts_of(samples, bounds) if pieces.measures_noise else None,

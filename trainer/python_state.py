@@ -40,10 +40,11 @@ _ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 
 
 class _Budget:
-    """How much may still be looked at."""
+    """How much may still be looked at; and the generators seen so far, as functions that draw from them."""
 
     def __init__(self) -> None:
         self._values, self._bytes = _MOST_VALUES, _MOST_BYTES
+        self.generators: list[Callable[[], Any]] = []
 
     def allows(self, size_bytes: int = 0) -> bool:
         self._values -= 1
@@ -72,10 +73,12 @@ def _save(value: Any, budget: _Budget, depth: int = 0) -> _Saved:
         return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # those are the trainer's business
         return _save_tensor(value, budget)
-    for kind, read, write in _GENERATORS:
-        if isinstance(value, kind):
-            state = read(value)
-            return _Saved(value, repr(state), functools.partial(_restored, value, write, state), generator=True)
+    for kind in _GENERATORS:
+        if isinstance(value, kind.type):
+            budget.generators.append(functools.partial(kind.advance, value))
+            state = kind.read(value)
+            back = functools.partial(_restored, value, kind.write, state)
+            return _Saved(value, _plain(state), back, generator=True)
     if (
         isinstance(value, np.ndarray)
         and value.size <= _LARGEST
@@ -100,12 +103,45 @@ def _set_bits(generator: Any, state: Any) -> None:
     generator.state = state
 
 
-# Kinds of generators of random numbers: how their state is read and set.
-_GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (
-    (torch.Generator, lambda g: g.get_state().tolist(), lambda g, state: g.set_state(torch.tensor(state).byte())),
-    (random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state)),
-    (np.random.Generator, lambda g: g.bit_generator.state, lambda g, state: _set_bits(g.bit_generator, state)),
-    (np.random.RandomState, lambda g: g.get_state(legacy=False), lambda g, state: g.set_state(state)),
+def _plain(state: Any) -> Any:
+    """A generator's state as values that can be compared."""
+    if isinstance(state, dict):
+        return tuple((name, _plain(value)) for name, value in state.items())
+    if isinstance(state, Tensor):
+        return _bits(state)
+    return state.tobytes() if isinstance(state, np.ndarray) else state
+
+
+@dataclass(frozen=True)
+class _Generators:
+    """A kind of generators of random numbers: how its state is read and set, and one number drawn."""
+
+    type: type
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], Any]
+    advance: Callable[[Any], Any]
+
+
+_GENERATORS = (
+    _Generators(
+        torch.Generator,
+        lambda g: g.get_state(),
+        lambda g, state: g.set_state(state),
+        lambda g: torch.rand((), generator=g, device=g.device),
+    ),
+    _Generators(random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state), lambda g: g.random()),
+    _Generators(
+        np.random.Generator,
+        lambda g: g.bit_generator.state,
+        lambda g, state: _set_bits(g.bit_generator, state),
+        lambda g: g.random(),
+    ),
+    _Generators(
+        np.random.RandomState,
+        lambda g: g.get_state(legacy=False),
+        lambda g, state: g.set_state(state),
+        lambda g: g.random_sample(),
+    ),
 )
 
 
@@ -218,6 +254,7 @@ class PythonState:
 
     def __init__(self, task: Any, model: nn.Module) -> None:
         self._namespaces: list[_Namespace] = []
+        self._generators: list[Callable[[], Any]] = []
         classes: dict[type, None] = {}
         self._add_object("the task's attribute {}", task, classes)
         for path, module in model.named_modules():
@@ -247,9 +284,18 @@ class PythonState:
             for name, value in list(namespace.names.items())
             if _is_state(name, value)
         }
-        saved[PYTHONS] = _save(random._inst, _Budget())
-        saved[NUMPYS] = _save(np.random.mtrand._rand, _Budget())
+        for key, generator in ((PYTHONS, random._inst), (NUMPYS, np.random.mtrand._rand)):
+            others = _Budget()
+            saved[key] = _save(generator, others)
+            budget.generators += others.generators
+        self._generators = budget.generators
         return saved
+
+    def stir(self, times: int) -> None:
+        """Draws from every generator of the state taken last, as other micro-batches would have done."""
+        for draw in self._generators:
+            for _ in range(times):
+                draw()
 
     def put_back(self, saved: State, leave: Key | None = None) -> None:
         """Restores a state, but for the value `leave`."""

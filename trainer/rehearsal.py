@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .batch_norm import RunningStatistics
 from .build import Pieces
-from .causes import Calls, Finding, Hashes, another_rank, differs, explain, source_of, watched
+from .causes import Calls, Finding, Hashes, another_rank, changed_tensor, differs, explain, source_of, watched
 from .chunks import objection
 from .distributed import gather_objects, raise_together
 from .errors import TrainerError, UserError
 from .guard import hash_each
-from .micro_batches import GlobalBatch, MicroBatches, global_batches
+from .micro_batches import Computed, GlobalBatch, MicroBatches, global_batches
+from .model_state import ModelState
 from .python_state import Key, PythonState, changes
 from .task_contract import check_micro_batch
 
@@ -174,22 +175,8 @@ class _Rehearsal:
         self._scale = torch.zeros((), device=p.device)
         self.python = PythonState(p.task, p.engine.model)
         self.before = self.python.take()
-        self._tensors = self._state()
-        self._hashes = hash_each(self._tensors)
+        self._model_state = ModelState(p.engine, whole=self._exact)
         self._versions = self._data_versions()
-        kinds: list[Any] = [m._buffers for m in p.engine.model.modules()]
-        if self._exact:  # else DeepSpeed has put something of its own there
-            kinds += [m._parameters for m in p.engine.model.modules()]
-        self._objects = [(names, dict(names)) for names in kinds]
-        # To the host, as a GPU may have no room for them twice.
-        self._copies = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in self._tensors.items()
-            if not name.startswith("optimizer ")
-        }
-
-    def _state(self) -> dict[str, Tensor]:
-        return self._engine.state() if self._exact else _buffers(self._engine.model)
 
     def _data_versions(self) -> list[int]:
         splits = (self._p.host_splits["train"], self._p.splits["train"])
@@ -209,8 +196,13 @@ class _Rehearsal:
         else:
             turns = [0, 1]
         with _generators_kept(self._p.device):
+            if self._exact and any(True for _ in self._engine.model.buffers()):
+                self._look_at_buffers_under_moved_weights(found)
             for turn in turns:
                 order = [(k + turn) % count for k in range(count)]
+                # Of the first two sizes are alike. What only another size counts or draws shows when it comes again.
+                order += [number for number in order if self._items[number].samples != self._items[0].samples]
+                self.python.stir(turn)
                 elsewhere = turn > 0 and ranks.world_size == 1
                 for number, hashes in zip(order, self._in_turn(order, elsewhere)):
                     results.setdefault(number, []).append(hashes)
@@ -243,7 +235,7 @@ class _Rehearsal:
         self._statistics.begin()
         try:
             with watched(self._engine.model, calls), contextlib.nullcontext() if self._exact else torch.no_grad():
-                computed = self._micro_batches.compute(item.batch, item.j)
+                computed = self._compute(item)
             start, stop = item.batch.bounds[item.j]
             named = check_micro_batch(
                 type(self._p.task).__name__,
@@ -273,54 +265,49 @@ class _Rehearsal:
         parts["statistics"] = row
         return hash_each(parts)
 
+    def _compute(self, item: _Item) -> Computed:
+        try:
+            return self._micro_batches.compute(item.batch, item.j)
+        except ValueError as error:
+            norms = [type(m).__name__ for m in self._engine.model.modules() if isinstance(m, _NormBase)]
+            if item.samples > 1 or not norms or isinstance(error, UserError):
+                raise
+            plan, samples = self._p.plan, len(self._p.host_splits["train"])
+            raise UserError(
+                f"A micro-batch of one sample has no variance for {norms[0]}, and this plan has one: training set "
+                f"{samples}, train_batch_size {plan.global_batch_size}, train_micro_batch_size_per_gpu "
+                f"{plan.micro_batch_size}.\nUse a larger micro-batch, or trainer.drop_last=true if the rest of the "
+                f"training set ({samples % plan.global_batch_size}) is the cause. ({error})"
+            ) from error
+
+    def _look_at_buffers_under_moved_weights(self, found: Found) -> None:
+        """A buffer may change only when weights do: a power iteration that has converged stands still until then."""
+        parameters = self._engine.parameters
+        with torch.no_grad(), contextlib.suppress(Exception):
+            for parameter in parameters:
+                parameter.add_(torch.randn_like(parameter) * (0.01 * (parameter.abs().mean() + 0.01)))
+            self._statistics.begin()
+            try:
+                self._micro_batches.compute(self._items[0].batch, self._items[0].j)
+            finally:
+                self._statistics.settle()
+        self._model_state.put_back_parameters()
+        self._put_back(found)
+
     def _put_back(self, found: Found) -> None:
         """Restores everything, and adds to what is found the parameters and buffers that the visits changed."""
         self.python.put_back(self.before)
-        now = self._state()
-        after = hash_each(now)
-        for names, objects in self._objects:
-            # Also what was assigned anew, as in `self.average = 0.9 * self.average + ...`.
-            names.clear()
-            names.update(objects)
-        for called in [*self._tensors, *(name for name in now if name not in self._tensors)]:
-            kind, _, name = called.partition(" ")
-            if after.get(called) == self._hashes.get(called):
-                continue
+        for kind, name in self._model_state.put_back():
             if kind == "optimizer":
                 raise UserError(
                     f"{self._name} changes the optimizer's {name} in its forward or loss. Leave it to the trainer."
                 )
-            if called in self._tensors:
-                with torch.no_grad():
-                    self._tensors[called].copy_(self._copies[called])
             found.changing.append(name)
-            found.findings.append(self._change(kind, name))
+            found.findings.append(changed_tensor(self._engine.model, kind, name))
 
     @property
     def _name(self) -> str:
         return type(self._p.task).__name__
-
-    def _change(self, kind: str, name: str) -> Finding:
-        model = self._engine.model
-        if kind == "buffer":
-            return Finding(
-                f"the model's buffer {name} changes in its forward, so micro-batches depend on one another",
-                "After each step every rank takes over rank 0's, which is saved. Of such buffers only the running "
-                "statistics of BatchNorm and InstanceNorm layers are the same at every number of ranks.",
-            )
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
-            return Finding(
-                f"the parameter {name} changes in the forward: {type(owner).__name__} with max_norm rescales the rows "
-                "that it looks up, and each rank looks up others",
-                "Leave max_norm out, and scale the embedded vectors in the forward instead. As it is, every rank takes "
-                "over rank 0's after each step.",
-            )
-        return Finding(
-            f"the parameter {name} changes in the forward, before the gradients of all micro-batches are there",
-            "Leave it to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's after "
-            "each step.",
-        )
 
     def _check_what_is_not_the_tasks(self) -> None:
         if self._data_versions() != self._versions:
@@ -365,25 +352,24 @@ class _Rehearsal:
         """Whose modules may be the cause."""
         return self._engine.model
 
-    def from_the_start(self, *numbers: int, leave: Key | None = None) -> tuple[Hashes, Calls]:
-        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`."""
+    def from_the_start(self, *numbers: int, leave: Key | None = None, stirred: bool = False) -> tuple[Hashes, Calls]:
+        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`.
+
+        With `stirred`, generators are advanced before the last one.
+        """
         self.python.put_back(self.before, leave=leave)
         hashes: Hashes = {}
         calls: Calls = []
-        for number in numbers:
+        for place, number in enumerate(numbers, start=1):
             calls.clear()
+            if stirred and place == len(numbers):
+                self.python.stir(1)
             hashes = self._visit(self._items[number], calls)
         return hashes, calls
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that nobody updates in the order of the micro-batches."""
-    ordered = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
-    return {f"buffer {n}": b for n, b in model.named_buffers() if id(b) not in ordered}
 
 
 @contextlib.contextmanager

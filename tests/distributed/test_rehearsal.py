@@ -25,6 +25,9 @@ CAUSES = [
     (f"{INEXACT}:ReadsTheClock", ["forward() gives another result when the same micro-batch is computed again"]),
     (f"{INEXACT}:AsksForTheRank", ["forward() depends on the rank", ""]),
     (f"{INEXACT}:AssignsBuffers", ["the model's buffer average changes in its forward", "buffer last changes"]),
+    (f"{INEXACT}:DrawsForTheSmallest", ["forward() draws from Python's random module"]),
+    (f"{INEXACT}:CountsTheSmallest", ["the task's attribute small changes"]),
+    (f"{INEXACT}:ConvergedNorm", ["buffer 0.parametrizations.weight.0._"]),
     (f"{INEXACT}:MaxNorm", ["the parameter embedding.weight changes", "Embedding with max_norm", "Leave max_norm out"]),
     (f"{INEXACT}:ChangesAParameter", ["the parameter 0.weight changes in the forward", "Leave it to the optimizer"]),
     (f"{BAD}:PythonRandom", ["forward() draws from Python's random module", "torch.rand"]),
@@ -61,6 +64,8 @@ def test_each_cause_is_labelled_or_refused(tmp_path: Path, task: str, words: lis
         ("AugmentsBySigmoids", {"train_batch_size": 35, "train_micro_batch_size_per_gpu": 7}),
         ("ClaimsChunks", {"train_batch_size": 35, "train_micro_batch_size_per_gpu": 7}),
         ("ClaimsChunksAndDraws", {}),
+        ("CachesATable", {}),
+        ("NormOverPlaces", {"train_batch_size": 13, "train_micro_batch_size_per_gpu": 1, "max_steps": 4}),
         ("MixesUp", {}),
         ("MixesSamples", {}),
         ("AugmentsFromElsewhere", {}),
@@ -116,6 +121,17 @@ def test_a_task_that_writes_to_its_data_is_refused(tmp_path: Path) -> None:
         run_ranks(train, 1, small_config(tmp_path / "run", task=f"{INEXACT}:WritesToItsData"))
 
 
+def test_one_sample_without_a_variance_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", task=f"{INEXACT}:NormOverOnePlace", train_batch_size=499)
+    with pytest.raises(UserError, match=r"(?s)one sample has no variance for BatchNorm1d.*drop_last"):
+        run_ranks(train, 1, config)
+
+
+def test_a_step_in_which_nothing_counts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"None of the \d+ samples of step \d counts"):
+        run_ranks(train, 2, small_config(tmp_path / "run", task=f"{INEXACT}:NothingCounts"))
+
+
 def test_a_wrong_claim_of_chunks_is_said_and_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.check_task import check_task
 
@@ -125,8 +141,8 @@ def test_a_wrong_claim_of_chunks_is_said_and_not_followed(capsys: pytest.Capture
 
 
 def test_a_rehearsal_costs_less_than_two_steps(tmp_path: Path) -> None:
-    """Two micro-batches and one of each other size, twice, or at several ranks once on each."""
-    for W, expected in ((1, 6), (3, 3)):
+    """Two micro-batches and, twice, one of each other size; all of that twice, or at several ranks once on each."""
+    for W, expected in ((1, 8), (3, 4)):
         config = small_config(tmp_path / str(W), epochs=1)  # micro-batches of 8; the epoch's last batch has some of 7
         assert run_ranks(rehearsed_micro_batches, W, config) == [expected] * W
 

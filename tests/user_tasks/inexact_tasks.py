@@ -267,3 +267,85 @@ class FlipsAGradient(MyTask):
     def forward(self, model, batch, progress):
         logits = model(batch["x"])
         return {"logits": _Flip.apply(logits) if dist.get_rank() == 1 and progress.step >= 7 else logits}
+
+
+# ---------------------------------------------------------------- found by outside eyes and the fuzzer
+
+
+class DrawsForTheSmallest(MyTask):
+    """Only micro-batches of 7 samples draw, from Python's generator: of those rehearsed, a single one."""
+
+    def forward(self, model, batch):
+        import random
+
+        factor = 1 + random.random() if len(batch["x"]) == 7 else 1.0
+        return {"logits": model(batch["x"]) * factor}
+
+
+class CountsTheSmallest(MyTask):
+    def splits(self):
+        self.small = 0
+        return super().splits()
+
+    def forward(self, model, batch):
+        self.small += len(batch["x"]) == 7
+        return {"logits": model(batch["x"]) * (1 + 0.01 * self.small * (len(batch["x"]) == 7))}
+
+
+class ConvergedNorm(MyTask):
+    """Spectral norm of a weight with one singular value: its power iteration stands still until the weight moves."""
+
+    def model(self):
+        layer = nn.Linear(20, 2)
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.weight[0, 0] = 3.0
+        return nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(layer))
+
+
+class CachesATable(MyTask):
+    """A table of positions, made in whichever forward comes first, an evaluation's too."""
+
+    def model(self):
+        self.table = None
+        return super().model()
+
+    def forward(self, model, batch):
+        if self.table is None or len(self.table) < len(batch["x"]):
+            self.table = torch.linspace(0, 1, len(batch["x"]))
+        return {"logits": model(batch["x"]) * self.table[: len(batch["x"])].mul(0)[:, None].add(1)}
+
+
+class Pixels(nn.Module):
+    def __init__(self, places: int):
+        super().__init__()
+        self.norm, self.out, self.places = nn.BatchNorm1d(20 // places), nn.Linear(20, 2), places
+
+    def forward(self, x):
+        return self.out(self.norm(x.view(len(x), -1, self.places)).flatten(1))
+
+
+class NormOverPlaces(MyTask):
+    """BatchNorm1d over (B, C, T): with T > 1, a micro-batch of one sample has a variance."""
+
+    places = 4
+
+    def model(self):
+        return Pixels(self.places)
+
+
+class NormOverOnePlace(NormOverPlaces):
+    places = 1
+
+
+class NothingCounts(MyTask):
+    def splits(self):
+        from trainer.splits import Split
+
+        splits = super().splits()
+        counts = torch.ones(500)
+        counts[:496] = 0.0
+        return {"train": Split(splits["train"], counts=counts)}
+
+    def loss(self, outputs, batch):
+        return outputs["logits"].sum() * 0.0, 0.0
