@@ -187,3 +187,12 @@ def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     pieces, _ = rehearse_once(ranks, config)
     note(pieces)
     return states[0], states[1]
+
+
+def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """A run whose last rank has a processor of another model."""
+    import trainer.device
+
+    if ranks.rank == ranks.world_size - 1:
+        trainer.device._cpu_model = lambda: "another processor"
+    return train(ranks, config)

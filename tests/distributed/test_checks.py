@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted
+from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted, train_on_two_device_models
 from trainer.checkpoint import list_checkpoints
 from trainer.config import Config
 from trainer.distributed import Ranks
@@ -79,6 +79,25 @@ def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> No
     config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
     with pytest.raises(UserError, match=r"rank 1 on .* has another data of train than the other ranks"):
         run_ranks(train, 3, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_on_two_device_models_are_labelled_and_audit_themselves(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", audit_every_steps=1, epochs=1)
+    summary = run_ranks(train_on_two_device_models, 3, config)[0]
+    assert summary["exactness"] == "tolerance"
+    (reason,) = summary["inexact"]
+    assert "rank 2 on" in reason
+    assert "runs on another processor, others on" in reason
+    with pytest.raises(UserError, match="runs on another processor"):
+        run_ranks(train_on_two_device_models, 3, small_config(tmp_path / "bitwise", exactness="bitwise"))
+
+
+def test_two_device_models_hide_no_other_difference(tmp_path: Path) -> None:
+    """Hosts with other data do not go on under the label."""
+    config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
+    with pytest.raises(UserError, match=r"rank 1 on .* has another data of train than the other ranks"):
+        run_ranks(train_on_two_device_models, 3, config)
     assert not (tmp_path / "run").exists()
 
 
