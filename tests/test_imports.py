@@ -37,7 +37,7 @@ GROUPS = [
         "checkpoint",
     }
     | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers", "engine_contract"}
-    | {"progress", "task_contract", "python_state", "causes", "audit", "chunks", "model_state"}
+    | {"progress", "task_contract", "python_state", "causes", "audit", "chunks", "model_state", "probes"}
     | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
     | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "image_data", "study.inference"},
     # DeepSpeed's engine, and what is made of all of the above.

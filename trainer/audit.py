@@ -158,6 +158,7 @@ class Audit:
         return (
             f"The audit of step {self._step + 1} found two results for micro-batch {j}: {who}.\n"
             "Either a device computes wrongly, or the task keeps state or uses the rank in a way that the rehearsal "
-            "before the first step could not see. `python -m trainer check-task` looks at the task; for annealing, "
-            f"take the keyword progress instead of a counter.\nStep {self._step + 1} was not applied. {passed}"
+            "before the first step could not see. Start the run again with trainer.audit_every_steps=1: if the task is "
+            "the cause, that finds the step in which it begins. For annealing, take the keyword progress instead of a "
+            f"counter.\nStep {self._step + 1} was not applied. {passed}"
         )

@@ -79,10 +79,10 @@ class RunningStatistics:
         self._cumulative = torch.tensor(cumulative, device=device) if any(cumulative) else None
         self._later: dict[int, Tensor] = {}
 
-    def begin(self) -> None:
-        """Points the layers in training mode at scratch memory."""
+    def begin(self, content: float = _NOT_CALLED) -> None:
+        """Points the layers in training mode at scratch memory, which holds `content`."""
         if self._modules:
-            self._scratch.fill_(_NOT_CALLED)
+            self._scratch.fill_(content)
         for module, temporary in zip(self._modules, self._temporary):
             if module.training:
                 module._buffers.update(temporary)
@@ -92,6 +92,10 @@ class RunningStatistics:
         """Moves the statistics of the micro-batch just forwarded into `out`: (size,) float32."""
         out.copy_(self._scratch)
         self._scratch.fill_(_NOT_CALLED)
+
+    def momentum_assigned(self) -> bool:
+        """Between `begin` and `settle`: whether a forward has set a layer's momentum, so that nothing was collected."""
+        return any(module.training and module.momentum != 1.0 for module in self._modules)
 
     def settle(self) -> None:
         """Gives the layers their running statistics back."""

@@ -25,7 +25,7 @@ from .distributed import Ranks, broadcast_tensor, raise_together
 from .errors import TrainerError, UserError
 from .learning_rate import factor, scaling_factor
 from .optimizers import check_optimizer
-from .order import key, nested_subset, seed_generators
+from .order import key, nested_subset, seed_generators, seed_python
 from .splits import Split, as_splits
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def build(
     with log.capture():
         from . import engine as engines
     check_optimizer(config)
+    # Weights or splits drawn from these are then the same on every rank and in every run.
+    seed_python(key(config.trainer.seed, "task"))
     task = tasks.load(config.trainer.task, config.trainer.task_options)
     distributed.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
     met()

@@ -7,6 +7,7 @@ it is spent only where a run would have been called exact wrongly.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -96,14 +97,9 @@ class Stage(Protocol):
         ...
 
 
-def explain(stage: Stage, alone: bool) -> Finding | None:
-    """The cause of a difference, as far as this rank sees one; None if it agrees with itself.
-
-    Args:
-        stage: computes.
-        alone: whether there is one rank only, for which it has to be tried what another one would find.
-    """
-    return _unseen(stage) or _state(stage) or (_rank(stage) if alone else None)
+def explain(stage: Stage) -> Finding | None:
+    """The cause of a difference, as far as this rank sees one; None if it agrees with itself."""
+    return _unseen(stage) or _state(stage) or _rank(stage)
 
 
 def _unseen(stage: Stage) -> Finding | None:
@@ -137,7 +133,7 @@ def _state(stage: Stage) -> Finding | None:
         for key in changes(stage.before, evolved)[:_MOST_CAUSES]:
             _evolved(stage, before)
             if differs(alone, stage.from_the_start(number, leave=key)[0]) is not None:
-                return _finding_of(stage, key, source, evolved)
+                return finding_of(stage, key, source, evolved)
         return Finding(
             f"{source} gives another result after other micro-batches than before them: the task or the model keeps "
             "state",
@@ -153,7 +149,8 @@ def _evolved(stage: Stage, numbers: list[int]) -> State:
     return stage.python.take()
 
 
-def _finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:
+def finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:
+    """The finding for a value in Python that a micro-batch changes and `source` depends on."""
     called = stage.python.name_of(key)
     if key in (PYTHONS, NUMPYS):
         return Finding(
@@ -172,16 +169,20 @@ def _finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:
 
 
 def _rank(stage: Stage) -> Finding | None:
-    """With one rank: numbers that would be others on another one."""
+    """Numbers that would be others on another rank."""
     here, calls = stage.from_the_start(0)
-    with another_rank():
-        there, calls_there = stage.from_the_start(0)
+    try:
+        with another_rank():
+            there, calls_there = stage.from_the_start(0)
+    except Exception:  # as in the rehearsal
+        return None
     part = differs(here, there)
     if part is None:
         return None
     source = _culprit(stage.model, part, calls, calls_there)
     return Finding(
-        f"{source} depends on the rank: torch.distributed.get_rank() or get_world_size() changes its numbers",
+        f"{source} depends on the rank: torch.distributed.get_rank(), get_world_size() or the variables RANK and "
+        "WORLD_SIZE change its numbers",
         "Numbers may depend on samples, parameters, seed and progress alone.",
     )
 
@@ -196,7 +197,9 @@ _NO_STATE = (
 def _culprit(model: nn.Module, part: str, one: Calls, other: Calls) -> str:
     """The innermost module with equal inputs and different outputs, else the task's function that made a part."""
     if not part.startswith("data"):
-        for (name, inputs, outputs), (_, inputs_there, outputs_there) in zip(one, other):
+        for (name, inputs, outputs), (name_there, inputs_there, outputs_there) in zip(one, other):
+            if name != name_there:
+                break  # other modules were called: nothing can be said of them
             if inputs == inputs_there and outputs != outputs_there:
                 module = model.get_submodule(name)
                 return (
@@ -207,15 +210,24 @@ def _culprit(model: nn.Module, part: str, one: Calls, other: Calls) -> str:
 
 @contextlib.contextmanager
 def another_rank() -> Iterator[None]:
-    """What asks torch.distributed for the rank is told that it is the second of two."""
+    """What asks torch.distributed or the environment is told that this is the next rank, of one more than there are."""
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank, dist.get_world_size
-    dist.get_rank, dist.get_world_size = lambda group=None: 1, lambda group=None: 2
+    next_rank, more = rank() + 1, world_size() + 1
+    variables = {"RANK": str(next_rank), "LOCAL_RANK": str(next_rank), "WORLD_SIZE": str(more)}
+    before = {name: os.environ.get(name) for name in variables}
+    dist.get_rank, dist.get_world_size = lambda group=None: next_rank, lambda group=None: more
+    os.environ.update(variables)
     try:
         yield
     finally:
         dist.get_rank, dist.get_world_size = rank, world_size
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -142,8 +142,8 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
         # A loss that averages, or noise, would look like statistics.
         notes += examination.statistics_across_the_batch()
         notes += [
-            f"{counter} changes with every micro-batch. No number depended on it here. If one does later, the audit "
-            "stops the run: for annealing, take the keyword progress."
+            f"{counter} changes with micro-batches. No number depended on it here. If one does later, the run is not "
+            "exact, and the audit may stop it: for annealing, take the keyword progress."
             for counter in found.counters
         ]
     sizes = [item.samples for item in items_of(p, 0)]

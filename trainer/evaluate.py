@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batching import micro_batch_bounds, rank_block
 from .distributed import Ranks, all_gather_flat, broadcast_object, gather_objects
-from .order import key, seed_generators
+from .order import key, seed_generators, seed_python
 from .progress import Progress, TaskCalls
 from .splits import Batch, Split
 from .task_contract import check_outputs
@@ -69,6 +69,7 @@ def evaluate(
             batch = split.gather(torch.arange(start, stop, device=engine.device))
             batch = split.cut(batch, longest[j] if longest is not None else None)
             seed_generators(key(seed, "evaluation", j), engine.device)
+            seed_python(key(seed, "evaluation", j))
             outputs = calls.forward(model, batch, progress)
             loss, _ = calls.loss(outputs, batch, progress)
             if position >= len(block):

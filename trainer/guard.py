@@ -91,8 +91,9 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
             f"rank{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} differ{'s' * (len(wrong) == 1)} from the others"
         )
     raise RanksDifferError(
-        f"After step {step} {who}, first in {tensor}. The ranks computed from the same numbers, so this is a "
-        "hardware fault, or randomness or state of one rank's own in the task. Nothing was saved from this step.",
+        f"After step {step} {who}, first in {tensor}. All ranks apply the same gradient, so something else changes it: "
+        "the task's forward or loss writes to it (`python -m trainer check-task` looks for that), or a device is "
+        "faulty. Nothing was saved from this step.",
         agreed=True,
     )
 

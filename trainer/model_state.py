@@ -33,10 +33,12 @@ class ModelState:
             for name, tensor in self._tensors.items()
             if not name.startswith("optimizer ")
         }
-        names: list[Any] = [module._buffers for module in engine.model.modules()]
-        if whole:
-            names += [module._parameters for module in engine.model.modules()]
-        self._objects = [(own, dict(own)) for own in names]
+        # Buffers, hooks and children; parameters where DeepSpeed has not put something of its own in their place.
+        kept = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name != "_parameters"]
+        kept += ["_parameters"] if whole else []
+        self._objects: list[tuple[Any, dict[Any, Any]]] = [
+            (own, dict(own)) for module in engine.model.modules() for own in (getattr(module, name) for name in kept)
+        ]
 
     def _now(self) -> dict[str, Tensor]:
         return self._engine.state() if self._whole else _unordered_buffers(self._engine.model)

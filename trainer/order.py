@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import struct
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +96,12 @@ def seed_generators(value: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(value)
+
+
+def seed_python(value: int) -> None:
+    """Seeds the global generators of Python and numpy: slower than torch's, so not in the step."""
+    random.seed(value)
+    np.random.seed(value % (1 << 32))
 
 
 def _signed(value: int) -> int:

@@ -69,6 +69,8 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 def _save(value: Any, budget: _Budget, depth: int = 0) -> _Saved:
     if not budget.allows():
         return _Saved(value, id(value), lambda: value)
+    if isinstance(value, (str, bytes)) and len(value) > _LONGEST:
+        return _Saved(value, id(value), lambda: value)
     if isinstance(value, _ATOMS):
         return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # those are the trainer's business
@@ -312,6 +314,11 @@ class PythonState:
                 if key[1] not in namespace.names or namespace.names[key[1]] is not restored:
                     namespace.put(key[1], restored)
 
+    def add(self, key: Key, amount: int) -> None:
+        """Adds to a number, as further calls might have done."""
+        namespace = self._namespaces[key[0]]
+        namespace.put(key[1], namespace.names[key[1]] + amount)
+
     def name_of(self, key: Key) -> str:
         """What a value is called in messages."""
         return key[1] if key in (PYTHONS, NUMPYS) else self._namespaces[key[0]].label.format(key[1])
@@ -321,6 +328,12 @@ def changes(before: State, after: State) -> list[Key]:
     """The values that differ between two states, are new or are gone."""
     keys = [*before, *(key for key in after if key not in before)]
     return [k for k in keys if k not in before or k not in after or not before[k].same_as(after[k])]
+
+
+def is_number(key: Key, *states: State) -> bool:
+    """Whether a value is a number, such as a counter."""
+    values = [state[key].value for state in states if key in state]
+    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
 def is_generator(key: Key, *states: State) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,14 +24,26 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .batch_norm import RunningStatistics
 from .build import Pieces
-from .causes import Calls, Finding, Hashes, another_rank, changed_tensor, differs, explain, source_of, watched
+from .causes import (
+    Calls,
+    Finding,
+    Hashes,
+    another_rank,
+    changed_tensor,
+    differs,
+    explain,
+    finding_of,
+    source_of,
+    watched,
+)
 from .chunks import objection
 from .distributed import gather_objects, raise_together
 from .errors import TrainerError, UserError
 from .guard import hash_each
 from .micro_batches import Computed, GlobalBatch, MicroBatches, global_batches
 from .model_state import ModelState
-from .python_state import Key, PythonState, changes
+from .probes import moved_values, refuse_collectives, refuse_use_of_running_statistics, under_moved_weights
+from .python_state import Key, PythonState, State, changes, is_number
 from .task_contract import check_micro_batch
 
 
@@ -44,14 +56,12 @@ class Found:
         notes: for the person who starts the run.
         changing: parameters and buffers that the task's forward changes by itself.
         counters: numbers in Python that micro-batches change, whether or not anything depends on them.
-        micro_batches: how many this rank computed.
     """
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changing: list[str] = field(default_factory=list)
     counters: list[str] = field(default_factory=list)
-    micro_batches: int = 0
 
 
 class _Item(NamedTuple):
@@ -136,6 +146,14 @@ def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
     if causes:
         return list(causes)
     part = next(part for _, part in everyone if part is not None)
+    if len(everyone) == 1:
+        return [
+            Finding(
+                f"{source_of(part)} gave another result the second time, though not each time that it was tried",
+                "It draws from a source that no seed reaches, or keeps state out of sight. Draw from torch's default "
+                "generator, which is seeded for each micro-batch, and keep no state.",
+            )
+        ]
     return [
         Finding(
             f"{source_of(part)} depends on the rank: each rank agrees with itself, but for the same micro-batch ranks "
@@ -147,14 +165,19 @@ def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
 
 
 def items_of(p: Pieces, first_step: int) -> list[_Item]:
-    """The micro-batches that are rehearsed: two of the next step, and one of each smaller size that the run has.
+    """The micro-batches that are rehearsed: two of full size, and one of each smaller size that the run has.
 
-    With samples in the order of their lengths, the first two are the shortest and the longest.
+    The second is one of the run's last steps, for what sets in with the progress of the run. With samples in the order
+    of their lengths, the first is the shortest of its step and the second the longest.
     """
     batch = next(global_batches(p, first_step))
-    items = [_Item(batch, j, first_step == 0) for j in range(min(2, len(batch.bounds)))]
-    if len(batch.bounds) == 1 and first_step + 1 < p.total_steps:
-        items.append(_Item(next(global_batches(p, first_step + 1)), 0, False))
+    items = [_Item(batch, 0, first_step == 0)]
+    last = p.total_steps - 1
+    if (last + 1) % p.steps_per_epoch == 0 and last > first_step + 1:
+        last -= 1  # an epoch's last batch may be smaller
+    late = batch if last == first_step else next(global_batches(p, last))
+    if late is not batch or len(late.bounds) > 1:
+        items.append(_Item(late, min(1, len(late.bounds) - 1), late is batch and first_step == 0))
     last_of_epoch = (first_step // p.steps_per_epoch + 1) * p.steps_per_epoch - 1
     tail = next(global_batches(p, last_of_epoch)) if last_of_epoch < p.total_steps else batch
     for other in (batch, tail):
@@ -196,35 +219,46 @@ class _Rehearsal:
         else:
             turns = [0, 1]
         with _generators_kept(self._p.device):
-            if self._exact and any(True for _ in self._engine.model.buffers()):
-                self._look_at_buffers_under_moved_weights(found)
+            if self._exact:
+                self._probe(found)
             for turn in turns:
                 order = [(k + turn) % count for k in range(count)]
                 # Of the first two sizes are alike. What only another size counts or draws shows when it comes again.
                 order += [number for number in order if self._items[number].samples != self._items[0].samples]
                 self.python.stir(turn)
+                began = self.python.take() if turn else self.before
                 elsewhere = turn > 0 and ranks.world_size == 1
                 for number, hashes in zip(order, self._in_turn(order, elsewhere)):
                     results.setdefault(number, []).append(hashes)
-                    found.micro_batches += 1
-                if turn == turns[0]:
-                    found.counters = self._counters()
+                after = self.python.take()
                 self._put_back(found)
+                if self._exact and ranks.world_size > 1:
+                    # Each rank sees itself as the next one of one more, besides.
+                    results[order[0]] += self._in_turn(order[:1], elsewhere=True, instead=False)
+                    self._put_back(found)
+                if turn == turns[0]:
+                    moved = changes(began, after)
+                    found.counters = [self.python.name_of(key) for key in moved if is_number(key, began, after)]
+                    if self._exact and not found.findings:
+                        finding = moved_values(self, moved, after, self._of_moved)
+                        found.findings += [finding] if finding is not None else []
+                    self._put_back(found)
         self._check_what_is_not_the_tasks()
         return results, found
 
-    def _counters(self) -> list[str]:
-        now = self.python.take()
-        numbers = [key for key in changes(self.before, now) if key in now and _is_number(now[key].value)]
-        return [self.python.name_of(key) for key in numbers]
+    def _of_moved(self, key: Key, part: str, after: State) -> Finding:
+        return finding_of(self, key, source_of(part), after)
 
-    def _in_turn(self, order: list[int], elsewhere: bool) -> list[Hashes]:
+    def _in_turn(self, order: list[int], elsewhere: bool, instead: bool = True) -> list[Hashes]:
+        """Computes some micro-batches; `elsewhere`, as on another rank, or as on this one `instead` if that fails."""
         if elsewhere:
             try:
                 with another_rank():
                     return [self._visit(self._items[number]) for number in order]
-            except Exception:  # it may need the rank for a collective, which is its own affair
+            except Exception:  # it may need the rank for something else
                 self._put_back(Found())
+            if not instead:
+                return []
         return [self._visit(self._items[number]) for number in order]
 
     def _visit(self, item: _Item, calls: Calls | None = None) -> Hashes:
@@ -280,18 +314,35 @@ class _Rehearsal:
                 f"training set ({samples % plan.global_batch_size}) is the cause. ({error})"
             ) from error
 
-    def _look_at_buffers_under_moved_weights(self, found: Found) -> None:
-        """A buffer may change only when weights do: a power iteration that has converged stands still until then."""
-        parameters = self._engine.parameters
-        with torch.no_grad(), contextlib.suppress(Exception):
-            for parameter in parameters:
-                parameter.add_(torch.randn_like(parameter) * (0.01 * (parameter.abs().mean() + 0.01)))
-            self._statistics.begin()
-            try:
-                self._micro_batches.compute(self._items[0].batch, self._items[0].j)
-            finally:
-                self._statistics.settle()
+    def forward(self, number: int, content: float | None = None) -> Hashes:
+        """A micro-batch's samples, outputs and loss, as hashes; `content` fills what statistics are collected in."""
+        item = self._items[number]
+        self._statistics.begin() if content is None else self._statistics.begin(content)
+        try:
+            computed = self._compute(item)
+            if self._statistics.momentum_assigned():
+                raise UserError(
+                    f"{self._name} sets the momentum of a normalisation layer in its forward, where its statistics are "
+                    "being collected: they would be lost. Set it in model()."
+                )
+        finally:
+            self._statistics.settle()
+        parts = {f"data {name}": array for name, array in computed.arrays.items()}
+        outputs = computed.outputs if isinstance(computed.outputs, Mapping) else {"": computed.outputs}
+        parts |= {f"output {name}": value for name, value in outputs.items() if isinstance(value, Tensor)}
+        loss = computed.result[0] if isinstance(computed.result, tuple) and computed.result else None
+        return hash_each(parts | ({"loss": loss} if isinstance(loss, Tensor) else {}))
+
+    def _probe(self, found: Found) -> None:
+        refuse_collectives(self, self._name)
+        if self._statistics.size:
+            self.python.put_back(self.before)
+            refuse_use_of_running_statistics(self, self._name)
+        self._put_back(found)
+        written = under_moved_weights(self, self.items[:2], {n: q for q, n in self._engine.names.items()})
         self._model_state.put_back_parameters()
+        found.changing += written
+        found.findings += [changed_tensor(self._engine.model, "parameter", name) for name in written]
         self._put_back(found)
 
     def _put_back(self, found: Found) -> None:
@@ -326,9 +377,13 @@ class _Rehearsal:
         """Why the task's augment() may not see several micro-batches at once, though it says so; None if it may."""
         if not self._micro_batches.augments_in_chunks:
             return None
-        batch = self._items[0].batch
+        first = self._items[0].batch
+        middle = next(global_batches(self._p, (first.step + self._p.total_steps - 1) // 2))
+        reason = None
         with _generators_kept(self._p.device):
-            reason = objection(functools.partial(self._micro_batches.load, batch), range(min(5, len(batch.bounds))))
+            for batch in (first, middle, self._items[-1].batch, self._items[min(1, len(self._items) - 1)].batch):
+                load = functools.partial(self._micro_batches.load, batch)
+                reason = reason or objection(load, range(min(5, len(batch.bounds))))
         self.python.put_back(self.before)
         return reason
 
@@ -338,7 +393,7 @@ class _Rehearsal:
         """The cause of a difference that this rank sees by itself; None if it agrees with itself."""
         with _generators_kept(self._p.device):
             try:
-                return explain(self, alone=self._p.ranks.world_size == 1)
+                return explain(self)
             finally:
                 self.python.put_back(self.before)
 
@@ -366,10 +421,6 @@ class _Rehearsal:
                 self.python.stir(1)
             hashes = self._visit(self._items[number], calls)
         return hashes, calls
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from .errors import UserError
@@ -41,7 +42,7 @@ def check_loss(task: str, result: object) -> tuple[Tensor, float]:
             f"{task}.loss() must return (summed loss, count), the loss a scalar tensor; it returned {got}.\n"
             'Sum over the micro-batch, for example F.cross_entropy(..., reduction="sum").'
         )
-    if (isinstance(count, Tensor) and count.ndim != 0) or not isinstance(count, (int, float, Tensor)):
+    if (isinstance(count, Tensor) and count.ndim != 0) or not isinstance(count, (int, float, Tensor, np.number)):
         got = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
         raise UserError(f"{task}.loss() must return (summed loss, count), the count a number; it returned {got}.")
     return loss, float(count)

@@ -196,3 +196,25 @@ def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
     if ranks.rank == ranks.world_size - 1:
         trainer.device._cpu_model = lambda: "another processor"
     return train(ranks, config)
+
+
+def rehearsal_work(ranks: Ranks, config: Config) -> tuple[int, int]:
+    """How many micro-batches a rehearsal computes, and of how many the gradient."""
+    import torch
+
+    from trainer.micro_batches import MicroBatches
+
+    counts = [0, 0]
+    compute, grad = MicroBatches.compute, torch.autograd.grad
+
+    def counted(place: int, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            counts[place] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    MicroBatches.compute = counted(0, compute)  # type: ignore[method-assign]
+    torch.autograd.grad = counted(1, grad)
+    rehearse_once(ranks, config)
+    return counts[0], counts[1]

@@ -16,7 +16,7 @@ WRONG = f"{USER_TASKS}/inexact_tasks.py"
 
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_a_rank_that_computes_wrongly_is_named(tmp_path: Path, world_size: int) -> None:
-    """From its eighth step on, one bit is wrong in the gradients of rank 1; nothing is saved after that."""
+    """In its eighth step, one bit is wrong in the gradients of rank 1; nothing is saved after that."""
     config = small_config(
         tmp_path / "run", task=f"{WRONG}:FlipsAGradient", audit_every_steps=2, checkpoint={"every_steps": 1, "keep": 9}
     )

@@ -1,7 +1,10 @@
 """User tasks whose numbers would depend on the number of ranks, each for one cause; and tasks that only look so."""
 
+import itertools
+import os
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -151,7 +154,20 @@ class GoesBackward(MyTask):
 
 
 class AnnealsLate(MyTask):
-    """Its penalty sets in at the 30th call: no rehearsal can see that."""
+    """Its penalty sets in at the 60th call, and the counter is out of sight: no rehearsal can see that."""
+
+    def splits(self):
+        calls = itertools.count()
+        self.penalty = lambda: max(0.0, next(calls) - 60) * 0.01
+        return super().splits()
+
+    def loss(self, outputs, batch):
+        loss, count = super().loss(outputs, batch)
+        return loss + self.penalty() * outputs["logits"].square().sum(), count
+
+
+class SetsInLate(MyTask):
+    """Every 16th call adds something, as lazy penalties do; the counter is in sight."""
 
     def splits(self):
         self.calls = 0
@@ -160,7 +176,96 @@ class AnnealsLate(MyTask):
     def loss(self, outputs, batch):
         self.calls += 1
         loss, count = super().loss(outputs, batch)
-        return loss + max(0.0, self.calls - 30) * 0.01 * outputs["logits"].square().sum(), count
+        return loss + (self.calls % 16 == 0) * outputs["logits"].square().sum(), count
+
+
+class DrawsRarely(MyTask):
+    def forward(self, model, batch):
+        factor = 0.5 if np.random.rand() < 0.1 else 1.0
+        return {"logits": model(batch["x"]) * factor}
+
+
+class HooksLazily(MyTask):
+    """As transformers does for hidden states: the first forward installs a hook, and notes that it did."""
+
+    def model(self):
+        return nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
+
+    def forward(self, model, batch):
+        if not getattr(model, "hooked", False):
+            model.hooked = True
+            model[0].register_forward_hook(lambda module, inputs, outputs: outputs * 1.1)
+        return {"logits": model(batch["x"])}
+
+
+class TeacherInTheModel(MyTask):
+    """An average of the weights, moved in every training forward: it equals them until they move."""
+
+    def model(self):
+        model = super().model()
+        model.teacher = nn.Linear(20, 24)
+        model.teacher.load_state_dict(model.inner.state_dict())
+        return model.requires_grad_(True)
+
+    def forward(self, model, batch):
+        if model.training:
+            with torch.no_grad():
+                for one, other in zip(model.teacher.parameters(), model.inner.parameters()):
+                    one.lerp_(other, 0.01)
+        return super().forward(model, batch)
+
+
+class CountsFromTheSecondEpoch(MyTask):
+    def model(self):
+        model = super().model()
+        model.register_buffer("updates", torch.zeros(()))
+        return model
+
+    def forward(self, model, batch, progress):
+        if progress.epoch >= 1 and model.training:
+            model.updates += 1
+        return super().forward(model, batch)
+
+
+class DividesByTheWorld(MyTask):
+    def loss(self, outputs, batch):
+        loss, count = super().loss(outputs, batch)
+        return loss / dist.get_world_size(), count
+
+
+class AsksTheEnvironment(MyTask):
+    def loss(self, outputs, batch):
+        loss, count = super().loss(outputs, batch)
+        return loss / int(os.environ.get("WORLD_SIZE", "1")), count
+
+
+class TalksToOthers(MyTask):
+    def forward(self, model, batch):
+        mean = batch["x"].mean(0)
+        dist.all_reduce(mean)
+        return {"logits": model(batch["x"] - mean / dist.get_world_size())}
+
+
+class SetsMomentum(MyTask):
+    def forward(self, model, batch):
+        model.norm.momentum = 0.1
+        return super().forward(model, batch)
+
+
+class ReadsStatistics(MyTask):
+    def forward(self, model, batch):
+        factor = 1 + model.norm.running_var.mean()
+        return {"logits": model(batch["x"]) * factor}
+
+
+class MixesInTheMiddle(MyTask):
+    """Its claim of chunks is wrong in the middle of the run only."""
+
+    augment_in_chunks = True
+
+    def augment(self, batch, random, progress):
+        x = batch["x"]
+        return {**batch, "x": 0.8 * x + 0.2 * x.flip(0) if 0.2 < progress.fraction < 0.8 else x}
 
 
 class HarmlessState(MyTask):
@@ -262,11 +367,11 @@ class _Flip(torch.autograd.Function):
 
 
 class FlipsAGradient(MyTask):
-    """On rank 1, from the eighth step on, in the second epoch. Losses are right, and so is what the guard compares."""
+    """On rank 1, in the eighth step. Losses are right, and so is what the guard compares."""
 
     def forward(self, model, batch, progress):
         logits = model(batch["x"])
-        return {"logits": _Flip.apply(logits) if dist.get_rank() == 1 and progress.step >= 7 else logits}
+        return {"logits": _Flip.apply(logits) if dist.get_rank() == 1 and progress.step == 7 else logits}
 
 
 # ---------------------------------------------------------------- found by outside eyes and the fuzzer
