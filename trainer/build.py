@@ -155,6 +155,12 @@ def build(
         model = task.model()
         if not isinstance(model, nn.Module):
             raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")
+        lazy = [n for n, q in model.named_parameters() if isinstance(q, nn.parameter.UninitializedParameter)]
+        if lazy:
+            raise UserError(
+                f"The parameter {lazy[0]} has no shape yet. Call the model once in model(): a lazy layer takes it "
+                "from its first input."
+            )
         model = adapt(model, config)
         if config.trainer.compile:
             compile_in_place(model)

@@ -83,7 +83,7 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         lr_scheduler = None if schedule is None else functools.partial(LambdaLR, lr_lambda=schedule)
         groups = parameter_groups(model, config, for_vectors(config))
-        scalars = self._send_scalars()
+        odd = self._send_odd_parameters()
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -103,7 +103,7 @@ class Engine:
                     '"torch_adam": true in optimizer.params, for torch\'s fused kernel, which is compiled already.'
                 ) from error
             raise
-        for parameter in scalars:
+        for parameter in odd:
             del parameter.ds_optim_param
         parts = {"engine": self._engine, "optimizer": self.optimizer, "parameter": self.parameters[0]}
         engine_contract.check(VERSION, self.zero_stage, **parts)
@@ -112,25 +112,28 @@ class Engine:
         if self.zero_stage == 0:
             self._take_over(config.memory_breakdown)
 
-    def _send_scalars(self) -> list[Any]:
-        """Gives every rank rank 0's parameters of no dimension, and marks them. Collective: every rank.
+    def _send_odd_parameters(self) -> list[Any]:
+        """Gives every rank rank 0's parameters that DeepSpeed cannot send, and marks them. Collective: every rank.
 
-        DeepSpeed sends the model as bytes, and `view(torch.uint8)` wants a dimension ("self.dim() cannot be 0"). It
-        passes over what has the mark, which it gives to parameters that the ranks do not share.
+        DeepSpeed sends the model as bytes, and `view(torch.uint8)` wants a last dimension whose elements lie side by
+        side: not so in parameters of no dimension, and in the memory format channels_last. It passes over what has the
+        mark, which it gives to parameters that the ranks do not share.
         """
-        scalars: list[Any] = []
+        odd: list[Any] = []
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim > 0:
+            if parameter.ndim > 0 and parameter.stride(-1) == 1:
                 continue
-            if self.zero_stage == 3:
+            if self.zero_stage == 3 and parameter.ndim == 0:
                 raise UserError(
                     f"The parameter {name} has no dimension (its shape is ()), and ZeRO stage 3 cannot cut it into "
                     "parts.\nUse ZeRO stage 0, 1 or 2, or give it a dimension: torch.ones(1), not torch.ones(())."
                 )
-            torch.distributed.broadcast(parameter.detach().view(1), src=0)
-            scalars.append(parameter)
-            scalars[-1].ds_optim_param = True
-        return scalars
+            message = parameter.detach().contiguous().view(-1)
+            torch.distributed.broadcast(message, src=0)
+            parameter.detach().copy_(message.view(parameter.shape))
+            odd.append(parameter)
+            odd[-1].ds_optim_param = True
+        return odd
 
     def _take_over(self, memory_breakdown: bool) -> None:
         # The gradient arrives reduced.
@@ -276,7 +279,7 @@ class Engine:
                 tensors[f"{name}.{kind}"] = deepspeed.utils.safe_get_full_optimizer_state(parameter, kind).clone()
             tensors[f"{name}.weights"] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
         for state in states.values():
-            values["scalars"] = {k: float(v) for k, v in state.items() if k not in kinds and v is not None}
+            values["odd"] = {k: float(v) for k, v in state.items() if k not in kinds and v is not None}
         return tensors, values
 
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -313,7 +316,7 @@ class Engine:
         for partition in partitions:  # the optimizer would make these in its first step
             inner.state[partition] = {kind: torch.zeros_like(partition) for kind in sorted(of_optimizer)} | {
                 kind: torch.tensor(value, device=partition.device if fused else "cpu")
-                for kind, value in values.get("scalars", {}).items()
+                for kind, value in values.get("odd", {}).items()
             }
         self._link_partitions()
         for key, tensor in optimizer.items():

@@ -283,7 +283,9 @@ class _Rehearsal:
             )
             loss = computed.result[0]
             if self._exact:
+                self._check_trained()
                 gradients = torch.autograd.grad(loss, self._engine.parameters, self._scale, allow_unused=True)
+                self._check_dense(gradients)
             if self._statistics.size:
                 self._statistics.collect(row)
         finally:
@@ -298,6 +300,21 @@ class _Rehearsal:
         }
         parts["statistics"] = row
         return hash_each(parts)
+
+    def _check_trained(self) -> None:
+        frozen = [name for parameter, name in self._engine.names.items() if not parameter.requires_grad]
+        if frozen:
+            raise UserError(
+                f"{self._name} freezes the parameter {frozen[0]} in its forward or loss. Which parameters are trained "
+                "is settled at the start: use trainer.freeze, or multiply what they do by 0 or 1, as progress says."
+            )
+
+    def _check_dense(self, gradients: tuple[Tensor | None, ...]) -> None:
+        for name, gradient in zip(self._engine.names.values(), gradients):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise UserError(
+                    f"The gradient of {name} is sparse, and the ranks add dense ones. Leave out its sparse=True."
+                )
 
     def _compute(self, item: _Item) -> Computed:
         try:

@@ -149,7 +149,8 @@ def _train(
     if p.ranks.first:
         say(*banner(p, make_step.audit), *(f"note: {note}" for note in notes))
         if first_step:
-            say(f"going on after step {first_step:,} from a checkpoint of {history[-2]['world_size']} ranks")
+            before = history[-2]["world_size"]
+            say(f"going on after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")
     if best is not None and options.best.metric != "auto":
         best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
 

@@ -81,6 +81,7 @@ def test_each_cause_is_labelled_or_refused(tmp_path: Path, task: str, words: lis
         ("NormOverPlaces", {"train_batch_size": 13, "train_micro_batch_size_per_gpu": 1, "max_steps": 4}),
         ("HooksLazily", {}),
         ("MixesInTheMiddle", {}),
+        ("ChannelsLast", {}),
         ("MixesUp", {}),
         ("MixesSamples", {}),
         ("AugmentsFromElsewhere", {}),
@@ -136,6 +137,9 @@ def test_a_task_that_goes_backward_itself_is_refused(tmp_path: Path) -> None:
     [
         ("TalksToOthers", r"TalksToOthers calls torch\.distributed \(allreduce\) in its forward or loss"),
         ("SetsMomentum", "SetsMomentum sets the momentum of a normalisation layer in its forward"),
+        ("LazyLayer", r"The parameter weight has no shape yet. Call the model once in model\(\)"),
+        ("SparseRows", r"The gradient of 0\.weight is sparse"),
+        ("Unfreezes", r"Unfreezes freezes the parameter inner\.weight in its forward"),
         ("ReadsStatistics", "ReadsStatistics reads the running statistics of a normalisation layer"),
     ],
 )

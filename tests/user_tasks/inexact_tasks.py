@@ -454,3 +454,34 @@ class NothingCounts(MyTask):
 
     def loss(self, outputs, batch):
         return outputs["logits"].sum() * 0.0, 0.0
+
+
+class ChannelsLast(MyTask):
+    """A convolution in the memory format that GPUs like."""
+
+    def model(self):
+        layers = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Flatten())
+        return nn.Sequential(layers, nn.Linear(4 * 3, 2)).to(memory_format=torch.channels_last)
+
+    def forward(self, model, batch):
+        x = torch.cat([batch["x"], batch["x"]], 1)[:, :30].reshape(-1, 2, 3, 5)
+        return {"logits": model(x.to(memory_format=torch.channels_last))}
+
+
+class LazyLayer(MyTask):
+    def model(self):
+        return nn.LazyLinear(2)
+
+
+class SparseRows(MyTask):
+    def model(self):
+        return nn.Sequential(nn.EmbeddingBag(30, 8, sparse=True), nn.Linear(8, 2))
+
+    def forward(self, model, batch):
+        return {"logits": model((batch["x"][:, :4].abs() * 10).long().clamp(max=29))}
+
+
+class Unfreezes(MyTask):
+    def forward(self, model, batch, progress):
+        model.inner.weight.requires_grad_(progress.epoch >= 1)
+        return super().forward(model, batch)
