@@ -55,12 +55,14 @@ class Found:
         findings: why the run is not bitwise; empty if nothing differed.
         notes: for the person who starts the run.
         changing: parameters and buffers that the task's forward changes by itself.
-        counters: numbers in Python that micro-batches change, whether or not anything depends on them.
+        kept: what micro-batches change of Python's state, whether or not anything depends on it.
+        counters: the numbers among it.
     """
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changing: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     counters: list[str] = field(default_factory=list)
 
 
@@ -238,6 +240,7 @@ class _Rehearsal:
                     self._put_back(found)
                 if turn == turns[0]:
                     moved = changes(began, after)
+                    found.kept = [self.python.name_of(key) for key in moved]
                     found.counters = [self.python.name_of(key) for key in moved if is_number(key, began, after)]
                     if self._exact and not found.findings:
                         finding = moved_values(self, moved, after, self._of_moved)

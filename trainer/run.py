@@ -382,7 +382,13 @@ def _rehearse(p: Pieces, make_step: ExactStep | ZeroStep, first_step: int) -> tu
             seed=p.config.trainer.seed,
             alike=p.alike,
         )
-    return time.perf_counter() - began_s, found.notes + remedies
+    notes = found.notes + remedies
+    if first_step and found.kept and not found.findings:
+        notes.append(
+            f"{found.kept[0]} changes with micro-batches, and checkpoints do not hold it. If numbers depend on it, the "
+            "run that goes on here is not the one that was interrupted."
+        )
+    return time.perf_counter() - began_s, notes
 
 
 def _check_window(window: Window, done: int) -> None:

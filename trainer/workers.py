@@ -63,6 +63,12 @@ def _rank_main(
     from tqdm import tqdm
 
     os.environ.update(environment)
+    if ranks.world_size > 1:
+        # As launchers do: a task that asks the environment finds there what it would find in a run.
+        places = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
+        os.environ.update(
+            {name: str(value) for name, value in (places | {"LOCAL_SIZE": ranks.local_world_size}).items()}
+        )
     # tqdm's own lock is a semaphore between processes, which ours leave behind when they end at once.
     tqdm.set_lock(threading.RLock())
     console: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

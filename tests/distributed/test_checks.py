@@ -22,7 +22,7 @@ BAD = f"{USER_TASKS}/bad_tasks.py"
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
-    """13 micro-batches over 3 ranks: rank 1's ninth is the first of its third step; the guard runs every second."""
+    """It flips in the third step of 13 micro-batches over 3 ranks; the guard runs every second."""
     config = small_config(tmp_path / "run", task=f"{BAD}:FlipsABit", guard_every_steps=2)
     with pytest.raises(RanksDifferError, match=r"After step 4 rank 1 differs from the others, first in \S+\."):
         run_ranks(train, 3, config)
