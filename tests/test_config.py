@@ -283,6 +283,7 @@ INT_MINIMA = {
     ("trainer", "evaluate_micro_batch_size"): 1,
     ("trainer", "log_every_steps"): 1,
     ("trainer", "guard_every_steps"): 0,
+    ("trainer", "audit_every_steps"): 0,
     ("trainer", "learning_rate", "base_global_batch_size"): 1,
     ("trainer", "learning_rate", "adascale_steps"): 1,
     ("trainer", "best", "patience_evaluations"): 0,
