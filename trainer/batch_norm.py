@@ -52,7 +52,10 @@ class RunningStatistics:
         self._counters = torch.zeros(layers, dtype=torch.int64, device=device)
         # InstanceNorm has a counter, too, but PyTorch never moves it.
         self._counts = torch.tensor([isinstance(m, _BatchNorm) for m in self._modules], device=device)
-        running, scratch = self._running.split(lengths), self._scratch.split(lengths)
+        running = self._running.split(lengths)
+        # Not plain views: those have one version counter, so an InstanceNorm that writes its own piece would look to
+        # autograd as if it had changed what a BatchNorm saved for its backward.
+        scratch = [piece.data for piece in self._scratch.split(lengths)]
         for i, module in enumerate(self._modules):
             mean, var, counter = module.running_mean, module.running_var, module.num_batches_tracked
             assert mean is not None and var is not None

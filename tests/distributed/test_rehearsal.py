@@ -82,6 +82,7 @@ def test_each_cause_is_labelled_or_refused(tmp_path: Path, task: str, words: lis
         ("HooksLazily", {}),
         ("MixesInTheMiddle", {}),
         ("ChannelsLast", {}),
+        ("TwoNorms", {}),
         ("MixesUp", {}),
         ("MixesSamples", {}),
         ("AugmentsFromElsewhere", {}),

@@ -468,6 +468,17 @@ class ChannelsLast(MyTask):
         return {"logits": model(x.to(memory_format=torch.channels_last))}
 
 
+class TwoNorms(MyTask):
+    """A BatchNorm and, behind it, an InstanceNorm that keeps statistics."""
+
+    def model(self):
+        norms = nn.Sequential(nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6), nn.InstanceNorm1d(6, track_running_stats=True))
+        return nn.Sequential(norms, nn.Flatten(), nn.Linear(30, 2))
+
+    def forward(self, model, batch):
+        return {"logits": model(batch["x"].view(-1, 4, 5))}
+
+
 class LazyLayer(MyTask):
     def model(self):
         return nn.LazyLinear(2)
