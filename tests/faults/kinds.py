@@ -19,7 +19,7 @@ from tests.faults.harness import AUDIT_EVERY_STEPS, HANG_TIMEOUT_S, Session
 KILL, TERM, INT, USR1, STOP = (
     int(n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP)
 )
-STOPPED, LOST, DIFFER = 75, 5, 4
+STOPPED, LOST, DIFFER, NOT_FINITE = 75, 5, 4, 3
 # How long a session may take to end.
 STOP_LIMIT_S = 30.0
 LOST_LIMIT_S = float(HANG_TIMEOUT_S)
@@ -222,7 +222,12 @@ def flipped_bits(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     act = {"rank": victim, "at": "step", "step": step, "do": "flip", "seed": chance.randrange(1 << 30)}
     leaves = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {DIFFER}, "The audit of step", f"rank {victim} on")
 
+    # A bit of an exponent may leave no number at all, which is found before the next audit.
+    not_finite = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {NOT_FINITE}, "is not finite")
+
     def promise(end: Session) -> str | None:
+        if set(end.codes) == {NOT_FINITE}:
+            return not_finite(end)
         broken = leaves(end)
         if broken is not None:
             return broken
