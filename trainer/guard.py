@@ -10,19 +10,23 @@ from torch import Tensor
 
 from .distributed import common_value, gather_int64, gather_objects
 from .errors import RanksDifferError
+from .order import mixed
 
 _CHUNK = 1 << 20
 _weights: dict[torch.device, Tensor] = {}
 
 
-def _chunk_weights(device: torch.device) -> Tensor:
-    # Odd 64-bit multipliers, so that a single flipped bit always changes the sum (mod 2^64).
+def _first_weights(count: int, device: torch.device) -> Tensor:
+    """The first `count` of a fixed sequence of odd 64-bit numbers that look random: (count,) int64, count <= `_CHUNK`.
+
+    Odd, so that a single flipped bit always changes the sum (mod 2^64). Made as far as they are needed: small models
+    need few, and all of them would take as long as some of their steps.
+    """
     weights = _weights.get(device)
-    if weights is None:
-        generator = torch.Generator().manual_seed(0x5EED)
-        weights = torch.randint(-(1 << 62), 1 << 62, (_CHUNK,), generator=generator) * 2 + 1
-        weights = _weights[device] = weights.to(device)
-    return weights
+    if weights is None or len(weights) < count:
+        length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length()))
+        weights = _weights[device] = mixed(torch.arange(1, length + 1, device=device)) | 1
+    return weights[:count]
 
 
 def flattened(tensor: Tensor) -> Tensor:
@@ -41,10 +45,9 @@ def hash64(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         flat = flattened(tensor)
         words = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
-        weights = _chunk_weights(flat.device)
         for start in range(0, max(1, len(words)), _CHUNK):
             chunk = words[start : start + _CHUNK]
-            part = (chunk.to(torch.int64) * weights[: len(chunk)]).sum()
+            part = (chunk.to(torch.int64) * _first_weights(len(chunk), flat.device)).sum()
             # The multiplier makes the place of a chunk count.
             total = part if total is None else total * 6364136223846793005 + part
     assert total is not None

@@ -114,6 +114,17 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def mixed(x: Tensor) -> Tensor:
+    """A number that looks random for each number, elementwise: int64 to int64, one to one.
+
+    The step of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    x = x * _signed(_GOLDEN)
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
+    return x ^ _shift_right(x, 31)
+
+
 def hashed_uniform(value: int, indices: Tensor, columns: int) -> Tensor:
     """Uniform numbers in [0, 1) that depend on the key and on each index alone.
 
@@ -127,11 +138,7 @@ def hashed_uniform(value: int, indices: Tensor, columns: int) -> Tensor:
     """
     column = torch.arange(columns, device=indices.device)
     counter = indices[:, None] * _signed(0xD1B54A32D192ED03) + column[None, :]
-    x = (counter + _signed(value)) * _signed(_GOLDEN)
-    x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
-    x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
-    x = x ^ _shift_right(x, 31)
-    return _shift_right(x, 40).to(torch.float32) * (2.0**-24)
+    return _shift_right(mixed(counter + _signed(value)), 40).to(torch.float32) * (2.0**-24)
 
 
 @dataclass

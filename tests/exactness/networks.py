@@ -49,7 +49,7 @@ class Network:
 
         Args:
             chance, kind, flaw: of the case.
-            single: whether there is a micro-batch of one sample, over which BatchNorm1d has no variance.
+            single: whether there is a micro-batch of one sample: BatchNorm needs more than one place then.
             bfloat16: whether it runs under autocast.
         """
         self._chance, self._kind, self.flaw, self._single = chance, kind, flaw, single
@@ -210,6 +210,11 @@ class Network:
         """The length of the last dimension."""
         return self._size[-1] if self._form == "signal" else self._features
 
+    def _fewest_places(self) -> int:
+        """How many values a channel has in one sample at least; a padded sample may have a single place."""
+        places = 1 if self.input.get("padded") else self._places
+        return {"signal": math.prod(self._size), "sequence": places}.get(self._form, 1)
+
     def _add(self) -> None:
         chance = self._chance
         choices: list[Callable[[], None]] = [self._activation, self._activation, self._function, self._normalisation]
@@ -259,7 +264,7 @@ class Network:
         if chance.random() < 0.2:
             options["track_running_stats"] = False
         dims = len(self._size) if self._form == "signal" else 1
-        if self._single and (dims == 1 or math.prod(self._size) == 1):
+        if self._single and self._fewest_places() < 2:
             self._normalisation()
             return
         block = {"nn": f"BatchNorm{dims}d", "args": [C], "options": options}
@@ -270,9 +275,7 @@ class Network:
         kinds = ["LayerNorm", "RMSNorm", "PReLU"]
         divisors = [g for g in range(1, C) if C % g == 0]  # at least two channels a group: one value has no variance
         kinds += ["GroupNorm"] * bool(divisors)
-        padded = bool(self.input.get("padded"))
-        places = {"signal": math.prod(self._size), "sequence": 0 if padded else self._places}.get(self._form, 0)
-        kinds += ["InstanceNorm"] * (places > 1)
+        kinds += ["InstanceNorm"] * (self._fewest_places() > 1)
         kind = chance.choice(kinds)
         if kind == "GroupNorm":
             block: Block = {"nn": kind, "args": [chance.choice(divisors), C]}
