@@ -263,6 +263,10 @@ class Network:
         options: dict[str, Any] = {"momentum": chance.choice([0.1, 0.3, None]), "affine": chance.random() < 0.7}
         if chance.random() < 0.2:
             options["track_running_stats"] = False
+            if (
+                self._fewest_places() < 2
+            ):  # it normalises by the batch in evaluation, too, which may end with one sample
+                options["track_running_stats"] = True
         dims = len(self._size) if self._form == "signal" else 1
         if self._single and self._fewest_places() < 2:
             self._normalisation()
