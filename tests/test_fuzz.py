@@ -27,10 +27,12 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import cache, checkpoint, config, image_data, images, lidc, pretrained, tables, text
-from trainer import predict as prediction
-from trainer.checkpoint import Checkpoints, DamagedError, Snapshot
+from trainer.commands import predict as prediction
+from trainer.config import keys as config
+from trainer.data import cache, image_data, images, lidc, pretrained, tables, text
 from trainer.errors import UserError
+from trainer.record import checkpoints as checkpoint
+from trainer.record.checkpoints import Checkpoints, DamagedError, Snapshot
 from trainer.tasks.nodules import Nodules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +282,7 @@ def test_configs(tmp_path: Path) -> None:
         if rng.random() < 0.5:
             data = mutated(data, rng)
         path.write_bytes(data)
-        json.dumps(config.load(path).as_dict())
+        json.dumps(config.load_config(path).as_dict())
 
     run_cases("config", case)
 
@@ -291,7 +293,7 @@ def test_deep_configs(tmp_path: Path, depth: int) -> None:
     values = '{"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "trainer": {"task_options": {"x": '
     path.write_text(values + "[" * depth + "]" * depth + "}}}")
     with contextlib.suppress(UserError):
-        json.dumps(config.load(path).as_dict())
+        json.dumps(config.load_config(path).as_dict())
         assert depth <= 100
 
 

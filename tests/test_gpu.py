@@ -10,9 +10,9 @@ import torch
 
 from tests.distributed.jobs import small_config, train, train_interrupted
 from tests.distributed.test_text import classification, train_here
-from trainer.config import Config
+from trainer.config.keys import Config
 from trainer.errors import NonFiniteError, UserError
-from trainer.workers import run_ranks
+from trainer.ranks.workers import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,

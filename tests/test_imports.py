@@ -15,40 +15,43 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "trainer"
 
-# From what is imported by all to what imports all. A module imports from its own group or from one above
-# it in this list; a new module is given its place here.
-GROUPS = [
-    # Said before torch is loaded, and computed without it.
-    {"errors", "batching", "deepspeed_keys", "learning_rate", "schema", "config", "console", "plan"}
-    | {"gradient_noise", "adascale", "study", "study.arms"},
-    # Plain PyTorch.
-    {
-        "order",
-        "distributed",
-        "summation",
-        "batch_norm",
-        "splits",
-        "output",
-        "monitor",
-        "guard",
-        "device",
-        "workers",
-        "watch",
-        "checkpoint",
-    }
-    | {"cache", "tables", "classification", "pretrained", "adapt", "optimizers", "engine_contract"}
-    | {"progress", "task_contract", "python_state", "causes", "audit", "chunks", "model_state", "probes"}
-    | {"tasks", "tasks.digits", "tasks.nodules", "tasks.image_classification", "tasks.text_classification"}
-    | {"tasks.causal_lm", "text", "images", "lidc", "token_rows", "options", "image_data", "study.inference"},
-    # DeepSpeed's engine, and what is made of all of the above.
-    {"engine", "build", "micro_batches", "step", "evaluate", "report", "best", "saving", "recorder", "resume"}
-    | {"rehearsal"},
-    {"run"},
-    # What a person starts.
-    {"verify", "check_task", "predict", "study.slots", "study.runner", "study.plan", "study.results", "study.figures"}
-    | {"study.drawing", "study.hparams", "study.album", "study.report", "study.timing", "study.prediction"}
-    | {"study.tuning", "cli", "main", "__main__"},
-]
+# The packages, from what all may import to what imports all. A module imports from its own package and from those
+# before it in this list.
+PACKAGES = (
+    "errors",
+    "files",
+    "ranks",
+    "exact",
+    "config",
+    "record",
+    "data",
+    "engine",
+    "tasks",
+    "rehearsal",
+    "run",
+    "study",
+    "commands",
+    "main",
+    "__main__",
+)
+# Said before torch is loaded, and computed without it.
+WITHOUT_TORCH = {
+    "errors",
+    "files",
+    "ranks.place",
+    "exact.plan",
+    "exact.gradient_noise",
+    "config.schema",
+    "config.keys",
+    "config.deepspeed_keys",
+    "config.task_options",
+    "record.console",
+    "engine.learning_rate",
+    "engine.adascale",
+    "engine.rates",
+    "commands.show_plan",
+    "study.arms",
+}
 HEAVY = {
     "PIL",
     "pytorch_optimizer",
@@ -186,24 +189,36 @@ except ImportError:
 
 def test_the_walker_sees_this_package() -> None:
     """If it found nothing, nothing below could fail."""
-    assert "torch" in packages("summation", late=False)
-    assert "deepspeed" in packages("engine", late=False)
-    assert {"config", "errors"} <= needs("engine", late=False)
-    assert "engine" in needs("build", late=True) - needs("build", late=False)
-    assert {"splits", "tasks"} <= reached("tasks.digits")
+    assert "torch" in packages("exact.tree", late=False)
+    assert "deepspeed" in packages("engine.deepspeed_engine", late=False)
+    assert {"config.keys", "errors"} <= needs("engine.deepspeed_engine", late=False)
+    assert "engine.deepspeed_engine" in needs("run.build", late=True) - needs("run.build", late=False)
+    assert {"exact.splits", "tasks"} <= reached("tasks.digits")
 
 
-def test_every_module_has_its_place() -> None:
-    placed = set().union(*GROUPS)
-    missing = {name for name in modules() if name != "__init__"} - placed
-    assert not missing, f"give {missing} a place in GROUPS of {Path(__file__).name}"
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_package_has_its_place() -> None:
+    missing = {package_of(name) for name in modules() if name != "__init__"} - set(PACKAGES)
+    assert not missing, f"give {missing} a place in PACKAGES of {Path(__file__).name}"
 
 
 def test_imports_point_one_way() -> None:
     """Also those inside functions: late is not another direction."""
-    place = {name: i for i, group in enumerate(GROUPS) for name in group}
-    wrong = [f"{m} -> {n}" for m in modules() for n in needs(m, late=True) if place.get(n, 0) > place.get(m, 99)]
+    place = {name: i for i, name in enumerate(PACKAGES)} | {"__init__": 0}
+    pairs = [(m, n) for m in modules() for n in needs(m, late=True)]
+    wrong = [f"{m} -> {n}" for m, n in pairs if place[package_of(n)] > place[package_of(m)]]
     assert not wrong
+
+
+def test_the_promise_knows_no_config_no_files_no_deepspeed() -> None:
+    for module in modules():
+        if package_of(module) == "exact":
+            outside = {package_of(name) for name in needs(module, late=True)} - {"exact", "ranks", "errors"}
+            assert not outside, module
+            assert not packages(module, late=True) & {"json", "pathlib", "os", "tempfile", "io"}, module
 
 
 def test_there_are_no_cycles() -> None:
@@ -212,14 +227,17 @@ def test_there_are_no_cycles() -> None:
         assert not circle, f"{module} and {circle} import one another"
 
 
-@pytest.mark.parametrize("module", sorted(GROUPS[0]))
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
 def test_what_comes_before_torch_never_imports_it(module: str) -> None:
     """Not even inside a function, except for the progress bar's tqdm."""
     outside = loaded_packages(module, late=True) - {"__future__"} - set(sys.stdlib_module_names)
     assert outside <= {"tqdm"}, outside
 
 
-@pytest.mark.parametrize("module", ["cli", "main", "__main__", "distributed", "output", "verify", "workers"])
+@pytest.mark.parametrize(
+    "module",
+    ["commands.cli", "main", "__main__", "ranks.collectives", "record.folder", "commands.verify", "ranks.workers"],
+)
 def test_what_a_person_starts_loads_torch_late(module: str) -> None:
     """So that `plan`, a bad config and a bad flag are answered at once."""
     assert loaded_packages(module) <= set(sys.stdlib_module_names) | {"__future__"}
@@ -227,23 +245,25 @@ def test_what_a_person_starts_loads_torch_late(module: str) -> None:
 
 def test_deepspeed_has_one_importer() -> None:
     importers = {m for m in modules() if any(re.match(r"deepspeed\b", n) for n in packages(m, late=True))}
-    assert importers == {"engine"}
+    assert importers == {"engine.deepspeed_engine"}
 
 
-@pytest.mark.parametrize("module", ["run", "build", "step", *sorted(GROUPS[1])])
-def test_deepspeed_is_loaded_late(module: str) -> None:
-    """Its import prints and looks for devices, so build.py does it where that is caught."""
-    if module in modules():
-        assert "deepspeed" not in loaded_packages(module)
-        assert module not in GROUPS[1] or "deepspeed" not in loaded_packages(module, late=True)
+def test_deepspeed_is_loaded_late() -> None:
+    """Its import prints and looks for devices, so `run.build` does it where that is caught."""
+    for module in set(modules()) - {"engine.deepspeed_engine"}:
+        assert "deepspeed" not in loaded_packages(module), module
+        if PACKAGES.index(package_of(module) if module != "__init__" else "errors") < PACKAGES.index("engine"):
+            assert "deepspeed" not in loaded_packages(module, late=True), module
 
 
-@pytest.mark.parametrize("module", ["order", "batch_norm", "splits", "output", "monitor", "tasks", "tasks.digits"])
+@pytest.mark.parametrize(
+    "module", ["exact.order", "exact.batch_norm", "exact.splits", "record.window", "tasks.protocol", "tasks.digits"]
+)
 def test_who_knows_nothing_of_other_ranks(module: str) -> None:
     """What is computed here must not depend on the world size, and cannot ask for it."""
     for name in reached(module, late=True):
         assert not [n for n in packages(name, late=True) if n.startswith("torch.distributed")], name
-    assert not reached(module, late=True) & {"distributed", "summation"}
+    assert not {package_of(name) for name in reached(module, late=True)} & {"ranks"}
 
 
 def test_heavy_packages_are_loaded_late() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.jobs import ROOT, train
-from trainer.config import Best, Checkpoint, LearningRate, Lora, Trainer, load, parse
-from trainer.study.plan import Study
-from trainer.workers import run_ranks
+from trainer.commands import reference
+from trainer.config.keys import load_config, parse
+from trainer.ranks.workers import run_ranks
 
 README = (ROOT / "README.md").read_text()
 
@@ -19,28 +20,61 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+PAGES = [page for page in ROOT.rglob("README.md") if not {".venv", "runs", ".pytest_cache"} & set(page.parts)]
+PACKAGES = sorted(path.parent for path in (ROOT / "trainer").glob("*/__init__.py"))
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
 def test_the_config_is_the_file() -> None:
     shown = [json.loads(block) for block in blocks("json")]
     assert json.loads((ROOT / "ds_configs" / "strong.json").read_text()) in shown
-    for values in shown:
-        parse(values)
 
 
-def test_every_trainer_key_and_config_file_is_explained() -> None:
-    blocks = {"learning_rate": LearningRate, "best": Best, "lora": Lora, "checkpoint": Checkpoint}
-    keys = [f.name for f in dataclasses.fields(Trainer) if f.name not in blocks]
-    keys += [f"{block}.{f.name}" for block, cls in blocks.items() for f in dataclasses.fields(cls)]
-    keys += [f.name for f in dataclasses.fields(Study)]
-    for name in [*keys, *(file.name for file in (ROOT / "ds_configs").iterdir())]:
-        assert f"`{name}`" in README, name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_configs_on_every_page_are_right(page: Path) -> None:
+    for block in re.findall(r"```json\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        parse(json.loads(block))
 
 
-def test_the_map_of_the_code_is_complete() -> None:
-    (tree,) = re.findall(r"```\ntrainer/\n(.*?)```", README, flags=re.DOTALL)
-    for indent, folder in (("  ", "trainer"), ("    ", "trainer/study")):
-        listed = set(re.findall(rf"^{indent}(\w+\.py) ", tree, flags=re.MULTILINE))
-        there = {file.name for file in (ROOT / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
-        assert listed == there
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            assert path.exists(), target
+            titles = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                      for line in path.read_text().splitlines() if line.startswith("#")] if anchor else []  # fmt: skip
+            assert not anchor or anchor in titles, target
+
+
+def test_every_config_file_is_explained() -> None:
+    page = (ROOT / "ds_configs" / "README.md").read_text()
+    for file in (ROOT / "ds_configs").glob("*.json"):
+        assert f"`{file.name}`" in page, file.name
+
+
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_tables_of_keys_are_those_of_the_schema(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert reference.filled(text) == text, "python -m trainer.commands.reference"
+
+
+def test_every_table_has_its_page() -> None:
+    pages = "".join((ROOT / page).read_text() for page in reference.PAGES)
+    assert set(re.findall(r"<!-- keys: (\w+) -->", pages)) == set(reference.tables())
+    assert "`trainer.checkpoint.keep` | `2` | whole number, at least 1 | how many of the newest to keep |" in pages
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_each_package_says_what_its_files_are_for(package: Path) -> None:
+    table = "\n".join(line for line in (package / "README.md").read_text().splitlines() if line.startswith("|"))
+    files = {file.name for file in package.glob("*.py")} - {"__init__.py"}
+    assert files <= set(re.findall(r"`(\w+\.py)`", table))
+    assert f"  {package.name}/ " in README
 
 
 def test_the_example_task_is_exact(tmp_path: Path) -> None:
@@ -55,7 +89,7 @@ def test_the_example_task_is_exact(tmp_path: Path) -> None:
             "trainer.output_dir": str(tmp_path / str(W)),
             "trainer.epochs": 4,
         }
-        summaries.append(run_ranks(train, W, load(ROOT / "ds_configs" / "strong.json", overrides))[0])
+        summaries.append(run_ranks(train, W, load_config(ROOT / "ds_configs" / "strong.json", overrides))[0])
     assert summaries[0]["trace"] == summaries[1]["trace"] == summaries[2]["trace"]
     assert summaries[0]["metrics"]["test"]["accuracy"] > 0.6
 

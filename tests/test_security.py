@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import ROOT, small_config, train
-from trainer import pretrained, tasks
-from trainer.config import Config
-from trainer.distributed import Ranks
-from trainer.workers import run_ranks
+from trainer.config.keys import Config
+from trainer.data import pretrained
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
+from trainer.tasks.protocol import BUILT_IN
 
 SECRETS = {
     "HF_TOKEN": "hf_aVerySecretTokenOfHuggingFace",
@@ -40,7 +41,7 @@ BERT = {
 # ---------------------------------------------------------------- code that comes with models
 
 
-@pytest.mark.parametrize("name", tasks.built_in())
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_remote_code_is_off_unless_asked_for(name: str) -> None:
     cls = __import__(f"trainer.tasks.{name}", fromlist=["TASK"]).TASK
     option = inspect.signature(cls).parameters.get("trust_remote_code")
@@ -156,7 +157,7 @@ def test_the_check_sees_what_listens() -> None:
 
 def listeners_of_a_run(ranks: Ranks, config: Config) -> list[str]:
     """Where a rank listens in the middle of a run: what torch's stores, gloo and the trainer have opened."""
-    from trainer.run import run
+    from trainer.run.run import run
 
     found: set[str] = set()
 

@@ -20,10 +20,12 @@ if __package__ in (None, ""):
 # When a rank dies, torch's stores would print C++ stack traces beside our message.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from trainer.cli import config_from, run_parser  # noqa: E402
-from trainer.distributed import Ranks, close, first_to_speak, report  # noqa: E402
+from trainer.commands.cli import config_from, run_parser  # noqa: E402
 from trainer.errors import TrainerError  # noqa: E402
-from trainer.watch import remember_launchers  # noqa: E402
+from trainer.ranks.launchers import remember_launchers  # noqa: E402
+from trainer.ranks.place import Ranks  # noqa: E402
+from trainer.ranks.rendezvous import close  # noqa: E402
+from trainer.ranks.speech import first_to_speak, report  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
         config.plan(ranks.world_size)  # before torch is loaded
-        from trainer.resume import Resume
-        from trainer.run import run
+        from trainer.run.resume import Resume
+        from trainer.run.run import run
 
         run(
             config,

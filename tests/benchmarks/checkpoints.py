@@ -26,10 +26,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from trainer.config import load  # noqa: E402
-from trainer.console import say, table  # noqa: E402
-from trainer.distributed import Ranks  # noqa: E402
-from trainer.workers import run_ranks  # noqa: E402
+from trainer.ranks.distributed import Ranks  # noqa: E402
+
+from trainer.config.keys import load_config  # noqa: E402
+from trainer.ranks.workers import run_ranks  # noqa: E402
+from trainer.record.console import say, table  # noqa: E402
 
 STRETCH, INTERVAL = 10, 50
 NONE = {"trainer.checkpoint.every_steps": 0, "trainer.guard_every_steps": 0, "trainer.audit_every_steps": 0}
@@ -42,7 +43,7 @@ VARIANTS = {
 
 def stretches_s(ranks: Ranks, file: str, overrides: dict[str, Any]) -> tuple[list[float], float]:
     """One run; the seconds of each 10 steps, the first 20 left out, and those of its rehearsal."""
-    from trainer.run import run
+    from trainer.run.run import run
 
     at_s: list[float] = []
 
@@ -50,7 +51,7 @@ def stretches_s(ranks: Ranks, file: str, overrides: dict[str, Any]) -> tuple[lis
         if step % STRETCH == 0:
             at_s.append(time.perf_counter())  # before this step's checkpoint or guard
 
-    summary = run(load(file, overrides), ranks, config_name="benchmark", started_at_s=time.time(), trace=watch)
+    summary = run(load_config(file, overrides), ranks, config_name="benchmark", started_at_s=time.time(), trace=watch)
     return [later - earlier for earlier, later in itertools.pairwise(at_s[1:])], summary["rehearsal_s"]
 
 

@@ -5,7 +5,7 @@
 First the step of the digits models at two ranks, with the tree's exchange and with one all_reduce in its
 place, a few steps each in turn: the ratio of step times. Then the collectives alone over gradient sizes
 and world sizes, for both ways the tree exchanges (whole nodes in one collective, shards in two), which is
-where summation.DIRECT_LIMIT_BYTES comes from; and gloo's all-gather against the one made of sends.
+where exact.exchange.DIRECT_LIMIT_BYTES comes from; and gloo's all-gather against the one made of sends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.config import Config, load
-from trainer.distributed import Ranks
-from trainer.workers import run_ranks
+from trainer.config.keys import Config, load_config
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_A_TURN = 10
@@ -32,31 +32,28 @@ def _steps(ranks: Ranks, config: Config, rounds: int) -> list[float]:
     """Ratios of step time, tree to all_reduce, turn by turn."""
     import torch.distributed as dist
 
-    from trainer.build import build
-    from trainer.console import DeepSpeedLog
-    from trainer.micro_batches import global_batches
-    from trainer.monitor import Window
-    from trainer.step import ExactStep
+    from trainer.exact.record import Records
+    from trainer.record.console import DeepSpeedLog
+    from trainer.run.build import build
+    from trainer.run.course import make_step
 
     pieces = build(config, ranks, config.plan(ranks.world_size), DeepSpeedLog(keep=False))
-    step = ExactStep(pieces, Window(10, pieces.plan.micro_batches, pieces.device).timer)
-    tree = step._tree
-    exact = tree.reduce
+    step: Any = make_step(pieces)
+    exact, gradient_sum = step._exchange, step._sum
 
-    def inexact() -> Any:
-        dist.all_reduce(tree.gradient)
-        records = tree._gathered_records[: tree._leaves]
-        records.fill_(1.0)
-        return tree._taken_apart(records)
+    def inexact(leaves: int) -> Any:
+        dist.all_reduce(gradient_sum.gradient)
+        # The ranks' losses are not exchanged. As many rows as the step asks for, of zeros.
+        return Records(exact._all_records[:leaves], exact._layout)
 
-    batches = iter(global_batches(pieces))
+    batches = iter(pieces.batches.starting_at(0))
     ratios = []
     for turn in range(rounds + 3):
         seconds = {}
-        for name, reduce in (
+        for name, exchange in (
             (("exact", exact), ("inexact", inexact)) if turn % 2 else (("inexact", inexact), ("exact", exact))
         ):
-            tree.reduce = reduce  # type: ignore[method-assign]
+            step._exchange = exchange
             dist.barrier()
             began_s = time.perf_counter()
             for _ in range(STEPS_A_TURN):
@@ -71,25 +68,23 @@ def _collectives(ranks: Ranks, numel: int, rounds: int) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from trainer import summation
-    from trainer.distributed import all_gather_flat, start
+    from trainer.exact.exchange import Exchange
+    from trainer.exact.gradient_sum import GradientSum
+    from trainer.exact.record import RecordLayout
+    from trainer.ranks.collectives import all_gather_flat
+    from trainer.ranks.rendezvous import start
 
     torch.set_num_threads(1)
     start(ranks, "gloo", 600.0)
-    parameter = torch.zeros(numel)
-    tree = summation.TreeSum(
-        [parameter], leaves=[ranks.world_size], statistics_size=0, rank=ranks.rank, world_size=ranks.world_size
-    )
-    gradient, loss = torch.ones(numel), torch.zeros(())
-    counts = [1] * ranks.world_size
+    W, layout = ranks.world_size, RecordLayout(0)
+    gradient_sum = GradientSum([torch.zeros(numel)], leaves=[W], rank=ranks.rank, world_size=W, head_size=layout.size)
+    exchange = Exchange(gradient_sum, layout, leaves=[W], rank=ranks.rank, world_size=W)
+    gradient = torch.ones(numel)
 
     def tree_way(direct: bool) -> None:
-        tree.start(ranks.world_size)
-        tree.add([gradient], loss)
-        if direct:
-            tree._exchange_directly(counts, 1)
-        else:
-            tree._exchange_shards(counts)
+        gradient_sum.start(W)
+        gradient_sum.add([gradient])
+        (exchange._direct if direct else exchange._by_shards)(W)
 
     piece, everyone = torch.ones(numel), torch.empty(ranks.world_size * numel)
     ways = {
@@ -124,7 +119,7 @@ def main() -> None:
                 "trainer.epochs": 100_000,
                 "trainer.output_dir": scratch,
             }
-            config = load(ROOT / "ds_configs" / "strong.json", overrides)
+            config = load_config(ROOT / "ds_configs" / "strong.json", overrides)
             ratios = run_ranks(_steps, 2, config, rounds, timeout_s=3600)[0]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{model:6}{middle:.3f}  ({low:.3f} to {high:.3f})", flush=True)

@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.config import Config, load
-from trainer.distributed import Ranks
-from trainer.workers import run_ranks
+from trainer.config.keys import Config, load_config
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_A_TURN = 10
@@ -133,7 +133,7 @@ def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, list[float]
     """Seconds of each turn, by contender; ours runs as a user's run does, and hands over through its trace."""
     import torch.distributed as dist
 
-    from trainer.run import run
+    from trainer.run.run import run
 
     times: dict[str, list[float]] = {"ours": [], "hand-written": [], "DeepSpeed": []}
     rivals: dict[str, Callable[[], None]] = {}
@@ -184,7 +184,7 @@ def main() -> None:
     for model in flags.model:
         for world_size in flags.world_sizes:
             with tempfile.TemporaryDirectory() as scratch:
-                config = load(
+                config = load_config(
                     ROOT / "ds_configs" / "strong.json",
                     {
                         "trainer.task_options": {"model": model},

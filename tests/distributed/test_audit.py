@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.jobs import USER_TASKS, small_config, train
 from trainer.errors import RanksDifferError
-from trainer.workers import run_ranks
+from trainer.ranks.workers import run_ranks
 
 WRONG = f"{USER_TASKS}/inexact_tasks.py"
 

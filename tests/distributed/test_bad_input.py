@@ -14,7 +14,7 @@ import pytest
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
 from trainer.errors import UserError
 from trainer.main import main
-from trainer.workers import run_ranks
+from trainer.ranks.workers import run_ranks
 
 BAD = f"{USER_TASKS}/bad_tasks.py"
 STRONG = ROOT / "ds_configs" / "strong.json"
@@ -82,7 +82,7 @@ def test_more_ranks_than_micro_batches(
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_RANK": "0", "LOCAL_SIZE": "64"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("trainer.distributed.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("trainer.ranks.speech.time.sleep", lambda seconds: None)
     message = refused(capsys, "--ds_config", config_file())
     assert "64 ranks are more than the 32 micro-batches" in message
     assert "at most 32 ranks" in message

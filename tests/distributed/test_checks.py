@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted, train_on_two_device_models
-from trainer.checkpoint import list_checkpoints
-from trainer.config import Config
-from trainer.distributed import Ranks
+from trainer.commands.verify import first_difference, verify
+from trainer.config.keys import Config
 from trainer.errors import RanksDifferError, UserError
-from trainer.verify import first_difference, verify
-from trainer.workers import run_ranks
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
+from trainer.record.checkpoints import list_checkpoints
 
 BAD = f"{USER_TASKS}/bad_tasks.py"
 
@@ -40,7 +40,7 @@ def train_with_a_flipped_moment(ranks: Ranks, config: Config, rank: int, step: i
     """A run in which one bit of one moment changes on one rank, after a step's update: a memory fault."""
     import torch
 
-    from trainer.run import run
+    from trainer.run.run import run
 
     def flip(done: int, engine: Any, losses: Any) -> None:
         if ranks.rank == rank and done == step:

@@ -10,8 +10,8 @@ import numpy as np
 
 from tests.distributed.jobs import small_config, train
 from tests.distributed.test_exactness import BF16, same_everywhere
-from trainer.config import Config
-from trainer.distributed import Ranks
+from trainer.config.keys import Config
+from trainer.ranks.place import Ranks
 
 RESNET = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 VIT = {

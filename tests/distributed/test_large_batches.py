@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from tests.distributed.jobs import USER_TASKS, small_config, train, train_with_shards
 from tests.distributed.test_exactness import same_everywhere
 from tests.distributed.test_options import a_task, overfits, words
-from tests.distributed.test_resume import same_end
-from trainer.adascale import gain
-from trainer.config import Config
+from tests.run.test_resume import same_end
+from trainer.config.keys import Config
+from trainer.engine.adascale import gain
 from trainer.errors import UserError
-from trainer.order import epoch_order, nested_subset
-from trainer.splits import Split
-from trainer.workers import run_ranks
+from trainer.exact.order import epoch_order, nested_subset
+from trainer.exact.splits import Split
+from trainer.ranks.workers import run_ranks
 
 PULLS = {"task": f"{USER_TASKS}/more_tasks.py:Pulls", "gradient_clipping": 0.0}
 SGD = {"type": "SGD", "params": {"lr": 0.01}}

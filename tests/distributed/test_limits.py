@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.jobs import USER_TASKS, small_config, train, train_without_summary
 from trainer.errors import LostRankError, TrainerError
-from trainer.workers import run_ranks
+from trainer.ranks.workers import run_ranks
 
 
 def test_out_of_memory_names_the_micro_batch(tmp_path: Path) -> None:
@@ -34,17 +34,27 @@ def test_a_run_whose_last_file_cannot_be_written_has_finished_nowhere(tmp_path: 
 
 def test_a_full_disk_under_the_weights_is_told_as_one(tmp_path: Path) -> None:
     """The writer of safetensors has an exception of its own for it, the same as for a file that cannot be read."""
+    import resource
+
+    import torch
     from safetensors import SafetensorError
 
-    from trainer.output import OutputFolder
-    from trainer.run import _of_the_folder
+    from trainer.record.folder import OutputFolder, write_tensors
+    from trainer.run.failures import of_the_folder
 
     folder = OutputFolder.claim(str(tmp_path / "run"), "test")
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    message = str(_of_the_folder(full, folder))
-    assert f"{tmp_path / 'run'} cannot be written" in message and "No space left on device" in message
-    assert _of_the_folder(SafetensorError("Error while deserializing header: invalid"), folder) is None
-    assert _of_the_folder(full, None) is None  # another rank than the one that writes
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the nearest thing to a full disk
+    try:
+        with pytest.raises(SafetensorError) as raised:
+            write_tensors(tmp_path / "weights", {"weight": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = raised.value
+    message = str(of_the_folder(full, folder))
+    assert f"{tmp_path / 'run'} cannot be written" in message and "File too large" in message
+    assert of_the_folder(SafetensorError("Error while deserializing header: invalid"), folder) is None
+    assert of_the_folder(full, None) is None  # another rank than the one that writes
 
 
 def test_a_rank_that_is_lost_before_the_first_step(tmp_path: Path) -> None:

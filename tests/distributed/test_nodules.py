@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.jobs import small_config
 from tests.distributed.test_exactness import BF16, same_everywhere
-from tests.test_nodules import write_balls
+from tests.tasks.test_nodules import write_balls
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
-from trainer.cli import main as command_line
-from trainer.config import load
+from trainer.commands.cli import main as command_line
+from trainer.config.keys import load_config
+from trainer.ranks.workers import WorkerError, run_ranks
 from trainer.tasks.digits import Digits, read_images
-from trainer.workers import WorkerError, run_ranks
 
 SUMMARY_KEYS = {
     "status", "parameters_sha256", "model_sha256", "world_size", "global_batch_size", "micro_batch_size", "steps",
@@ -36,7 +36,7 @@ TAGS = {
 
 def test_the_output_folder_of_digits(tmp_path: Path) -> None:
     overrides = {"trainer.epochs": 3, "trainer.output_dir": str(tmp_path / "run"), "trainer.log_every_steps": 4}
-    config = load(ROOT / "ds_configs" / "strong.json", overrides)
+    config = load_config(ROOT / "ds_configs" / "strong.json", overrides)
     run_ranks(train, 2, config)
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
@@ -78,7 +78,7 @@ def test_tensorboard_has_every_tag(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     overrides = {"trainer.epochs": 2, "trainer.output_dir": str(tmp_path / "run"), "trainer.log_every_steps": 2}
-    run_ranks(train, 1, load(ROOT / "ds_configs" / "strong.json", overrides))
+    run_ranks(train, 1, load_config(ROOT / "ds_configs" / "strong.json", overrides))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -93,14 +93,14 @@ def test_tensorboard_has_every_tag(tmp_path: Path) -> None:
 
 def test_quickstart_learns_the_digits(tmp_path: Path) -> None:
     """The default run, whole: what the README promises of it, with room for other machines' rounding."""
-    config = load(ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run")})
+    config = load_config(ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run")})
     summary = run_ranks(train, 2, config)[0]
     assert summary["metrics"]["test"]["accuracy"] >= 0.97
 
 
 def test_predictions_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The quick start's model, on scikit-learn's own numbers: mostly right, whatever the size of a batch."""
-    config = load(
+    config = load_config(
         ROOT / "ds_configs" / "strong.json", {"trainer.output_dir": str(tmp_path / "run"), "trainer.epochs": 8}
     )
     run_ranks(train, 2, config)
@@ -146,7 +146,9 @@ def test_every_config_runs_as_it_is(tmp_path: Path, file: Path) -> None:
     data = small_data(json.loads(file.read_text())["trainer"]["task"], tmp_path)
     if data is not None:
         overrides["trainer.task_options.data"] = str(data)
-    summary = run_ranks(train, 2, load(file, overrides), environment={"TRAINER_CACHE": str(tmp_path / "cache")})[0]
+    summary = run_ranks(train, 2, load_config(file, overrides), environment={"TRAINER_CACHE": str(tmp_path / "cache")})[
+        0
+    ]
     assert summary["steps"] == 2
 
 
@@ -179,6 +181,6 @@ def small_data(task: str, folder: Path) -> Path | None:
 def test_deepspeeds_fused_adam_is_exact(tmp_path: Path) -> None:
     def run(W: int) -> list[dict[str, str]]:
         overrides = {"trainer.output_dir": str(tmp_path / str(W)), "trainer.max_steps": 4}
-        return run_ranks(train, W, load(ROOT / "ds_configs" / "strong_fused_adam.json", overrides))[0]["trace"]
+        return run_ranks(train, W, load_config(ROOT / "ds_configs" / "strong_fused_adam.json", overrides))[0]["trace"]
 
     assert run(1) == run(3)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted
 from tests.distributed.test_exactness import BF16, same_everywhere
-from tests.distributed.test_resume import same_end
-from trainer.batching import micro_batch_bounds
-from trainer.config import Config
+from tests.run.test_resume import same_end
+from trainer.config.keys import Config
 from trainer.errors import UserError
-from trainer.order import epoch_order, key
-from trainer.workers import run_ranks
+from trainer.exact.order import epoch_order, key
+from trainer.exact.plan import micro_batch_bounds
+from trainer.ranks.workers import run_ranks
 
 SCALARS = f"{USER_TASKS}/scalar_tasks.py"
 ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1, "torch_adam": True}}
@@ -134,7 +134,7 @@ def test_zero_stage_3_refuses_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fused", "where"), [(False, "cpu"), (True, "meta")])
 def test_where_a_loaded_state_lies(fused: bool, where: str) -> None:
     """A moment goes to its parameter's device, also one of no dimension; the step to where the kernel wants it."""
-    from trainer.engine import Engine
+    from trainer.engine.deepspeed_engine import Engine
 
     engine = Engine.__new__(Engine)
     engine.optimizer = types.SimpleNamespace(param_groups=[{"fused": fused}])

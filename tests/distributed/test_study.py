@@ -17,13 +17,13 @@ import pytest
 from filelock import FileLock
 
 from tests.distributed.jobs import ROOT, train
-from trainer.config import parse
+from trainer.config.keys import parse
 from trainer.errors import UserError
+from trainer.ranks.workers import run_ranks
 from trainer.study.arms import values_of
-from trainer.study.plan import expand, load
+from trainer.study.declaration import expand, load_study
 from trainer.study.results import Results, finished
 from trainer.study.runner import study
-from trainer.workers import run_ranks
 
 
 def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> Path:
@@ -44,7 +44,7 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
 @pytest.mark.parametrize("arm", ["weak_linear_warmup", "weak_sqrt_adam", "weak_lamb", "weak_adascale"])
 def test_a_weak_arm_is_the_run_of_w_real_ranks(tmp_path: Path, world_size: int, arm: str) -> None:
     """Real weak scaling: the batch keys say so, and the learning rate's base is one rank's batch by itself."""
-    _, (base,) = load(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
+    _, (base,) = load_study(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
     one = values_of(base.values, arm, world_size, "epochs", 7, 1200, lr=0.01)
     one["trainer"]["output_dir"] = str(tmp_path / "one")
     many = json.loads(json.dumps(one))
@@ -81,7 +81,7 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     began_at_s = time.time()
     assert study(str(path)) == 0
     results = finished(tmp_path / "study")
-    declared, (base,) = load(str(path))
+    declared, (base,) = load_study(str(path))
     plan = expand(declared, [dataclasses.replace(base, samples=1200)])
     assert set(results) == set(plan.configs)
     assert len(results) == 14

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from tests.distributed.jobs import ROOT, first_gradient, small_config, train
 from tests.distributed.test_exactness import BF16, same_everywhere
-from trainer.config import Config, load
-from trainer.distributed import Ranks
-from trainer.order import epoch_order, key
+from trainer.config.keys import Config, load_config
+from trainer.data.token_rows import IGNORED
+from trainer.exact.order import epoch_order, key
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import run_ranks
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.text_classification import TextClassification
-from trainer.token_rows import IGNORED
-from trainer.workers import run_ranks
 
 SHARED = ROOT.parent / "shared" / "data"
 BERT = {
@@ -184,7 +184,7 @@ def real(name: str, data: str, tmp_path: Path, **extra: Any) -> Config:
         "trainer.output_dir": str(tmp_path / "run"),
         "tensorboard": {"enabled": False},
     }
-    return load(ROOT / "ds_configs" / f"{name}.json", overrides | extra)
+    return load_config(ROOT / "ds_configs" / f"{name}.json", overrides | extra)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 from tests.exactness.flaws import FLAWS
 from tests.exactness.networks import Network
 from tests.exactness.settings import optimizer, trainer_options
-from trainer.batching import micro_batch_bounds
+from trainer.exact.plan import micro_batch_bounds
 
 TASK = str(Path(__file__).resolve().parent / "random_task.py")
 MAX_WORLD_SIZE = 8

@@ -55,6 +55,8 @@ class Network:
         self._chance, self._kind, self.flaw, self._single = chance, kind, flaw, single
         # Without AVX-512, torch 2.13 cannot evaluate an LSTM in bfloat16: "could not create a primitive descriptor".
         self._recurrent_kinds = ["GRU", "RNN"] if bfloat16 else ["GRU", "LSTM", "RNN"]
+        # Autocast passes over nn.Bilinear: after a layer that gives bfloat16, its own weights have another type.
+        self._dense_kinds = ["bilinear", "mixing", "parametrized", "linear"][bfloat16:]
         self.layers: list[Block] = []
         # What the layers so far give: (B, C), (B, T, C), or (B, C, *size).
         self._form, self._features, self._places = "", 0, 0
@@ -102,6 +104,9 @@ class Network:
     def lora_targets(self) -> list[str]:
         """Names of layers that LoRA knows."""
         names = [f"layers.{i}" for i, block in enumerate(self.layers) if block.get("nn") in ("Linear", "Conv2d")]
+        # peft goes by the end of a name, which the layers inside of a Residual share.
+        inner = {f"layers.{i}" for block in self.layers for i in range(len(block.get("layers", ())))}
+        names = [name for name in names if name not in inner]
         return [*names, "head"]
 
     # ---- the input -------------------------------------------------------------------------------------------------
@@ -238,7 +243,7 @@ class Network:
         if self._form == "signal":
             self._convolution()
             return
-        kind = self._chance.choice(["bilinear", "mixing", "parametrized", "linear"])
+        kind = self._chance.choice(self._dense_kinds)
         if kind == "bilinear" and C <= 9:
             self._put({"own": "SelfBilinear", "features": C, "out": out})
             self._features = out

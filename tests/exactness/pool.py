@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer import workers
-from trainer.workers import worker_context
+from trainer.ranks import workers
+from trainer.ranks.workers import worker_context
 
 # What runs import late, and so each process by itself: LoRA, LARS and LAMB, and parts of DeepSpeed.
 PRELOAD = ["peft", "pytorch_optimizer", "setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"]
@@ -61,10 +61,10 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
 
     import numpy as np
 
-    from trainer.config import parse
+    from trainer.config.keys import parse
     from trainer.errors import TrainerError
-    from trainer.guard import digest
-    from trainer.run import run
+    from trainer.exact.hashes import digest
+    from trainer.run.run import run
 
     # As in fresh processes: every rank has its own numbers, and every run others.
     random.seed(os.urandom(8))
@@ -124,7 +124,7 @@ class _Group:
     """The ranks of one world size."""
 
     def __init__(self, world_size: int, logs: Path) -> None:
-        from trainer.distributed import Ranks
+        from trainer.ranks.place import Ranks
 
         context: Any = worker_context(False)
         context.set_forkserver_preload([*workers._PRELOAD, *PRELOAD])

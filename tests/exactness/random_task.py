@@ -17,7 +17,7 @@ from fuzz_layers import call, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.splits import Split
+from trainer.exact.splits import Split
 
 CALLS_OF_ALL = 0
 GENERATOR_OF_ALL = torch.Generator().manual_seed(9)

@@ -130,7 +130,7 @@ def kill_while_starting(W: int, step: int, chance: random.Random, run: Path) -> 
     return Plan([act], ends_itself(LOST_LIMIT_S, codes), ends_others=True)
 
 
-MOMENTS = ("before model", "before optimizer", "before best", "before manifest", "before rename", "before latest")
+MOMENTS = ("before model", "before optimizer", "before best", "before manifest", "before rename")
 
 
 def kill_while_writing(W: int, step: int, chance: random.Random, run: Path) -> Plan:

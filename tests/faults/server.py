@@ -104,7 +104,7 @@ def flip_bits(chance: random.Random) -> None:
     """From now on, one bit of the gradient of every micro-batch of this rank is wrong: a device that fails."""
     import torch
 
-    from trainer.step import ExactStep
+    from trainer.exact.step import ExactStep
 
     original = ExactStep._gradients
 
@@ -133,10 +133,10 @@ def _rank(session: dict[str, Any], rank: int) -> None:
         sys.argv = ["trainer/main.py", *session["arguments"]]
         for name in session["without"]:
             sys.modules.pop(name, None)  # a manifest names what is imported, here by the server
-        import trainer.checkpoint
         import trainer.main
-        import trainer.resume
-        import trainer.run
+        import trainer.record.checkpoints
+        import trainer.run.resume
+        import trainer.run.run
 
         trainer.main._STARTED_AT_S = time.time()
         mine = [Disturbance(d, folder) for d in session["disturbances"] if d["rank"] in (None, rank)]
@@ -150,11 +150,11 @@ def _rank(session: dict[str, Any], rank: int) -> None:
             steps[0] = step
             reached("step")
 
-        trainer.run.run = functools.partial(trainer.run.run, trace=made)  # type: ignore[assignment]
+        trainer.run.run.run = functools.partial(trainer.run.run.run, trace=made)  # type: ignore[assignment]
         writer: Callable[..., Any] = functools.partial(
-            trainer.checkpoint.Checkpoints, fault=lambda moment: reached("write", moment)
+            trainer.record.checkpoints.Checkpoints, fault=lambda moment: reached("write", moment)
         )
-        trainer.resume.Checkpoints = writer  # type: ignore[misc,assignment]
+        trainer.run.resume.Checkpoints = writer  # type: ignore[misc,assignment]
         for disturbance in mine:
             threading.Thread(target=disturbance.reached, args=("start", 0), daemon=True).start()
         code = trainer.main.main(session["arguments"])
@@ -236,10 +236,10 @@ def main() -> None:
     os.dup2(2, 1)
     import importlib
 
-    import trainer.workers
+    import trainer.ranks.workers
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in trainer.workers._PRELOAD:
+    for name in trainer.ranks.workers._PRELOAD:
         importlib.import_module(name)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import Config, parse
+from trainer.config.keys import Config, parse
 from trainer.errors import UserError
 from trainer.study.arms import (
     WEAK,

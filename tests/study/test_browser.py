@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.study.test_runner import results
-from trainer.study.report import write_report
+from trainer.study.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

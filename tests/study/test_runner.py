@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.distributed.jobs import ROOT
-from trainer.cli import main
+from trainer.commands.cli import main
 from trainer.errors import UserError
 from trainer.study.arms import SEQUENTIAL, SEQUENTIAL_TUNED, WEAK
-from trainer.study.plan import Plan, Study, expand, load, plan_text, work
-from trainer.study.report import report, write_report
+from trainer.study.declaration import Plan, Study, expand, load_study, plan_text, work
+from trainer.study.page import report, write_report
 from trainer.study.results import verdicts
 from trainer.study.runner import declaration, duration
 
@@ -35,7 +35,7 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
 
 
 def planned(path: Path, samples: int = 1200) -> tuple[Study, Plan]:
-    study, variants = load(str(path))
+    study, variants = load_study(str(path))
     sizes = [v.config.trainer.train_samples or samples for v in variants]
     return study, expand(study, [dataclasses.replace(v, samples=n) for v, n in zip(variants, sizes)])
 
@@ -169,13 +169,13 @@ def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path
 def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> None:
     values = {"max_epochs": None, **study}
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        load(str(write(tmp_path, values)))
+        load_study(str(write(tmp_path, values)))
     assert str(tmp_path / "study.json") in str(caught.value)
 
 
 def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """They win over the file, for the base config and for the study, and are checked like it."""
-    study, (base, *_) = load(
+    study, (base, *_) = load_study(
         str(SHIPPED), {"study.seeds": 9, "trainer.task_options.data": "mine.csv", "trainer.epochs": 3}
     )
     assert study.seeds == list(range(9))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Config, parse
+from trainer.config.keys import Config, parse
 from trainer.errors import UserError
 from trainer.study.tuning import FIRST_SEED, Search, Trial, Tuning, best_of
 

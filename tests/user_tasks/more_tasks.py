@@ -8,7 +8,7 @@ from my_task import MyTask, Net
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trainer.splits import Split
+from trainer.exact.splits import Split
 
 
 class WithValidation(MyTask):

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..batching import micro_batch_bounds, rank_block
-from ..config import Config, Optimizer, parse
+from ..config.keys import Config, OptimizerOptions, parse
 from ..errors import UserError
+from ..exact.plan import micro_batch_bounds, rank_block, steps_per_epoch
 
 Budget = Literal["epochs", "updates"]
 Rule = Literal["none", "linear", "sqrt", "adascale"]
@@ -127,11 +127,6 @@ def check_base(base: Mapping[str, Any], source: str) -> Config:
         if is_set:
             raise UserError(f'{source}: "{key}" has no place in the base config of a study: {why}. Leave it out.')
     return config
-
-
-def steps_per_epoch(samples: int, global_batch_size: int, drop_last: bool) -> int:
-    """Optimizer steps of an epoch over `samples`."""
-    return samples // global_batch_size if drop_last else -(-samples // global_batch_size)
 
 
 def adam_for(params: Mapping[str, Any], k: int) -> dict[str, Any]:
@@ -248,7 +243,7 @@ def _window(steps: int) -> int:
 _LARS = {"momentum": 0.9, "weight_decay": 0.0005}
 
 
-def _params_for(optimizer: str, base: Optimizer) -> dict[str, Any]:
+def _params_for(optimizer: str, base: OptimizerOptions) -> dict[str, Any]:
     """What LARS and LAMB take over from the base's optimizer; the rate is searched.
 
     LAMB is built like Adam. LARS is built like SGD: Adam's decay, which acts beside the gradient, means nothing to it.

@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..output import write_synced
+from ..files import whole_file
 from .drawing import (
     BLACK,
     BLUE,
@@ -261,10 +260,8 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     pdf = _rendered(figure, "pdf", {"Title": title, "CreationDate": None, "Creator": None, "Producer": None})
     folder.mkdir(parents=True, exist_ok=True)
     for data, ending in ((svg, "svg"), (pdf, "pdf")):
-        file = folder / f"{name}.{ending}"
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        write_synced(temporary, data)
-        os.replace(temporary, file)
+        with whole_file(folder / f"{name}.{ending}", synced=True) as temporary:
+            temporary.write_bytes(data)
     return svg.decode()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..files import whole_folder
 
 # What the tab lists as hyper-parameters, in this order, where a row has it; what has a "/" in its name is a metric.
 _HPARAMS = (
@@ -34,27 +34,20 @@ def write_hparams(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """
     from tensorboard.plugins.hparams import api_pb2, metadata
 
-    target, temporary = folder / "tensorboard", folder / f".tensorboard.{os.getpid()}"
-    written_at_s = time.time()
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    target, written_at_s = folder / "tensorboard", time.time()
     experiment = api_pb2.Experiment(
         name=folder.name,
         time_created_secs=written_at_s,
         hparam_infos=_hparam_infos(rows),
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _metrics(rows)],
     )
-    try:
+    with whole_folder(target) as temporary:
         _write(temporary, written_at_s, [_told(metadata.EXPERIMENT_TAG, experiment=experiment)])
         taken: set[str] = set()
         for row in rows:
             name = _name(row, taken)
             (temporary / name).mkdir()
             _write(temporary / name, written_at_s, _session(row, name, written_at_s))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..summation import DIRECT_LIMIT_BYTES, cover
+from ..exact.exchange import is_direct
+from ..exact.tree import cover
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def exchange(M: int, W: int, floats: int, record_floats: int = 2) -> tuple[int, 
         return 0, 0
     counts = [len(cover(M, W, rank)) for rank in range(W)]
     most, records = max(counts), -(-M // W) * record_floats
-    if W == 2 or most * floats * 4 * W <= DIRECT_LIMIT_BYTES:
+    if is_direct(M, W, floats):
         return 1, (W - 1) * (most * floats + records) * 4
     shard = -(-floats // W)
     others = sum(counts) - min(counts)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.schema import build, read_json
 from ..errors import UserError
-from ..schema import build, read_json
 from .arms import SEQUENTIAL, WEAK, Place, title_of
+from .declaration import Study
 from .inference import Comparison, Judgement, Reference, Rules, judge
-from .plan import Study
 from .prediction import speed_up
 from .timing import Timings, check_bits, read_timings
 

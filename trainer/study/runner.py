@@ -23,14 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..console import say
+from ..config.keys import Config
+from ..config.schema import near, read_json
 from ..errors import Stopped, UserError
-from ..output import to_json, write_json
-from ..schema import near, read_json
-from ..workers import WorkerError
-from .arms import WEAK, Place, run_id, steps_per_epoch
-from .plan import Cell, Plan, Study, Variant, expand, load, plan_text, work
+from ..exact.plan import steps_per_epoch
+from ..files import to_json, write_json
+from ..ranks.workers import WorkerError
+from ..record.console import say
+from .arms import WEAK, Place, run_id
+from .declaration import Cell, Plan, Study, Variant, expand, load_study, plan_text, work
 from .results import finished, metric_of, verdicts
 from .slots import Slots
 from .tuning import Search
@@ -77,7 +78,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
     Raises:
         UserError: something has to change first; before any run.
     """
-    declared, variants = load(path, overrides)
+    declared, variants = load_study(path, overrides)
     _check_packages(declared)
     folder = Path(declared.output_dir)
     cuda, parallel = _parallel(variants[0].config, declared.max_parallel)
@@ -309,7 +310,7 @@ class _Agenda:
 
 def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int, cuda: bool) -> int:
     """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
-    from .report import write_report
+    from .page import write_report
     from .timing import time_ranks
 
     declared, results = plan.study, finished(folder)

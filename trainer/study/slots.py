@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..distributed import Ranks
+from ..config.keys import Config
 from ..errors import NonFiniteError, TrainerError
-from ..workers import WorkerError, worker_context
+from ..ranks.place import Ranks
+from ..ranks.workers import WorkerError, worker_context
 
 
 def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
@@ -58,16 +58,17 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
 
 def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
     """What a plan needs to know of the data, and results of the machine."""
-    from .. import device as devices
-    from .. import engine, tasks
-    from ..build import chosen_samples
-    from ..optimizers import check_optimizer
-    from ..splits import as_splits
+    from ..engine import deepspeed_engine as engine
+    from ..engine import device as devices
+    from ..engine.optimizers import check_optimizer
+    from ..exact.splits import as_splits
+    from ..run.build import chosen_samples
+    from ..tasks.protocol import load_task
 
     device, _ = devices.choose(config, ranks)
     devices.settle(config)
     check_optimizer(config)
-    task = tasks.load(config.trainer.task, config.trainer.task_options)
+    task = load_task(config.trainer.task, config.trainer.task_options)
     splits = as_splits(task.splits(), type(task).__name__)
     splits["train"] = chosen_samples(splits["train"], config.trainer.train_samples)
     return {
@@ -81,7 +82,7 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     """One run in a folder that is gone afterwards; a summary, also of a run that stopped being finite."""
     import gc
 
-    from ..run import run
+    from ..run.run import run
 
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, output_dir=folder))
     began_at_s = time.time()

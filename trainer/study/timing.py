@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..console import say
-from ..distributed import Ranks
-from ..output import write_json
-from ..schema import read_json
-from ..workers import run_ranks
+from ..config.keys import Config
+from ..config.schema import read_json
+from ..files import write_json
+from ..ranks.place import Ranks
+from ..ranks.workers import run_ranks
+from ..record.console import say
 from .arms import SEQUENTIAL, Place
 from .prediction import Measured
 
 if TYPE_CHECKING:
-    from .plan import Plan, Timing
+    from .declaration import Plan, Timing
 
 _SMALL, _LARGE, _ROUNDS = 256, 1 << 20, 30
 
@@ -81,7 +81,7 @@ def _devices(config: Config, cuda: bool) -> int:
 
 
 def _timed(ranks: Ranks, config: Config) -> dict[str, Any]:
-    from ..run import run
+    from ..run.run import run
 
     floats: list[int] = []
 
@@ -110,13 +110,14 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
     """Latency and bandwidth of the ranks' collectives, from messages of two sizes."""
     import torch
 
-    from .. import distributed
+    from ..ranks.collectives import all_gather_flat
+    from ..ranks.rendezvous import start
 
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
-    distributed.start(ranks, "nccl" if cuda else "gloo", 600.0)
+    start(ranks, "nccl" if cuda else "gloo", 600.0)
     seconds = {}
     for numel in (_SMALL, _LARGE):
         piece = torch.ones(numel, device=where)
@@ -125,7 +126,7 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
         for _ in range(_ROUNDS + 5):
             torch.distributed.barrier()
             began_s = time.perf_counter()
-            distributed.all_gather_flat(received, piece)
+            all_gather_flat(received, piece)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began_s)

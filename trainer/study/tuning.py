@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config.keys import Config
+from ..config.schema import option
 from ..errors import UserError
-from ..output import write_json
-from ..schema import option
+from ..files import write_json
 from .arms import run_id
 
 # Trials draw their randomness from seeds that no study has reason to declare for judged runs.

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import options, tables, text
-from .. import pretrained as models
-from ..cache import Cached, cached
+from ..config.schema import option
+from ..config.task_options import read_options, required
+from ..data import pretrained as models
+from ..data import tables, text
+from ..data.cache import Cached, cached
+from ..data.token_rows import IGNORED, TokenSequence, pack, pad_rows
 from ..errors import UserError
-from ..splits import Batch, Split
-from ..token_rows import IGNORED, TokenSequence, pack, pad_rows
+from ..exact.splits import Batch, Split
 
 AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
@@ -56,97 +58,96 @@ class _Documents:
         return _Documents([self.texts[i] for i in places], prompts, rows=places)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LanguageOptions:
+    """The options of `causal_lm`."""
+
+    data: Any = required(
+        "a text file or a folder of such; a csv, tsv, json, jsonl or parquet file; a folder, a name on the dataset "
+        "hub; or {split: file or folder}"
+    )
+    model: Any = required(
+        'a model\'s folder or hub name, or a configuration such as {"model_type": "gpt2", "n_layer": 4, "n_head": 4, '
+        '"n_embd": 128}'
+    )
+    config_name: str | None = option(None, "which configuration of a hub dataset")
+    split_column: str | None = option(None, "the column of a single table that names each row's split")
+    text_column: str | None = option(None, "the column of texts; the usual names are found")
+    prompt_column: str | None = option(None, "the column of prompts, which are given")
+    completion_column: str | None = option(None, "the column of completions, which are learnt")
+    pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
+    tokenizer: str | None = option(
+        None,
+        '"characters" or "words" (made of the training texts), or a folder or hub name; without it the model\'s own, '
+        'or "characters" where the model is a configuration',
+    )
+    vocabulary: int | None = option(None, "at most so many characters or words", minimum=1)
+    sequence_length: int | None = option(
+        None, "tokens of a row; without it what the model takes, at most 1,024", minimum=2
+    )
+    packed: bool | None = option(
+        None,
+        "true: all texts behind one another, cut into full rows; false: one record a row; without it true for texts, "
+        "false for prompts",
+    )
+    truncate: bool = option(False, "with one record a row, cut longer ones instead of refusing them")
+    validation_fraction: float = option(
+        0.1,
+        "held out where the data has no such split: of a single text a part near its end, of records some, drawn; 0 "
+        "for none",
+        minimum=0,
+        below=1,
+    )
+    test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
+    split_seed: int = option(0, "which records these are, the same whatever the run's seed", minimum=0)
+    trust_remote_code: bool = option(False, "run Python code that comes with a model")
+    attention: str | None = option(
+        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
+    )
+    max_new_tokens: int = option(
+        100, "the most that predict writes behind a prompt, and at most half of what the model takes", minimum=1
+    )
+
+
 class CausalLM:
-    """Predicts the next token.
+    """Predicts the next token. Its arguments are `LanguageOptions`."""
 
-    Args:
-        data: a text file or a folder of such; a csv, tsv, json, jsonl or parquet file; a folder, a name on the dataset
-            hub; or {split: file or folder}.
-        model: a model's folder or hub name, or a configuration such as {"model_type": "gpt2", "n_layer": 4, ...}.
-        config_name: which configuration of a hub dataset.
-        split_column: the column of a single table that names each row's split ("split" is found by itself).
-        text_column: the column of texts; null to find it by its name.
-        prompt_column, completion_column: columns of records whose prompt is given and whose completion is learnt.
-        pretrained: read the weights of `model`; false to train its architecture from scratch.
-        tokenizer: "characters" or "words" (made of the training texts), or a folder or hub name; null for the model's
-            own, or "characters" where the model is a configuration.
-        vocabulary: at most so many characters or words.
-        sequence_length: tokens of a row; null for what the model takes, at most 1,024.
-        packed: true: all texts behind one another, cut into full rows; false: one record a row. null: true for
-            texts, false for prompts.
-        truncate: with one record a row, cut longer ones instead of refusing them.
-        validation_fraction, test_fraction: held out where the data has no such split: of a single text its last
-            parts, of records some, drawn; 0 for none.
-        split_seed: which records these are; the same whatever the run's seed.
-        trust_remote_code: run Python code that comes with the model.
-        attention: transformers' attn_implementation ("sdpa", "eager", ...); null for the model's default.
-        max_new_tokens: the most that `predict` writes behind a prompt, and at most half of what the model takes.
-    """
-
+    Options = LanguageOptions
     best_metric = ("loss", "min")
 
-    def __init__(
-        self,
-        data: tables.Data,
-        model: models.Spec,
-        config_name: str | None = None,
-        split_column: str | None = None,
-        text_column: str | None = None,
-        prompt_column: str | None = None,
-        completion_column: str | None = None,
-        pretrained: bool = True,
-        tokenizer: str | None = None,
-        vocabulary: int | None = None,
-        sequence_length: int | None = None,
-        packed: bool | None = None,
-        truncate: bool = False,
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        split_seed: int = 0,
-        trust_remote_code: bool = False,
-        attention: str | None = None,
-        max_new_tokens: int = 100,
-    ) -> None:
-        models.check_spec(model, "language model", '{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}')
-        options.check_flags(pretrained=pretrained, truncate=truncate, trust_remote_code=trust_remote_code)
-        options.check_kind("packed", packed, bool, "true or false", none=True)
-        options.check_names(config_name=config_name, split_column=split_column, attention=attention)
-        options.check_names(text_column=text_column, prompt_column=prompt_column, completion_column=completion_column)
-        if (prompt_column is None) != (completion_column is None):
+    def __init__(self, **given: Any) -> None:
+        o = read_options(LanguageOptions, given)
+        models.check_spec(o.model, "language model", '{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}')
+        if (o.prompt_column is None) != (o.completion_column is None):
             raise UserError(
                 '"trainer.task_options.prompt_column" and "completion_column" go together: give both, or neither.'
             )
-        if prompt_column is not None and text_column is not None:
+        if o.prompt_column is not None and o.text_column is not None:
             raise UserError('"trainer.task_options": give a text_column, or prompt_column and completion_column.')
-        if packed and truncate:
+        if o.packed and o.truncate:
             raise UserError(_NOT_CUT)
-        self._scratch = isinstance(model, Mapping) or not pretrained
+        self._scratch = isinstance(o.model, Mapping) or not o.pretrained
         built = (text.CHARACTERS, text.WORDS)
-        self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.CHARACTERS, built)
-        options.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
-        if vocabulary is not None and self._tokenizer_name not in built:
+        self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.CHARACTERS, built)
+        if o.vocabulary is not None and self._tokenizer_name not in built:
             raise UserError(
                 '"trainer.task_options.vocabulary" has an effect on the tokenizers "characters" and "words" only.'
             )
-        options.check_number("sequence_length", sequence_length, 2, integer=True, none=True)
-        options.check_number("validation_fraction", validation_fraction, 0, 1)
-        options.check_number("test_fraction", test_fraction, 0, 1)
-        if validation_fraction + test_fraction >= 1:
+        if o.validation_fraction + o.test_fraction >= 1:
             raise UserError(
-                f'"trainer.task_options.validation_fraction" ({validation_fraction}) and "test_fraction" '
-                f"({test_fraction}) leave nothing to train on: together they must be below 1."
+                f'"trainer.task_options.validation_fraction" ({o.validation_fraction}) and "test_fraction" '
+                f"({o.test_fraction}) leave nothing to train on: together they must be below 1."
             )
-        options.check_number("split_seed", split_seed, 0, integer=True)
-        options.check_number("max_new_tokens", max_new_tokens, 1, integer=True)
-        tables.check_data(data, config_name)
+        tables.check_data(o.data, o.config_name)
         self.notes: list[str] = []
-        self._data, self._config_name, self._split_column = data, config_name, split_column
-        self._text_column, self._prompt_column, self._completion_column = text_column, prompt_column, completion_column
-        self._spec, self._trust, self._attention = model, trust_remote_code, attention
-        self._vocabulary, self._sequence_length = vocabulary, sequence_length
-        self._packed, self._truncate = packed, truncate
-        self._fractions = {"test": float(test_fraction), "validation": float(validation_fraction)}
-        self._split_seed, self._max_new_tokens = split_seed, max_new_tokens
+        self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
+        self._text_column = o.text_column
+        self._prompt_column, self._completion_column = o.prompt_column, o.completion_column
+        self._spec, self._trust, self._attention = o.model, o.trust_remote_code, o.attention
+        self._vocabulary, self._sequence_length = o.vocabulary, o.sequence_length
+        self._packed, self._truncate = o.packed, o.truncate
+        self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
+        self._split_seed, self._max_new_tokens = o.split_seed, o.max_new_tokens
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
         self._saved: Path | None = None  # where `load` found the model
         self._arguments: dict[str, Any] = {}  # what the model is called with beside its inputs

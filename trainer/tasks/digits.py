@@ -9,18 +9,21 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import classification
+from ..config.schema import option
+from ..config.task_options import read_options
 from ..errors import UserError
-from ..order import SampleRandom, key
-from ..splits import Batch
+from ..exact.order import SampleRandom, key
+from ..exact.splits import Batch
+from . import classification
 
 SAMPLES = 1797
 TRAIN, VALIDATION = 1200, 297  # the remaining 300 are the test set
@@ -54,49 +57,50 @@ def digit_moves(shift: int) -> Tensor:
     return (corner.reshape(-1, 1, 1) + pixel).flatten(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DigitOptions:
+    """The options of `digits`."""
+
+    model: Literal["cnn", "mlp"] = option(
+        "cnn", "cnn: three convolutions with BatchNorm, then dropout; mlp: 64-128-128-10, dropout"
+    )
+    width: int = option(
+        0,
+        "channels of the first convolution, or units of a hidden layer; 0 for the model's own",
+        minimum=0,
+        maximum=4096,
+    )
+    dropout: float = option(
+        0.1,
+        "probability of zeroing a feature before the classifier (cnn) or a hidden unit (mlp)",
+        minimum=0,
+        maximum=0.99,
+    )
+    shift: int = option(
+        1, "augmentation: training images move by up to so many pixels in each direction", minimum=0, maximum=4
+    )
+    split_seed: int = option(0, "which images are train, validation and test, the same whatever the run's seed")
+    norm: Literal["batch", "group"] = option(
+        "batch", "of the cnn: BatchNorm, or group norm (Wu and He 2018, groups of 4 channels)"
+    )
+
+
 class Digits:
-    """Classifies the digits with a small convolutional network or an MLP.
+    """Classifies the digits with a small convolutional network or an MLP. Its arguments are `DigitOptions`."""
 
-    Args:
-        model: "cnn" (three convolutions with BatchNorm, then dropout) or "mlp" (64-128-128-10, dropout).
-        width: channels of the first convolution, or units of a hidden layer; 0 for the model's own default.
-        dropout: probability of zeroing a feature before the classifier (cnn) or a hidden unit (mlp).
-        shift: augmentation: training images move by up to so many pixels in each direction.
-        split_seed: which images are train, validation and test; the same whatever the run's seed.
-        norm: of the cnn: "batch", or "group" (Wu and He 2018, groups of 4 channels), which no other sample enters.
-    """
+    Options = DigitOptions
 
-    def __init__(
-        self,
-        model: str = "cnn",
-        width: int = 0,
-        dropout: float = 0.1,
-        shift: int = 1,
-        split_seed: int = 0,
-        norm: str = "batch",
-    ) -> None:
-        if model not in ("cnn", "mlp"):
-            raise UserError(f'"trainer.task_options.model" is {model!r}. It must be "cnn" or "mlp".')
-        for name, value, low, high in (
-            ("width", width, 0, 4096),
-            ("dropout", dropout, 0, 0.99),
-            ("shift", shift, 0, 4),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise UserError(
-                    f'"trainer.task_options.{name}" is {value!r}. It must be a number from {low} to {high}.'
-                )
-        self._model, self._dropout, self._shift, self._split_seed = model, dropout, int(shift), split_seed
+    def __init__(self, **given: Any) -> None:
+        o = read_options(DigitOptions, given)
+        self._model, self._dropout, self._shift, self._split_seed = o.model, o.dropout, o.shift, o.split_seed
+        self._norm = o.norm
         self._moves: Tensor | None = None
-        self._width = int(width) or {"cnn": 16, "mlp": 128}[model]
-        if norm not in ("batch", "group"):
-            raise UserError(f'"trainer.task_options.norm" is {norm!r}. It must be "batch" or "group".')
-        if norm == "group" and (model == "mlp" or self._width % 4):
+        self._width = o.width or {"cnn": 16, "mlp": 128}[o.model]
+        if o.norm == "group" and (o.model == "mlp" or self._width % 4):
             raise UserError(
-                f'"trainer.task_options.norm": "group" needs the cnn, with a width that 4 divides; this is the {model} '
-                f"with a width of {self._width}."
+                '"trainer.task_options.norm": "group" needs the cnn, with a width that 4 divides; this is the '
+                f"{o.model} with a width of {self._width}."
             )
-        self._norm = norm
 
     def splits(self) -> dict[str, dict[str, Tensor]]:
         """Images (N, 1, 8, 8) float32 in 0..1, labels (N,) int64: 1,200 train, 297 validation, 300 test."""

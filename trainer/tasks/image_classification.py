@@ -3,134 +3,119 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import classification, image_data, images, options, pretrained, tables
+from ..config.schema import option
+from ..config.task_options import is_number, read_options, refuse, required
+from ..data import image_data, images, pretrained, tables
+from ..data.image_data import ImageSplit
+from ..data.images import Size
+from ..data.pretrained import check_spec
 from ..errors import UserError
-from ..image_data import ImageSplit
-from ..images import Size
-from ..order import SampleRandom
-from ..pretrained import check_spec
-from ..splits import Batch, Split
+from ..exact.order import SampleRandom
+from ..exact.splits import Batch, Split
+from . import classification
 
 _AUTO = "AutoModelForImageClassification"
 _PROCESSOR_FILE = "preprocessor_config.json"
 _EXAMPLE = '{"model_type": "resnet", "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}'
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The options of `image_classification`."""
+
+    data: Any = required(
+        "a folder of class folders (also with train/ and test/ above them), a parquet file with a column of images, a "
+        "folder that save_to_disk wrote, a dataset's name on the hub, {split: any of these}, or an .npz file with "
+        "uint8 arrays train_x, train_y, test_x, test_y (and validation_x, validation_y), or x and y"
+    )
+    model: Any = required("a folder or hub name of an image classifier, or a configuration to build one from")
+    config_name: str | None = option(None, "which configuration of a hub dataset")
+    split_column: str | None = option(None, "the column of a single table that names each row's split")
+    image_column: str | None = option(None, "the column of images; the usual names are found")
+    label_column: str | None = option(None, "the column of labels; the usual names are found")
+    pretrained: bool = option(True, "read the model's weights; false builds its architecture anew")
+    new_head: bool = option(False, "replace a last layer that was trained for other classes")
+    image_size: Any = option(
+        None,
+        "a side or [height, width], to which images of another size are resized (bilinear); without it the model's "
+        "own, else that of the images, which must then be alike",
+    )
+    channels: Literal[1, 3] | None = option(None, "without it the model's own, else 1 if all images are grey")
+    mean: Any = option(
+        None, "of each channel, for pixels from 0 to 1; without it the pretrained model's, else the training set's"
+    )
+    std: Any = option(None, "the standard deviation: as mean, and together with it")
+    crop_padding: int = option(
+        0,
+        "augmentation: an image moves by up to so many pixels in each direction, filled with black",
+        minimum=0,
+        maximum=1024,
+    )
+    flip: bool = option(False, "augmentation: half of the images are mirrored left to right")
+    erasing: float = option(
+        0.0,
+        "augmentation: the probability that a rectangle is filled with the mean (Zhong et al. 2017)",
+        minimum=0,
+        maximum=1,
+    )
+    validation_fraction: float = option(
+        0.1,
+        "share of each class held out of the training set where there is no validation split",
+        minimum=0,
+        below=1,
+    )
+    split_seed: int = option(0, "which images are held out, the same whatever the run's seed", minimum=0)
+    label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
+    class_weights: Any = option(None, '"balanced", a list, or {class: weight}')
+    trust_remote_code: bool = option(False, "run Python code that comes with a model")
+
+
 class ImageClassification:
-    """Fine-tunes, or trains from scratch, a classifier of images.
+    """Fine-tunes, or trains from scratch, a classifier of images. Its arguments are `ImageOptions`."""
 
-    Args:
-        data: a folder of class folders (also with train/ and test/ above them), a parquet file with a column of images,
-            a folder that `save_to_disk` wrote, a dataset's name on the hub, {split: any of these}, or an .npz file with
-            uint8 arrays train_x, train_y, test_x, test_y (and validation_x, validation_y), or x and y.
-        model: a folder or hub name of an image classifier; or a configuration to build one from.
-        config_name: which configuration of a hub dataset.
-        split_column: the column of a single table that names each row's split.
-        image_column, label_column: which columns; the usual names are found.
-        pretrained: read the model's weights; false builds its architecture anew.
-        new_head: replace a last layer that was trained for other classes.
-        image_size: a side or [height, width], to which images of another size are resized (bilinear). Default: the
-            model's own; else that of the images, which must then be alike.
-        channels: 1 or 3. Default: the model's own; else 1 if all images are grey.
-        mean, std: of each channel, for pixels from 0 to 1. Default: the pretrained model's; else the training set's.
-        crop_padding: augmentation: an image moves by up to so many pixels in each direction, filled with black.
-        flip: augmentation: half of the images are mirrored left to right.
-        erasing: augmentation: the probability that a rectangle is filled with the mean (Zhong et al. 2017).
-        validation_fraction: share of each class held out of the training set where there is no validation split.
-        split_seed: which images are held out, the same whatever the run's seed.
-        label_smoothing: share of the target that goes to all classes alike.
-        class_weights: "balanced", a list, or {class: weight}.
-        trust_remote_code: run Python code that comes with a model.
-    """
-
+    Options = ImageOptions
     best_metric = ("accuracy", "max")
 
-    def __init__(
-        self,
-        data: str | Mapping[str, str],
-        model: str | Mapping[str, Any],
-        config_name: str | None = None,
-        split_column: str | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        pretrained: bool = True,
-        new_head: bool = False,
-        image_size: int | Sequence[int] | None = None,
-        channels: int | None = None,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        crop_padding: int = 0,
-        flip: bool = False,
-        erasing: float = 0.0,
-        validation_fraction: float = 0.1,
-        split_seed: int = 0,
-        label_smoothing: float = 0.0,
-        class_weights: Any = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        check_spec(model, "classifier of images", _EXAMPLE)
-        options.check_names(config_name=config_name, split_column=split_column)
-        options.check_names(image_column=image_column, label_column=label_column)
-        tables.check_data(data, config_name)
-        options.check_flags(pretrained=pretrained, new_head=new_head, flip=flip, trust_remote_code=trust_remote_code)
-        options.check(
-            "image_size",
-            image_size,
-            image_size is None or images.is_size(image_size),
-            "a side in pixels, or [height, width]",
-        )
-        options.check(
-            "channels", channels, channels is None or (options.is_whole(channels) and channels in (1, 3)), "1 or 3"
-        )
-        options.check(
-            "crop_padding",
-            crop_padding,
-            options.is_whole(crop_padding) and 0 <= crop_padding <= 1024,
-            "0 to 1024 pixels",
-        )
-        options.check("erasing", erasing, options.is_number(erasing) and 0 <= erasing <= 1, "a probability from 0 to 1")
-        options.check(
-            "validation_fraction",
-            validation_fraction,
-            options.is_number(validation_fraction) and 0 <= validation_fraction < 1,
-            "at least 0 and below 1",
-        )
-        options.check(
-            "split_seed", split_seed, options.is_whole(split_seed) and split_seed >= 0, "a whole number of at least 0"
-        )
-        if (mean is None) != (std is None):
+    def __init__(self, **given: Any) -> None:
+        o = read_options(ImageOptions, given)
+        check_spec(o.model, "classifier of images", _EXAMPLE)
+        tables.check_data(o.data, o.config_name)
+        if o.image_size is not None and not images.is_size(o.image_size):
+            refuse("image_size", o.image_size, "a side in pixels, or [height, width]")
+        if (o.mean is None) != (o.std is None):
             raise UserError('"trainer.task_options.mean" and "trainer.task_options.std" go together: set both or none.')
-        if isinstance(model, Mapping) and (new_head or not pretrained):
-            name = "new_head" if new_head else "pretrained"
+        if isinstance(o.model, Mapping) and (o.new_head or not o.pretrained):
+            name = "new_head" if o.new_head else "pretrained"
             raise UserError(
                 f'"trainer.task_options.{name}" has no effect on a model that is built from a configuration. '
                 "Leave it out."
             )
         self._columns = {
-            "config_name": config_name,
-            "split_column": split_column,
-            "image_column": image_column,
-            "label_column": label_column,
+            "config_name": o.config_name,
+            "split_column": o.split_column,
+            "image_column": o.image_column,
+            "label_column": o.label_column,
         }
-        self._data: Any = data
-        self._spec: Any = model
-        self._pretrained, self._new_head = pretrained, new_head
-        self._trust_remote_code = trust_remote_code
-        self._asked_size, self._asked_channels = _as_size(image_size), channels
-        self._asked_mean = _per_channel("mean", mean, above=None)
-        self._asked_std = _per_channel("std", std, above=0)
-        self._crop_padding, self._flip, self._erasing = crop_padding, flip, float(erasing)
-        self._validation_fraction, self._split_seed = float(validation_fraction), split_seed
-        self._smoothing = classification.check_label_smoothing(label_smoothing)
-        self._class_weights_option = class_weights
+        self._data: Any = o.data
+        self._spec: Any = o.model
+        self._pretrained, self._new_head = o.pretrained, o.new_head
+        self._trust_remote_code = o.trust_remote_code
+        self._asked_size, self._asked_channels = _as_size(o.image_size), o.channels
+        self._asked_mean = _per_channel("mean", o.mean, above=None)
+        self._asked_std = _per_channel("std", o.std, above=0)
+        self._crop_padding, self._flip, self._erasing = o.crop_padding, o.flip, o.erasing
+        self._validation_fraction, self._split_seed = o.validation_fraction, o.split_seed
+        self._smoothing = o.label_smoothing
+        self._class_weights_option = o.class_weights
         self.notes: list[str] = []
         # Known once the data or a saved model is read.
         self._classes: list[str] = []
@@ -474,9 +459,10 @@ def _per_channel(name: str, value: Any, above: float | None) -> list[float] | No
     if value is None:
         return None
     values = _listed(value)
-    good = len(values) in (1, 3) and all(options.is_number(v) and abs(v) < 1e6 for v in values)
+    good = len(values) in (1, 3) and all(is_number(v) and abs(v) < 1e6 for v in values)
     rule = "a number" if above is None else f"a number above {above}"
-    options.check(name, value, good and (above is None or all(v > above for v in values)), f"{rule}, or one a channel")
+    if not good or (above is not None and not all(v > above for v in values)):
+        refuse(name, value, f"{rule}, or one a channel")
     return [float(v) for v in values]
 
 

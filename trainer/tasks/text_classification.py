@@ -7,6 +7,7 @@ from scratch with a word-level tokenizer made of the training texts, which needs
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import classification, options, tables, text
-from .. import pretrained as models
-from ..cache import Cached, cached
+from ..config.schema import option
+from ..config.task_options import read_options, required
+from ..data import pretrained as models
+from ..data import tables, text
+from ..data.cache import Cached, cached
 from ..errors import UserError
-from ..splits import Batch, Split
+from ..exact.splits import Batch, Split
+from . import classification
 
 AUTO = "AutoModelForSequenceClassification"
 # Names that columns usually have, the likeliest first.
@@ -30,83 +34,71 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _VERSION = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """The options of `text_classification`."""
+
+    data: Any = required(
+        "a csv, tsv, json, jsonl or parquet file, a folder, a name on the dataset hub, or {split: file or folder}"
+    )
+    model: Any = required(
+        "a model's folder or hub name, or a configuration such as "
+        '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}'
+    )
+    config_name: str | None = option(None, "which configuration of a hub dataset")
+    split_column: str | None = option(None, "the column of a single table that names each row's split")
+    text_column: str | None = option(None, "the column of texts; the usual names are found")
+    pair_column: str | None = option(None, "a column of second texts, for tasks on pairs such as entailment")
+    label_column: str | None = option(None, "the column of labels, whole numbers or texts; the usual names are found")
+    pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
+    new_head: bool = option(False, "replace a head that was trained for another number of classes")
+    tokenizer: str | None = option(
+        None,
+        '"words" (made of the training texts), or a folder or hub name; without it the model\'s own, or "words" where '
+        "the model is a configuration",
+    )
+    vocabulary: int | None = option(
+        None, 'at most so many words for "words"; without it all that occur twice or more', minimum=1
+    )
+    max_length: int | None = option(None, "tokens of a text; without it what the model takes", minimum=3)
+    truncate: bool = option(False, "cut longer texts instead of refusing them")
+    validation_fraction: float = option(
+        0.1, "of the training set, of each class, if the data has no validation split; 0 for none", minimum=0, below=1
+    )
+    split_seed: int = option(0, "which samples these are, the same whatever the run's seed", minimum=0)
+    label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
+    class_weights: Any = option(None, '"balanced", a list in the order of the classes, or {class: weight}')
+    trust_remote_code: bool = option(False, "run Python code that comes with a model")
+    attention: str | None = option(
+        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
+    )
+
+
 class TextClassification:
-    """Classifies texts, or pairs of texts.
+    """Classifies texts, or pairs of texts. Its arguments are `TextOptions`."""
 
-    Args:
-        data: a csv, tsv, json, jsonl or parquet file, a folder, a name on the dataset hub, or {split: file or folder}.
-        model: a model's folder or hub name, or a configuration such as {"model_type": "bert", "hidden_size": 128, ...}.
-        config_name: which configuration of a hub dataset.
-        split_column: the column of a single table that names each row's split ("split" is found by itself).
-        text_column: the column of texts; null to find it by its name.
-        pair_column: a column of second texts, for tasks on pairs such as entailment.
-        label_column: the column of labels, whole numbers or strings; null to find it by its name.
-        pretrained: read the weights of `model`; false to train its architecture from scratch.
-        new_head: replace a head that was trained for another number of classes.
-        tokenizer: "words" (made of the training texts), or a folder or hub name; null for the model's own, or "words"
-            where the model is a configuration.
-        vocabulary: at most so many words for "words"; null for all that occur twice or more.
-        max_length: tokens of a text; null for what the model takes.
-        truncate: cut longer texts instead of refusing them.
-        validation_fraction: of the training set, of each class, if the data has no validation split; 0 for none.
-        split_seed: which samples these are; the same whatever the run's seed.
-        label_smoothing: the share of the target that goes to all classes alike.
-        class_weights: "balanced", a list in the order of the classes, or {class: weight}.
-        trust_remote_code: run Python code that comes with the model.
-        attention: transformers' attn_implementation ("sdpa", "eager", ...); null for the model's default.
-    """
-
+    Options = TextOptions
     best_metric = ("accuracy", "max")
 
-    def __init__(
-        self,
-        data: tables.Data,
-        model: models.Spec,
-        config_name: str | None = None,
-        split_column: str | None = None,
-        text_column: str | None = None,
-        pair_column: str | None = None,
-        label_column: str | None = None,
-        pretrained: bool = True,
-        new_head: bool = False,
-        tokenizer: str | None = None,
-        vocabulary: int | None = None,
-        max_length: int | None = None,
-        truncate: bool = False,
-        validation_fraction: float = 0.1,
-        split_seed: int = 0,
-        label_smoothing: float = 0.0,
-        class_weights: Any = None,
-        trust_remote_code: bool = False,
-        attention: str | None = None,
-    ) -> None:
-        models.check_spec(model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
-        options.check_flags(
-            pretrained=pretrained, new_head=new_head, truncate=truncate, trust_remote_code=trust_remote_code
-        )
-        options.check_names(config_name=config_name, split_column=split_column, attention=attention)
-        options.check_names(text_column=text_column, pair_column=pair_column, label_column=label_column)
-        self._scratch = isinstance(model, Mapping) or not pretrained
-        if new_head and self._scratch:
+    def __init__(self, **given: Any) -> None:
+        o = read_options(TextOptions, given)
+        models.check_spec(o.model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
+        self._scratch = isinstance(o.model, Mapping) or not o.pretrained
+        if o.new_head and self._scratch:
             raise UserError(
                 '"trainer.task_options.new_head" has no effect: a model from scratch has a new head anyway.'
             )
-        self._tokenizer_name = text.check_tokenizer(tokenizer, model, not self._scratch, text.WORDS, (text.WORDS,))
-        options.check_number("vocabulary", vocabulary, 1, integer=True, none=True)
-        if vocabulary is not None and self._tokenizer_name != text.WORDS:
+        self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.WORDS, (text.WORDS,))
+        if o.vocabulary is not None and self._tokenizer_name != text.WORDS:
             raise UserError('"trainer.task_options.vocabulary" has an effect on the tokenizer "words" only.')
-        options.check_number("max_length", max_length, 3, integer=True, none=True)
-        options.check_number("validation_fraction", validation_fraction, 0, 1)
-        options.check_number("split_seed", split_seed, 0, integer=True)
-        tables.check_data(data, config_name)
+        tables.check_data(o.data, o.config_name)
         self.notes: list[str] = []
-        self._data, self._config_name, self._split_column = data, config_name, split_column
-        self._text_column, self._pair_column, self._label_column = text_column, pair_column, label_column
-        self._spec, self._new_head, self._trust, self._attention = model, new_head, trust_remote_code, attention
-        self._vocabulary, self._max_length, self._truncate = vocabulary, max_length, truncate
-        self._validation_fraction, self._split_seed = float(validation_fraction), split_seed
-        self._smoothing = classification.check_label_smoothing(label_smoothing)
-        self._class_weights = class_weights
+        self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
+        self._text_column, self._pair_column, self._label_column = o.text_column, o.pair_column, o.label_column
+        self._spec, self._new_head, self._trust, self._attention = o.model, o.new_head, o.trust_remote_code, o.attention
+        self._vocabulary, self._max_length, self._truncate = o.vocabulary, o.max_length, o.truncate
+        self._validation_fraction, self._split_seed = o.validation_fraction, o.split_seed
+        self._smoothing, self._class_weights = o.label_smoothing, o.class_weights
         self._weights: Tensor | None = None  # (classes,) float32
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
         self._saved: Path | None = None  # where `load` found the model
@@ -166,9 +158,9 @@ class TextClassification:
         rows: dict[str, dict[str, Any]] = {}
         for split, table in found.items():
             needed = {"text_column": text_column, "label_column": label_column, "pair_column": self._pair_column}
-            for option, column in needed.items():
+            for name, column in needed.items():
                 if column is not None:
-                    tables.find_column(table.column_names, column, (), option, where=split)
+                    tables.find_column(table.column_names, column, (), name, where=split)
             rows[split] = {
                 "text": tables.texts(table, text_column, split),
                 "pair": None if self._pair_column is None else tables.texts(table, self._pair_column, split),
@@ -285,11 +277,11 @@ class TextClassification:
         """input_ids, attention_mask (B, tokens) -> logits (B, classes)."""
         assert self._facts, "splits() comes first"
         names, given = self._facts["names"], self._spec if isinstance(self._spec, Mapping) else {}
-        for option in ("num_labels", "id2label", "label2id"):
-            own = given.get(option)
-            if own is not None and (own if option == "num_labels" else len(own)) != len(names):
+        for name in ("num_labels", "id2label", "label2id"):
+            own = given.get(name)
+            if own is not None and (own if name == "num_labels" else len(own)) != len(names):
                 raise UserError(
-                    f'"trainer.task_options.model.{option}" is {own}, but the data has {len(names)} classes '
+                    f'"trainer.task_options.model.{name}" is {own}, but the data has {len(names)} classes '
                     f"({', '.join(names[:10])}). Leave it out, to follow the data."
                 )
         config = self._configuration(

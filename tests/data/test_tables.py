@@ -1,0 +1,229 @@
+"""Datasets of a user's own: what can be read, how splits and columns are found, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.data import tables
+from trainer.errors import UserError
+
+ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        table.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    else:
+        table.to_json(path, orient="records", lines=True)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_files_of_every_kind(tmp_path: Path, kind: str) -> None:
+    found = tables.read(write(tmp_path / f"data{kind}", ROWS))
+    assert list(found) == ["train"]
+    assert found["train"]["text"][:] == [row["text"] for row in ROWS]
+    assert found["train"]["label"][:] == [row["label"] for row in ROWS]
+
+
+def test_splits_from_files_folders_and_columns(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.jsonl", ROWS[:2])
+    assert {n: len(t) for n, t in tables.read({"test": test, "train": train}).items()} == {"train": 6, "test": 2}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, rows in {"train": ROWS, "valid": ROWS[:3], "test": ROWS[:1]}.items():
+        write(folder / f"{name}.csv", rows)
+    assert {n: len(t) for n, t in tables.read(str(folder)).items()} == {"train": 6, "validation": 3, "test": 1}
+    cut = [row | {"split": name} for row, name in zip(ROWS, ("train", "Dev", "TEST") * 2)]
+    assert {n: len(t) for n, t in tables.read(write(tmp_path / "c.csv", cut)).items()} == {
+        "train": 2, "validation": 2, "test": 2,
+    }  # fmt: skip
+    named = [{("part" if n == "split" else n): v for n, v in row.items()} for row in cut]
+    named_file = write(tmp_path / "d.csv", named)
+    assert list(tables.read(named_file)) == ["train"]
+    assert list(tables.read(named_file, split_column="part")) == ["train", "validation", "test"]
+    other = write(tmp_path / "e.csv", [row | {"split": "north"} for row in ROWS])
+    assert len(tables.read(other)["train"]) == 6, "a column of that name need not hold splits"
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "two"))
+    table.save_to_disk(str(tmp_path / "one"))
+    assert list(tables.read(str(tmp_path / "two"))) == ["train", "test"]
+    assert list(tables.read(str(tmp_path / "one"))) == ["train"]
+
+
+def test_data_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("nowhere.csv", "./nowhere", "/nowhere/at/all"):
+        with pytest.raises(UserError, match="does not exist"):
+            tables.fingerprint(missing)
+    assert tables.fingerprint("imdb") is None
+    assert tables.fingerprint("stanfordnlp/imdb") is None
+    (tmp_path / "a.xyz").write_text("?")
+    with pytest.raises(UserError, match=r"is a .xyz file. Files may be .csv, .tsv"):
+        tables.read(str(tmp_path / "a.xyz"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"bad.jsonl cannot be read"):
+        tables.read(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    with pytest.raises(UserError, match=r"the split train of .*empty.csv is empty|empty.csv cannot be read"):
+        tables.read(str(tmp_path / "empty.csv"))
+    good = write(tmp_path / "good.csv", ROWS)
+    with pytest.raises(UserError, match=r'names the split "tset". Did you mean "test"'):
+        tables.read({"train": good, "tset": good})
+    with pytest.raises(UserError, match="has no split for training, only test"):
+        tables.read({"test": good})
+    with pytest.raises(UserError, match=r'no column "fold"'):
+        tables.read(good, split_column="fold")
+    with pytest.raises(UserError, match=r'"trainer.task_options.split_column" has no effect'):
+        tables.read({"train": good, "test": good}, split_column="label")
+
+    import datasets
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'imdb' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(UserError, match=r'(?s)"imdb" is no file or folder here.*Without a network, give a local file'):
+        tables.read("imdb")
+
+
+def test_the_option_data(tmp_path: Path) -> None:
+    for wrong in (None, 3, "", {}, {"train": 3}):
+        with pytest.raises(UserError, match="must be a file, a folder or a name"):
+            tables.check_data(wrong)
+    with pytest.raises(UserError, match=r"config_name.*hub only"):
+        tables.check_data(str(tmp_path), "en")
+
+
+def test_the_fingerprint_follows_content_alone(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.csv", ROWS)
+    before = tables.fingerprint(a)
+    assert before == tables.fingerprint(b), "a file's name says nothing"
+    write(tmp_path / "a.csv", [*ROWS, ROWS[0]])
+    assert tables.fingerprint(a) != before
+    assert tables.fingerprint({"train": a, "test": b}) != tables.fingerprint({"train": b, "test": a})
+
+
+def test_columns() -> None:
+    assert tables.find_column(["id", "Text"], None, ("text",), "text_column") == "Text"
+    assert tables.find_column(["id", "q"], "q", ("text",), "text_column") == "q"
+    with pytest.raises(
+        UserError, match=r'"trainer.task_options.text_column": the data has no column "x". It has: a, b.'
+    ):
+        tables.find_column(["a", "b"], "x", (), "text_column")
+    with pytest.raises(UserError, match=r"is needed: which of the columns is it. The data has: a, b"):
+        tables.find_column(["a", "b"], None, ("text",), "text_column")
+
+
+def test_missing_values_and_wrong_kinds() -> None:
+    tables.check_complete(["a", 0, False], "train", "c")
+    with pytest.raises(
+        UserError, match=r'2 values of the column "c" in test are missing \(rows 1, 3, counted from 0\)'
+    ):
+        tables.check_complete(["a", None, "b", "  "], "test", "c")
+    with pytest.raises(UserError, match=r"1 value .* is missing \(row 0"):
+        tables.check_complete([float("nan")], "test", "c")
+    with pytest.raises(UserError, match=r'The column "c" in train must hold texts, but row 1 is .3.5. \(float\)'):
+        tables.as_texts(["a", 3.5], "train", "c")
+
+
+def test_class_names() -> None:
+    assert tables.class_names({"train": ["b", "a", "b"]}) == ["a", "b"]
+    assert tables.class_names({"train": [10, 9, 10]}) == ["9", "10"], "numbers by value"
+    assert tables.class_names({"train": [True, False]}) == ["False", "True"]
+    assert tables.label_numbers([10, 9], ["9", "10"], False).tolist() == [1, 0]
+    for labels, words in (
+        ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' comes 2 times in test, but never in train"),
+        ({"train": ["a", "a"]}, "All labels in train are 'a'. A classifier needs at least two classes"),
+        ({"train": [1.5, 2.5]}, "A label in train is 1.5. Labels are whole numbers or strings"),
+        ({"train": ["a", 1]}, "some are strings"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tables.class_names(labels)  # type: ignore[arg-type]
+
+
+def test_declared_classes() -> None:
+    import datasets
+
+    features = datasets.Features({"label": datasets.ClassLabel(names=["neg", "pos"]), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"label": [1, 0], "text": ["a", "b"]}, features=features)
+    assert tables.declared_names(table, "label") == ["neg", "pos"]
+    assert tables.declared_names(table, "text") is None
+    assert tables.labels(table, "label", "train") == ["pos", "neg"]
+    hidden = datasets.Dataset.from_dict({"label": [-1, -1], "text": ["a", "b"]}, features=features)
+    with pytest.raises(
+        UserError, match=r"2 labels in test are -1, which is none of the 2 classes .*leave that split out"
+    ):
+        tables.labels(hidden, "label", "test")
+
+
+def test_hold_out_is_stratified_and_keyed() -> None:
+    labels = np.array([0] * 80 + [1] * 17 + [2] * 2 + [3])
+    out = tables.hold_out(100, 0.1, 0, labels)
+    assert np.bincount(labels[out], minlength=4).tolist() == [8, 2, 1, 0], "a class of one sample is trained on"
+    np.testing.assert_array_equal(out, tables.hold_out(100, 0.1, 0, labels))
+    assert not np.array_equal(out, tables.hold_out(100, 0.1, 1, labels))
+    assert (np.diff(out) > 0).all()
+    assert len(tables.hold_out(50, 0.2, 0)) == 10
+
+
+def test_duplicates_are_counted() -> None:
+    notes = tables.duplicates_note({"train": ["a", "b", "a"], "test": ["a", "c", "b", "b"]})
+    assert notes == ["3 of the 4 samples of test are in train as well, which flatters its metrics"]
+    assert tables.duplicates_note({"train": ["a", "a"], "test": ["c"]}) == []
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("x\r\ny é\n".encode())
+    assert tables.text_files(str(tmp_path / "a.txt")) == {"train": ["x\r\ny é\n"]}, "as it is"
+    (tmp_path / "b.txt").write_text("second")
+    assert tables.text_files(str(tmp_path)) == {"train": ["x\r\ny é\n", "second"]}
+    both = {"train": str(tmp_path / "a.txt"), "test": str(tmp_path / "b.txt")}
+    assert tables.text_files(both) == {"train": ["x\r\ny é\n"], "test": ["second"]}
+    named = tmp_path / "named"
+    named.mkdir()
+    for name in ("train", "val", "test"):
+        (named / f"{name}.txt").write_text(name)
+    assert tables.text_files(str(named)) == {"train": ["train"], "validation": ["val"], "test": ["test"]}
+    (named / "notes.txt").write_text("?")
+    with pytest.raises(UserError, match=r"test.txt is named like a split, but notes.txt is not"):
+        tables.text_files(str(named))
+    assert tables.text_files("imdb") is None
+    assert tables.text_files(write(tmp_path / "c.csv", ROWS)) is None
+    assert tables.text_files(str(tmp_path)) is None, "a folder with tables is read as such"
+    (tmp_path / "d.txt").write_bytes(b"ab\xff")
+    with pytest.raises(UserError, match=r"d.txt is not UTF-8 text: byte 2 is 0xff"):
+        tables.text_files(str(tmp_path / "d.txt"))
+    (tmp_path / "e.txt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"e.txt is empty"):
+        tables.text_files(str(tmp_path / "e.txt"))
+
+
+def test_rows_to_predict_on(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    assert [row["text"] for row in tables.rows_of(tmp_path / "in.txt")] == ["one", "two"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    assert tables.rows_of(tmp_path / "in.jsonl") == [{"text": "a"}]
+    with pytest.raises(UserError, match="is not a file here"):
+        tables.rows_of(tmp_path / "nowhere.csv")

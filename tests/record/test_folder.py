@@ -1,0 +1,262 @@
+"""The output folder: claimed, released, never overwritten, and files that are whole.
+
+Unwritable places are made with a file in the way: permission bits mean nothing to root, which tests
+often are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.errors import UserError
+from trainer.files import to_json
+from trainer.record import folder as output
+from trainer.record.folder import OutputFolder, write_tensors
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders without a name go to ./runs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# Claiming
+
+
+def test_a_new_folder_is_numbered(tmp_path: Path) -> None:
+    paths = [OutputFolder.claim(None, "strong").path for _ in range(3)]
+    assert paths == [Path("runs/strong-001"), Path("runs/strong-002"), Path("runs/strong-003")]
+    assert OutputFolder.claim(None, "weak").path == Path("runs/weak-001")
+    assert everything(tmp_path) == [
+        "runs",
+        *(f"runs/{n}" for n in ("strong-001", "strong-002", "strong-003", "weak-001")),
+    ]
+
+
+def test_a_number_that_is_taken_by_anything_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "strong-001").write_text("a file")
+    (tmp_path / "runs" / "strong-003").mkdir()
+    assert [OutputFolder.claim(None, "strong").path.name for _ in range(2)] == ["strong-002", "strong-004"]
+    assert (tmp_path / "runs" / "strong-001").read_text() == "a file"
+
+
+def test_a_wanted_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    folder = OutputFolder.claim("a/b/c", "strong")
+    assert folder.path == Path("a/b/c")
+    assert everything(tmp_path) == ["a", "a/b", "a/b/c"]  # and nothing else: the probe is gone
+
+
+def test_an_existing_folder_without_a_run_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert OutputFolder.claim("mine", "strong").path == Path("mine")
+    assert everything(tmp_path) == ["mine", "mine/notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "metrics.jsonl"])
+def test_a_run_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("old")
+    with pytest.raises(UserError) as caught:
+        OutputFolder.claim("mine", "strong")
+    for word in ("output folder mine", "already holds a run", name, "never overwritten", "--output_dir"):
+        assert word in str(caught.value)
+    assert (tmp_path / "mine" / name).read_text() == "old"
+
+
+def test_two_runs_cannot_have_one_folder() -> None:
+    folder = OutputFolder.claim("mine", "strong")
+    folder.write_json("manifest.json", {})
+    with pytest.raises(UserError, match="already holds a run"):
+        OutputFolder.claim("mine", "strong")
+
+
+# Places that cannot be written
+
+
+def refusal(wanted: str | None) -> str:
+    with pytest.raises(UserError) as caught:
+        OutputFolder.claim(wanted, "strong")
+    return str(caught.value)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    assert refusal("mine") == "The output folder mine cannot be written: it is a file."
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_above_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    message = refusal("mine/results/1")
+    assert "mine/results/1 cannot be written" in message
+    assert "directory" in message
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_in_the_place_of_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("precious")
+    assert refusal(None) == "The output folder runs cannot be written: it is a file."
+    assert (tmp_path / "runs").read_text() == "precious"
+
+
+def test_a_name_too_long(tmp_path: Path) -> None:
+    assert "cannot be written" in refusal("a/b/" + "x" * 300)
+    assert everything(tmp_path) == []  # what was made on the way is gone again
+
+
+def test_a_full_disk_is_found_when_claiming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing decides, not permission bits."""
+
+    def no_space(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    assert refusal("a/b") == "The output folder a/b cannot be written: No space left on device."
+    assert everything(tmp_path) == []
+
+
+# Releasing
+
+
+def test_release_removes_what_claim_made(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    OutputFolder.claim("a/b/c", "strong").release()
+    assert everything(tmp_path) == ["a"]
+    OutputFolder.claim(None, "strong").release()
+    assert everything(tmp_path) == ["a"]
+
+
+def test_release_keeps_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    OutputFolder.claim("mine", "strong").release()
+    assert everything(tmp_path) == ["mine"]
+    first = OutputFolder.claim(None, "strong")
+    OutputFolder.claim(None, "strong").release()
+    assert everything(tmp_path) == ["mine", "runs", str(first.path)]
+
+
+def test_release_keeps_what_was_put_there_since(tmp_path: Path) -> None:
+    folder = OutputFolder.claim("a/b", "strong")
+    folder.write_json("manifest.json", {})
+    folder.release()
+    assert everything(tmp_path) == ["a", "a/b", "a/b/manifest.json"]
+
+
+# Files
+
+
+def test_json_reads_back() -> None:
+    folder = OutputFolder.claim(None, "strong")
+    folder.write_json("summary.json", {"steps": 3, "metrics": {"test": {"loss": 0.1}}, "hosts": ["a", "b"]})
+    text = (folder.path / "summary.json").read_text()
+    assert json.loads(text) == {"steps": 3, "metrics": {"test": {"loss": 0.1}}, "hosts": ["a", "b"]}
+    assert text.endswith("}\n")
+
+
+def test_what_is_not_finite_is_null_wherever_it_stands() -> None:
+    """A metric of nan must not cost the summary of a run that has ended."""
+    folder = OutputFolder.claim(None, "strong")
+    value = {"a": math.nan, "b": {"c": math.inf, "d": [1.0, -math.inf, (math.nan, 2)]}, "e": 1}
+    folder.write_json("summary.json", value)
+    read = json.loads((folder.path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"a": None, "b": {"c": None, "d": [1.0, None, [None, 2]]}, "e": 1}
+    assert math.isnan(value["a"])  # the value itself is left alone
+
+
+def test_json_of_one_line() -> None:
+    assert to_json({"a": 0.1 + 0.2, "b": math.nan}) == '{"a": 0.30000000000000004, "b": null}'
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = OutputFolder.claim("mine", "strong")
+    folder.write_json("summary.json", {"steps": 1})
+
+    def interrupted(source: Any, target: Any) -> None:
+        # All of the new file is on disk by now, and the old one is untouched.
+        assert json.loads(Path(source).read_text()) == {"steps": 2}
+        assert Path(source).parent == Path(target).parent  # a rename across file systems is no rename
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_json("summary.json", {"steps": 2})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"steps": 1}
+    folder.write_json("summary.json", {"steps": 3})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"steps": 3}
+    assert everything(folder.path) == ["summary.json"]
+
+
+def test_model_reads_back_with_tied_weights_and_views(tmp_path: Path) -> None:
+    """Statistics lie in one buffer and tied weights are one tensor; safetensors takes neither as they are."""
+    weight, buffer = torch.randn(4, 3), torch.randn(10)
+    state = {
+        "embedding": weight,
+        "head": weight,
+        "mean": buffer[:5],
+        "var": buffer[5:],
+        "channels_last": torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        "count": torch.tensor(7),
+        "bf16": torch.randn(3).bfloat16(),
+    }
+    folder = OutputFolder.claim("mine", "strong")
+    for _ in range(2):  # the second over the first
+        folder.write_folder("model", lambda target: write_tensors(target / "model.safetensors", state))
+    read = load_file(tmp_path / "mine" / "model" / "model.safetensors")
+    assert set(read) == set(state)
+    for name, tensor in state.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    assert everything(folder.path) == ["model", "model/model.safetensors"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = OutputFolder.claim("mine", "strong")
+    folder.write_folder("model", lambda target: (target / "a").write_text("first"))
+
+    def fails(target: Path) -> None:
+        (target / "b").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        folder.write_folder("model", fails)
+    assert everything(folder.path) == ["model", "model/a"]
+
+
+def hold(folder: str, held: Any, let_go: Any) -> None:
+    OutputFolder.claim(folder, "strong")
+    held.set()
+    let_go.wait(60)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs never write into one folder; one that goes on waits for ranks that are still leaving."""
+    monkeypatch.setattr(output, "_LEAVING_S", 0.5)
+    context = multiprocessing.get_context("spawn")
+    held, let_go = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(UserError, match="Another process is writing"):
+        OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
+    let_go.set()
+    other.join(60)
+    (tmp_path / "run" / ".model.123").mkdir()
+    (tmp_path / "run" / ".summary.json.123").write_text("half")
+    OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
+    assert list((tmp_path / "run").iterdir()) == []

@@ -1,0 +1,1 @@
+"""The command lines: train, plan, verify, check-task, predict, study, report."""

@@ -1,0 +1,128 @@
+"""Command lines: the launched script's flags, and `python -m trainer` with its commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from ..config.keys import Config, load_config
+from ..config.schema import parse_override
+from ..errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing usage from every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what to run; a flag wins over the file, the file over the default."""
+    parser.add_argument(
+        "--ds_config", required=True, metavar="FILE", help="JSON config: DeepSpeed's keys and a trainer block"
+    )
+    parser.add_argument("--task", help="trainer.task: a built-in task, or path/to/file.py:ClassName")
+    parser.add_argument("--epochs", type=int, help="trainer.epochs")
+    parser.add_argument("--max_steps", type=int, help="trainer.max_steps")
+    parser.add_argument("--seed", type=int, help="trainer.seed")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: trainer.seed=3"
+    )
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of trainer/main.py."""
+    parser = _Parser(
+        prog="trainer/main.py",
+        description="Trains one config on this rank; start it with deepspeed, torchrun or plain python.",
+        allow_abbrev=False,
+    )
+    add_config_flags(parser)
+    parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|DIR", help="go on from a run's newest checkpoint, or DIR's"
+    )
+    parser.add_argument(
+        "--allow_changed_config", action="store_true", help="go on even where a changed config changes the bits"
+    )
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
+    return parser
+
+
+def config_from(flags: argparse.Namespace) -> Config:
+    """The checked config that parsed flags describe. Raises UserError."""
+    overrides: dict[str, Any] = dict(parse_override(text) for text in flags.set)
+    for name in ("task", "epochs", "max_steps", "seed", "output_dir"):
+        value = getattr(flags, name, None)
+        if value is not None:
+            overrides[f"trainer.{name}"] = value
+    return load_config(flags.ds_config, overrides)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
+    parser = _Parser(
+        prog="python -m trainer", description="Exact strong scaling: plan, verify, study.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
+    verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
+    check = commands.add_parser("check-task", help="say what of a task isn't exact, and why")
+    check.add_argument("task", metavar="TASK", help="path/to/file.py:ClassName, or a built-in task")
+    check.add_argument("--ds_config", metavar="FILE", help="with this config's micro-batches, optimizer and precision")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="trainer.task_options.x=3")
+    guess = commands.add_parser("predict", help="what a trained model says of new data")
+    guess.add_argument("--model", required=True, metavar="DIR", help="a run's output folder, or the model in it")
+    guess.add_argument("--input", required=True, metavar="FILE", help="a file, or a folder where the task takes one")
+    guess.add_argument("--output", metavar="FILE", help="where predictions go; without it to the console")
+    guess.add_argument("--format", choices=("csv", "jsonl"), help="without it, by the output's name, else csv")
+    guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of a task of your own")
+    guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
+    guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
+    compare.add_argument("ds_config", metavar="FILE", help='JSON config with a "study" block')
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: study.seeds=5"
+    )
+    compare.add_argument("--dry_run", action="store_true", help="show the plan; starts no run")
+    again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
+    again.add_argument("folder", metavar="DIR", help="study.output_dir")
+    for command in (plan, verify):
+        add_config_flags(command)
+        command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
+    try:
+        flags = parser.parse_args(arguments)
+        if flags.command == "check-task":
+            from .check_task import check_task
+
+            return check_task(flags.task, dict(parse_override(text) for text in flags.set), flags.ds_config)
+        if flags.command == "predict":
+            from .predict import predict
+
+            return predict(
+                flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
+            )
+        if flags.command == "study":
+            from ..study.runner import study
+
+            return study(flags.ds_config, flags.dry_run, dict(parse_override(text) for text in flags.set))
+        if flags.command == "report":
+            from ..study.page import report
+
+            return report(flags.folder)
+        if min(flags.world_sizes) < 1:
+            raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
+        config = config_from(flags)
+        if flags.command == "plan":
+            from .show_plan import plan_table
+
+            print(plan_table(config, flags.world_sizes))
+            return 0
+        from .verify import verify as run_verify
+
+        return run_verify(config, flags.world_sizes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,143 @@
+"""`python -m trainer predict`: what a trained model says of new data, as csv or json lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..config.schema import read_json
+from ..errors import UserError
+from ..files import whole_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..tasks.protocol import Task
+
+
+def predict(
+    model: str, source: str, output: str | None, kind: str | None, task_name: str | None, batch_size: int, device: str
+) -> int:
+    """Predicts on a file and writes one row a sample.
+
+    Args:
+        model: the folder of a model, or the output folder of its run.
+        source: the file or folder to predict on.
+        output: where rows go; None for the console.
+        kind: "csv" or "jsonl"; None follows from the output's name, else csv.
+        task_name: path/to/file.py:ClassName for a model of a user's own task.
+        batch_size: samples of one forward.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: the folder holds no model of the trainer, or the task cannot predict.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: it must be at least 1.")
+    folder = _model_folder(Path(model))
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"--input {source} does not exist (looked from {Path.cwd()}).")
+    if kind is None:
+        kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
+    task, network = _load(folder, task_name, device)
+    rows = task.predict(network, path, batch_size)  # type: ignore[attr-defined]
+    if output is None:
+        _write(rows, kind, sys.stdout)
+        _say_notes(task)
+        return 0
+    target = Path(output)
+    try:
+        with whole_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            count = _write(rows, kind, file)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
+    _say_notes(task)
+    print(f"{count:,} predictions in {target}", file=sys.stderr)
+    return 0
+
+
+def _say_notes(task: Task) -> None:
+    for note in getattr(task, "notes", ()):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _model_folder(path: Path) -> Path:
+    from ..run.saving import ORIGIN
+
+    for folder in (path, path / "model"):
+        if (folder / ORIGIN).is_file():
+            return folder
+    raise UserError(
+        f"--model {path} holds no model of this trainer: there is no {ORIGIN} in it. "
+        "Give a run's output folder, or the folder model in it."
+    )
+
+
+def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Module]:
+    import torch
+
+    from ..run.saving import ORIGIN
+    from ..tasks.protocol import load_task
+
+    origin = read_json(folder / ORIGIN)
+    name, options = origin.get("task"), origin.get("task_options")
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise UserError(f"{folder / ORIGIN} is damaged: it must name a task and its options.")
+    if ":" in name:
+        # A model's folder may come from anywhere: it does not choose which code runs here.
+        if task_name is None:
+            raise UserError(f"This model belongs to a task of its own, {name}. Say --task path/to/file.py:ClassName.")
+        name = task_name
+    else:
+        options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})
+    task = load_task(name, options)
+    if not callable(getattr(task, "predict", None)):
+        raise UserError(f"The task {name} has no predict() method, so it cannot predict on new data.")
+    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU on this machine.")
+    load = getattr(task, "load", None)
+    network = load(folder) if load is not None else _default_load(task, folder)
+    return task, network.to(where).eval()
+
+
+def _default_load(task: Task, folder: Path) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "model.safetensors"
+    try:
+        state = load_file(str(file))
+        network = task.model()
+        network.load_state_dict(state)
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{file} cannot be loaded into the task's model: {reason.splitlines()[0]}") from error
+    return network
+
+
+def _write(rows: Iterator[dict[str, Any]], kind: str, file: TextIO) -> int:
+    import torch
+
+    count, writer = 0, None
+    with torch.inference_mode():
+        for row in rows:
+            if kind == "jsonl":
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            else:
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(row)
+            count += 1
+    return count

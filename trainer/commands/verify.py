@@ -1,0 +1,202 @@
+"""`python -m trainer verify`: runs a config at several world sizes and compares every step, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.keys import Config
+from ..errors import NonFiniteError, RanksDifferError, TrainerError, UserError
+from ..ranks.place import Ranks
+from ..ranks.workers import run_ranks
+from ..record.console import say, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.deepspeed_engine import Engine
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One run that came to its end, or stopped at a loss that is not finite.
+
+    Attributes:
+        trace: rank 0's file, a line of digests a step.
+        summary: as in summary.json; of a stopped run the steps before the bad one, and under "stopped" why.
+    """
+
+    world_size: int
+    trace: Path
+    summary: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps whose bits count."""
+        return int(self.summary["steps"])
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it stopped before its end."""
+        return self.summary.get("stopped")
+
+    @property
+    def label(self) -> str:
+        """What the table adds for a run that the trainer does not promise to be exact."""
+        return " (labelled tolerance)" if self.summary.get("inexact") else ""
+
+
+def run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
+    """One rank of one run; rank 0 writes a line of digests after every step. Returns the run's summary."""
+    from ..exact.hashes import digest
+    from ..run.run import run
+
+    with contextlib.ExitStack() as files:
+        trace_file = files.enter_context((Path(folder) / "trace.jsonl").open("w")) if ranks.first else None
+
+        def trace(step: int, engine: Engine, losses: Tensor) -> None:
+            state = engine.state()
+            if trace_file is not None:
+                line = {"loss": digest(losses), **{name: digest(tensor) for name, tensor in state.items()}}
+                trace_file.write(json.dumps(line) + "\n")
+
+        return run(config, ranks, config_name="verify", started_at_s=time.time(), trace=trace)
+
+
+def run_to_a_stop(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
+    """The same, for which a loss that is not finite is a result: whether every world size stops there is the question.
+
+    Returns:
+        `Traced.summary`.
+    """
+    try:
+        return run_traced(ranks, config, folder)
+    except NonFiniteError as error:
+        manifest = Path(str(config.trainer.output_dir)) / "manifest.json"
+        inexact = json.loads(manifest.read_text())["inexact"] if manifest.exists() else []
+        why = str(error).splitlines()[0]
+        return {"steps": error.good_steps, "stopped": why, "metrics": {}, "inexact": inexact}
+
+
+def first_difference(one: Path, other: Path, steps: int | None = None) -> tuple[int, str] | None:
+    """The first step, and in it the first tensor, whose digests differ between two trace files; None if none do.
+
+    Tensors are compared in the order loss, parameters, buffers, optimizer state.
+
+    Args:
+        one, other: the files; steps that only one of them has are not compared.
+        steps: how many to compare at most.
+    """
+    with one.open() as ours, other.open() as theirs:
+        for step, (left, right) in enumerate(itertools.islice(zip(ours, theirs, strict=False), steps), start=1):
+            if left == right:
+                continue
+            a, b = json.loads(left), json.loads(right)
+            return step, next(name for name in [*a, *b] if a.get(name) != b.get(name))
+    return None
+
+
+def verify(config: Config, world_sizes: Sequence[int]) -> int:
+    """Runs the config at each world size, compares with the first and prints a table.
+
+    Every step's loss sums, parameters, buffers and optimizer state are compared, and within a run the
+    ranks' parameters after every step. A run that stops because its loss is not finite is compared up to there.
+
+    Returns:
+        0 if everything is the same bit for bit, else 1.
+
+    Raises:
+        UserError: a world size is impossible, or the config is weak scaling; before anything starts.
+    """
+    plans = [config.plan(world_size) for world_size in world_sizes]
+    if plans[0].scaling == "weak":
+        raise UserError(
+            "This config is weak scaling: its global batch, and so its model, changes with the number of ranks.\n"
+            "Give train_batch_size for strong scaling, which is what verify compares."
+        )
+    trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0)
+    quiet = dataclasses.replace(config, tensorboard=dataclasses.replace(config.tensorboard, enabled=False))
+    rows: list[Sequence[str]] = []
+    verdicts: list[str] = []
+    runs: list[Traced] = []
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        for plan in plans:
+            W = plan.world_size
+            folder = Path(scratch) / f"{len(rows)}-ranks-{W}"
+            folder.mkdir()
+            this = dataclasses.replace(quiet, trainer=dataclasses.replace(trainer, output_dir=str(folder / "run")))
+            say(f"{_ranks(W)}: {plan.equation()} ...")
+            began_s = time.perf_counter()
+            try:
+                summary = run_ranks(run_to_a_stop, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
+            except RanksDifferError as error:
+                verdicts.append(f"NO: {str(error).splitlines()[0]}")
+                rows.append((str(W), plan.per_rank(), "-", "-", "-", verdicts[-1]))
+                continue
+            except TrainerError as error:
+                raise type(error)(f"at {_ranks(W)}: {error}") from error
+            seconds = time.perf_counter() - began_s
+            run = Traced(W, folder / "trace.jsonl", summary)
+            runs.append(run)
+            verdicts.append(("reference" if run is runs[0] else _verdict(runs[0], run)) + run.label)
+            steps = f"{run.steps}, stopped at {run.steps + 1}" if run.stopped else str(run.steps)
+            digits = summary.get("parameters_sha256", "-")[:16]
+            rows.append((str(W), plan.per_rank(), steps, f"{seconds:.1f}", digits, verdicts[-1]))
+    header = ("ranks", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
+    say("", table(rows, header), "")
+    say(*[f"{_ranks(run.world_size)}, stopped: {run.stopped}" for run in runs if run.stopped])
+    labelled = [run for run in runs if run.label]
+    say(*[f"{_ranks(r.world_size)}, labelled tolerance: {'; '.join(r.summary['inexact'])}." for r in labelled])
+    if labelled:
+        say("A run that is labelled tolerance need not have the same bits as another; bits are what verify compares.")
+    if any(verdict.startswith("NO") for verdict in verdicts):
+        say("NOT the same bits at every world size.")
+        return 1
+    say(_same(runs[0]))
+    return 0
+
+
+def _ranks(world_size: int) -> str:
+    return f"{world_size} rank{'s' * (world_size > 1)}"
+
+
+def _same(run: Traced) -> str:
+    """The last line, where every run is as the reference."""
+    compared = f"in each of {run.steps} steps: loss, parameters, buffers, optimizer state."
+    if not run.stopped:
+        return f"The same bits at every world size, {compared}"
+    stop = f"Every run stopped at step {run.steps + 1} for the same reason"
+    if not run.steps:
+        return f"{stop}, so no update was made that could differ."
+    return f"{stop}. Before it, the same bits at every world size, {compared}"
+
+
+def _verdict(reference: Traced, run: Traced) -> str:
+    """What the table says of one run against the reference: "yes", or "NO: " and what differs first."""
+    difference = first_difference(reference.trace, run.trace, min(reference.steps, run.steps))
+    if difference is not None:
+        return f"NO: first at step {difference[0]}, in {difference[1]}"
+    if run.steps != reference.steps:
+        return f"NO: {run.steps} steps, and the reference made {reference.steps}"
+    if run.stopped != reference.stopped:
+        return "NO: it stopped in another way than the reference"
+    # As text, in which nan is equal to nan.
+    if json.dumps(run.summary["metrics"]) != json.dumps(reference.summary["metrics"]):
+        return "NO: the final metrics, though every step is the same"
+    return "yes"
+
+
+def _uses_cuda(config: Config) -> bool:
+    if config.trainer.device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,66 @@
+"""The keys of a schema as a table for people. `commands.reference` writes these tables into the pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, Literal
+
+_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def table(cls: type, prefix: str = "", skipped: tuple[str, ...] = ()) -> str:
+    """A Markdown table of a schema's keys, its blocks' keys in place of the blocks.
+
+    Args:
+        cls: a dataclass whose fields are made by `schema.option`.
+        prefix: stands before each key, with a dot at its end.
+        skipped: fields that are left out.
+    """
+    rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{key}` | {default} | {values} | {doc} |" for key, default, values, doc in _rows(cls, prefix, skipped)]
+    return "\n".join(rows)
+
+
+def _rows(cls: type, prefix: str, skipped: tuple[str, ...]) -> typing.Iterator[tuple[str, str, str, str]]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skipped:
+            continue
+        hint, optional = _without_none(hints[field.name])
+        if dataclasses.is_dataclass(hint):
+            if optional and field.default is None:
+                yield prefix + field.name, "none", "a block", field.metadata["doc"]
+            yield from _rows(typing.cast(type, hint), f"{prefix}{field.name}.", ())
+        else:
+            yield prefix + field.name, _default(field), _values(hint, field.metadata), field.metadata["doc"]
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        return arms[0], len(arms) < len(typing.get_args(hint))
+    return hint, False
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
+    text = json.dumps(value)
+    return "none" if value is None else f"`{text}`" if len(text) <= 24 else "all"
+
+
+def _values(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(f"`{json.dumps(choice)}`" for choice in typing.get_args(hint))
+    plain = typing.get_origin(hint) or hint
+    words = _TYPES.get(plain, {dict: "a block", list: "a list"}.get(plain, ""))
+    limits = [
+        f"{word} {metadata[name]:g}"
+        for name, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below"))
+        if metadata.get(name) is not None
+    ]
+    return ", ".join([words, *limits])

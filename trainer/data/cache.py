@@ -1,0 +1,120 @@
+"""Arrays that are slow to make and quick to read: tokenised texts, decoded images, rasterised contours.
+
+A cache file is named by a hash of everything its content follows from, so it is never stale. One process
+builds it while the others, ranks of this run or of another, wait for it; it appears whole or not at all. The
+format is safetensors: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..exact.hashes import tensors_sha256
+from ..files import whole_file
+
+Cached = tuple[dict[str, Tensor], dict[str, Any]]
+
+# Counts up when the meaning of what is cached changes.
+_FORMAT = 1
+
+
+def folder() -> Path:
+    """Where cache files lie: $TRAINER_CACHE, else strong-scaling-trainer in the user's cache folder."""
+    own = os.environ.get("TRAINER_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strong-scaling-trainer"
+
+
+def hash_files(*paths: Path) -> str:
+    """SHA-256 over the names and contents of files, and of all files in folders."""
+    total = hashlib.sha256()
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            total.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                while chunk := content.read(1 << 20):
+                    total.update(chunk)
+    return total.hexdigest()
+
+
+def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Cached:
+    """The result of `build()`, from the cache if it was built before.
+
+    Args:
+        kind: a word for the file's name.
+        key: everything that the result follows from, as JSON values: hashes of files, options, versions of packages.
+        build: gives tensors by name, and a dictionary of JSON values.
+
+    Raises:
+        UserError: whatever `build` raises, on every rank alike; nothing is cached then.
+    """
+    import filelock
+
+    text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    try:
+        path = folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(str(path) + ".lock")
+        lock.acquire()
+    except OSError:
+        # Read-only homes are common on clusters; the folder of temporary files is not shared between machines.
+        path = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}" / name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.parent.stat().st_uid != os.getuid():
+            raise UserError(
+                f"The cache folder {path.parent} belongs to someone else. Set TRAINER_CACHE to a folder."
+            ) from None
+        lock = filelock.FileLock(str(path) + ".lock")
+        lock.acquire()
+    try:
+        if path.exists():
+            try:
+                return _read(path)
+            except Exception:  # a dozen kinds, by what has happened to the file
+                path.unlink()  # a disk that was full, or a file of someone else's: build it again
+        arrays, facts = build()
+        _write(path, arrays, facts)
+        return arrays, facts
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> Cached:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata["sha256"] != _digest(arrays, metadata["facts"]):
+        raise ValueError("some of its bits have changed")
+    return arrays, json.loads(metadata["facts"])
+
+
+def _digest(arrays: Mapping[str, Tensor], facts: str) -> str:
+    return tensors_sha256(sorted(arrays.items()), head=facts)
+
+
+def _write(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    contents, described = {n: a.contiguous() for n, a in arrays.items()}, json.dumps(facts)
+    try:
+        with whole_file(path) as temporary:
+            save_file(contents, str(temporary), {"facts": described, "sha256": _digest(contents, described)})
+    except OSError as error:
+        raise UserError(
+            f"The cache file {path} cannot be written: {error.strerror or error}.\n"
+            "Free some space there, or set the environment variable TRAINER_CACHE to another folder."
+        ) from error

@@ -1,0 +1,355 @@
+"""Datasets of images as uint8 tensors: class folders, tables, saved datasets and .npz, decoded once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import tables
+from .cache import cached
+from .images import BLOCK, Size, decode_all
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "y")
+# train_x, x_train, train_images (MedMNIST), plain x; and the same for labels.
+_NPZ_IMAGES, _NPZ_LABELS = ("x", "images", "image"), ("y", "labels", "label")
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Decoded images of one split.
+
+    Attributes:
+        image: (N, C, H, W) uint8.
+        label: (N,) int64.
+        sums: (N, C, 2) int64, each image's sum of pixels and of squared pixels: exact for any choice of images.
+        digest: (N, 16) uint8, a hash of each image.
+    """
+
+    image: Tensor
+    label: Tensor
+    sums: Tensor
+    digest: Tensor
+
+    def select(self, rows: np.ndarray) -> ImageSplit:
+        """Some of the images. rows: (n,) int64."""
+        index = torch.from_numpy(rows)
+        return ImageSplit(*(t.index_select(0, index) for t in (self.image, self.label, self.sums, self.digest)))
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Of each channel, with pixels from 0 to 1; from integer sums, so the same on every machine."""
+        totals = self.sums.sum(0).tolist()  # of each channel
+        count = len(self.image) * self.image[0, 0].numel()
+        mean = [pixels / count for pixels, _ in totals]
+        std = [max(squares / count - m * m, 0.0) ** 0.5 for (_, squares), m in zip(totals, mean)]
+        # A channel that is constant is only centred.
+        return [round(m / 255, 6) for m in mean], [round(s / 255, 6) or 1.0 for s in std]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A dataset of images: its splits, the names of its classes, and what was done to its images, in sentences."""
+
+    splits: dict[str, ImageSplit]
+    classes: list[str]
+    notes: list[str]
+
+
+@dataclass
+class _Source:
+    """Where a split's images come from, before they are decoded."""
+
+    count: int
+    named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or pixels)
+    labels: list[Any]
+
+
+def read_images(
+    data: tables.Data,
+    *,
+    config_name: str | None = None,
+    split_column: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    channels: int | None = None,
+    size: Size | None = None,
+) -> Images:
+    """A dataset of labelled images, decoded; from the cache where it was decoded before.
+
+    Args:
+        data: what `tables.read` takes, or an .npz file.
+        config_name, split_column: see `tables.read`.
+        image_column, label_column: where the usual names do not tell.
+        channels: 1 or 3; None for 1 if every image is grey, else 3.
+        size: of all images; None if they are all alike.
+
+    Raises:
+        UserError: anything about the data that must change.
+    """
+    arrays_file = isinstance(data, str) and data.lower().endswith(".npz")
+    if isinstance(data, str) and arrays_file and not Path(data).expanduser().is_file():
+        raise UserError(f'"trainer.task_options.data": {data} does not exist (looked from {Path.cwd()}).')
+    columns = {
+        "config_name": config_name,
+        "split_column": split_column,
+        "image_column": image_column,
+        "label_column": label_column,
+    }
+    for name, given in columns.items():
+        if arrays_file and given is not None:
+            raise UserError(f'"trainer.task_options.{name}" has no effect on an .npz file. Leave it out.')
+    content: Any = tables.fingerprint(data)
+    found = None
+    if content is None:
+        # A name on the hub: `datasets` knows what it has of it.
+        found = tables.read(data, config_name=config_name, split_column=split_column)
+        content = {split: table._fingerprint for split, table in found.items()}
+    key = {
+        "data": content,
+        **columns,
+        "channels": channels,
+        "size": size,
+        "versions": [importlib.metadata.version(name) for name in ("pillow", "datasets")],
+    }
+
+    def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if isinstance(data, str) and arrays_file:
+            sources, names = _npz_sources(Path(data).expanduser())
+        else:
+            splits = found or tables.read(data, config_name=config_name, split_column=split_column)
+            sources, names = _table_sources(splits, data, content, image_column, label_column)
+        return _decoded(sources, names, channels, size)
+
+    arrays, facts = cached("images", key, build)
+    parts = ("image", "label", "sums", "digest")
+    splits = {name: ImageSplit(*(arrays[f"{name}_{part}"] for part in parts)) for name in facts["splits"]}
+    return Images(splits, facts["classes"], facts["notes"])
+
+
+def _table_sources(
+    splits: dict[str, Any], data: tables.Data, content: Any, image_column: str | None, label_column: str | None
+) -> tuple[dict[str, _Source], list[str] | None]:
+    """Images and labels of tables, and the classes that these declare."""
+    import datasets
+
+    train = splits["train"]
+    if image_column is None:
+        typed = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+        image_column = typed[0] if len(typed) == 1 else None
+    image_column = tables.find_column(train.column_names, image_column, IMAGE_COLUMNS, "image_column")
+    if label_column is None and not {c.lower() for c in train.column_names} & set(LABEL_COLUMNS):
+        raise UserError(
+            f'"trainer.task_options.data": the images of {data} have no labels, only the columns '
+            f"{', '.join(train.column_names)}.\nPut each class's images into a folder of its own, or name the column "
+            "with label_column in trainer.task_options."
+        )
+    label_column = tables.find_column(train.column_names, label_column, LABEL_COLUMNS, "label_column")
+    feature = train.features[label_column]
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
+    folders = [Path(root).expanduser().resolve() for root in roots]
+    sources = {}
+    for split, table in splits.items():
+        for column in (image_column, label_column):
+            if column not in table.column_names:
+                raise UserError(
+                    f'"trainer.task_options.data": the split {split} has no column "{column}", only '
+                    f"{', '.join(table.column_names)}."
+                )
+        labels = tables.values_of(table, label_column, split)
+        tables.check_complete(labels, split, label_column)
+        other = table.features[label_column]
+        if names is not None and getattr(other, "names", names) != names:
+            raise UserError(f"The classes of {split} are {other.names}, those of train {names}. They must be the same.")
+        sources[split] = _Source(len(table), table_images(table, split, image_column, folders), labels)
+    return sources, names
+
+
+def table_images(
+    table: Any, split: str, column: str, folders: Sequence[Path] | None = None
+) -> Iterator[tuple[str, bytes | str | None]]:
+    """(name, bytes or path or None) for each row of a column of images, bytes, paths or nested lists of pixels.
+
+    Args:
+        table: a datasets.Dataset.
+        split: for messages.
+        column: which.
+        folders: where files that are only named by the table may lie: what the cache knows about. None or none
+            of them for anywhere.
+
+    Raises:
+        UserError: the column holds something else, or a file lies elsewhere.
+    """
+    import datasets
+
+    try:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f'The column "{column}" holds {table.features[column]}, no images. Name the right one with '
+            "image_column in trainer.task_options."
+        ) from error
+    for start in range(0, len(table), BLOCK):
+        try:
+            values = table[start : start + BLOCK][column]
+        except Exception as error:  # such as paths in a parquet file that are not UTF-8
+            raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
+        for offset, value in enumerate(values):
+            content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
+            name = f"row {start + offset} of {split}" + (f", {path}" if path else "")
+            if content or not path:
+                yield name, content or None
+                continue
+            if folders and not any(Path(path).absolute().is_relative_to(folder) for folder in folders):
+                raise UserError(
+                    f"{name}: the table only names its images, so a change of them would go unnoticed.\nPut the table "
+                    "into the folder of the images as metadata.csv, with their names in the column file_name, and "
+                    "give that folder as data."
+                )
+            yield str(path), str(path)
+
+
+def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
+    sources = {}
+    with tables.npz_arrays(path) as file:
+        pairs = _npz_pairs(file.files)
+        if "train" not in pairs:
+            raise UserError(
+                f'"trainer.task_options.data": {path} needs the arrays train_x and train_y, and test_x and test_y, '
+                f"or x and y. It has {', '.join(file.files) or 'none'}."
+            )
+        for split, (x, y) in pairs.items():
+            images, labels = npz_images(path, file, x), tables.npz_array(path, file, y)
+            if labels.ndim == 2 and labels.shape[1] == 1:
+                labels = labels[:, 0]
+            if labels.shape != (len(images),):
+                raise UserError(
+                    f"{path}: {y} has the shape {labels.shape}, but {x} has {len(images)} images. It must be "
+                    f"({len(images)},), one label an image."
+                )
+            if len(labels) == 0:
+                raise UserError(f'"trainer.task_options.data": the split {split} of {path} is empty ({x} has no rows).')
+            named = ((f"{x}[{row}] of {path}", image) for row, image in enumerate(images))
+            values = np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
+            sources[split] = _Source(len(images), named, values.tolist())
+    return sources, None
+
+
+def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Split -> (array of images, array of labels)."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = name.lower().split("_")
+        kinds = [k for k, known in (("x", _NPZ_IMAGES), ("y", _NPZ_LABELS)) if set(words) & set(known)]
+        rest = [w for w in words if w not in _NPZ_IMAGES + _NPZ_LABELS]
+        split = tables._ALIASES.get(rest[0]) if len(rest) == 1 else None if rest else "train"
+        if len(kinds) == 1 and split is not None:
+            found.setdefault(split, {}).setdefault(kinds[0], name)
+    return {split: (found[split]["x"], found[split]["y"]) for split in tables.SPLITS if len(found.get(split, {})) == 2}
+
+
+def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
+    """(N, H, W) or (N, H, W, 3) uint8, the array `name` of an open .npz file. Raises UserError."""
+    images = tables.npz_array(path, file, name)
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
+        hint = ""
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            hint = "\nFor channels in the second place: images.transpose(0, 2, 3, 1)."
+        elif images.dtype != np.uint8:
+            hint = "\nFor pixels from 0 to 1: (images * 255).round().astype(numpy.uint8)."
+        raise UserError(
+            f"{path}: {name} is {images.dtype} of shape {images.shape}. Images must be uint8 of shape (N, H, W), "
+            f"(N, H, W, 1) or (N, H, W, 3).{hint}"
+        )
+    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+
+
+def read_npz_images(path: Path) -> np.ndarray:
+    """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
+    with tables.npz_arrays(path) as file:
+        names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
+        chosen = "x" if "x" in names else names[0] if len(names) == 1 else None
+        if chosen is None:
+            raise UserError(f"{path} needs an array x of images. It has {', '.join(file.files) or 'none'}.")
+        return npz_images(path, file, chosen)
+
+
+def _decoded(
+    sources: dict[str, _Source], declared: list[str] | None, channels: int | None, size: Size | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the cache holds. Labels are checked first: that takes no time."""
+    from tqdm import tqdm
+
+    classes = tables.class_names({split: source.labels for split, source in sources.items()}, declared)
+    progress = tqdm(
+        total=sum(s.count for s in sources.values()), desc="images", unit="image", leave=False, disable=None
+    )
+    remarks: Counter[str] = Counter()
+    pixels: dict[str, list[np.ndarray]] = {}
+    first: tuple[str, Size] | None = None
+    with progress:
+        for split, source in sources.items():
+            pixels[split] = []
+            for name, image, done in decode_all(source.named, channels, size):
+                height, width = image.shape[:2]
+                first = first or (name, (height, width))
+                if (height, width) != first[1]:
+                    raise UserError(
+                        f"The images differ in size: {first[0]} is {first[1][0]} x {first[1][1]}, {name} is "
+                        f"{height} x {width} (height x width).\nSet image_size in trainer.task_options, such as "
+                        f"{max(first[1])}, and all are resized to it."
+                    )
+                pixels[split].append(image)
+                remarks.update(filter(None, done.split("; ")))
+                progress.update()
+    grey = sum(image.ndim == 2 for images in pixels.values() for image in images)
+    if channels is None:
+        channels = 1 if grey == sum(s.count for s in sources.values()) else 3
+        if channels == 3 and grey:
+            remarks["made RGB, since others are not grey"] = grey
+    arrays: dict[str, Tensor] = {}
+    for split, images in pixels.items():
+        tensor = arrays[f"{split}_image"] = stacked(images, channels)
+        arrays[f"{split}_label"] = torch.from_numpy(
+            tables.label_numbers(sources[split].labels, classes, declared is not None)
+        )
+        arrays[f"{split}_sums"] = _sums(tensor)
+        hashes = b"".join(hashlib.blake2b(i.numpy().data, digest_size=16).digest() for i in tensor)
+        arrays[f"{split}_digest"] = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 16)
+    notes = [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
+    return arrays, {"splits": list(sources), "classes": classes, "notes": notes}
+
+
+def stacked(images: list[np.ndarray], channels: int) -> Tensor:
+    """(N, C, H, W) uint8; empties the list, so that the images are not there twice."""
+    height, width = images[0].shape[:2]
+    result = np.empty((len(images), channels, height, width), dtype=np.uint8)
+    for row in range(len(images)):
+        image, images[row] = images[row], images[0][:0]
+        result[row] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return torch.from_numpy(result)
+
+
+def _sums(images: Tensor) -> Tensor:
+    """(N, C, 2) int64: the sum of each image's pixels, and of their squares."""
+    parts = []
+    for block in images.split(max(1, (16 << 20) // images[0].numel())):
+        wide = block.flatten(2).to(torch.int64)
+        parts.append(torch.stack([wide.sum(2), (wide * wide).sum(2)], dim=2))
+    return torch.cat(parts)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All images in a folder and below it, by name."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

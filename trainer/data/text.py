@@ -1,0 +1,406 @@
+"""Texts as token numbers: tokenizers of a model or built from the training texts, and tokenising with a progress bar.
+
+transformers and tokenizers are imported inside of functions: with a warm cache nobody needs them before the model
+is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import pretrained
+from .cache import hash_files
+
+# The tokenizers that are built from the training texts, so that nothing has to be downloaded.
+WORDS, CHARACTERS = "words", "characters"
+
+# A word that occurs once stands for the unknown ones: were it in the vocabulary, [UNK] would never be trained.
+MIN_WORD_COUNT = 2
+
+# Texts tokenised at a time, between two moves of the progress bar.
+CHUNK_TEXTS = 1000
+# Long texts are tokenised in parts of about so many characters, cut after a line: offsets are Python objects.
+CHUNK_CHARACTERS = 1 << 18
+
+_TOKENIZER_FILES = ("token*", "*.model", "vocab*", "merges*", "special_tokens*", "added_tokens*", "config.json")
+
+# These count positions from their padding token's number on, so that they take that many tokens less.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
+                            "longformer", "ibert", "xmod", "data2vec-text", "luke", "esm")  # fmt: skip
+
+
+def check_tokenizer(
+    option: str | None, spec: pretrained.Spec, from_weights: bool, default: str, built: Sequence[str]
+) -> str:
+    """The option `tokenizer`, resolved: one of those built here, or a folder or hub name. Raises UserError.
+
+    Args:
+        option: as given; None for the model's own, or `default` where the model is a configuration.
+        spec: the option `model`.
+        from_weights: whether pretrained weights are read.
+        default: for a configuration.
+        built: the tokenizers that the task builds from its training texts.
+    """
+    if option is None:
+        return default if isinstance(spec, Mapping) else spec
+    if option in built and from_weights and isinstance(spec, str):
+        raise UserError(
+            f'"trainer.task_options.tokenizer" is "{option}", but the weights of {spec} were trained with another one. '
+            'Leave "tokenizer" out to use the model\'s own, or train from scratch ("pretrained": false).'
+        )
+    return str(option)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages that a cache depends on, without importing them."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens a model takes at most, by its configuration; None where it has no such limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        limit -= int(config.pad_token_id or 0) + 1
+    return limit
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and remarks, such as on texts longer than a model takes: we say it once."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# --- building tokenizers ----------------------------------------------------------------------------------------------
+
+
+def _train(tokenizer: Any, texts: Sequence[str], special: list[str], size: int | None, at_least: int) -> None:
+    """A vocabulary by frequency, then by alphabet: the same for the same texts in any order."""
+    from tokenizers import trainers
+
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=2**31 - 1 if size is None else size + len(special),
+        min_frequency=at_least,
+        special_tokens=special,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((texts[i : i + 1000] for i in range(0, len(texts), 1000)), trainer)
+
+
+def build_words(texts: Sequence[str], size: int | None = None) -> str:
+    """A word-level tokenizer for classifiers, as JSON: lower-cased words, numbers and punctuation marks.
+
+    Args:
+        texts: of the training set alone.
+        size: at most so many words, the most frequent; None for all that occur twice or more.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    _train(tokenizer, texts, special, size, MIN_WORD_COUNT)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return str(tokenizer.to_str())
+
+
+def build_for_generation(kind: str, texts: Sequence[str], size: int | None = None) -> str:
+    r"""A tokenizer for language models, as JSON, whose decoder gives the text back, white space included.
+
+    Args:
+        kind: "characters", one token each; or "words", runs of letters and digits, and single other characters, each
+            with the blank before it, as in GPT-2's first step of splitting.
+        texts: of the training set alone.
+        size: at most so many characters or words, the most frequent.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    assert kind in (WORDS, CHARACTERS)
+    special = ["<|endoftext|>", "<|pad|>", "<|unk|>"]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<|unk|>"))
+    pattern = r"[\s\S]" if kind == CHARACTERS else r" ?\w+| ?[^\w\s]|\s"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    _train(tokenizer, texts, special, size, 1 if kind == CHARACTERS else MIN_WORD_COUNT)
+    return str(tokenizer.to_str())
+
+
+def wrap(built: str, max_length: int | None, token_types: bool = False) -> Any:
+    """The transformers tokenizer around one that was built here; what AutoTokenizer loads once it is saved."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(built)
+    names = ["input_ids", "token_type_ids", "attention_mask"] if token_types else ["input_ids", "attention_mask"]
+    if tokenizer.token_to_id("[CLS]") is not None:
+        special = {name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+        special["mask_token"] = "[MASK]"
+    else:
+        special = {"pad_token": "<|pad|>", "unk_token": "<|unk|>"} | dict.fromkeys(
+            ("eos_token", "bos_token"), "<|endoftext|>"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=names,
+        clean_up_tokenization_spaces=False,  # else decoding "a ." would give "a."
+        **special,
+    )
+
+
+def load_tokenizer(spec: str, trust_remote_code: bool) -> Any:
+    """The tokenizer in a folder or under a hub name; one without a padding token pads with its end-of-text token.
+
+    Padding is never seen: it is masked, and out of the loss. Raises UserError.
+    """
+    tokenizer = pretrained.tokenizer_of(spec, trust_remote_code)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(f'"trainer.task_options.tokenizer": the tokenizer in "{spec}" has no padding token.')
+    return tokenizer
+
+
+def tokenizer_key(spec: str, trust_remote_code: bool) -> Any:
+    """What a cache needs to know of a tokenizer: a hash of its files, or of what the hub gives for a name."""
+    if spec in (WORDS, CHARACTERS):
+        return {"built": spec, "at_least": MIN_WORD_COUNT}
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+        return [[file.name, hash_files(file)] for file in files]
+    tokenizer = load_tokenizer(spec, trust_remote_code)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return [spec, repr(tokenizer), backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())]
+
+
+def facts_of(tokenizer: Any) -> dict[str, Any]:
+    """What a model's configuration follows from: the vocabulary's size and the numbers of the special tokens."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return {"vocab_size": largest + 1} | {name: getattr(tokenizer, name, None) for name in names}
+
+
+def fit_configuration(config: Any, facts: Mapping[str, Any], spec: pretrained.Spec, scratch: bool) -> None:
+    """Makes a model's configuration agree with the tokenizer. Raises UserError where it cannot.
+
+    Args:
+        config: changed in place.
+        facts: from `facts_of`.
+        spec: the option `model`.
+        scratch: no pretrained weights, so that vocabulary and special tokens follow the tokenizer.
+    """
+    given = spec if isinstance(spec, Mapping) else {}
+    text_config = config.get_text_config()
+    if scratch and "vocab_size" not in given:
+        text_config.vocab_size = facts["vocab_size"]
+    elif facts["vocab_size"] > text_config.vocab_size:
+        raise UserError(
+            f'The tokenizer has {facts["vocab_size"]:,} tokens, and the model of "trainer.task_options.model" has '
+            f"embeddings for {text_config.vocab_size:,} (vocab_size). "
+            + ("Leave vocab_size out, to follow the tokenizer." if given else "Use the tokenizer that belongs to it.")
+        )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        if (scratch or getattr(text_config, name, None) is None) and name not in given and hasattr(text_config, name):
+            if name in ("bos_token_id", "eos_token_id") and facts[name] is None and not scratch:
+                continue
+            setattr(text_config, name, facts[name])
+
+
+def tokenizer_limit(tokenizer: Any) -> int | None:
+    """The tokens that a tokenizer says its model takes; transformers writes 10^30 where it knows none."""
+    limit = tokenizer.model_max_length
+    return int(limit) if limit is not None and limit < 1e9 else None
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a start token before every text by itself, as Llama's does."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes what from_pretrained of the Auto classes reads: weights (safetensors), configuration and tokenizer."""
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+# --- tokenising -------------------------------------------------------------------------------------------------------
+
+
+def chunks(count: int, size: int, what: str) -> Iterator[range]:
+    """Ranges that cover 0..count-1, with a progress bar on a terminal (of the one process that builds the cache)."""
+    bar = None
+    if sys.stderr.isatty() and count > size:
+        from tqdm import tqdm
+
+        bar = tqdm(total=count, desc=what, unit="text", dynamic_ncols=True, leave=False)
+    try:
+        for start in range(0, count, size):
+            part = range(start, min(start + size, count))
+            yield part
+            if bar is not None:
+                bar.update(len(part))
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@dataclass
+class Encoded:
+    """Tokenised texts.
+
+    Attributes:
+        ids: token numbers of each text.
+        types: token types of each text, where the tokenizer gives any.
+        longest: the largest number of tokens before any truncation, and its row.
+        too_long: how many texts had more than the limit.
+    """
+
+    ids: list[list[int]]
+    types: list[list[int]]
+    longest: tuple[int, int] = (0, 0)
+    too_long: int = 0
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, limit: int | None, truncate: bool, what: str
+) -> Encoded:
+    """Tokenises texts, or pairs of them, with the tokenizer's own special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts, pairs: the rows.
+        limit: tokens that a row may have; None for any number.
+        truncate: cut longer rows (of a pair, the longer text); else they are only counted.
+        what: for the progress bar.
+    """
+    result = Encoded([], [])
+    with quiet():
+        for rows in chunks(len(texts), CHUNK_TEXTS, what):
+            first = list(texts[rows.start : rows.stop])
+            second = None if pairs is None else list(pairs[rows.start : rows.stop])
+            output = tokenizer(first, second, padding=False, truncation=False, return_attention_mask=False)
+            ids, types = output["input_ids"], output.get("token_type_ids", [])
+            for place, row in enumerate(ids):
+                result.longest = max(result.longest, (len(row), -(rows.start + place)))
+            long = [place for place, row in enumerate(ids) if limit is not None and len(row) > limit]
+            result.too_long += len(long)
+            if long and truncate:
+                cut = tokenizer(
+                    [first[p] for p in long],
+                    None if second is None else [second[p] for p in long],
+                    padding=False,
+                    truncation=True,
+                    max_length=limit,
+                    return_attention_mask=False,
+                )
+                for i, place in enumerate(long):
+                    ids[place] = cut["input_ids"][i]
+                    if types:
+                        types[place] = cut["token_type_ids"][i]
+            result.ids += ids
+            result.types += types
+    result.longest = (result.longest[0], -result.longest[1])
+    return result
+
+
+def length_message(encoded: Encoded, split: str, limit: int, rows: np.ndarray | None = None) -> str:
+    """That texts are too long: how many, which is the longest, and by how much; `rows`: their rows in the file."""
+    n, (longest, row) = encoded.too_long, encoded.longest
+    row = row if rows is None else int(rows[row])
+    return (
+        f"{n:,} of the {len(encoded.ids):,} texts in {split} {'is' if n == 1 else 'are'} longer than {limit:,} tokens "
+        f"(the longest, in row {row}, has {longest:,})"
+    )
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(rows, longest) int64, filled up on the right."""
+    longest = max(map(len, rows), default=0)
+    result = np.full((len(rows), longest), value, dtype=np.int64)
+    for line, row in zip(result, rows):
+        line[: len(row)] = row
+    return torch.from_numpy(result)
+
+
+def utf8_ends(text: str) -> np.ndarray:
+    """(characters + 1,) int64: the UTF-8 bytes before each character, and of the whole text."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def encode_with_bytes(tokenizer: Any, texts: Sequence[str], what: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each text its token numbers, without special tokens, and the UTF-8 bytes that each token stands for.
+
+    The bytes add up to the text's, whatever the tokenizer does with white space or with characters of several
+    tokens: a token counts what lies between the end of the one before it and its own; the last takes the rest.
+
+    Returns:
+        For each text (tokens,) int64 and (tokens,) int64.
+    """
+    parts = [(place, part) for place, text in enumerate(texts) for part in _parts(text)]
+    found: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in texts]
+    fast = bool(tokenizer.is_fast)
+    size = 1 if len(texts) < len(parts) else CHUNK_TEXTS
+    with quiet():
+        for rows in chunks(len(parts), size, what):
+            some = [part for _, part in parts[rows.start : rows.stop]]
+            output = tokenizer(some, add_special_tokens=False, return_offsets_mapping=fast, return_attention_mask=False)
+            for i, (place, part) in enumerate(parts[rows.start : rows.stop]):
+                numbers = np.asarray(output["input_ids"][i], dtype=np.int64)
+                if not len(numbers):
+                    continue
+                before = utf8_ends(part)
+                if fast:
+                    ends = np.asarray(output["offset_mapping"][i], dtype=np.int64)[:, 1]
+                    cumulative = before[np.maximum.accumulate(ends)]
+                else:  # such a tokenizer does not tell: evenly, which is exact in the sum
+                    cumulative = before[-1] * np.arange(1, len(numbers) + 1) // len(numbers)
+                cumulative[-1] = before[-1]
+                found[place][0].append(numbers)
+                found[place][1].append(np.diff(cumulative, prepend=0))
+    empty = [np.zeros(0, dtype=np.int64)]
+    return [(np.concatenate(numbers or empty), np.concatenate(sizes or empty)) for numbers, sizes in found]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text, in parts of at most CHUNK_CHARACTERS that end after a line."""
+    start = 0
+    while len(text) - start > CHUNK_CHARACTERS:
+        end = text.rfind("\n", start, start + CHUNK_CHARACTERS) + 1
+        end = end if end > start else start + CHUNK_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,0 +1,1 @@
+"""DeepSpeed, optimizers, learning rates and devices: what updates the parameters."""

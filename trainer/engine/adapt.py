@@ -1,0 +1,156 @@
+"""What a config asks of any model: frozen parameters, LoRA, gradient checkpointing, parameter groups, compilation.
+
+Applied from outside, after the task has made its model; the task's code knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config.keys import Config, LoraOptions
+from ..config.schema import near
+from ..errors import UserError
+
+# More shapes than micro-batches and evaluation of any plan have; past it a compiled model is an error, since
+# falling back on eager mode would happen on some ranks only.
+_MOST_SHAPES = 64
+
+
+def adapt(model: nn.Module, config: Config) -> nn.Module:
+    """The model with everything that `config.trainer` asks for, except compilation. Draws from torch's generators.
+
+    Raises:
+        UserError: a pattern names no parameter, or the model cannot do what is asked.
+    """
+    options = config.trainer
+    for pattern in options.freeze:
+        for name in _matching(pattern, [n for n, _ in model.named_parameters()], '"trainer.freeze"'):
+            model.get_parameter(name).requires_grad_(False)
+    if options.gradient_checkpointing:
+        _checkpoint(model)
+    return model if options.lora is None else _with_lora(model, options.lora)
+
+
+def _matching(pattern: str, names: list[str], option: str) -> list[str]:
+    """The names that a pattern with * and ? covers; one without them covers a module's parameters as well."""
+    found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
+    if not found:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise UserError(
+            f'{option}: "{pattern}" matches no parameter of the model. It has {shown}. {near(pattern, names)}'
+        )
+    return found
+
+
+def _checkpoint(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    problem = f"{type(model).__name__} has no gradient_checkpointing_enable(), as models of transformers have"
+    if enable is not None:
+        try:
+            # The reentrant kind cannot be differentiated by torch.autograd.grad.
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if getattr(model, "config", None) is not None and hasattr(model.config, "use_cache"):
+                model.config.use_cache = False
+            return
+        except ValueError as error:
+            problem = str(error)
+    raise UserError(f'"trainer.gradient_checkpointing": {problem}. Leave it out.')
+
+
+def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError('"trainer.lora" needs the package peft: pip install "strong-scaling-trainer[lora]"') from error
+    kind = type(model).__name__
+    task_type = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+    # A classifier's last layer is new, so it is trained whole.
+    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
+    also = lora.also_train or (heads if "Classification" in kind else [])
+    targets: Any = lora.target_modules or "all-linear"
+    try:
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                modules_to_save=also or None,
+                task_type=next((t for suffix, t in task_type.items() if kind.endswith(suffix)), None),
+            ),
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        modules = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise UserError(
+            f'"trainer.lora" cannot be applied to {kind}: {str(error).splitlines()[0]}\n'
+            f"Name its layers in trainer.lora.target_modules. Its linear layers are {', '.join(modules[:12])}"
+            f"{', ...' if len(modules) > 12 else ''}."
+        ) from error
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A model without adapters: the same where it has none, else a copy with LoRA's updates added to its weights."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    import copy
+
+    return copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+
+
+def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) -> list[dict[str, Any]]:
+    """The optimizer's groups: [{"params": [...], and what differs from optimizer.params}, ...], none empty.
+
+    A parameter belongs to the last pattern of `trainer.parameter_groups` that covers it.
+
+    Args:
+        model: whose parameters with a gradient are grouped, in their order.
+        config: the run's.
+        vectors: what differs for biases and the gains of norms (parameters of at most one dimension).
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    settings: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for name, parameter in named.items():
+        if parameter.ndim <= 1:
+            settings[name] = dict(vectors)
+    for pattern, changes in config.trainer.parameter_groups.items():
+        for name in _matching(pattern, list(named), '"trainer.parameter_groups"'):
+            settings[name] = settings[name] | changes
+    groups: dict[str, dict[str, Any]] = {}
+    for name, changes in settings.items():
+        group = groups.setdefault(repr(sorted(changes.items())), {"params": [], **changes})
+        group["params"].append(named[name])
+    # The usual settings first: the learning rate that is logged is the first group's.
+    return sorted(groups.values(), key=len)
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """Compiles a model's forward with torch.compile, the same kernels on every rank. Raises UserError.
+
+    Every shape is compiled for itself: kernels for unknown sizes would come into being in the order in which a
+    rank meets its micro-batches, and so depend on the number of ranks.
+    """
+    if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
+        raise UserError('"trainer.compile": torch.compile needs a C and C++ compiler (gcc or clang), and none is here.')
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    dynamo.recompile_limit = _MOST_SHAPES
+    dynamo.fail_on_recompile_limit_hit = True
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True  # no choice of kernels by timing them
+    model.compile(dynamic=False)
+
+
+def frozen_share(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters of a model, counted in numbers."""
+    every = list(model.parameters())
+    return sum(_numel(p) for p in every if p.requires_grad), sum(_numel(p) for p in every)
+
+
+def _numel(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # at ZeRO stage 3 it lies in parts

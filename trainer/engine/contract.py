@@ -1,0 +1,191 @@
+"""What the trainer needs of DeepSpeed's inside, in one table, checked before any of it is used or replaced.
+
+DeepSpeed promises none of these names. Were one of them renamed, Python would let us replace what nobody calls:
+DeepSpeed would then sum the gradient a second time, or clip nothing, and say nothing. So each is looked up, with its
+type or its arguments, and where DeepSpeed itself has to read it, the code that reads it is looked at as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import UserError
+
+# The version whose source this table was compared with, and with which the tests pass.
+KNOWN_VERSION = "0.19.8"
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing inside DeepSpeed.
+
+    Attributes:
+        owner: what has it: "deepspeed", "engine", "optimizer" or "parameter".
+        name: from the owner on, with dots.
+        kind: a value's type; as text, a callable's arguments, as `inspect.signature` writes them.
+        why: what the trainer does with it, after "which the trainer".
+        reads: names that a callable's own code has to use.
+        stages: the ZeRO stages at which it is needed.
+    """
+
+    owner: str
+    name: str
+    kind: type | str
+    why: str
+    reads: tuple[str, ...] = ()
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+
+
+_STEP = "calls for every update, with the gradient in place"
+_HOOK = "removes, since it serves DeepSpeed's timers alone and slows every micro-step down"
+_STATE = "uses to write a parameter's optimizer state into a checkpoint and to read it back"
+
+NEEDS = (
+    Need(
+        "deepspeed",
+        "ops.__compatible_ops__",
+        dict,
+        "edits, so that a kernel that only DeepSpeed's all-reduce on CPUs would use is not compiled",
+    ),
+    Need(
+        "deepspeed",
+        "DeepSpeedEngine._broadcast_model",
+        "(self)",
+        "makes pass over parameters of no dimension, which it cannot send, by the mark ds_optim_param",
+        reads=("ds_optim_param",),
+    ),
+    Need(
+        "engine",
+        "step",
+        "(lr_kwargs=None)",
+        _STEP,
+        reads=("managed_gradient_accumulation", "enable_backward_allreduce", "_take_model_step"),
+    ),
+    Need(
+        "engine",
+        "_take_model_step",
+        "(lr_kwargs)",
+        "needs to call the zero_grad that it replaces",
+        reads=("zero_grad",),
+        stages=(0,),
+    ),
+    Need(
+        "engine",
+        "enable_backward_allreduce",
+        bool,
+        "switches off, since the gradient has been summed over the ranks already",
+        stages=(0,),
+    ),
+    Need("engine", "zero_grad", "()", "replaces by nothing, since every step overwrites the gradient", stages=(0,)),
+    Need("engine", "module_forward_pre_hook", RemovableHandle, _HOOK, stages=(0,)),
+    Need("engine", "module_forward_post_hook", RemovableHandle, _HOOK, stages=(0,)),
+    Need("engine", "managed_gradient_accumulation", "()", "asks whether every step() is an update"),
+    Need("engine", "gradient_clipping", "()", "asks whether step() clips"),
+    Need("engine", "zero_optimization_stage", "()", "asks who sums the gradient"),
+    Need("optimizer", "state", dict, _STATE, stages=(0,)),
+    Need("optimizer", "param_groups", list, _STATE, stages=(0,)),
+    Need("optimizer", "optimizer", Optimizer, _STATE, stages=(1, 2, 3)),
+    Need("optimizer", "_hp_optimizer_states_linked", bool, _STATE, stages=(1, 2)),
+    Need("optimizer", "_lazy_init_hp_params_optimizer_state", "()", _STATE, stages=(1, 2)),
+    Need("optimizer", "fp32_partitioned_groups_flat", list, _STATE, stages=(3,)),
+    Need("parameter", "ds_tensor", Tensor, _STATE, stages=(3,)),
+    Need("parameter", "ds_shape", tuple, "reads a parameter's whole shape from", stages=(3,)),
+    Need("parameter", "ds_numel", int, "counts parameters by", stages=(3,)),
+    Need("deepspeed", "utils.safe_get_full_fp32_param", "(param)", _STATE, stages=(1, 2, 3)),
+    Need("deepspeed", "utils.safe_get_full_optimizer_state", "(param, optim_state_key)", _STATE, stages=(1, 2, 3)),
+    Need("deepspeed", "utils.safe_set_full_fp32_param", "(param, value)", _STATE, stages=(1, 2)),
+    Need("deepspeed", "utils.safe_set_full_optimizer_state", "(param, value, optim_state_key)", _STATE, stages=(1, 2)),
+    Need("deepspeed", "utils.safe_set_local_fp32_param", "(param, value)", _STATE, stages=(3,)),
+    Need("deepspeed", "utils.safe_set_local_optimizer_state", "(param, value, optim_state_key)", _STATE, stages=(3,)),
+)
+
+
+def check(version: str, stage: int, **owners: Any) -> None:
+    """Looks up what the table says of these owners at a ZeRO stage.
+
+    Args:
+        version: DeepSpeed's, for the message.
+        stage: of ZeRO.
+        owners: the object for each `Need.owner` that exists by now.
+
+    Raises:
+        UserError: something is not there, or not as it was; it names the version, the thing, and what to do.
+    """
+    for need in NEEDS:
+        if need.owner in owners and stage in need.stages:
+            problem = _problem(need, owners[need.owner])
+            if problem is not None:
+                raise _refusal(version, f"{need.owner}.{need.name}, which the trainer {need.why}, {problem}.")
+
+
+def check_settings(version: str, engine: Any, stage: int, max_norm: float) -> None:
+    """Asks an engine for what the config told it: a key that DeepSpeed no longer knows would be passed over in silence.
+
+    Args:
+        version: DeepSpeed's, for the message.
+        engine: DeepSpeed's, checked already.
+        stage: of ZeRO.
+        max_norm: to which DeepSpeed clips; 0 where the trainer does.
+
+    Raises:
+        UserError: the engine has another value.
+    """
+    told = {"zero_optimization_stage": stage, "gradient_clipping": max_norm, "managed_gradient_accumulation": False}
+    for name, value in told.items():
+        answer = getattr(engine, name)()
+        if answer != value:
+            raise _refusal(version, f"engine.{name}() answers {answer!r}, though the config says {value!r}.")
+
+
+def _refusal(version: str, problem: str) -> UserError:
+    return UserError(
+        f"This DeepSpeed, {version}, is not one that the trainer can work with: {problem}\n"
+        f"The version known to work is {KNOWN_VERSION}: pip install deepspeed=={KNOWN_VERSION}"
+    )
+
+
+def _problem(need: Need, owner: Any) -> str | None:
+    """What is wrong with a thing, after its name; None if nothing is."""
+    value = owner
+    for part in need.name.split("."):
+        value = getattr(value, part, _MISSING)
+    if value is _MISSING:
+        return "is not there"
+    if isinstance(need.kind, type):
+        if isinstance(value, need.kind):
+            return None
+        return f"is of type {type(value).__name__}, not {need.kind.__name__}"
+    if not callable(value):
+        return f"is of type {type(value).__name__}, not a function"
+    arguments = _arguments(value)
+    if arguments != need.kind:
+        return f"takes the arguments {arguments}, not {need.kind}"
+    used = set(_names(inspect.unwrap(value).__code__)) if need.reads else set()
+    unread = [name for name in need.reads if name not in used]
+    return f"no longer uses {unread[0]}" if unread else None
+
+
+def _arguments(function: Any) -> str:
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Every name and text in a function's code, and in functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,97 @@
+"""The device of a rank, its deterministic settings, and the facts that a run's bits depend on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..config.keys import Config
+from ..errors import UserError
+from ..ranks.place import Ranks
+
+
+def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
+    """The rank's device and the backend its collectives use. Raises UserError if the device isn't there."""
+    wanted, shared = config.trainer.device, config.trainer.ranks_per_gpu
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and gpus == 0:
+        raise UserError(
+            'trainer.device is "cuda", but torch finds no GPU on this machine. '
+            'Use "auto" or "cpu", or install a torch build for your GPU.'
+        )
+    if gpus == 0:
+        if shared > 1:
+            raise UserError(f"trainer.ranks_per_gpu is {shared}, but this run is on the CPU. Leave it out.")
+        # DeepSpeed otherwise picks its accelerator by what is installed.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu"), "gloo"
+    if ranks.local_world_size > gpus * shared:
+        raise UserError(
+            f"{ranks.local_world_size} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}.\n"
+            f"Start at most {gpus * shared}, or set trainer.device=cpu, or, only to check exactness, "
+            f"trainer.ranks_per_gpu={-(-ranks.local_world_size // gpus)}."
+        )
+    device = torch.device("cuda", ranks.local_rank % gpus)
+    torch.cuda.set_device(device)
+    # NCCL refuses two ranks on one GPU.
+    return device, "nccl" if shared == 1 else "gloo"
+
+
+def settle(config: Config) -> None:
+    """Makes kernels deterministic, and the same at every world size."""
+    # Read when cuBLAS is first used: without it some of its kernels are not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(config.trainer.cpu_threads)
+    torch.use_deterministic_algorithms(True)
+    # It would fill every torch.empty, to find reads of uninitialised memory; we pay for that in tests only.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@functools.cache
+def code_sha256() -> str:
+    """SHA-256 of the trainer's own source files: which code made a result."""
+    folder = Path(__file__).resolve().parents[1]
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    numbers = "/".join(fields.get(n, "?") for n in ("cpu family", "model"))
+    return f"{fields.get('model name', platform.processor() or platform.machine())} ({numbers})"
+
+
+def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
+    """What a run's bits depend on besides config and data. Two runs can be equal where these are."""
+    result: dict[str, str | int] = {
+        "trainer": __version__,
+        "code_sha256": code_sha256(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed_version,
+        "device_type": device.type,
+        "device_model": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        result["device_model"] = torch.cuda.get_device_name(device)
+        result["cuda"] = str(torch.version.cuda)
+        result["cudnn"] = str(torch.backends.cudnn.version())
+        result["tf32"] = f"matmul={torch.backends.cuda.matmul.allow_tf32} cudnn={torch.backends.cudnn.allow_tf32}"
+    return result

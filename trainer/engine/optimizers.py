@@ -1,0 +1,109 @@
+"""Optimizers that DeepSpeed does not build itself: torch.optim's by their signature, and LARS and LAMB.
+
+In LARS and LAMB the step of each tensor is a fraction of the tensor's own norm. DeepSpeed has no LARS, and its
+FusedLamb wants fp16, so they come from the package pytorch-optimizer and are handed to its engine.
+
+LARS (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1) is SGD with momentum whose gradient, weight decay
+included, is scaled in each tensor by trust_coefficient |w| / (|g| + weight_decay |w|); where a norm is 0, by 1. As in
+torch's SGD the learning rate multiplies the momentum, while the paper's momentum holds it: the same at a constant
+rate. Parameters of one dimension (biases, the gains of norms) are neither scaled nor decayed.
+
+LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2) takes Adam's quotient u = m / (sqrt(v) + eps) plus
+weight_decay w, and scales it in each tensor to the length min(|w|, 10); where a norm is 0 it is taken as it is. m
+and v are used without Adam's bias correction, which the paper's appendix finds to do what warm-up does. The package
+does otherwise in two places, where we set its options as the paper has it: its weight decay would act on the weights
+beside the scaling, and its first steps would be 1 / (1 - beta1^t) times as long, ten times at the first. As in the
+authors' code, parameters of one dimension are not decayed (`trainer.decay_biases_and_norms` changes that) and not
+scaled either: theirs is Adam's step.
+
+Both are exact: a step is elementwise arithmetic and norms of whole tensors, on one rank. The state is momenta, which
+checkpoints hold by parameter, and a count of steps in each group. LAMB also keeps its last norms there, for people.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..config.deepspeed_keys import LAYERWISE, OPTIMIZERS
+from ..config.keys import Config
+from ..config.schema import near
+from ..errors import UserError
+
+# What makes the package's LAMB the paper's. `adam_debias` is an option of its groups, but in no signature.
+_AS_IN_THE_PAPER: dict[str, dict[str, Any]] = {"lars": {}, "lamb": {"weight_decouple": False, "adam_debias": True}}
+
+
+def _layerwise(name: str) -> type[torch.optim.Optimizer]:
+    """The class for an `optimizer.type` of LAYERWISE. Raises UserError without the package."""
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise UserError(
+            f'"optimizer.type" {name} needs the package pytorch-optimizer ({error}): pip install -e .[study]'
+        ) from error
+    classes: dict[str, Any] = {"lars": pytorch_optimizer.LARS, "lamb": pytorch_optimizer.Lamb}
+    return classes[name.lower()]
+
+
+def _arguments(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments that an optimizer takes from `optimizer.params`; not for those that DeepSpeed builds."""
+    cls = _layerwise(name) if name.lower() in LAYERWISE else getattr(torch.optim, name)
+    found = list(inspect.signature(cls).parameters.values())[1:]
+    return {p.name: p for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def check_optimizer(config: Config) -> None:
+    """Checks the name and the arguments of an optimizer that DeepSpeed does not build. Raises UserError."""
+    name = config.optimizer.type
+    if name.lower() in OPTIMIZERS:
+        return
+    known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
+    known.remove("Optimizer")
+    if name not in known and name.lower() not in LAYERWISE:
+        raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam", "LARS", "LAMB"])}')
+    fixed = _AS_IN_THE_PAPER.get(name.lower(), {})
+    arguments = [argument for argument in _arguments(name) if argument not in fixed]
+    for key in config.optimizer.params:
+        if key in fixed:
+            raise UserError(f'"optimizer.params.{key}" is always {fixed[key]} here, as in the paper. Leave it out.')
+        if key not in arguments:
+            raise UserError(f'unknown key "optimizer.params.{key}" for {name}. {near(key, arguments)}')
+
+
+def for_vectors(config: Config) -> dict[str, Any]:
+    """The optimizer's arguments that are others for parameters of at most one dimension (see adapt.parameter_groups).
+
+    Biases and the gains of norms are not decayed: decay draws weights to 0, which is no prior for a gain.
+    """
+    result: dict[str, Any] = {}
+    if config.optimizer.type.lower() == "lamb":
+        result["adam"] = True  # a trust ratio of 1
+    if not config.trainer.decay_biases_and_norms and _has_weight_decay(config):
+        result["weight_decay"] = 0.0
+    return result
+
+
+def _has_weight_decay(config: Config) -> bool:
+    name = config.optimizer.type
+    if config.optimizer.params.get("weight_decay") == 0:
+        return False
+    if name.lower() in OPTIMIZERS:
+        return "weight_decay" in OPTIMIZERS[name.lower()]
+    known = _arguments(name)
+    return "weight_decay" in known and bool(config.optimizer.params.get("weight_decay", known["weight_decay"].default))
+
+
+def client_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+    """LARS or LAMB over parameter groups, to be handed to DeepSpeed; None for optimizers that it makes by name.
+
+    Raises:
+        ValueError: the package refuses a value.
+    """
+    name = config.optimizer.type
+    if name.lower() not in LAYERWISE:
+        return None
+    arguments: dict[str, Any] = dict(config.optimizer.params) | _AS_IN_THE_PAPER[name.lower()]
+    return _layerwise(name)(groups, **arguments)

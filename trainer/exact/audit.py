@@ -1,0 +1,165 @@
+"""The audit: now and then a micro-batch is computed once more, and the bits are compared with what was summed.
+
+The guard compares ranks with one another after the sum. It cannot see a wrong summand: every rank applies the same
+sum. So in an audited step each rank computes one micro-batch of another rank again, with the parameters of that step
+(with one rank: one of its own, out of order), and the hashes of its loss, its statistics and its gradient are
+compared with the owner's. What differs then is state that a task keeps, a number that depends on the rank, or a device
+that computes wrongly. Nothing of the step has been applied yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import RanksDifferError
+from ..ranks.collectives import gather_rows
+from ..ranks.place import Ranks
+from .hashes import hash64
+from .order import key
+from .plan import rank_block
+
+# With the default interval, at most this share of a rank's micro-batches is computed again.
+LARGEST_SHARE = 0.005
+
+
+def interval(every_steps: int | None, guard_every_steps: int, micro_batches: int, world_size: int) -> int:
+    """Steps between audits; 0 for none.
+
+    Args:
+        every_steps: `trainer.audit_every_steps`; None for the default: with the guard, and less often where a rank has
+            few micro-batches a step, so that at most `LARGEST_SHARE` of them are computed again.
+        guard_every_steps: `trainer.guard_every_steps`.
+        micro_batches: M.
+        world_size: W.
+    """
+    if every_steps is not None:
+        return every_steps
+    if guard_every_steps == 0:
+        return 0
+    fewest = micro_batches // world_size
+    return guard_every_steps * math.ceil(1 / (LARGEST_SHARE * fewest * guard_every_steps))
+
+
+class Audit:
+    """Chooses what is computed again, and compares.
+
+    One audited step: `choose`, then `note_summed` for the micro-batch `own` and `note_again` for the micro-batch
+    `other`, then `compare` (collective: every rank). All ranks choose alike.
+
+    Args:
+        ranks: this rank, and how many.
+        hosts: of each rank, for messages.
+        names: of the parameters, in the order of their gradients.
+        every_steps: steps between audits.
+        total_steps: of the run; its last step is audited, too.
+        seed: of the run; what is chosen follows from it and the step.
+        alike: whether all ranks have the same device model; else each looks at its own micro-batches.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        hosts: Sequence[str],
+        names: Sequence[str],
+        *,
+        every_steps: int,
+        total_steps: int,
+        seed: int,
+        alike: bool,
+    ) -> None:
+        self._ranks, self._hosts = ranks, hosts
+        self._names = ["loss", "BatchNorm's statistics", *(f"the gradient of {name}" for name in names)]
+        self.every_steps, self._total_steps, self._seed, self._alike = every_steps, total_steps, seed, alike
+        self._passed: int | None = None  # the last step whose audit found nothing
+        self._leaves = 0
+        self._shift = 0
+        self._step = 0
+        self._zero: Tensor | None = None
+        self._summed: Tensor | None = None
+        self._again: Tensor | None = None
+        self.own: int | None = None
+        self.other: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the step after `step` steps is audited."""
+        return (step + 1) % self.every_steps == 0 or step + 1 == self._total_steps
+
+    def choose(self, step: int, leaves: int) -> None:
+        """Begins an audited step of M micro-batches.
+
+        Afterwards `own` is the micro-batch of this rank that another one computes again, and `other` the one that this
+        rank computes again; None where there is none, as a rank may have no micro-batch in a small step.
+        """
+        W = self._ranks.world_size
+        self._step, self._leaves = step, leaves
+        self._shift = 1 + key(self._seed, "audit", step) % (W - 1) if W > 1 and self._alike else 0
+        self.own = self._chosen(self._ranks.rank)
+        self.other = self._chosen((self._ranks.rank + self._shift) % W)
+        self._summed = self._again = None
+
+    def _chosen(self, owner: int) -> int | None:
+        block = rank_block(self._leaves, self._ranks.world_size, owner)
+        return block[key(self._seed, "audited micro-batch", self._step, owner) % len(block)] if len(block) else None
+
+    def note_summed(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Notes what this rank adds to the sum for the micro-batch `own`: the arguments of `TreeSum.add`."""
+        self._summed = self._hashes(loss, statistics, gradients)
+
+    def note_again(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Notes what this rank finds for the micro-batch `other`."""
+        self._again = self._hashes(loss, statistics, gradients)
+
+    def _hashes(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+        """One hash a tensor, (2 + parameters,) int64: 0 for a gradient that is not there."""
+        if self._zero is None:
+            self._zero = torch.zeros((), dtype=torch.int64, device=loss.device)
+        zero = self._zero
+        found = [hash64([loss]), hash64([statistics]) if statistics.numel() else zero]
+        found += [zero if gradient is None else hash64([gradient]) for gradient in gradients]
+        return torch.stack(found)
+
+    def compare(self) -> None:
+        """Compares over all ranks. Collective: every rank, in the same steps. Waits for the device.
+
+        Raises:
+            RanksDifferError: on every rank, naming the step, the micro-batch, the tensor and both ranks.
+        """
+        W, size = self._ranks.world_size, len(self._names)
+        assert self._summed is not None or self._again is not None or self._leaves < W
+        nothing = torch.zeros(size, dtype=torch.int64)
+        parts = [nothing if part is None else part.cpu() for part in (self._summed, self._again)]
+        rows = gather_rows(torch.cat(parts)).view(W, 2, size)  # (rank, summed or again, tensor)
+        for witness in range(W):
+            owner = (witness + self._shift) % W
+            j = self._chosen(owner)
+            if j is None:
+                continue
+            differs = (rows[owner, 0] != rows[witness, 1]).nonzero().flatten().tolist()
+            if differs:
+                raise RanksDifferError(self._message(owner, witness, j, self._names[differs[0]]), agreed=True)
+        self._passed = self._step + 1
+
+    def _message(self, owner: int, witness: int, j: int, tensor: str) -> str:
+        def rank(number: int) -> str:
+            return f"rank {number} on {self._hosts[number]}"
+
+        if owner == witness:
+            who = f"{rank(owner)} computed it twice, and its two results differ, first in {tensor}"
+        else:
+            who = f"{rank(owner)} summed it, {rank(witness)} computed it again, and they differ, first in {tensor}"
+        passed = (
+            "No audit has passed since this process began: do not trust checkpoints that it wrote."
+            if self._passed is None
+            else f"The audit of step {self._passed} passed: do not trust checkpoints of later steps."
+        )
+        return (
+            f"The audit of step {self._step + 1} found two results for micro-batch {j}: {who}.\n"
+            "Either a device computes wrongly, or the task keeps state or uses the rank in a way that the rehearsal "
+            "before the first step could not see. Start the run again with trainer.audit_every_steps=1: if the task is "
+            "the cause, that finds the step in which it begins. For annealing, take the keyword progress instead of a "
+            f"counter.\nStep {self._step + 1} was not applied. {passed}"
+        )

@@ -1,0 +1,154 @@
+"""The exchange: ranks swap nodes of the tree, and the additions that are left are made in the tree's order.
+
+Collectives only move bytes, so no library's order of adding matters. Addition is elementwise: how the flat gradient is
+cut into shards changes no bit either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ranks.collectives import all_gather_flat
+from .gradient_sum import GradientSum
+from .plan import rank_block
+from .record import RecordLayout, Records
+from .tree import cover, exchange_program, run_rounds
+
+# Up to this many received bytes the ranks exchange whole nodes in one collective and each adds all of
+# them; beyond it each rank adds one shard, in two collectives of less volume. The same bits either way.
+# Measured over gloo on one machine (tests/benchmarks/exchange.py).
+DIRECT_LIMIT_BYTES = 6 << 20
+
+
+def is_direct(leaves: int, world_size: int, node_size: int) -> bool:
+    """Whether ranks exchange whole nodes, rather than shards of them.
+
+    Args:
+        leaves: M.
+        world_size: W. Two ranks always exchange whole nodes: that is the same volume in one collective.
+        node_size: floats of a node.
+    """
+    most = max(len(cover(leaves, world_size, rank)) for rank in range(world_size))
+    return world_size == 2 or most * node_size * 4 * world_size <= DIRECT_LIMIT_BYTES
+
+
+class Exchange:
+    """Finishes the gradient sum over all ranks, and hands every rank the records of all micro-batches.
+
+    Args:
+        gradient_sum: this rank's part. Its head begins with the records of the rank's block.
+        layout: of the records.
+        leaves: every M that a step may have.
+        rank, world_size: this rank, and how many.
+        staging: the device on which collectives run; the CPU where gloo has to carry GPU tensors, else None.
+    """
+
+    def __init__(
+        self,
+        gradient_sum: GradientSum,
+        layout: RecordLayout,
+        *,
+        leaves: Collection[int],
+        rank: int,
+        world_size: int,
+        staging: torch.device | None = None,
+    ) -> None:
+        self._sum, self._layout = gradient_sum, layout
+        self._rank, self._world_size = rank, world_size
+        self._most_local = most_local(leaves, world_size)
+        device = gradient_sum.storage.device
+        self._all_records = torch.zeros(max(leaves), layout.size, device=device)
+        self._staging = staging or device
+        self._messages: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, leaves: int) -> Records:
+        """Exchanges what a step of M micro-batches has left: `gradient` is then the root of the tree on every rank.
+
+        Collective: every rank.
+
+        Returns:
+            The records of all M micro-batches in order.
+        """
+        assert self._sum.finished()
+        W = self._world_size
+        if W == 1:
+            received = self._sum.head[None]
+        elif is_direct(leaves, W, self._sum.size):
+            received = self._direct(leaves)
+        else:
+            received = self._by_shards(leaves)
+        return Records(self._in_order(received[:, : len(self._sum.head)], leaves), self._layout)
+
+    def _direct(self, leaves: int) -> Tensor:
+        W, head, size, nodes = self._world_size, len(self._sum.head), self._sum.size, self._sum.nodes
+        counts = [len(cover(leaves, W, r)) for r in range(W)]
+        most = max(counts)
+        # Records and nodes lie side by side: one contiguous piece is sent, and nothing is copied before.
+        received = self._gather(self._sum.storage[: head + most * size])
+        by_rank = received[:, head:].view(W, most, size)
+        rows = [by_rank[r, k] for r, count in enumerate(counts) for k in range(count)]
+        rounds = exchange_program(leaves, W)
+        run_rounds(rounds[:-1], rows)
+        if rounds:
+            (last,) = rounds[-1]
+            torch.add(rows[last.target], rows[last.source], out=nodes[0])
+        else:
+            nodes[0].copy_(rows[0])
+        return received
+
+    def _by_shards(self, leaves: int) -> Tensor:
+        W, head, nodes = self._world_size, self._sum.head, self._sum.nodes
+        counts = [len(cover(leaves, W, r)) for r in range(W)]
+        shard, mine = self._sum.size // W, counts[self._rank]
+        # (node, rank, shard) -> (rank, node, shard): what goes to one rank lies together.
+        send = nodes[:mine].view(mine, W, shard).transpose(0, 1).contiguous().to(self._staging)
+        rows = self._memory("rows", sum(counts) * shard).view(-1, shard)
+        dist.all_to_all_single(
+            rows.view(-1),
+            send.view(-1),
+            [count * shard for count in counts],
+            [mine * shard] * W,
+        )
+        rows = rows.to(nodes.device)
+        run_rounds(exchange_program(leaves, W), list(rows))
+        owned = self._memory("owned", len(head) + shard)
+        owned[: len(head)].copy_(head)
+        owned[len(head) :].copy_(rows[0])
+        received = self._gather(owned)
+        nodes[0].view(W, shard).copy_(received[:, len(head) :])
+        return received
+
+    def _gather(self, piece: Tensor) -> Tensor:
+        """(length,) of each rank -> (W, length)."""
+        received = self._memory("received", self._world_size * piece.numel())
+        all_gather_flat(received, piece.to(self._staging))
+        return received.view(self._world_size, -1).to(self._sum.storage.device)
+
+    def _memory(self, purpose: str, numel: int) -> Tensor:
+        """Memory for messages, where collectives run; the same at every step."""
+        memory = self._messages.get((purpose, numel))
+        if memory is None:
+            memory = self._messages[purpose, numel] = torch.empty(numel, device=self._staging)
+        return memory
+
+    def _in_order(self, heads: Tensor, leaves: int) -> Tensor:
+        """The ranks' heads, (W, head) -> the records, (M, layout.size), micro-batch after micro-batch."""
+        W, most, size = self._world_size, self._most_local, self._layout.size
+        records = self._all_records[:leaves]
+        table = heads[:, : most * size].unflatten(1, (most, size))
+        if leaves == W * most:
+            records.view(table.shape).copy_(table)
+            return records
+        for rank in range(W):
+            block = rank_block(leaves, W, rank)
+            records[block.start : block.stop].copy_(table[rank, : len(block)])
+        return records
+
+
+def most_local(leaves: Collection[int], world_size: int) -> int:
+    """The most micro-batches that a rank may have in a step."""
+    return -(-max(leaves) // world_size)

@@ -1,0 +1,155 @@
+"""A rank's part of the gradient sum: its own micro-batches, added along the tree into flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import rank_block
+from .tree import Merge, buffers_needed, local_program
+
+# 16 float32 are 64 bytes: every tensor in a flat buffer starts where a fresh allocation would, so that
+# no kernel can be chosen by alignment.
+ALIGNMENT = 16
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+class GradientSum:
+    """Adds the gradients of this rank's micro-batches, and holds the sum over all ranks in the end.
+
+    One step: `start(M)`; for each micro-batch of this rank's block, in order, `add(gradients)`. Then `nodes` are the
+    nodes of the tree that cover the block. `exchange.Exchange` leaves the root in `nodes[0]`, which is `gradient`. All
+    buffers are made once.
+
+    Attributes:
+        numel: floats of the gradient, which is the same at every world size.
+        size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
+        storage: (head_size + nodes x size,) float32, with `head` and then `nodes` in it, so that both can be sent as
+            one piece.
+        head: (head_size,) memory in front of the nodes for whoever sends something along.
+        nodes: (buffers, size).
+
+    Args:
+        shapes_of: the parameters whose gradients are added, in order; float32.
+        leaves: every M that a step may have (a full global batch, and an epoch's last one).
+        rank, world_size: this rank, and how many.
+        head_size: floats of `head`.
+    """
+
+    def __init__(
+        self, shapes_of: Sequence[Tensor], *, leaves: Collection[int], rank: int, world_size: int, head_size: int
+    ) -> None:
+        self._rank, self._world_size = rank, world_size
+        offsets, size = [], 0
+        for parameter in shapes_of:
+            offsets.append(size)
+            size = round_up(size + parameter.numel(), ALIGNMENT)
+        self.numel, count = size, len(shapes_of)
+        # Behind the gradient lies one number a parameter: in how many micro-batches it had no gradient. The
+        # tree adds these up like everything else. What is exchanged divides into shards; how much padding
+        # that takes depends on W, so neither is part of `gradient`.
+        self.size = round_up(size + count, ALIGNMENT * world_size)
+        buffers = max(buffers_needed(m, world_size, rank) for m in leaves)
+        head_size = round_up(head_size, ALIGNMENT)
+        self.storage = torch.zeros(head_size + buffers * self.size, device=shapes_of[0].device)
+        self.head = self.storage[:head_size]
+        self.nodes = self.storage[head_size:].view(buffers, self.size)
+        self._views = [[_view_like(p, node, o) for p, o in zip(shapes_of, offsets)] for node in self.nodes]
+        self._missing = [node[size : size + count] for node in self.nodes]
+        self._zeros: dict[int, Tensor] = {}
+        self._program: tuple[tuple[Merge, ...], ...] = ()
+        self._leaves = self._leaf = self._top = 0
+
+    @property
+    def gradient(self) -> Tensor:
+        """The flat gradient after the exchange: (numel,) float32; what lies between parameters stays 0.
+
+        As long at every world size: a norm adds in an order that depends on the length.
+        """
+        return self.nodes[0, : self.numel]
+
+    @property
+    def gradient_views(self) -> list[Tensor]:
+        """The same memory as one tensor a parameter, with the parameter's shape."""
+        return self._views[0]
+
+    def start(self, leaves: int) -> range:
+        """Begins a step of M micro-batches. Returns this rank's block of them."""
+        block = rank_block(leaves, self._world_size, self._rank)
+        self._program = local_program(leaves, block.start, block.stop)[0]
+        self._leaves, self._leaf, self._top = leaves, 0, 0
+        return block
+
+    def add(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Adds the next micro-batch.
+
+        Args:
+            gradients: one tensor a parameter, in order; None for one that the micro-batch did not use.
+
+        Returns:
+            The gradients, with zeros for those that are not there.
+        """
+        merges = self._program[self._leaf]
+        # A right-hand leaf goes straight into its left neighbour's buffer.
+        buffer = self._top - 1 if merges else self._top
+        if not merges:
+            self._missing[buffer].zero_()  # of the step before
+        present = [g if g is not None else self._note_missing(i, buffer) for i, g in enumerate(gradients)]
+        if merges:
+            torch._foreach_add_(self._views[buffer], present)
+            for merge in merges[1:]:
+                self.nodes[merge.target].add_(self.nodes[merge.source])
+        else:
+            torch._foreach_copy_(self._views[buffer], present)
+        self._top += 1 - len(merges)
+        self._leaf += 1
+        return present
+
+    def _note_missing(self, parameter: int, buffer: int) -> Tensor:
+        """Counts a missing gradient in a node, and returns zeros to add in its place."""
+        self._missing[buffer][parameter] += 1.0
+        zeros = self._zeros.get(parameter)
+        if zeros is None:
+            zeros = self._zeros[parameter] = torch.zeros_like(self._views[0][parameter])
+        return zeros
+
+    def finished(self) -> bool:
+        """Whether all micro-batches of this rank's block have been added."""
+        return self._leaf == len(self._program)
+
+    def unused(self) -> Tensor:
+        """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
+        return self._missing[0] == self._leaves
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The norm of a micro-batch's gradient, () float32.
+
+    To be squared on the host: in float32 the square of a small norm would vanish.
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def _view_like(parameter: Tensor, flat: Tensor, offset: int) -> Tensor:
+    """A piece of `flat` with the shape of `parameter`, and with its strides where they fill it densely."""
+    if parameter.is_contiguous() or not _is_dense(parameter):
+        return flat[offset : offset + parameter.numel()].view(parameter.shape)
+    return torch.as_strided(flat, parameter.shape, parameter.stride(), flat.storage_offset() + offset)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    sizes = sorted(zip(tensor.stride(), tensor.shape))
+    expected = 1
+    for stride, size in sizes:
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,77 @@
+"""How far a run is, for tasks that want to know: annealing needs no counter of its own.
+
+A counter in a task or a model counts the calls of one rank, so its value depends on the number of ranks. The step
+does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, the same on every rank and in every micro-batch of a step.
+
+    Attributes:
+        step: optimizer steps made so far; 0 in the first step.
+        epoch: passes over the training set begun before this one; 0 in the first.
+        total_steps: the length of the run in steps (with AdaScale's own length, its upper bound).
+    """
+
+    step: int
+    epoch: int
+    total_steps: int
+
+    @property
+    def fraction(self) -> float:
+        """The share of the run that is done: 0 in the first step, 1 at the end."""
+        return self.step / self.total_steps
+
+
+# The methods that may ask for it, by a keyword of this name.
+KEYWORD = "progress"
+_METHODS = ("forward", "loss", "augment")
+
+
+def _asks(method: Callable[..., Any] | None) -> bool:
+    return method is not None and KEYWORD in inspect.signature(method).parameters
+
+
+def takes_progress(task: Any) -> bool:
+    """Whether any of a task's methods asks for the progress of the run."""
+    return any(_asks(getattr(task, name, None)) for name in _METHODS)
+
+
+class TaskCalls:
+    """A task's forward, loss and augment, called alike whether or not they take the keyword `progress`.
+
+    Each is called as in `tasks.protocol.Task`, with the progress as one more argument at the end.
+
+    Attributes:
+        augment: None where the task has none.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self.forward: Callable[..., Any] = _caller(task.forward)
+        self.loss: Callable[..., Any] = _caller(task.loss)
+        augment = getattr(task, "augment", None)
+        self.augment: Callable[..., Any] | None = None if augment is None else _caller(augment)
+
+
+def _caller(method: Callable[..., Any]) -> Callable[..., Any]:
+    if _asks(method):
+        return functools.partial(_with_keyword, method)
+    return functools.partial(_without, method)
+
+
+def _with_keyword(method: Callable[..., Any], *arguments: Any) -> Any:
+    return method(*arguments[:-1], progress=arguments[-1])
+
+
+def _without(method: Callable[..., Any], *arguments: Any) -> Any:
+    return method(*arguments[:-1])

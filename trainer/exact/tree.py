@@ -1,0 +1,124 @@
+"""The tree: in which order the micro-batches of a global batch are added, whatever rank computes which.
+
+Floating-point addition is not associative, so "sum the gradients" means nothing exact until an order is fixed. Ours is
+a binary tree over the M micro-batches: neighbours are added in pairs, level by level. An odd one out moves up
+unchanged. A rank adds what it can of its own block as a binary counter does. That leaves it with the few nodes of the
+tree that cover the block: exactly one where M and the number of ranks are powers of two. The ranks then exchange nodes,
+and the additions that are left are made in the same tree.
+
+This file is arithmetic on whole numbers. `gradient_sum` adds a rank's own micro-batches, `exchange` the ranks' nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .plan import rank_block
+
+Node = tuple[int, int]  # (level, index): covers the leaves [index 2^level, (index + 1) 2^level), cut off at M
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Adding the node in `source` to the node in `target`, in place; positions in a list of nodes."""
+
+    target: int
+    source: int
+
+
+def _settle(stack: list[tuple[Node, int]], leaves: int, merges: list[Merge]) -> None:
+    """Adds and lifts the top of a stack of (node, position) as far as its neighbours allow."""
+    while True:
+        (level, index), position = stack[-1]
+        last = (leaves - 1) >> level  # index of the last node of this level
+        if last == 0:
+            return
+        if index % 2 == 1 and len(stack) > 1 and stack[-2][0] == (level, index - 1):
+            target = stack[-2][1]
+            merges.append(Merge(target, position))
+            del stack[-2:]
+            stack.append(((level + 1, index // 2), target))
+        elif index % 2 == 0 and index == last:
+            stack[-1] = ((level + 1, index // 2), position)
+        else:
+            return
+
+
+@cache
+def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge, ...], ...], tuple[Node, ...]]:
+    """How a rank adds its block of leaves: pure arithmetic, made once and followed in every step.
+
+    Args:
+        leaves: M, micro-batches of the global batch.
+        begin, stop: the rank's block of them.
+
+    Returns:
+        Per leaf, the merges that follow its arrival (positions in a stack of buffers: a new leaf
+        takes the first free one, so its first merge is always with the position below), and the
+        nodes that are left at positions 0, 1, ...
+    """
+    stack: list[tuple[Node, int]] = []
+    program = []
+    for leaf in range(begin, stop):
+        merges: list[Merge] = []
+        stack.append(((0, leaf), len(stack)))
+        _settle(stack, leaves, merges)
+        program.append(tuple(merges))
+    return tuple(program), tuple(node for node, _ in stack)
+
+
+@cache
+def cover(leaves: int, world_size: int, rank: int) -> tuple[Node, ...]:
+    """The nodes of the tree that a rank has after adding its own block."""
+    block = rank_block(leaves, world_size, rank)
+    return local_program(leaves, block.start, block.stop)[1]
+
+
+@cache
+def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], ...]:
+    """The additions over all ranks' nodes (numbered by rank, then position), in rounds of independent ones.
+
+    The root of the tree ends at node 0.
+    """
+    stack: list[tuple[Node, int]] = []
+    merges: list[Merge] = []
+    position = 0
+    for rank in range(world_size):
+        for node in cover(leaves, world_size, rank):
+            stack.append((node, position))
+            _settle(stack, leaves, merges)
+            position += 1
+    assert len(stack) == 1 and stack[0][1] == 0, stack
+    ready: dict[int, int] = {}
+    rounds: list[list[Merge]] = []
+    for merge in merges:
+        turn = max(ready.get(merge.target, 0), ready.get(merge.source, 0))
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(merge)
+        ready[merge.target] = turn + 1
+    return tuple(tuple(r) for r in rounds)
+
+
+def buffers_needed(leaves: int, world_size: int, rank: int) -> int:
+    """Buffers this rank needs: for its own counter, and for the most nodes that any rank sends."""
+    block = rank_block(leaves, world_size, rank)
+    depth = peak = 0
+    for merges in local_program(leaves, block.start, block.stop)[0]:
+        depth += 1 - len(merges)
+        peak = max(peak, depth)
+    return max(peak, *(len(cover(leaves, world_size, r)) for r in range(world_size)))
+
+
+def run_rounds(rounds: Sequence[Sequence[Merge]], rows: Sequence[Tensor]) -> None:
+    """Makes the additions of an exchange program in place; rows[i] is node i."""
+    for merges in rounds:
+        if len(merges) == 1:
+            rows[merges[0].target].add_(rows[merges[0].source])
+        else:
+            torch._foreach_add_([rows[m.target] for m in merges], [rows[m.source] for m in merges])

@@ -1,0 +1,79 @@
+"""Files and folders that appear whole or not at all, and JSON that every reader takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
+    """A place to write a file to. It then stands at `path`; after an exception, whatever stood there before.
+
+    Args:
+        path: of the file.
+        synced: wait until its content is on disk before it takes its place, so that not even a power cut leaves half.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if synced:
+            sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, synced: bool = False) -> Iterator[Path]:
+    """As `whole_file`, for an empty folder that the caller fills."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if synced:
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            sync(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text. JSON has no nan or infinity: what was not measured, or is not finite, becomes null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file: readers see the old file or the new one, never half of it."""
+    with whole_file(path, synced=True) as temporary:
+        temporary.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")

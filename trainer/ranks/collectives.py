@@ -1,0 +1,152 @@
+"""What ranks say to one another: objects, rows and tensors, and errors that all of them raise together.
+
+Everything works with one rank, too: then no message is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import BY_EXIT_CODE, TrainerError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class _Meetings:
+    """How many collectives this rank has come to, the same on every rank, and since when it waits in the present one.
+
+    Attributes:
+        count: of the outermost ones.
+        since_s: time.monotonic(); None while the rank works on its own.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.since_s, self._depth = 0, None, 0  # type: tuple[int, float | None, int]
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self.count += 1
+            self.since_s = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.since_s = None
+
+
+# The watching thread reads it: whoever has come to fewer than one that waits for long holds it up.
+meetings = _Meetings()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank. Collective: every rank. For start-up and rare events, not for the step."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    with meetings:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_gather_flat(out: Tensor, piece: Tensor) -> None:
+    """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank."""
+    with meetings:
+        _all_gather_flat(out, piece)
+
+
+def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
+    import torch.distributed as dist
+
+    if dist.get_backend() == "gloo":
+        # gloo's own all-gather goes through two more copies and fresh memory: sending to each rank mostly
+        # takes a quarter to two thirds of its time, less for large pieces (tests/benchmarks/exchange.py).
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rows = out.view(world_size, -1)
+        sources = [(rank - k) % world_size for k in range(1, world_size)]
+        waits = [dist.irecv(rows[source], source) for source in sources]
+        waits += [dist.isend(piece, (rank + k) % world_size) for k in range(1, world_size)]
+        rows[rank].copy_(piece)
+        for wait in waits:
+            assert wait is not None
+            wait.wait()
+        return
+    # torch 2.13 renames the collective and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, piece)
+
+
+def gather_int64(value: Tensor) -> list[int]:
+    """Every rank's number, by rank: () int64. Collective: every rank. Waits for the device."""
+    return gather_rows(value.reshape(1)).flatten().tolist()
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's (n,), by rank: (W, n) on the CPU. Collective: every rank, with equal n. Waits for the device."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return row.cpu()[None]
+    row = row.cpu() if dist.get_backend() == "gloo" else row.cuda()
+    gathered = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype, device=row.device)
+    with meetings:
+        all_gather_flat(gathered, row)
+        return gathered.cpu().view(-1, len(row))  # device to host
+
+
+def broadcast_object(value: T | None) -> T:
+    """Rank 0's value, on every rank. Collective: every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert value is not None
+        return value
+    box: list[Any] = [value]
+    with meetings:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Rank 0's tensor on every rank, on the CPU, bit for bit. Collective: every rank."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert value is not None
+        return value
+    result = torch.empty(shape, dtype=dtype) if value is None else value.contiguous()
+    if result.numel() == 0:
+        return result
+    # As bytes: not every backend knows every type.
+    message = result.view(-1).view(torch.uint8)
+    if dist.get_backend() != "gloo":
+        message = message.cuda()
+    with meetings:
+        dist.broadcast(message, src=0)
+        return message.cpu().view(dtype).view(shape)
+
+
+def raise_together(error: TrainerError | None) -> None:
+    """Raises the first rank's error on every rank, so that none goes on or is left waiting.
+
+    Collective: every rank, with its own error or None.
+    """
+    said = gather_objects((error.exit_code, str(error)) if error is not None else None)
+    for exit_code, message in (s for s in said if s is not None):
+        raise BY_EXIT_CODE.get(exit_code, TrainerError)(message, agreed=True)
+
+
+def common_value(values: Sequence[Any]) -> Any:
+    """The value most ranks have (the lowest rank's among equals): whoever differs from it is named."""
+    keys = [repr(v) for v in values]
+    return values[max(range(len(keys)), key=lambda i: (keys.count(keys[i]), -i))]

@@ -1,0 +1,142 @@
+"""The heartbeat: what ranks tell one another, every second, through the store at which they met.
+
+A rank says how many collectives it has come to. It also reads there whether another one has failed, or has been given
+up as lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .collectives import gather_objects, meetings
+from .place import Ranks
+from .rendezvous import side_store
+
+BEAT_S = 1.0
+# How long to wait for the store where there is another way.
+_STORE_TIMEOUT_S = 2.0
+
+
+class Heartbeat:
+    """Beats for this rank, and listens to the others. Collective: every rank makes one.
+
+    Attributes:
+        broken: whether the store can no longer be reached.
+        answered_at_s: time.monotonic() of the store's last answer.
+
+    Args:
+        ranks: this rank, and how many.
+        closing: set when the run has ended.
+    """
+
+    def __init__(self, ranks: Ranks, closing: threading.Event) -> None:
+        self._ranks, self._closing = ranks, closing
+        # Nothing is read from it in the run's own thread, so it may take as long as it likes to answer.
+        self._store = side_store(86400.0)
+        self._names = [f"beat/{r}" for r in range(ranks.world_size)]
+        self._count = 0
+        self._heard: dict[int, tuple[bytes, float]] = {}  # the last beat of a rank, and when it was heard
+        self._said: dict[str, str] = {}
+        self.broken = False
+        self.answered_at_s = time.monotonic()
+        if self._store is not None:
+            self._beat()
+            gather_objects(None)  # everyone's first beat is there
+            threading.Thread(target=self._talk, name="beat", daemon=True).start()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self._store is None
+
+    def _beat(self) -> None:
+        self._count += 1
+        self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count]))
+
+    def _talk(self) -> None:
+        """A thread: beats, and notes what the others say. Cut off, it waits for good: reads have no limit."""
+        while not self._closing.is_set():
+            try:
+                self._beat()
+                names = [name for name in ("failed", "lost") if self._store.check([name])]
+                said = {name: self._store.get(name).decode() for name in names}
+                beats = self._store.multi_get(self._names)
+            except Exception:
+                self.broken = True
+                return
+            self._said, self.answered_at_s = said, time.monotonic()
+            for rank, beat in enumerate(beats):
+                if rank not in self._heard or self._heard[rank][0] != beat:
+                    self._heard[rank] = (beat, self.answered_at_s)
+            self._closing.wait(BEAT_S)
+
+    # ---- what the others have said ---------------------------------------------------------------------------
+
+    def silent(self, silent_s: float) -> list[int]:
+        """The other ranks that have not been heard for so long."""
+        found = [r for r, (_, heard_s) in list(self._heard.items()) if self.answered_at_s - heard_s > silent_s]
+        return [r for r in found if r != self._ranks.rank]
+
+    def behind(self, count: int) -> list[int]:
+        """The ranks that have come to fewer than `count` collectives."""
+        return [rank for rank, (beat, _) in sorted(self._heard.items()) if json.loads(beat)[1] < count]
+
+    def forgive(self, now_s: float) -> None:
+        """Counts everyone as heard now: this process was stopped for a while, and nobody else was silent."""
+        self._heard = {rank: (beat, now_s) for rank, (beat, _) in self._heard.items()}
+
+    @property
+    def lost(self) -> str | None:
+        """What another rank has said of a rank that is lost."""
+        return self._said.get("lost")
+
+    @property
+    def failed(self) -> tuple[int, int] | None:
+        """(rank, exit code) of another rank that has failed and reports it."""
+        if "failed" not in self._said:
+            return None
+        rank, code = json.loads(self._said["failed"])
+        return None if rank == self._ranks.rank else (rank, int(code))
+
+    # ---- what this rank says ---------------------------------------------------------------------------------
+
+    def say_failed(self, exit_code: int) -> None:
+        """Tells the others that this rank ends with an error that it reports itself."""
+        with contextlib.suppress(Exception):
+            _within(_STORE_TIMEOUT_S, lambda: self._store.set("failed", json.dumps([self._ranks.rank, exit_code])))
+
+    def say_lost(self, sentence: str) -> None:
+        """Tells the others that a rank is lost, unless one has said so. Raises if the store is gone."""
+        if self.broken:
+            raise ConnectionError
+        _within(_STORE_TIMEOUT_S, lambda: self._store.compare_set("lost", "", sentence))
+
+    def first_to_report(self) -> bool:
+        """Whether this rank is the first to ask: the one that reports the loss. Raises if the store is gone."""
+        return bool(_within(_STORE_TIMEOUT_S, lambda: self._store.add("spoken", 1)) == 1)
+
+
+def _within(limit_s: float, ask: Callable[[], Any]) -> Any:
+    """What `ask` returns or raises; TimeoutError if it does not come back in time."""
+    came: list[Any] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            came.append(ask())
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if failures:
+        raise failures[0]
+    if not came:
+        raise TimeoutError
+    return came[0]

@@ -1,0 +1,85 @@
+"""A wish to stop: a signal, the wall-time budget, or a launcher that is gone."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A launcher passes a signal on to ranks that have had it from the terminal or the scheduler already: within so
+# long, it is the same one. Afterwards it means "at once".
+_SAME_SIGNAL_S = 2.0
+
+
+class StopWish:
+    """Whether this rank has been asked to stop, and why.
+
+    Args:
+        deadline_s: time.time() at which the run shall stop by itself; None for never.
+    """
+
+    def __init__(self, deadline_s: float | None) -> None:
+        self._deadline_s = deadline_s
+        self._asked: str | None = None
+        self._asked_at_s = 0.0
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank shall stop; None if it shall not."""
+        if self._asked is None and self._deadline_s is not None and time.time() >= self._deadline_s:
+            return "the wall-time budget (trainer.max_wall_time_s) is used up"
+        return self._asked
+
+    def ask(self, reason: str) -> None:
+        """Asks it to stop. The first reason counts."""
+        if self._asked is None:
+            self._asked, self._asked_at_s = reason, time.monotonic()
+
+    def means_at_once(self) -> bool:
+        """Whether a signal that comes now is a second one, which ends the process at once."""
+        return self._asked is not None and time.monotonic() - self._asked_at_s > _SAME_SIGNAL_S
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Python must have a handler, or the signal would have its usual effect. The watching thread does the work."""
+
+
+class SignalPipe:
+    """Signals as bytes in a pipe, where a thread can read them even while Python waits inside of a collective."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._old_wakeup = -1
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+
+    def install(self) -> None:
+        """From now on, signals no longer end the process. Only in the main thread, as Python wants it."""
+        if threading.current_thread() is threading.main_thread():
+            # The number of every signal is written here at once.
+            self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+            self._handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+
+    def read(self, wait_s: float) -> list[signal.Signals]:
+        """The signals that have come; waits so long for the first."""
+        ready, _, _ = select.select([self._read_end], [], [], wait_s)
+        numbers = os.read(self._read_end, 64) if ready else b""
+        return [signal.Signals(number) for number in numbers if number in SIGNALS]
+
+    def restore(self) -> None:
+        """Signals have their usual effect again, and whoever waits in `read` returns."""
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        os.write(self._write_end, b"\0")
+
+    def close(self) -> None:
+        """Closes the pipe, which nobody may read from any more."""
+        os.close(self._read_end)
+        os.close(self._write_end)

@@ -1,0 +1,213 @@
+"""What can end a run from outside: signals, time, a launcher that is gone, ranks that no longer answer.
+
+One thread per rank watches, beside the step. A wish to stop is noted here and travels with the next gradient exchange,
+so that all ranks stop after the same step. A rank that falls silent, or for which all others wait, is named, and the
+others leave.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+import threading
+import time
+
+from ..errors import LostRankError, TrainerError
+from .collectives import gather_objects, meetings
+from .heartbeat import BEAT_S, Heartbeat
+from .launchers import remembered_launchers
+from .place import Ranks
+from .speech import first_to_speak
+from .stopping import SignalPipe, StopWish
+
+# How long the run's own thread may take to notice what this one has noticed.
+_MOMENT_S = 1.5
+# From the moment that a rank is given up until all have left.
+_LEAVING_S = 12.0
+# With a broken connection as evidence, a rank that is silent for so long is gone.
+_SILENT_S = 3.5 * BEAT_S
+
+
+class Watch:
+    """Watches over one run: over its ranks from their meeting on, over signals from `begin` on.
+
+    Collective: every rank makes one.
+
+    Attributes:
+        step: in which this rank is, for messages; the run sets it.
+
+    Args:
+        ranks: this rank, and how many.
+        hang_timeout_s: how long a rank may not answer.
+        deadline_s: time.time() at which the run shall stop by itself; None for never.
+    """
+
+    def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
+        self._ranks, self._timeout_s = ranks, hang_timeout_s
+        self.step = 0
+        self._begun = False
+        self._closing = threading.Event()
+        self._wish = StopWish(deadline_s)
+        self._signals = SignalPipe()
+        self._launchers = remembered_launchers()
+        self._hosts = gather_objects(socket.gethostname())
+        self._heartbeat = Heartbeat(ranks, self._closing)
+        self._lost: str | None = None  # what this rank has found of a rank that is lost
+        self._looked_at_s = time.monotonic()
+        self._woke_at_s = -math.inf
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    # ---- what the run's own thread says and asks -------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The run can be stopped from now on: signals no longer end the process, and steps are waited for."""
+        self._signals.install()
+        self._begun = True
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why this rank has been asked to stop; None if it has not."""
+        return self._wish.reason
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Tells the other ranks that this one ends with an error that it reports itself."""
+        if self._heartbeat.alone:
+            return
+        self._heartbeat.say_failed(error.exit_code if isinstance(error, TrainerError) else 1)
+        if self._ranks.first:
+            # Its process holds the store: the others must have read it there before this one ends.
+            self._closing.wait(2 * BEAT_S)
+
+    def explain(self, error: BaseException) -> TrainerError | None:
+        """Why a collective failed: another rank's error, which that rank reports, or a rank that is gone; else None."""
+        if self._heartbeat.alone:
+            return None
+        deadline_s = time.monotonic() + 3 * _SILENT_S
+        while time.monotonic() < deadline_s:
+            time.sleep(0.2)  # first: the thread may have something to read
+            if time.monotonic() - self._looked_at_s > 2 * BEAT_S:
+                continue  # it has not looked since this process was stopped
+            failed = self._failed_elsewhere()
+            if failed is not None:
+                return failed
+            lost = self._lost or self._heartbeat.lost or self._unreachable(_SILENT_S)
+            if lost is not None:
+                return self._lost_error(lost)
+        return None
+
+    def close(self) -> None:
+        """Ends the watching; signals have their usual effect again."""
+        self._closing.set()
+        self._signals.restore()
+        self._thread.join(timeout=10.0)
+        self._signals.close()
+
+    # ---- the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            for number in self._signals.read(BEAT_S):
+                if self._wish.means_at_once():
+                    os._exit(128 + number)
+                self._wish.ask(number.name)
+            if self._closing.is_set():
+                return
+            now_s = time.monotonic()
+            if now_s - self._looked_at_s > _SILENT_S:
+                # This process was stopped for a while (SIGSTOP, a suspended job).
+                self._woke_at_s = now_s
+                self._heartbeat.forgive(now_s)
+            self._looked_at_s = now_s
+            if self._launchers.gone():
+                self._wish.ask("the launcher is gone")  # heard of in the first step, where it has not begun
+            if not self._heartbeat.alone:
+                self._look_after_ranks()
+
+    def _look_after_ranks(self) -> None:
+        """Leaves if a rank has failed or is lost, unless the run's own thread does so first."""
+        failed = self._failed_elsewhere()
+        if failed is None and self._heartbeat.lost is not None:
+            # Another rank says it. Those that leave break the connections on which the others wait, so at once;
+            # rank 0, whose store this comes from, a little later.
+            self._closing.wait(4 * BEAT_S if self._ranks.first else 0.5)
+            os._exit(LostRankError.exit_code)
+        lost = None if failed else self._judge()
+        if failed is None and lost is None:
+            return
+        if lost is not None:
+            self._lost = lost
+        # The run's own thread may be stuck in a collective: give it a moment to find out for itself.
+        if self._closing.wait(_MOMENT_S):
+            return
+        if failed is not None:
+            os._exit(failed.exit_code)
+        error = self._lost_error(str(lost))
+        if error.speaks:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if error.speaks or self._ranks.first:
+            # A launcher ends the others, who come to the same end, as soon as one has ended; and from rank 0's
+            # store they learn of it.
+            time.sleep(3.0)
+        os._exit(error.exit_code)
+
+    def _judge(self) -> str | None:
+        """A sentence on ranks that are lost, or None."""
+        limit_s = max(0.4 * self._timeout_s, self._timeout_s - _LEAVING_S)
+        lost = self._unreachable(limit_s)
+        # Everyone answers, but the others may wait for one. (Before the first step, that may be work: rank 0 alone
+        # builds a cache or compiles DeepSpeed's kernel.)
+        if lost is not None or not self._begun:
+            return lost
+        count, since_s = meetings.count, meetings.since_s
+        if since_s is not None and time.monotonic() - max(since_s, self._woke_at_s) > limit_s:
+            behind = self._heartbeat.behind(count)
+            if behind:
+                return self._sentence(behind, f"did not come to the exchange within {limit_s:g} s")
+        return None
+
+    def _unreachable(self, silent_s: float) -> str | None:
+        """A sentence on ranks that have not answered for so long, or None."""
+        answered_at_s = max(self._heartbeat.answered_at_s, self._woke_at_s)
+        if self._heartbeat.broken or time.monotonic() - answered_at_s > silent_s:
+            return self._sentence([0], "cannot be reached")
+        silent = self._heartbeat.silent(silent_s)
+        return self._sentence(silent, f"did not answer for {silent_s:g} s") if silent else None
+
+    def _sentence(self, ranks: list[int], what: str) -> str:
+        names = [f"{r} on {self._hosts[r]}" for r in ranks[:8]]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        when = f"in step {self.step + 1}" if self._begun else "before the first step"
+        return (
+            f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, {when}: killed, hanging, "
+            "or cut off from the network.\nThe other ranks leave. To go on from the last checkpoint, start the run "
+            "again with --resume auto and the same --output_dir, on any number of ranks."
+        )
+
+    def _failed_elsewhere(self) -> TrainerError | None:
+        if self._heartbeat.failed is None:
+            return None
+        rank, code = self._heartbeat.failed
+        error = TrainerError(f"rank {rank} has failed", agreed=True)
+        error.exit_code = code
+        error.speaks = False
+        return error
+
+    def _lost_error(self, sentence: str) -> LostRankError:
+        """The error, which one rank reports."""
+        error = LostRankError(sentence)
+        # A rank that was stopped finds the others gone: they have said why.
+        asleep = time.monotonic() - self._woke_at_s < 2 * self._timeout_s
+        try:
+            # The others leave with this one, before they miss the ranks that have left already.
+            self._heartbeat.say_lost(sentence)
+            speaks = not asleep and self._heartbeat.first_to_report()
+            if speaks:
+                # A rank of this machine that finds the store gone asks here, and learns that someone has spoken.
+                first_to_speak(self._ranks)
+        except Exception:  # the store went down with its rank
+            speaks = not asleep and first_to_speak(self._ranks)
+        error.speaks = speaks
+        return error

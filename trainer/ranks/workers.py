@@ -1,0 +1,169 @@
+"""Starts the ranks of a run as processes of this program, for `verify` and the tests.
+
+On the CPU they are forked from a server that has torch and DeepSpeed imported already, so a run of W
+ranks starts in tenths of a second instead of W imports. On a GPU they are fresh processes: CUDA does
+not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import BaseContext
+from typing import Any
+
+from ..errors import BY_EXIT_CODE, TrainerError
+from .place import Ranks
+
+_PRELOAD = ["trainer.engine.deepspeed_engine", "trainer.run.run", "trainer.run.evaluate", "torch._dynamo"]
+# What the tasks of trainer/tasks import late.
+_PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
+# How long the other ranks may take to end by themselves once one has failed.
+_GRACE_S = 10.0
+
+
+class WorkerError(Exception):
+    """A rank ended with something other than a TrainerError; the message holds its traceback."""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def worker_context(cuda: bool) -> BaseContext:
+    """How processes are started here: forked from a server that has everything imported, or, for CUDA, anew."""
+    if cuda:
+        return multiprocessing.get_context("spawn")
+    # The server inherits this environment once; DeepSpeed then neither looks for a GPU nor says so.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _rank_main(
+    pipe: multiprocessing.connection.Connection,
+    function: Callable[..., Any],
+    ranks: Ranks,
+    arguments: Sequence[Any],
+    environment: Mapping[str, str],
+    quiet: bool,
+) -> None:
+    from tqdm import tqdm
+
+    os.environ.update(environment)
+    if ranks.world_size > 1:
+        # As launchers do: a task that asks the environment finds there what it would find in a run.
+        places = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
+        os.environ.update(
+            {name: str(value) for name, value in (places | {"LOCAL_SIZE": ranks.local_world_size}).items()}
+        )
+    # tqdm's own lock is a semaphore between processes, which ours leave behind when they end at once.
+    tqdm.set_lock(threading.RLock())
+    console: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if quiet:
+        console = contextlib.redirect_stdout(io.StringIO())
+    try:
+        with console:
+            result = ("result", function(ranks, *arguments))
+    except TrainerError as error:
+        result = ("error", (error.exit_code, str(error), error.speaks))
+    except BaseException:
+        result = ("traceback", traceback.format_exc())
+    pipe.send(result)
+    pipe.close()
+    # Without the interpreter's and DeepSpeed's clean-up, which costs seconds and which nobody waits for.
+    os._exit(0)
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    cuda: bool = False,
+    quiet: bool = True,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
+) -> list[Any]:
+    """Calls `function(ranks, *arguments)` in `world_size` processes that can join one process group.
+
+    Args:
+        function: importable by name in a new process, as are its arguments and result.
+        world_size: how many ranks, all on this machine.
+        cuda: whether they use GPUs.
+        quiet: whether what they print is dropped.
+        environment: variables set in every rank.
+        timeout_s: after so long they are ended.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        TrainerError: of the kind a rank raised.
+        WorkerError: a rank failed otherwise, died or took too long.
+    """
+    context = worker_context(cuda)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TRAINER_LAUNCH": uuid.uuid4().hex}
+    common |= environment or {}
+    processes: list[Any] = []
+    pipes: list[Any] = []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        ranks = Ranks(rank, world_size, rank, world_size)
+        process = context.Process(  # type: ignore[attr-defined]
+            target=_rank_main, args=(theirs, function, ranks, arguments, common, quiet), daemon=True
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    results: dict[int, Any] = {}
+    failures: dict[int, Exception] = {}
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        while len(results) + len(failures) < world_size:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results and rank not in failures]
+            ready = multiprocessing.connection.wait(waiting, max(0.0, deadline_s - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    kind, value = pipes[rank].recv()
+                except EOFError:
+                    failures[rank] = WorkerError(f"rank {rank} died without a word")
+                else:
+                    if kind == "result":
+                        results[rank] = value
+                    elif kind == "error":
+                        known = BY_EXIT_CODE.get(value[0], TrainerError)(value[1], agreed=True)
+                        known.speaks = value[2]
+                        failures[rank] = known
+                    else:
+                        failures[rank] = WorkerError(f"rank {rank} failed:\n{value}")
+                if failures:
+                    deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
+    finally:
+        for process in processes:
+            if process.is_alive() and len(results) < world_size:
+                process.kill()
+            process.join()
+    if failures:
+        # Who speaks for all, else the lowest rank that did not leave because of another.
+        silence = {True: 0, None: 1, False: 2}
+        raise failures[min(failures, key=lambda rank: (silence[getattr(failures[rank], "speaks", None)], rank))]
+    if len(results) < world_size:
+        missing = sorted(set(range(world_size)) - set(results))
+        raise WorkerError(f"ranks {missing} did not end within {timeout_s:g} s")
+    return [results[rank] for rank in range(world_size)]

@@ -1,0 +1,260 @@
+"""Checkpoints: what a run goes on from, on any number of ranks, to the same bits.
+
+A checkpoint knows nothing of the world size: parameters, buffers, optimizer state, the step, and what the logging
+window and the best model hold. It is a folder of safetensors files and one JSON manifest with a checksum of each,
+the manifest's own included; nothing is unpickled. It is written beside its final place, synced and renamed,
+so a run that is killed at any moment leaves the checkpoint before.
+
+Training goes on while rank 0 writes: the state is copied, and a thread does the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainerError, UserError, readable
+from ..exact.hashes import bytes_of
+from ..files import sync, whole_folder
+
+_FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedError(Exception):
+    """A checkpoint whose files are not what was written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
+
+
+@dataclass
+class Snapshot:
+    """One checkpoint's content, on the CPU.
+
+    Attributes:
+        step: optimizer steps made.
+        tensors: file name without suffix -> name -> tensor.
+        facts: JSON values.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    facts: dict[str, Any]
+
+
+def copy_to_host(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors into memory that is kept from one checkpoint to the next. Waits for the device."""
+    for name in set(into) - set(tensors):
+        del into[name]
+    cuda = False
+    for name, tensor in tensors.items():
+        kept = into.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = into[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        kept.copy_(tensor.detach(), non_blocking=True)
+        cuda = cuda or tensor.is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    return into
+
+
+class Checkpoints:
+    """Rank 0's checkpoints of one run.
+
+    Args:
+        folder: <output_dir>/checkpoints.
+        keep: how many of the newest to keep.
+        fault: called with a name at each moment of writing, for tests that end the process there.
+    """
+
+    def __init__(self, folder: Path, keep: int, fault: Callable[[str], None] = lambda moment: None) -> None:
+        self._folder, self._keep, self._fault = folder, keep, fault
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        # What a run that was killed while it wrote has left here.
+        for rubbish in folder.glob(".step-*.*"):
+            shutil.rmtree(rubbish, ignore_errors=True)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts writing; the snapshot's memory belongs to the writer until `wait`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write_safely, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            TrainerError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise TrainerError(
+                f"The checkpoint folder {self._folder} cannot be written: {error.strerror or error}. Earlier "
+                "checkpoints are as they were.\nMake room, or the folder writable again, and start the run again with "
+                "--resume auto and the same --output_dir."
+            ) from error
+
+    def _write_safely(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except OSError as error:
+            self._error = error
+        except BaseException as error:  # safetensors has its own kind for a full disk
+            self._error = OSError(None, str(error))
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self._folder.mkdir(exist_ok=True)
+        with whole_folder(self._folder / f"step-{snapshot.step:09d}") as temporary:
+            files: dict[str, Any] = {}
+            for part, tensors in snapshot.tensors.items():
+                file = temporary / f"{part}.safetensors"
+                self._fault(f"before {part}")
+                digest, size = _write_tensors(file, tensors)
+                files[file.name] = {"sha256": digest, "bytes": size}
+            self._fault("before manifest")
+            manifest = temporary / MANIFEST
+            manifest.write_bytes(_sealed({"format": _FORMAT, "step": snapshot.step, "files": files, **snapshot.facts}))
+            sync(manifest)
+            sync(temporary)
+            self._fault("before rename")
+        sync(self._folder)
+        for old in list_checkpoints(self._folder)[self._keep :]:
+            self._fault("before deleting")
+            shutil.rmtree(old, ignore_errors=True)
+
+
+# safetensors' names of the types that models and optimizers have.
+_DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Writes tensors on the CPU as a safetensors file, synced. Returns its sha256 and its size in bytes.
+
+    Straight from their memory: the library's own writer makes two copies first, which takes five times the processor's
+    time, and that time is taken from the rank beside which this runs.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        data: Iterator[Any] = (bytes_of(t) for t in tensors.values() if t.numel())
+        for part in itertools.chain((len(text).to_bytes(8, "little"), text), data):
+            left = memoryview(part)
+            digest.update(left)
+            while left:  # an unbuffered file may take less than it is given
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest(), 8 + len(text) + offset
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON of a manifest with a checksum over itself."""
+    text = json.dumps(content, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, the newest first; damaged ones among them."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises DamagedError."""
+    path = folder / MANIFEST
+    try:
+        sealed = json.loads(path.read_bytes())
+        text = sealed["content"]
+        if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
+            raise DamagedError(f"{path} does not match its checksum")
+        content = json.loads(text)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is no manifest of a checkpoint") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("files"), dict):
+        raise DamagedError(f"{path} is of another format than this version's ({_FORMAT})")
+    step = content.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise DamagedError(f"{path} has no number of steps")
+    return content
+
+
+def read(folder: Path) -> Snapshot:
+    """A checkpoint, every file checked against its checksum. Raises DamagedError, which names the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest = read_manifest(folder)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not isinstance(expected, dict):
+            raise DamagedError(f"{folder / MANIFEST} names a file outside of its folder: {name}")
+        try:
+            size = path.stat().st_size
+            if size != expected.get("bytes"):
+                raise DamagedError(f"{path} has {size:,} bytes and had {expected.get('bytes')}: it is truncated")
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:  # a name that no file can have
+            raise DamagedError(f"{folder / MANIFEST} names no file: {name}") from error
+        if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
+            raise DamagedError(f"{path} does not match its checksum: some of its bits have changed")
+        try:
+            tensors[path.stem] = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DamagedError(f"{path} is no safetensors file: {error}") from error
+    return Snapshot(manifest["step"], tensors, manifest)
+
+
+def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Snapshot] | None:
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    Args:
+        folder: <output_dir>/checkpoints.
+        say: takes a sentence on each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, read(path)
+        except DamagedError as error:
+            damaged.append(str(error))
+            say(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
+    if damaged:
+        raise UserError(
+            f"All checkpoints in {folder} are damaged: {'; '.join(damaged)}.\n"
+            "Start anew with another --output_dir, or give one that is whole with --resume DIR."
+        )
+    return None

@@ -1,0 +1,94 @@
+"""Rank 0's log: one line of JSON for each record, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from ..files import to_json, whole_file
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The records of a metrics.jsonl up to a step; a last line that was cut off is dropped."""
+    kept = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+class Writer:
+    """Rank 0's files: TensorBoard events and one JSON line a record.
+
+    Args:
+        folder: the run's output folder.
+        tensorboard: whether to write events.
+        after_step: go on with the files of a run, without what they hold of later steps; 0 for new ones.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, after_step: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        kept = _lines_until(path, after_step) if after_step else []
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self._lines: TextIO = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard.writer import FileWriter
+
+            self._events = FileWriter(str(folder / "tensorboard"))
+            if after_step:
+                # TensorBoard then drops what earlier files hold of later steps.
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+                self._events.add_event(Event(file_version="brain.Event:2"), after_step + 1)
+                self._events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), after_step + 1)
+
+    def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float], step: int = 0) -> None:
+        """Writes what holds for the run from a step on."""
+        if self._events is not None:
+            from torch.utils.tensorboard.summary import text
+
+            for name, content in texts.items():
+                self._events.add_summary(text(name, content), step)
+            self._add_scalars(scalars, step)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
+        self._lines.write(to_json(record) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            scalars = {name if "/" in name else f"train/{name}": v for name, v in record.items() if name != "step"}
+            self._add_scalars(scalars, int(record["step"]))
+
+    def draw(self, pictures: Mapping[str, Tensor], step: int) -> None:
+        """Writes pictures, name -> (C, H, W) uint8."""
+        if self._events is not None:
+            from torch.utils.tensorboard.summary import image
+
+            for name, picture in pictures.items():
+                self._events.add_summary(image(name, picture, dataformats="CHW"), step)
+
+    def _add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        # All in one event: SummaryWriter.add_scalar for each takes four times as long.
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._events.add_summary(Summary(value=values), step)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()

@@ -1,0 +1,83 @@
+"""What a run says of itself on the console: the start-up lines, and the table at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..engine.adapt import frozen_share
+from ..exact.audit import Audit
+from ..record.console import table
+from .build import Pieces
+
+
+def banner(p: Pieces, audit: Audit | None, learning_rate: float) -> list[str]:
+    """The start-up lines: the batch arithmetic as an equation, the length of the run, and what is exact.
+
+    Args:
+        p: of the run.
+        audit: of its steps; None if there is none.
+        learning_rate: of the first step.
+    """
+    trainer, plan = p.config.trainer, p.plan
+    sizes = " / ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
+    epochs = p.total_steps / p.steps_per_epoch
+    precision = "bfloat16 autocast" if p.config.torch_autocast.enabled else "float32"
+    clipping = p.config.gradient_clipping
+    # AdaScale's gains end the run, which is then shorter.
+    most = "at most " if trainer.learning_rate.adascale_steps is not None else ""
+    lines = [
+        f"{plan.scaling} scaling: {plan.equation()}",
+        f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} "
+        f"epoch{'s' * (epochs != 1)} = {most}{p.total_steps:,} steps",
+        f"{p.config.optimizer.type}, learning rate {learning_rate:.4g} at the first step, "
+        + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
+        + f"; {precision} on {p.facts['device_model']}",
+    ]
+    warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
+    if warmup_steps >= p.total_steps:
+        lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, which never reaches the full rate")
+    trained, total = frozen_share(p.engine.model)
+    if trained < total:
+        lines.append(f"{trained:,} of {total:,} parameters are trained, the others are frozen")
+    lines += [f"note: {note}" for note in getattr(p.task, "notes", ())]
+    every = "not audited" if audit is None else f"audited every {audit.every_steps:,} steps and in the last"
+    checked = f"rehearsed, {every}"
+    if p.inexact:
+        lines.append(f"exactness: tolerance, because {'; '.join(p.inexact)}")
+    elif plan.scaling == "strong":
+        lines.append(
+            f"exactness: bitwise ({checked}). Any 1 to {plan.micro_batches} ranks give this very model, on this device "
+            "model and these versions"
+        )
+    else:
+        lines.append(
+            f"exactness: bitwise ({checked}). One rank with train_batch_size={plan.global_batch_size} and this "
+            "learning rate gives this very model, on this device model and these versions"
+        )
+    return lines
+
+
+def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
+    """The end of a run: metrics on test (or what there is), speed, and where things lie."""
+    metrics = summary["metrics"]
+    measured = "test" if "test" in metrics else next(iter(metrics), None)
+    rows = [(f"{measured} {name}", f"{value:.4f}") for name, value in metrics.get(measured, {}).items()]
+    rows += [
+        ("steps", f"{summary['steps']:,}" + (" (stopped early)" if summary["status"] == "stopped early" else "")),
+    ]
+    if summary.get("best"):
+        best = summary["best"]
+        rows.append(("kept model", f"of step {best['step']:,}, {best['metric']} {best['value']:.4f} on validation"))
+    if summary["tokens_per_s"]:
+        rows.append(("tokens/s", f"{summary['tokens_per_s']:,.0f}"))
+    rows += [
+        ("samples/s", f"{summary['samples_per_s']:,.0f}"),
+        ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
+        ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),
+        ("parameters", f"sha256 {summary['parameters_sha256'][:16]}... ({summary['exactness']})"),
+        ("results", str(folder)),
+    ]
+    if tensorboard:
+        rows.append(("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"))
+    return table(rows)

@@ -1,0 +1,109 @@
+"""The best model so far on validation, kept in memory; and when a run has seen enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..config.keys import Config
+from ..config.schema import near
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..engine.deepspeed_engine import Engine
+
+
+class BestModel:
+    """Keeps a copy of the parameters and buffers with the best value of one metric.
+
+    Every rank keeps its own: the metric and the model are the same everywhere, so nothing is sent.
+
+    Args:
+        config: `trainer.best` says which metric.
+        own_choice: the task's `best_metric`, (name, "min" or "max"), or None for the loss.
+    """
+
+    def __init__(self, config: Config, own_choice: tuple[str, str] | None) -> None:
+        options = config.trainer.best
+        name, mode = own_choice or ("loss", "min")
+        self._guess_mode = False
+        if options.metric not in ("auto", None):
+            self._guess_mode = options.mode == "auto" and options.metric not in (name, "loss")
+            mode = mode if options.metric == name else "min"
+            name = str(options.metric)
+        self.metric, self.mode = name, options.mode if options.mode != "auto" else mode
+        self.step = 0
+        self.value = math.nan
+        self.metrics: dict[str, float] = {}
+        self._patience, self._waited = options.patience_evaluations, 0
+        self._state: dict[str, Tensor] = {}
+
+    @property
+    def enough(self) -> bool:
+        """Whether the run may stop: so many validations without a better model."""
+        return self._patience > 0 and self._waited >= self._patience
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raises UserError, on every rank, unless the metric is there and it is known which way is better."""
+        if self.metric not in metrics:
+            raise UserError(
+                f'"trainer.best.metric": validation has no metric "{self.metric}". {near(self.metric, metrics)}',
+                agreed=True,
+            )
+        if self._guess_mode:
+            raise UserError(
+                f'"trainer.best.mode" is needed: is less or more of {self.metric} better? It is "min" or "max".',
+                agreed=True,
+            )
+
+    def offer(self, engine: Engine, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the model as it is now if its metrics on validation are the best so far.
+
+        Among equals the loss decides, and then the first: on a small validation set many models are equally accurate.
+
+        Collective at ZeRO stage 3: every rank.
+        """
+        self.check(metrics)
+        value = metrics[self.metric]
+        better = math.isnan(self.value) or (value < self.value if self.mode == "min" else value > self.value)
+        # A tie is no progress: it does not keep a run from stopping early.
+        self._waited = 0 if better and math.isfinite(value) else self._waited + 1
+        tie = value == self.value and metrics["loss"] < self.metrics["loss"]
+        if not math.isfinite(value) or not (better or tie):
+            return
+        self.step, self.value, self.metrics = step, value, dict(metrics)
+        with engine.whole_parameters():
+            for name, tensor in engine.model_state().items():
+                kept = self._state.get(name)
+                if kept is None or kept.shape != tensor.shape:
+                    self._state[name] = tensor.clone()
+                else:
+                    kept.copy_(tensor)
+
+    def restore(self, engine: Engine) -> None:
+        """Gives the model its best parameters and buffers back. Collective at ZeRO stage 3: every rank."""
+        with engine.whole_parameters(change=True):
+            for name, tensor in engine.model_state().items():
+                tensor.copy_(self._state[name])
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds of it: tensors, and JSON values."""
+        return self._state, {
+            "step": self.step,
+            "value": self.value,
+            "metrics": dict(self.metrics),
+            "waited": self._waited,
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], engine: Engine) -> None:
+        """Puts back what `state_dict` gave."""
+        self.step, self.value, self._waited = int(values["step"]), float(values["value"]), int(values["waited"])
+        self.metrics = dict(values["metrics"])
+        self._state = {name: tensor.to(engine.device) for name, tensor in tensors.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {"step": self.step, "metric": self.metric, "mode": self.mode, "value": self.value}

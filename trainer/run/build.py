@@ -1,0 +1,335 @@
+"""Builds what a run is made of, in one explicit order, and refuses what cannot be trained exactly or at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config.deepspeed_keys import LAYERWISE
+from ..config.keys import Config
+from ..engine import device as devices
+from ..engine.adapt import adapt, compile_in_place
+from ..engine.adascale import growth
+from ..engine.optimizers import check_optimizer
+from ..engine.rates import Rates
+from ..errors import TrainerError, UserError
+from ..exact.micro_batches import GlobalBatches
+from ..exact.order import key, nested_subset, seed_generators, seed_python
+from ..exact.plan import BatchPlan, steps_per_epoch
+from ..exact.splits import Split, as_splits
+from ..ranks import rendezvous
+from ..ranks.collectives import broadcast_tensor, common_value, gather_objects, raise_together
+from ..ranks.place import Ranks
+from ..record.console import DeepSpeedLog, say
+from ..tasks.protocol import Task, load_task
+
+if TYPE_CHECKING:
+    from ..engine.deepspeed_engine import Engine
+
+# Ranks wait this long for one another before giving up; the first step may compile kernels.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+@dataclass
+class Pieces:
+    """What a run is made of.
+
+    Attributes:
+        host_splits, splits: the data on the CPU and on the device.
+        batches: of the training split, step by step.
+        rates: the learning rate of each step.
+        inexact: why the run is not bitwise; empty if it is.
+        facts: what the bits depend on besides config and data.
+        hosts: of each rank, its host and device.
+        alike: whether all ranks have the same device model.
+        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them; found
+            by the rehearsal.
+    """
+
+    config: Config
+    ranks: Ranks
+    plan: BatchPlan
+    task: Task
+    device: torch.device
+    host_splits: dict[str, Split]
+    splits: dict[str, Split]
+    batches: GlobalBatches
+    engine: Engine
+    rates: Rates
+    inexact: list[str]
+    facts: dict[str, Any]
+    hosts: list[str]
+    alike: bool = True
+    changing: list[str] = field(default_factory=list)
+    _data_sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the run."""
+        return self.batches.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """The length of the run."""
+        return self.batches.total_steps
+
+    @property
+    def exactness(self) -> str:
+        """The run's label: bitwise, or tolerance where something cannot be exact."""
+        return "tolerance" if self.inexact else "bitwise"
+
+    def common_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name: what every rank must hold alike."""
+        state = self.engine.model_state()
+        return {name: tensor for name, tensor in state.items() if name not in self.changing}
+
+    def follow_first(self) -> None:
+        """Takes over rank 0's values of what each rank's forward has changed in its own way. Collective: every rank."""
+        state = self.engine.model_state() if self.changing else {}
+        for name in self.changing:
+            own = state[name]
+            own.copy_(broadcast_tensor(own.cpu() if self.ranks.first else None, own.dtype, tuple(own.shape)))
+
+    def data_sha256(self) -> dict[str, str]:
+        """The hash of each split's data."""
+        if not self._data_sha256:
+            self._data_sha256.update({name: split.data_hash() for name, split in self.host_splits.items()})
+        return self._data_sha256
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything that the result follows from, for manifest.json."""
+        return {
+            "config": self.config.as_dict(),
+            "batch_plan": asdict(self.plan) | {"micro_batches": self.plan.micro_batches},
+            "exactness": self.exactness,
+            "inexact": self.inexact,
+            "seed": self.config.trainer.seed,
+            "samples": {name: len(split) for name, split in self.host_splits.items()},
+            "data_sha256": self.data_sha256(),
+            "facts": self.facts,
+            "hosts": self.hosts,
+        }
+
+
+def build(
+    config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog, met: Callable[[], None] = lambda: None
+) -> Pieces:
+    """Builds everything a run needs. Collective: every rank.
+
+    Args:
+        config, ranks, plan: of the run.
+        log: takes what DeepSpeed says.
+        met: called when the ranks have met, before anything slow.
+
+    Raises:
+        UserError: something has to change first; before anything is computed.
+    """
+    _check_noise(config, plan)
+    device, backend = devices.choose(config, ranks)
+    devices.settle(config)
+    with log.capture():
+        from ..engine import deepspeed_engine as engines
+    check_optimizer(config)
+    # Weights or splits drawn from these are then the same on every rank and in every run.
+    seed_python(key(config.trainer.seed, "task"))
+    task = load_task(config.trainer.task, config.trainer.task_options)
+    rendezvous.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
+    met()
+
+    # From here on ranks wait for one another, so an error of one is raised on all.
+    error: TrainerError | None = None
+    host_splits: dict[str, Split] = {}
+    model, total_steps = nn.Module(), 0
+    try:
+        host_splits = as_splits(task.splits(), type(task).__name__)
+        host_splits["train"] = chosen_samples(host_splits["train"], config.trainer.train_samples)
+        total_steps = _total_steps(config, plan, len(host_splits["train"]))
+        seed_generators(key(config.trainer.seed, "model"), device)
+        model = _model(task, config)
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+
+    facts = devices.facts(device, engines.VERSION)
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        facts["transformers"] = importlib.metadata.version("transformers")
+    if config.optimizer.type.lower() in LAYERWISE:
+        facts["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
+    unlike = _compare_facts(facts, config, host_splits)
+    inexact = _zero_reason(config) + _normalisation_reason(model) + unlike
+    refuse_inexact(config, inexact)
+
+    if engines.builds_an_op(config) and ranks.first:
+        say(
+            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine: one to three "
+            'minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
+        )
+    model.to(device).train()
+    try:
+        with log.capture():
+            engine = engines.Engine(model, config, micro_batch_size=plan.micro_batch_size, world_size=ranks.world_size)
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    batches = GlobalBatches(
+        host_splits["train"],
+        device,
+        seed=config.trainer.seed,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        drop_last=config.trainer.drop_last,
+        total_steps=total_steps,
+        one_shape=config.trainer.compile,
+        counted=measures_norms(config),
+    )
+    return Pieces(
+        config=config,
+        ranks=ranks,
+        plan=plan,
+        task=task,
+        device=device,
+        host_splits=host_splits,
+        splits={name: split.to(device) for name, split in host_splits.items()},
+        batches=batches,
+        engine=engine,
+        rates=Rates(config, plan, batches.steps_per_epoch, total_steps),
+        inexact=inexact,
+        facts=facts,
+        hosts=gather_objects(f"{socket.gethostname()} {device}"),
+        alike=not unlike,
+    )
+
+
+def measures_norms(config: Config) -> bool:
+    """Whether a run's steps measure the norms of the micro-batches' gradients."""
+    return config.trainer.gradient_noise or config.trainer.learning_rate.scaling_rule == "adascale"
+
+
+def _model(task: Task, config: Config) -> nn.Module:
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")
+    lazy = [n for n, q in model.named_parameters() if isinstance(q, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise UserError(
+            f"The parameter {lazy[0]} has no shape yet. Call the model once in model(): a lazy layer takes it "
+            "from its first input."
+        )
+    model = adapt(model, config)
+    if config.trainer.compile:
+        compile_in_place(model)
+    return model
+
+
+def refuse_inexact(config: Config, reasons: Sequence[str], remedies: Sequence[str] = ()) -> None:
+    """Raises UserError, on every rank, if the config asks for bitwise and there is a reason against it.
+
+    Args:
+        config: of the run.
+        reasons: clauses.
+        remedies: sentences that say what to do.
+    """
+    if reasons and config.trainer.exactness == "bitwise":
+        advice = "".join(f"{remedy}\n" for remedy in remedies)
+        raise UserError(
+            f'trainer.exactness is "bitwise", but {"; ".join(reasons)}.\n{advice}'
+            'With "auto" the run goes on and is labelled tolerance.',
+            agreed=True,
+        )
+
+
+def _check_noise(config: Config, plan: BatchPlan) -> None:
+    if config.trainer.learning_rate.scaling_rule == "adascale":
+        growth(config, plan)
+    if config.trainer.gradient_noise and plan.micro_batches == 1:
+        raise UserError(
+            '"trainer.gradient_noise" compares the gradients of micro-batches, and the global batch of '
+            f"{plan.global_batch_size} samples is a single one (train_micro_batch_size_per_gpu "
+            f"{plan.micro_batch_size}).\nLeave it out, or use a smaller micro-batch (which is another model)."
+        )
+
+
+def chosen_samples(split: Split, samples: int | None) -> Split:
+    """The part of the training split that the config asks for."""
+    if samples is None:
+        return split
+    if samples > len(split):
+        raise UserError(
+            f"trainer.train_samples is {samples:,}, but the training split has only {len(split):,} samples.\n"
+            f"Use at most {len(split)}, or leave it out for all of them."
+        )
+    return split.subset(nested_subset(len(split), samples))
+
+
+def _total_steps(config: Config, plan: BatchPlan, samples: int) -> int:
+    B = plan.global_batch_size
+    if samples < B:
+        growth = f" (weak scaling on {plan.world_size} ranks)" if plan.scaling == "weak" else ""
+        raise UserError(
+            f"A global batch of {B} samples{growth} is larger than the training set of {samples}.\n"
+            + (
+                f"Use at most {samples * plan.world_size // B} ranks, or a smaller train_micro_batch_size_per_gpu."
+                if plan.scaling == "weak" and samples * plan.world_size >= B
+                else f"Use a train_batch_size of at most {samples}."
+            )
+        )
+    total = steps_per_epoch(samples, B, config.trainer.drop_last) * config.trainer.epochs
+    return min(total, config.trainer.max_steps or total)
+
+
+def _zero_reason(config: Config) -> list[str]:
+    if config.zero_stage == 0:
+        return []
+    return [f"ZeRO stage {config.zero_stage} reduces gradients in an order that depends on the number of ranks"]
+
+
+def _normalisation_reason(model: nn.Module) -> list[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            return [f"{name} is a SyncBatchNorm, whose statistics are those of whichever micro-batches run at once"]
+        if (
+            isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and module.running_mean.dtype != torch.float32
+        ):
+            return [f"{name} keeps its running statistics in {module.running_mean.dtype}"]
+    return []
+
+
+def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Split]) -> list[str]:
+    """Compares what the bits depend on over the ranks. Collective: every rank.
+
+    Returns:
+        A reason against bitwise if the device models differ.
+
+    Raises:
+        UserError: on every rank, if anything else differs, also where device models do.
+    """
+    own: dict[str, Any] = {**facts, "config": repr(config.as_dict())}
+    own.update({f"data of {name}": split.data_hash() for name, split in splits.items()})
+    everyone = gather_objects((socket.gethostname(), own))
+    unlike: list[str] = []
+    for name in sorted({name for _, facts_of in everyone for name in facts_of}):
+        values = [facts_of.get(name) for _, facts_of in everyone]
+        usual = common_value(values)
+        for rank, value in enumerate(values):
+            if value == usual:
+                continue
+            where = f"rank {rank} on {everyone[rank][0]}"
+            if name in _OF_THE_DEVICE:
+                unlike.append(f"{where} runs on {value}, others on {usual}")
+                break
+            shown = "" if name == "config" else f": {value}, others {usual}"
+            raise UserError(f"{where} has another {name} than the other ranks{shown}.", agreed=True)
+    return unlike[:1]
+
+
+# Facts in which ranks may differ, at the price of the label. Whatever else differs, the run would be nobody's.
+_OF_THE_DEVICE = ("device_model", "cpu_capability")

@@ -1,0 +1,267 @@
+"""A run under way: what its loop works with, made ready for the first step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..engine.zero_step import ZeroStep
+from ..errors import UserError
+from ..exact import audit
+from ..exact.batch_norm import RunningStatistics
+from ..exact.gradient_noise import NoiseScale
+from ..exact.guard import compare_ranks
+from ..exact.micro_batches import MicroBatches, ignore_phase
+from ..exact.step import ExactStep, non_finite
+from ..ranks.watch import Watch
+from ..record.checkpoints import Snapshot
+from ..record.console import DeepSpeedLog, say
+from ..record.folder import OutputFolder
+from ..record.window import Window
+from ..rehearsal.rehearse import Subject, rehearse
+from .banner import banner
+from .best import BestModel
+from .build import Pieces, measures_norms, refuse_inexact
+from .recorder import Recorder
+from .resume import Saver
+
+if TYPE_CHECKING:
+    from ..engine.deepspeed_engine import Engine
+
+# Called after every step with (steps made, engine, loss sums of all micro-batches): how `verify` and the
+# benchmarks watch a run.
+Trace = Callable[[int, "Engine", Tensor], None]
+
+
+@dataclass
+class Course:
+    """A run under way.
+
+    Attributes:
+        pieces: what it is made of.
+        step: makes a step.
+        window, record: what the steps found, and where it goes.
+        saver: writes checkpoints.
+        best: the best model on validation; None if the last one is kept.
+        noise: the gradient's noise; None if it is not measured.
+        watch: over the ranks and the signals.
+        folder: rank 0's; None on the others.
+        first_step: steps made before this process began.
+        done: steps made so far, those of earlier processes included.
+        trace: called after every step.
+        started_at_s: time.time() at which this process began.
+        time_to_first_step_s: from then on; nan before it.
+        rehearsal_s: the seconds that the rehearsal took.
+    """
+
+    pieces: Pieces
+    step: ExactStep | ZeroStep
+    window: Window
+    record: Recorder
+    saver: Saver
+    best: BestModel | None
+    noise: NoiseScale | None
+    watch: Watch
+    folder: OutputFolder | None
+    first_step: int
+    done: int
+    trace: Trace | None
+    started_at_s: float
+    time_to_first_step_s: float = math.nan
+    rehearsal_s: float = 0.0
+
+    def check_window(self) -> None:
+        """Raises NonFiniteError for the window's first bad step, where the host has not seen it yet."""
+        if not self.step.deferred:
+            return
+        bad = self.window.first_non_finite()  # waits for the device
+        if bad is not None:
+            offset, losses, norm = bad
+            raise non_finite(self.done - self.window.filled + offset, losses, norm)
+
+    def compare_ranks(self) -> None:
+        """Raises RanksDifferError unless all ranks hold the same model. Collective: every rank."""
+        if self.pieces.engine.zero_stage == 0:
+            compare_ranks(self.pieces.common_state(), self.done)
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint, while training goes on. Collective: every rank."""
+        self.check_window()
+        self.record.flush()
+        self.record.checkpointed(self.saver.save(self.done))
+
+
+def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactStep | ZeroStep:
+    """What makes the steps of a run: exact, or DeepSpeed's with ZeRO. `mark` is called at the end of each phase."""
+    micro_batches = MicroBatches(
+        p.task,
+        p.engine.forward_module,
+        p.splits["train"],
+        device=p.device,
+        seed=p.config.trainer.seed,
+        micro_batch_size=p.plan.micro_batch_size,
+        autocast=p.engine.autocast,
+        mark=mark,
+    )
+    statistics = RunningStatistics(p.engine.model)
+    if p.engine.zero_stage > 0:
+        return ZeroStep(p.engine, micro_batches, statistics, ranks=p.ranks, device=p.device, mark=mark)
+    return ExactStep(
+        p.engine,
+        micro_batches,
+        statistics,
+        ranks=p.ranks,
+        leaves=p.batches.micro_batch_counts(),
+        device=p.device,
+        max_norm=p.config.gradient_clipping,
+        measures_norms=measures_norms(p.config),
+        mark=mark,
+    )
+
+
+def subject_of(p: Pieces, step: ExactStep | ZeroStep) -> Subject:
+    """What a rehearsal needs of a run."""
+    return Subject(
+        task=p.task,
+        engine=p.engine,
+        batches=p.batches,
+        micro_batches=step.micro_batches,
+        statistics=step.statistics,
+        host_split=p.host_splits["train"],
+        split=p.splits["train"],
+        plan=p.plan,
+        device=p.device,
+        ranks=p.ranks,
+        alike=p.alike,
+    )
+
+
+def set_out(
+    p: Pieces,
+    folder: OutputFolder | None,
+    log: DeepSpeedLog,
+    watch: Watch,
+    snapshot: Snapshot | None,
+    trace: Trace | None,
+    started_at_s: float,
+) -> Course:
+    """Makes a run ready for its first step: restores, rehearses, says what it is. Collective: every rank.
+
+    Args:
+        p: of the run.
+        folder: rank 0's.
+        log: takes what DeepSpeed says.
+        watch: over the ranks.
+        snapshot: the checkpoint from which it goes on, put back into the engine already.
+        trace: called after every step.
+        started_at_s: time.time() at which this process began.
+
+    Raises:
+        UserError: the task does not keep the protocol, or is not exact where the config insists.
+    """
+    options = p.config.trainer
+    noise = NoiseScale() if options.gradient_noise else None
+    window = Window(options.log_every_steps, max(p.batches.micro_batch_counts()), p.device, noise=noise)
+    step = make_step(p, window.timer.mark)
+    best = _best_model(p)
+    first_step, history = 0, []
+    if snapshot is not None:
+        first_step, history = snapshot.step, snapshot.facts["history"]
+        _restore(p, window, best, snapshot)
+    history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
+    record = Recorder(p, window, first_step, history)
+    saver = Saver(p, window, best, history, folder)
+    rehearsal_s, notes = _rehearse(p, step, first_step) if first_step < p.total_steps else (0.0, [])
+    rate = p.engine.set_learning_rate(p.rates.factor(first_step))
+    if p.ranks.first:
+        say(*banner(p, step.audit, rate), *(f"note: {note}" for note in notes))
+        if first_step:
+            before = history[-2]["world_size"]
+            say(f"going on after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")
+    if best is not None and options.best.metric != "auto":
+        best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
+    if folder is not None:
+        record.open(folder, log)  # only now: the rehearsal has shown that the task works
+    return Course(
+        p,
+        step,
+        window,
+        record,
+        saver,
+        best,
+        noise,
+        watch,
+        folder,
+        first_step,
+        first_step,
+        trace,
+        started_at_s,
+        rehearsal_s=rehearsal_s,
+    )
+
+
+def _restore(p: Pieces, window: Window, best: BestModel | None, snapshot: Snapshot) -> None:
+    """Puts back what a checkpoint holds besides the engine's state."""
+    window.load_state_dict(snapshot.facts["window"])
+    if p.rates.adascale is not None and snapshot.facts["adascale"] is not None:
+        p.rates.adascale.load_state_dict(snapshot.facts["adascale"])
+    if best is not None and snapshot.facts["best"] is not None:
+        best.load_state_dict(snapshot.tensors.get("best", {}), snapshot.facts["best"], p.engine)
+
+
+def _best_model(p: Pieces) -> BestModel | None:
+    options = p.config.trainer
+    if "validation" not in p.splits:
+        if options.best.patience_evaluations or options.best.metric not in ("auto", None):
+            raise UserError(
+                f'"trainer.best" asks for the best model on validation, but the task {options.task} has no validation '
+                "split.",
+                agreed=True,
+            )
+        return None
+    if options.best.metric is None or not options.evaluate_every_epochs:
+        return None
+    return BestModel(p.config, getattr(p.task, "best_metric", None))
+
+
+def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str]]:
+    """Rehearses, labels or refuses the run, and begins its audits. Collective: every rank.
+
+    Returns:
+        The seconds that it took, and notes for the person who started the run.
+    """
+    began_s = time.perf_counter()
+    found = rehearse(subject_of(p, step), first_step)
+    reasons = [finding.what for finding in found.findings if finding.what not in p.inexact]
+    remedies = list(dict.fromkeys(finding.remedy for finding in found.findings))
+    refuse_inexact(p.config, reasons, remedies)
+    p.inexact += reasons
+    p.changing = found.changing
+    every_steps = audit.interval(
+        p.config.trainer.audit_every_steps,
+        p.config.trainer.guard_every_steps,
+        p.plan.micro_batches,
+        p.plan.world_size,
+    )
+    if p.engine.zero_stage == 0 and not found.findings and every_steps:
+        step.audit = audit.Audit(
+            p.ranks,
+            p.hosts,
+            list(p.engine.names.values()),
+            every_steps=every_steps,
+            total_steps=p.total_steps,
+            seed=p.config.trainer.seed,
+            alike=p.alike,
+        )
+    notes = found.notes + remedies
+    if first_step and found.kept and not found.findings:
+        notes.append(
+            f"{found.kept[0]} changes with micro-batches, and checkpoints do not hold it. If numbers depend on it, the "
+            "run that goes on here is not the one that was interrupted."
+        )
+    return time.perf_counter() - began_s, notes

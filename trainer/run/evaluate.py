@@ -1,0 +1,120 @@
+"""Evaluation: outputs gathered in sample order, metrics computed once, sums in a fixed order.
+
+A split is cut into micro-batches of `trainer.evaluate_micro_batch_size` that know nothing of the world
+size; ranks take contiguous blocks of them, as in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..exact.order import key, seed_generators, seed_python
+from ..exact.plan import micro_batch_bounds, rank_block
+from ..exact.progress import Progress, TaskCalls
+from ..exact.splits import Batch, Split
+from ..ranks.collectives import all_gather_flat, broadcast_object, gather_objects
+from ..ranks.place import Ranks
+from ..tasks.contract import check_outputs
+from ..tasks.protocol import Outputs, Task
+
+if TYPE_CHECKING:
+    from ..engine.deepspeed_engine import Engine
+
+
+def evaluate(
+    task: Task,
+    engine: Engine,
+    split: Split,
+    host_split: Split,
+    ranks: Ranks,
+    micro_batch_size: int,
+    seed: int,
+    progress: Progress,
+    look: Callable[[Outputs, Batch], None] | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of a split, the same bits at every world size. Collective: every rank.
+
+    Args:
+        task: gives forward, loss and metrics.
+        engine: whose model is measured, in evaluation mode.
+        split, host_split: the same data on the device and on the CPU.
+        ranks: who computes which micro-batches.
+        micro_batch_size: samples of one forward.
+        seed: for models that draw random numbers in evaluation too.
+        progress: of the run, for tasks that ask for it.
+        look: called on rank 0 with the outputs and the arrays of the whole split, on the CPU.
+
+    Returns:
+        {"loss": ..., and the task's metrics}, on every rank.
+    """
+    bounds = micro_batch_bounds(len(split), micro_batch_size)
+    longest = None if engine.compiled else host_split.longest(torch.arange(len(split)), bounds)
+    block = list(rank_block(len(bounds), ranks.world_size, ranks.rank))
+    # At ZeRO stage 3 a forward is collective, so ranks with less to do repeat a micro-batch and drop it.
+    most = -(-len(bounds) // ranks.world_size)
+    repeats = [0] * (most - len(block)) if engine.zero_stage == 3 else []
+    sums: list[Tensor] = []
+    pieces: dict[str, list[Tensor]] = {}
+    calls, model = TaskCalls(task), engine.forward_module
+    model.eval()
+    # Not inference_mode: a table that a model makes here and keeps, of positions for example, is used in training, too.
+    with torch.no_grad(), engine.autocast():
+        for position, j in enumerate(block + repeats):
+            start, stop = bounds[j]
+            batch = split.gather(torch.arange(start, stop, device=engine.device))
+            batch = split.cut(batch, longest[j] if longest is not None else None)
+            seed_generators(key(seed, "evaluation", j), engine.device)
+            seed_python(key(seed, "evaluation", j))
+            outputs = calls.forward(model, batch, progress)
+            loss, _ = calls.loss(outputs, batch, progress)
+            if position >= len(block):
+                continue
+            sums.append(loss.detach().float())
+            for name, value in check_outputs(outputs, stop - start).items():
+                pieces.setdefault(name, []).append(value.detach())
+    model.train()
+    # The one wait for the device.
+    local_sums = torch.stack(sums).tolist() if sums else []
+    parts = {name: torch.cat(values) for name, values in pieces.items()}
+    described = {name: (value.dtype, tuple(value.shape[1:])) for name, value in parts.items()}
+    said = gather_objects((local_sums, described, sum(bounds[j][1] - bounds[j][0] for j in block)))
+    loss_sum = math.fsum(value for values, _, _ in said for value in values)
+    description = next(d for _, d, rows in said if rows)
+    rows = [r for _, _, r in said]
+    outputs_in_order = {
+        name: _gather_rows(parts.get(name), dtype, shape, rows, engine.device)
+        for name, (dtype, shape) in description.items()
+    }
+    result: dict[str, float] | None = None
+    if ranks.first:
+        whole = outputs_in_order.get("") if list(outputs_in_order) == [""] else outputs_in_order
+        metrics = task.metrics(whole, host_split.arrays)
+        if look is not None:
+            look(whole, host_split.arrays)
+        count = host_split.count_of(torch.arange(len(host_split)))
+        result = {"loss": loss_sum / count, **{name: float(value) for name, value in metrics.items()}}
+    return broadcast_object(result)
+
+
+def _gather_rows(
+    part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], rows: list[int], device: torch.device
+) -> Tensor:
+    """The ranks' rows one after the other, on the CPU: (sum of rows, *shape)."""
+    if len(rows) == 1:
+        assert part is not None
+        return part.cpu()
+    if dist.get_backend() == "gloo":
+        device = torch.device("cpu")
+    padded = torch.zeros(max(rows), *shape, dtype=dtype, device=device)
+    if part is not None:
+        padded[: len(part)].copy_(part)
+    # As bytes: a collective only moves them, and not every backend knows every type.
+    received = torch.empty(len(rows), *padded.shape, dtype=dtype, device=device)
+    all_gather_flat(received.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
+    return torch.cat([received[r, :count] for r, count in enumerate(rows)]).cpu()

@@ -1,0 +1,101 @@
+"""The end of a run: the model that is kept, its last evaluations, the summary."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..errors import NonFiniteError, TrainerError
+from ..exact.hashes import state_sha256
+from ..ranks.collectives import raise_together
+from ..record.console import say
+from .banner import result_table
+from .course import Course
+from .failures import of_the_folder
+from .saving import save_card, save_model
+
+
+def finish(c: Course) -> dict[str, Any]:
+    """Ends a run: keeps its best model, measures it, writes the last files. Collective: every rank.
+
+    Returns:
+        The summary, on every rank.
+    """
+    p, engine, best, done = c.pieces, c.pieces.engine, c.best, c.done
+    summary: dict[str, Any] = {}
+    with engine.whole_parameters():
+        # Of the last step, whichever model is kept.
+        summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
+        summary["model_sha256"] = state_sha256(engine.model_state())
+    _save(c)  # before the last evaluations: whatever fails in a task's metrics, the trained model is there
+    stopped_early = best is not None and best.enough
+    metrics: dict[str, dict[str, float]] = {}
+    if "validation" in p.splits and not stopped_early:
+        metrics["validation"] = c.record.evaluate("validation", done)
+    if best is not None:
+        if not stopped_early:
+            best.offer(engine, metrics["validation"], done)
+        if best.step not in (0, done):
+            best.restore(engine)
+            metrics["validation"] = best.metrics
+            _save(c)
+        summary["best"] = best.summary()
+    if c.noise is not None:
+        summary["gradient_noise"] = c.noise.summary()
+    if p.rates.adascale is not None:
+        summary["adascale"] = p.rates.adascale.summary()
+    if "test" in p.splits:
+        metrics["test"] = c.record.evaluate("test", done)  # once, on the model that is kept
+    pace = c.record.pace
+    summary |= {
+        "status": "stopped early" if stopped_early else "finished",
+        "exactness": p.exactness,
+        "inexact": p.inexact,
+        "world_size": p.plan.world_size,
+        "global_batch_size": p.plan.global_batch_size,
+        "micro_batch_size": p.plan.micro_batch_size,
+        "steps": done,
+        "metrics": metrics,
+        "samples_per_s": pace.samples_per_s,
+        "tokens_per_s": pace.tokens_per_s,
+        "step_time_s": pace.step_time_s,
+        "started_at_s": c.started_at_s,
+        "time_to_first_step_s": c.time_to_first_step_s,
+        "rehearsal_s": c.rehearsal_s,
+    }
+    _leave(c, summary)
+    if c.folder is not None:
+        say("", result_table(summary, c.folder.path, p.config.tensorboard.enabled))
+    return summary
+
+
+def rescue(c: Course, failure: NonFiniteError) -> None:
+    """Keeps the last good parameters of a run that stopped being finite. Collective: every rank."""
+    c.record.window(c.done, last=True)
+    _save(c)
+    if c.folder is not None:
+        c.record.close()
+        c.folder.write_json("summary.json", {"status": str(failure), "steps": failure.good_steps})
+
+
+def _save(c: Course) -> None:
+    with c.pieces.engine.whole_parameters():
+        if c.folder is not None:
+            save_model(c.pieces, c.folder)
+
+
+def _leave(c: Course, summary: dict[str, Any]) -> None:
+    """Writes a finished run's last files. Collective: if rank 0 cannot write them, every rank reports a failure."""
+    error: TrainerError | None = None
+    try:
+        c.record.close()
+        c.saver.wait()
+        summary["wall_time_s"] = time.time() - summary["started_at_s"]
+        if c.folder is not None:
+            save_card(c.pieces, c.folder, summary)
+            c.folder.write_json("summary.json", summary)
+    except Exception as own:
+        error = own if isinstance(own, TrainerError) else of_the_folder(own, c.folder)
+        if error is None:
+            raise
+    raise_together(error)

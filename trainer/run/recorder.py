@@ -1,0 +1,126 @@
+"""Sends what is measured to its readers: files and console on rank 0, nowhere on the others."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..exact.progress import Progress
+from ..exact.splits import Batch
+from ..record.console import DeepSpeedLog, ProgressBar
+from ..record.folder import OutputFolder
+from ..record.pace import Pace, memory_gib
+from ..record.window import Window
+from ..record.writer import Writer
+from ..tasks.protocol import Outputs
+from .build import Pieces
+from .evaluate import evaluate
+
+
+class Recorder:
+    """The records of one run.
+
+    Args:
+        pieces: of the run.
+        window: the steps since the last record.
+        first_step: steps made before this process began; records of later ones are made anew.
+        history: one entry for each process that has carried the run, for the manifest.
+    """
+
+    def __init__(self, pieces: Pieces, window: Window, first_step: int, history: list[dict[str, Any]]) -> None:
+        self._pieces, self._window, self._first_step, self._history = pieces, window, first_step, history
+        self._writer: Writer | None = None
+        self._pending: Callable[[], dict[str, float]] | None = None
+        self._eval_s = self._checkpoint_s = 0.0
+        self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
+        self.pace = Pace(pieces.total_steps - first_step)
+
+    def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
+        """Begins the files, or goes on with those of a run that was interrupted. Rank 0."""
+        p = self._pieces
+        self.write_manifest(folder)
+        log.open(folder.path / "logs" / "deepspeed.log")
+        self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step)
+        self._writer.describe(
+            {"config": f"```json\n{json.dumps(p.config.as_dict(), indent=2)}\n```", "exactness": p.exactness},
+            {"run/world_size": p.plan.world_size, "run/global_batch_size": p.plan.global_batch_size},
+            self._first_step,
+        )
+
+    def write_manifest(self, folder: OutputFolder) -> None:
+        """Writes manifest.json. Rank 0."""
+        folder.write_json(
+            "manifest.json", self._pieces.manifest() | {"command": shlex.join(sys.argv), "history": self._history}
+        )
+
+    def window(self, step: int, last: bool = False) -> None:
+        """Ends the logging window. On a GPU it is read when the next one ends, so that nothing waits for it."""
+        closed = self._window.close(step, -(-step // self._pieces.steps_per_epoch))
+        lagging = self._pieces.device.type == "cuda" and not last
+        self._write_window(self._pending)
+        if not lagging:
+            self._write_window(closed)
+        self._pending = closed if lagging else None
+        if last:
+            self.pace.stop()
+
+    def flush(self) -> None:
+        """Writes what lags behind, before a checkpoint says that all until its step is written."""
+        self._write_window(self._pending)
+        self._pending = None
+
+    def _write_window(self, read: Callable[[], dict[str, float]] | None) -> None:
+        if read is None:
+            return
+        times = {"throughput/eval_ms": self._eval_s * 1e3, "throughput/checkpoint_ms": self._checkpoint_s * 1e3}
+        record = read() | times | memory_gib(self._pieces.device)
+        self.progress.logged(record)
+        if self._writer is not None:
+            self._writer.write(record)
+
+    def checkpointed(self, seconds: float) -> None:
+        """Notes the time that a checkpoint took from the run."""
+        self._checkpoint_s = seconds
+
+    def evaluate(self, name: str, step: int, quiet: bool = False) -> dict[str, float]:
+        """Measures a split and writes it down, unless `quiet`. Collective: every rank."""
+        p = self._pieces
+        pictures = getattr(p.task, "pictures", None)
+
+        def look(outputs: Outputs, arrays: Batch) -> None:
+            if pictures is not None and self._writer is not None:
+                self._writer.draw({f"{name}/{n}": picture for n, picture in pictures(outputs, arrays).items()}, step)
+
+        with self._window.pause():
+            began_s = time.perf_counter()
+            metrics = evaluate(
+                p.task,
+                p.engine,
+                p.splits[name],
+                p.host_splits[name],
+                p.ranks,
+                p.config.trainer.evaluate_micro_batch_size,
+                p.config.trainer.seed,
+                Progress(step, step // p.steps_per_epoch, p.total_steps),
+                look,
+            )
+            if quiet:
+                return metrics
+            self._eval_s = time.perf_counter() - began_s
+            record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
+            record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
+            if self._writer is not None:
+                self._writer.write(record)
+            self.progress.evaluated(step, name, metrics)
+            self.pace.pause(time.perf_counter() - began_s)
+        return metrics
+
+    def close(self) -> None:
+        """Flushes the files."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

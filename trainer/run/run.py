@@ -1,0 +1,111 @@
+"""One run from top to bottom: claim a folder, build, restore, rehearse, train, finish.
+
+`run` is called by every rank with the same config. The loop is `loop.train`; a step of it is `exact.step.ExactStep`,
+where the promise is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config.keys import Config
+from ..errors import NonFiniteError, TrainerError
+from ..ranks.collectives import broadcast_object
+from ..ranks.place import Ranks
+from ..ranks.watch import Watch
+from ..record.console import DeepSpeedLog, say
+from ..record.folder import OutputFolder
+from .build import build
+from .course import Course, Trace, set_out
+from .failures import explained, of_a_collective
+from .finish import finish, rescue
+from .loop import train
+from .resume import Resume, claim, finished_summary, restore
+
+NO_RESUME = Resume()
+
+
+def run(
+    config: Config,
+    ranks: Ranks,
+    *,
+    config_name: str,
+    started_at_s: float,
+    trace: Trace | None = None,
+    resume: Resume = NO_RESUME,
+) -> dict[str, Any]:
+    """Runs a config to its end. Collective: every rank.
+
+    Args:
+        config: checked already.
+        ranks: this rank's place.
+        config_name: names the output folder where the config names none.
+        started_at_s: time.time() at which this process began.
+        trace: called after every step.
+        resume: whether to go on from a checkpoint.
+
+    Returns:
+        The summary, as in summary.json, on every rank (files are rank 0's alone).
+
+    Raises:
+        TrainerError: for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
+    """
+    plan = config.plan(ranks.world_size)
+    folder, source = claim(resume, config, config_name) if ranks.first else (None, None)
+    log = DeepSpeedLog(keep=ranks.first)
+    log.install()
+    watch: Watch | None = None
+
+    def met() -> None:
+        nonlocal watch
+        deadline_s = None if config.trainer.max_wall_time_s is None else started_at_s + config.trainer.max_wall_time_s
+        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
+
+    try:
+        pieces = build(config, ranks, plan, log, met)
+        assert watch is not None
+        done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
+        if done is not None:
+            if folder is not None:
+                say(f"The run in {folder.path} has come to its end already: nothing to do.")
+            return done
+        snapshot = restore(pieces, source, resume)
+        watch.begin()
+        course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s)
+        return _train(course)
+    except TrainerError as error:
+        if watch is not None and not error.agreed and error.speaks is None:
+            watch.tell_failure(error)
+        _release(folder)
+        raise
+    except BaseException as error:
+        # A run that ends before its first step leaves nothing behind; later, the folder is not empty.
+        _release(folder)
+        known = explained(error, plan, folder)
+        if known is None and watch is not None and of_a_collective(error):
+            known = watch.explain(error)
+        if watch is not None and (known is None or known.speaks is None):
+            watch.tell_failure(known or error)
+        if known is not None:
+            raise known from error
+        raise
+    finally:
+        if watch is not None:
+            watch.close()
+        log.close()
+
+
+def _train(course: Course) -> dict[str, Any]:
+    try:
+        train(course)
+    except NonFiniteError as failure:
+        rescue(course, failure)
+        raise
+    finally:
+        course.record.progress.close()
+    return finish(course)
+
+
+def _release(folder: OutputFolder | None) -> None:
+    if folder is not None:
+        folder.release()

@@ -1,0 +1,104 @@
+"""What every classification task shares: the weighted loss with its exact count, and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def class_weights(option: Any, names: Sequence[str], labels: np.ndarray) -> Tensor | None:
+    """The weight of each class, (classes,) float32, from the option `class_weights`.
+
+    Args:
+        option: None; "balanced" (samples / (classes x samples of the class), as in scikit-learn); a list in the order
+            of the classes; or {class name: weight}, 1 for those left out.
+        names: the classes.
+        labels: (samples,) of the training set.
+
+    Raises:
+        UserError: it is something else, or a weight is not positive.
+    """
+    if option is None:
+        return None
+    if option == "balanced":
+        counts = np.bincount(labels, minlength=len(names)).clip(min=1)
+        return torch.tensor(len(labels) / (len(names) * counts), dtype=torch.float32)
+    if isinstance(option, dict):
+        unknown = [name for name in option if name not in names]
+        if unknown:
+            raise UserError(
+                f'"trainer.task_options.class_weights" names the class "{unknown[0]}". '
+                f"The data has: {', '.join(names)}."
+            )
+        option = [option.get(name, 1.0) for name in names]
+    if not isinstance(option, list) or len(option) != len(names):
+        raise UserError(
+            f'"trainer.task_options.class_weights" is {option!r}. It must be "balanced", one number for each of the '
+            f"{len(names)} classes ({', '.join(names)}), or a dictionary of class name -> number."
+        )
+    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and w > 0 for w in option):
+        raise UserError(f'"trainer.task_options.class_weights" is {option}. Every weight must be a positive number.')
+    return torch.tensor(option, dtype=torch.float32)
+
+
+def counts(labels: Tensor, weights: Tensor | None) -> Tensor | None:
+    """What each sample contributes to the loss's count: its class's weight, (samples,); None without weights."""
+    return None if weights is None else weights.index_select(0, labels)
+
+
+def summed_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> tuple[Tensor, Any]:
+    """Summed cross-entropy and its count: together, torch's weighted and smoothed mean over the global batch.
+
+    Args:
+        logits: (B, classes), of any floating type; the loss is float32.
+        labels: (B,) int64.
+        weights: (classes,) float32 on the same device, or None.
+        smoothing: share of the target that goes to all classes alike (Szegedy et al. 2016).
+
+    Returns:
+        () and B, or the summed weight of the samples.
+    """
+    logits = logits.float()
+    if weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels)
+    loss = F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=smoothing)
+    return loss, weights.index_select(0, labels).sum()
+
+
+def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, macro-averaged F1 and, where every class occurs, the area under the ROC curve (one against the rest).
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) int64.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+    logits = logits.double()
+    truth, chosen = labels.numpy(), logits.argmax(dim=1).numpy()
+    classes = logits.shape[1]
+    result = {
+        "accuracy": float(accuracy_score(truth, chosen)),
+        "macro_f1": float(f1_score(truth, chosen, average="macro", zero_division=0)),
+    }
+    if len(np.unique(truth)) == classes and bool(torch.isfinite(logits).all()):
+        probabilities = torch.softmax(logits, dim=1).numpy()
+        if classes == 2:
+            result["auroc"] = float(roc_auc_score(truth, probabilities[:, 1]))
+        else:
+            result["auroc"] = float(roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"))
+    return result
+
+
+def predictions(logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each row of logits (B, classes): {"label": name, "score": its probability}."""
+    probabilities = torch.softmax(logits.double(), dim=1).cpu()
+    scores, places = probabilities.max(dim=1)
+    return [{"label": names[p], "score": round(s, 6)} for p, s in zip(places.tolist(), scores.tolist())]

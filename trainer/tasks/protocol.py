@@ -1,0 +1,150 @@
+"""What a task is, and how one is found: a name of this folder, or `path/to/file.py:ClassName`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..config.schema import near
+from ..errors import UserError
+from ..exact.splits import Batch, Split
+
+Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
+
+
+class Task(Protocol):
+    """What the trainer asks of a task. A user's class has the same methods and inherits from nothing.
+
+    It is built as `MyTask(**trainer.task_options)`, once on every rank; then `splits` is called, then `model`.
+    A class may have more:
+
+    - `augment(self, batch, random) -> batch`, for training only: called with one micro-batch. `random` is an
+      `order.SampleRandom`, whose draws belong to a sample and an epoch; torch's generators are seeded for the
+      micro-batch.
+    - `augment_in_chunks = True`: `augment` may be called with several micro-batches at once, which is faster. It must
+      treat each sample on its own, and only move values, or add, multiply or divide them: other operations may give
+      an element other bits in a tensor of another size. The rehearsal looks whether it is true.
+    - `forward`, `loss` and `augment` may take a keyword `progress`, a `progress.Progress` (step, epoch, total_steps,
+      fraction), the same on every rank: for annealing, where a counter of calls would depend on the rank.
+    - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
+      `splits` and `model` fill; said once, before the first step.
+    - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: which of the metrics on validation tells the
+      best model; without it the loss.
+    - `save(self, model, folder) -> None`: writes the trained model as its ecosystem expects it, into a folder that
+      exists and is empty; on rank 0. Without it, `model.safetensors` holds its parameters and buffers.
+    - `load(self, folder) -> nn.Module`: the model that `save` wrote, in a process that never calls `splits`. Without
+      it, `model()` with the contents of `model.safetensors`.
+    - `predict(self, model, source, batch_size) -> Iterator[dict]`: for `python -m trainer predict`: one dictionary of
+      plain values (column -> value) for each sample of a file or folder, in order. The model is in
+      evaluation mode on its device.
+    - `pictures(self, outputs, batch) -> Mapping[str, Tensor]`: name -> (C, H, W) uint8 for TensorBoard, from the
+      outputs of a whole split, after each validation; on the CPU, on rank 0.
+    """
+
+    def splits(self) -> Mapping[str, Split | Mapping[str, Any]]:
+        """{"train": ..., "validation": ..., "test": ...}: each name -> (samples, ...) arrays, or a Split.
+
+        The last two may be left out. Called on every rank, so it must give the same data everywhere.
+        """
+        ...
+
+    def model(self) -> nn.Module:
+        """A new model. torch's generators are seeded before the call, so initial weights follow the seed."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """The model's outputs for one micro-batch: a tensor (B, ...), or a dictionary of such."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float | int | Tensor]:
+        """The **summed** loss of one micro-batch (a scalar tensor) and its count (samples, or valid tokens).
+
+        The trainer divides by the count of the whole global batch, which makes the result exact for
+        any cut into micro-batches; a mean could not be.
+        """
+        ...
+
+    def metrics(self, outputs: Outputs, batch: Batch) -> Mapping[str, float]:
+        """Metrics of a whole split, from the outputs of all its samples in order; on the CPU, on rank 0."""
+        ...
+
+
+# The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
+BUILT_IN = ("causal_lm", "digits", "image_classification", "nodules", "text_classification")
+
+_METHODS = ("splits", "model", "forward", "loss", "metrics")
+
+
+def load_task(name: str, options: Mapping[str, Any]) -> Task:
+    """Builds the task that `trainer.task` and `trainer.task_options` describe.
+
+    Raises:
+        UserError: there is no such task, file or class, it lacks a method, or an option is unknown.
+    """
+    cls = _from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name)
+    missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
+    if missing:
+        raise UserError(
+            f"The task {name} lacks {', '.join(m + '()' for m in missing)}. A task has: {', '.join(_METHODS)}."
+        )
+    signature = inspect.signature(cls)
+    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+    if hasattr(cls, "Options"):  # a task of ours, see `config.task_options`
+        known, open_ended = [field.name for field in dataclasses.fields(cls.Options)], False
+    for option in options:
+        if option not in known and not open_ended:
+            raise UserError(f'unknown key "trainer.task_options.{option}" for the task {name}. {near(option, known)}')
+    for parameter in signature.parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if required and parameter.name not in options:
+            raise UserError(f'"trainer.task_options.{parameter.name}" is missing: the task {name} needs it.')
+    return cls(**options)
+
+
+def _from_folder(name: str) -> Any:
+    if name not in BUILT_IN:
+        raise UserError(
+            f'unknown task "{name}". {near(name, BUILT_IN)} Your own is given as path/to/file.py:ClassName.'
+        )
+    return importlib.import_module(f".{name}", __package__).TASK
+
+
+def _from_file(name: str) -> Any:
+    file, _, cls_name = name.rpartition(":")
+    if not file or not cls_name:
+        raise UserError(f'The task "{name}" must be given as path/to/file.py:ClassName.')
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"The task file {path} does not exist (looked from {Path.cwd()}).")
+    module_name = f"user_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"The task file {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"The task file {path} has a syntax error in line {error.lineno}: {error.msg}.") from error
+    except ImportError as error:
+        raise UserError(f"The task file {path} cannot be imported: {error}.") from error
+    finally:
+        sys.path.pop(0)
+    cls = getattr(module, cls_name, None)
+    if cls is None:
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        raise UserError(f"The task file {path} has no class {cls_name}. {near(cls_name, classes)}")
+    return cls
