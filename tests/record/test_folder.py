@@ -252,7 +252,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
     other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
     other.start()
     assert held.wait(60)
-    with pytest.raises(UserError, match="Another process is writing"):
+    with pytest.raises(UserError, match="is in use: another run is still writing to it"):
         OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
     let_go.set()
     other.join(60)

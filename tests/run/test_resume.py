@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.jobs import ROOT, small_config, train, train_interrupted
+from tests.distributed.jobs import small_config, train, train_interrupted
 from tests.distributed.test_exactness import BF16, digits
 from tests.distributed.test_options import ADAMW, overfits, words
 from trainer.config.keys import Config
@@ -199,4 +199,3 @@ def test_checkpoints_of_the_default_config_are_few(tmp_path: Path) -> None:
     """No file of a checkpoint is left by a run that is shorter than the interval."""
     run_ranks(train, 1, small_config(tmp_path / "run", max_steps=3))
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert (ROOT / "ds_configs").is_dir()

@@ -121,7 +121,8 @@ def _few_steps(config: Config, samples: int) -> str | None:
 def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
     """Rehearses the task at one rank. Returns problems and notes, the micro-batch sizes, and the training samples."""
     from ..record.console import DeepSpeedLog
-    from ..rehearsal.rehearse import items_of, rehearse
+    from ..rehearsal.rehearse import rehearse
+    from ..rehearsal.stage import items_of
     from ..run.build import build
     from ..run.course import make_step, subject_of
 

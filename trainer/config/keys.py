@@ -33,7 +33,9 @@ class LearningRateOptions:
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "the shape after warm-up")
     final_fraction: float = option(0.0, "where linear and cosine end, of the highest rate", minimum=0, below=1)
     adascale_steps: int | None = option(
-        None, "the run ends when AdaScale's gains add up to so many; without it, after trainer.epochs", minimum=1
+        None,
+        "the run ends when AdaScale's gains add up to this many steps; without it after trainer.epochs",
+        minimum=1,
     )
 
 
@@ -43,7 +45,9 @@ class BestOptions:
 
     metric: str | None = option("auto", "of validation; auto is the task's own choice, null keeps the last model")
     mode: Literal["auto", "min", "max"] = option("auto", "whether less or more of the metric is better")
-    patience_evaluations: int = option(0, "stop after so many validations without a better one; 0 for never", minimum=0)
+    patience_evaluations: int = option(
+        0, "stop after this many validations without a better one, 0 for never", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class CheckpointOptions:
     """`trainer.checkpoint`: what a run that is interrupted goes on from."""
 
     every_steps: int = option(
-        500, "steps between checkpoints; 0 for none but the one of a run that is stopped", minimum=0
+        500, "steps between checkpoints; with 0, only a run that is stopped writes one", minimum=0
     )
     keep: int = option(2, "how many of the newest to keep", minimum=1)
 
@@ -74,15 +78,15 @@ class TrainerOptions:
     task: str = option("digits", "a task of trainer/tasks, or your own as path/to/file.py:ClassName")
     task_options: dict[str, Any] = option({}, "keyword arguments for the task")
     epochs: int = option(20, "passes over the training set", minimum=1)
-    max_steps: int | None = option(None, "stop after so many optimizer steps, even inside an epoch", minimum=1)
+    max_steps: int | None = option(None, "stop after this many optimizer steps, even inside an epoch", minimum=1)
     train_samples: int | None = option(
-        None, "train on so many samples of the training split, chosen the same way whatever the seed", minimum=1
+        None, "train on this many samples of the training split; the choice does not depend on the seed", minimum=1
     )
     seed: int = option(0, "all randomness follows from it: weights, sample order, dropout, augmentation", minimum=0)
     drop_last: bool = option(False, "leave out an epoch's last, smaller global batch")
     output_dir: str | None = option(None, "where results go; without it a new folder runs/<config>-<number>")
     exactness: Literal["auto", "bitwise"] = option(
-        "auto", "auto says in every result whether the run is bitwise; bitwise refuses what cannot be"
+        "auto", "auto labels every result as bitwise or tolerance; bitwise refuses to run what cannot be exact"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes GPUs where there are any")
     ranks_per_gpu: int = option(1, "ranks that share one GPU, over gloo: to check exactness, not for speed", minimum=1)
@@ -99,8 +103,10 @@ class TrainerOptions:
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "what an interrupted run goes on from")
-    max_wall_time_s: float | None = option(None, "stop with a checkpoint after so many seconds, exit code 75", above=0)
-    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for so long", minimum=15)
+    max_wall_time_s: float | None = option(
+        None, "stop with a checkpoint after this many seconds (exit code 75)", above=0
+    )
+    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for this many seconds", minimum=15)
     learning_rate: LearningRateOptions = option(LearningRateOptions, "scaling rule, warm-up and schedule")
     best: BestOptions = option(BestOptions, "the model that is kept and tested: the best on validation; early stopping")
     decay_biases_and_norms: bool = option(False, "weight decay for parameters of one dimension as well")
@@ -234,7 +240,7 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             ours = [f.name for f in dataclasses.fields(TrainerOptions)]
             if key in ours:
-                raise UserError(f'unknown key "{key}". It belongs into the "trainer" block: trainer.{key}.')
+                raise UserError(f'unknown key "{key}". It belongs in the "trainer" block: trainer.{key}.')
             raise UserError(f'unknown key "{key}". {near(key, [*known, "study", *deepspeed_keys.REFUSED])}')
     return {key: value for key, value in values.items() if key in known}
 

@@ -106,7 +106,7 @@ class Audit:
         return block[key(self._seed, "audited micro-batch", self._step, owner) % len(block)] if len(block) else None
 
     def note_summed(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Notes what this rank adds to the sum for the micro-batch `own`: the arguments of `TreeSum.add`."""
+        """Notes what this rank adds to the sum for the micro-batch `own`: as it is added."""
         self._summed = self._hashes(loss, statistics, gradients)
 
     def note_again(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:

@@ -32,7 +32,7 @@ class GradientSum:
         size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
         storage: (head_size + nodes x size,) float32, with `head` and then `nodes` in it, so that both can be sent as
             one piece.
-        head: (head_size,) memory in front of the nodes for whoever sends something along.
+        head: (head_size,) memory in front of the nodes, for what is sent along with them.
         nodes: (buffers, size).
 
     Args:

@@ -1,4 +1,4 @@
-"""The guard: every so many steps the ranks compare a hash of what must be the same on all of them."""
+"""The guard: at fixed intervals the ranks compare a hash of what must be the same on all of them."""
 
 from __future__ import annotations
 

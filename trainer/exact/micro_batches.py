@@ -133,7 +133,7 @@ class GlobalBatches:
         )
 
 
-# Samples are gathered many micro-batches at a time, up to so many bytes of them.
+# Samples are gathered for many micro-batches at a time, up to this many bytes.
 CHUNK_BYTES = 64 << 20
 # Memory from torch's allocators starts at a multiple of this. A piece of a chunk that does too is as good
 # as a fresh tensor; any other is copied, since a math library may choose its kernel by alignment.

@@ -85,7 +85,7 @@ class ExactStep:
         device: of the model.
         max_norm: to which the gradient is clipped; 0 for none.
         measures_norms: whether the norms of the micro-batches' gradients are wanted.
-        mark: called at the end of each phase of the step, for whoever measures them.
+        mark: called at the end of each phase of the step, so that phases can be timed.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class _Meetings:
             self.since_s = None
 
 
-# The watching thread reads it: whoever has come to fewer than one that waits for long holds it up.
+# Read by the watching thread: the rank with the lowest count is the one that the others wait for.
 meetings = _Meetings()
 
 
@@ -147,6 +147,6 @@ def raise_together(error: TrainerError | None) -> None:
 
 
 def common_value(values: Sequence[Any]) -> Any:
-    """The value most ranks have (the lowest rank's among equals): whoever differs from it is named."""
+    """The value that most ranks have; among equally frequent ones, the lowest rank's."""
     keys = [repr(v) for v in values]
     return values[max(range(len(keys)), key=lambda i: (keys.count(keys[i]), -i))]

@@ -59,7 +59,7 @@ class Heartbeat:
         self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count]))
 
     def _talk(self) -> None:
-        """A thread: beats, and notes what the others say. Cut off, it waits for good: reads have no limit."""
+        """A thread: beats, and notes what the others say. If it is cut off it waits forever: reads have no limit."""
         while not self._closing.is_set():
             try:
                 self._beat()

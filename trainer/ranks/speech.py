@@ -1,4 +1,4 @@
-"""Which rank speaks: one message for a launch, whoever has found the error."""
+"""Which rank reports an error: a person sees one message, whichever ranks have found it."""
 
 from __future__ import annotations
 

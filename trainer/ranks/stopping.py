@@ -72,7 +72,7 @@ class SignalPipe:
         return [signal.Signals(number) for number in numbers if number in SIGNALS]
 
     def restore(self) -> None:
-        """Signals have their usual effect again, and whoever waits in `read` returns."""
+        """Signals have their usual effect again, and a thread that waits in `read` returns."""
         if self._handlers:
             signal.set_wakeup_fd(self._old_wakeup)
             for number, handler in self._handlers.items():

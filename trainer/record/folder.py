@@ -142,8 +142,8 @@ def _lock(path: Path) -> int | None:
             if time.monotonic() > deadline_s:
                 os.close(descriptor)
                 raise UserError(
-                    f"Another process is writing into the output folder {path}: a run goes on, or still "
-                    "leaves.\nChoose another --output_dir, or wait for it."
+                    f"The output folder {path} is in use: another run is still writing to it.\n"
+                    "Wait for it to end, or choose another --output_dir."
                 ) from None
             time.sleep(0.2)
         except OSError:

@@ -6,95 +6,14 @@ it is spent only where a run would have been called exact wrongly.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from torch import nn
 
-from torch import Tensor, nn
-
-from ..exact.hashes import hash_each
-from .python_state import NUMPYS, PYTHONS, Key, PythonState, State, changes, is_generator
+from .python_state import NUMPYS, PYTHONS, Key, State, changes, is_generator
+from .results import Calls, Finding, differs, source_of
+from .stage import Stage, another_rank
 
 # Values that are tried one by one.
 _MOST_CAUSES = 16
-
-
-class Finding(NamedTuple):
-    """Something that is not exact: what, as a clause after "because"; and what to do, as a sentence."""
-
-    what: str
-    remedy: str
-
-
-# What is compared of a micro-batch, in the order in which it comes to be: name -> hash.
-Hashes = dict[str, int]
-# Of each call of a module, in the order in which calls end: (name, hash of the inputs, hash of the outputs).
-Calls = list[tuple[str, int, int]]
-
-
-def differs(one: Hashes, other: Hashes) -> str | None:
-    """The first part in which two results of one micro-batch differ; None if they are the same."""
-    return next((name for name in [*one, *other] if one.get(name) != other.get(name)), None)
-
-
-def source_of(part: str) -> str:
-    """The function of the task that makes a part of `Hashes`."""
-    kind, _, name = part.partition(" ")
-    if kind == "data":
-        return "augment()"
-    if kind == "output":
-        return "forward()"
-    if kind == "gradient":
-        return f"the gradient of {name}"
-    return {"loss": "loss()", "statistics": "a normalisation layer's statistics"}[kind]
-
-
-def changed_tensor(model: nn.Module, kind: str, name: str) -> Finding:
-    """The finding for a "parameter" or "buffer" that a task's forward changes by itself."""
-    if kind == "buffer":
-        return Finding(
-            f"the model's buffer {name} changes in its forward, so micro-batches depend on one another",
-            "After each step every rank takes over rank 0's, which is saved. Of such buffers only the running "
-            "statistics of BatchNorm and InstanceNorm layers are the same at every number of ranks.",
-        )
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
-        return Finding(
-            f"the parameter {name} changes in the forward: {type(owner).__name__} with max_norm rescales the rows "
-            "that it looks up, and each rank looks up others",
-            "Leave max_norm out, and scale the embedded vectors in the forward instead. As it is, every rank takes "
-            "over rank 0's after each step.",
-        )
-    return Finding(
-        f"the parameter {name} changes in the forward, before the gradients of all micro-batches are there",
-        "Leave it to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's after "
-        "each step.",
-    )
-
-
-class Stage(Protocol):
-    """What computes micro-batches for the search: `rehearsal` has one."""
-
-    python: PythonState
-    before: State
-
-    @property
-    def items(self) -> range:
-        """The numbers of the micro-batches."""
-        ...
-
-    @property
-    def model(self) -> nn.Module:
-        """Whose modules may be the cause."""
-        ...
-
-    def from_the_start(self, *numbers: int, leave: Key | None = None, stirred: bool = False) -> tuple[Hashes, Calls]:
-        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`.
-
-        With `stirred`, generators are advanced before the last one.
-        """
-        ...
 
 
 def explain(stage: Stage) -> Finding | None:
@@ -104,7 +23,7 @@ def explain(stage: Stage) -> Finding | None:
 
 def _unseen(stage: Stage) -> Finding | None:
     """Randomness that no seed reaches, or state that is out of sight."""
-    for number in stage.items:
+    for number in stage.numbers:
         (one, calls), (other, again) = stage.from_the_start(number), stage.from_the_start(number)
         part = differs(one, other)
         if part is not None:
@@ -120,9 +39,9 @@ def _unseen(stage: Stage) -> Finding | None:
 
 def _state(stage: Stage) -> Finding | None:
     """State in Python that a micro-batch changes and a later one depends on."""
-    for number in stage.items:
+    for number in stage.numbers:
         # Itself among them: what it counts or draws may be its own affair.
-        before = [*(n for n in stage.items if n != number), number]
+        before = [*(n for n in stage.numbers if n != number), number]
         alone, calls = stage.from_the_start(number)
         later, calls_later = stage.from_the_start(*before, number, stirred=True)
         part = differs(alone, later)
@@ -206,60 +125,3 @@ def _culprit(model: nn.Module, part: str, one: Calls, other: Calls) -> str:
                     f"the module {name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
                 )
     return source_of(part)
-
-
-@contextlib.contextmanager
-def another_rank() -> Iterator[None]:
-    """What asks torch.distributed or the environment is told that this is the next rank, of one more than there are."""
-    import torch.distributed as dist
-
-    rank, world_size = dist.get_rank, dist.get_world_size
-    next_rank, more = rank() + 1, world_size() + 1
-    variables = {"RANK": str(next_rank), "LOCAL_RANK": str(next_rank), "WORLD_SIZE": str(more)}
-    before = {name: os.environ.get(name) for name in variables}
-    dist.get_rank, dist.get_world_size = lambda group=None: next_rank, lambda group=None: more
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        dist.get_rank, dist.get_world_size = rank, world_size
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def watched(model: nn.Module, calls: Calls | None) -> Iterator[None]:
-    """Notes every call of the model's modules in `calls`, unless that is None."""
-    if calls is None:
-        yield
-        return
-
-    def hashed(value: object) -> int:
-        return hash(tuple(sorted(hash_each(dict(_tensors_in(value))).items())))
-
-    handles = [
-        module.register_forward_hook(
-            lambda _, inputs, named, outputs, name=name: calls.append((name, hashed([inputs, named]), hashed(outputs))),
-            with_kwargs=True,
-        )
-        for name, module in model.named_modules()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors_in(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from _tensors_in(item, f"{path}.{number}")
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _tensors_in(item, f"{path}.{name}")

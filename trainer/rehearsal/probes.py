@@ -7,8 +7,8 @@ comparison begins, and leave its state as they found it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,27 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UserError
 from ..exact.hashes import hash_each
-from .causes import Finding, Hashes, differs
-from .python_state import Key, PythonState, State, is_generator, is_number
+from .causes import finding_of
+from .python_state import Key, State, is_generator, is_number
+from .results import Finding, differs, source_of
+from .stage import Stage
 
 # By how much counters are moved: small steps, round numbers and powers of two, at which something may happen.
 _MOVES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 20, 24, 25, 32, 50, 64, 100, 128, 256, 1000)
-
-
-class Stage(Protocol):
-    """What computes micro-batches for the probes: `rehearsal` has one."""
-
-    python: PythonState
-    before: State
-
-    @property
-    def model(self) -> nn.Module:
-        """Whose forward is looked at."""
-        ...
-
-    def forward(self, number: int, content: float | None = None) -> Hashes:
-        """A micro-batch's samples, outputs and loss, as hashes; `content` fills what statistics are collected in."""
-        ...
 
 
 class _Collectives(TorchDispatchMode):
@@ -54,7 +40,7 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def refuse_collectives(stage: Stage, task: str) -> None:
+def refuse_collectives(stage: Stage) -> None:
     """Raises UserError if a task's forward or loss talks to other ranks."""
     if any(isinstance(module, nn.SyncBatchNorm) for module in stage.model.modules()):
         return  # which is labelled
@@ -62,20 +48,20 @@ def refuse_collectives(stage: Stage, task: str) -> None:
         stage.forward(0)
     if heard.names:
         raise UserError(
-            f"{task} calls torch.distributed ({heard.names[0]}) in its forward or loss. Ranks compute other "
+            f"{stage.name} calls torch.distributed ({heard.names[0]}) in its forward or loss. Ranks compute other "
             "micro-batches at the same time, and not equally many of them: the call would mix them in a way that "
-            "depends on the number of ranks, or wait for good.\nCompute with the samples of the micro-batch alone."
+            "depends on the number of ranks, or wait forever.\nCompute with the samples of the micro-batch alone."
         )
 
 
-def refuse_use_of_running_statistics(stage: Stage, task: str) -> None:
+def refuse_use_of_running_statistics(stage: Stage) -> None:
     """Raises UserError if a training forward reads what normalisation layers collect; it holds no average then."""
     one, same, other = stage.forward(0, 0.25), stage.forward(0, 0.25), stage.forward(0, 0.5)
     if differs(one, same) is None and differs(one, other) is not None:
         raise UserError(
-            f"{task} reads the running statistics of a normalisation layer in its training forward. During a step "
-            "they are not there: each micro-batch leaves its own statistics, which all ranks apply together after the "
-            "step.\nFor frozen statistics put the layer into evaluation mode in model()."
+            f"{stage.name} reads the running statistics of a normalisation layer in its training forward. During a "
+            "step they are not there: each micro-batch leaves its own statistics, which all ranks apply together after "
+            "the step.\nFor frozen statistics put the layer into evaluation mode in model()."
         )
 
 
@@ -99,16 +85,13 @@ def under_moved_weights(stage: Stage, numbers: Sequence[int], parameters: Mappin
     return [name for name in now if now[name] != moved[name]]
 
 
-def moved_values(
-    stage: Stage, moved: Sequence[Key], after: State, finding: Callable[[Key, str, State], Finding]
-) -> Finding | None:
+def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | None:
     """Whether a number changes when a counter or a generator, which micro-batches move, stands elsewhere.
 
     Args:
         stage: computes.
         moved: what some micro-batches have changed of Python's state.
         after: the state after them.
-        finding: (value, part of the micro-batch, state) -> what to say.
     """
     counters = [k for k in moved if is_number(k, stage.before, after)]
     generators = [k for k in moved if is_generator(k, stage.before, after)]
@@ -131,6 +114,6 @@ def moved_values(
                 break  # none of them
             if part is not None and len(suspects) == 1:
                 stage.python.put_back(stage.before)
-                return finding(suspects[0], part, after)
+                return finding_of(stage, suspects[0], source_of(part), after)
     stage.python.put_back(stage.before)
     return None

@@ -23,7 +23,8 @@ from ..record.checkpoints import Snapshot
 from ..record.console import DeepSpeedLog, say
 from ..record.folder import OutputFolder
 from ..record.window import Window
-from ..rehearsal.rehearse import Subject, rehearse
+from ..rehearsal.rehearse import rehearse
+from ..rehearsal.stage import Subject
 from .banner import banner
 from .best import BestModel
 from .build import Pieces, measures_norms, refuse_inexact

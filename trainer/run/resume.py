@@ -206,7 +206,7 @@ def _newest_unfinished(config_name: str) -> Path | None:
 
 
 def finished_summary(run: Path) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end, else None."""
+    """The summary of a run that has finished, else None."""
     try:
         summary = json.loads((run / "summary.json").read_text())
     except (OSError, ValueError):
@@ -328,7 +328,7 @@ def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None
         raise UserError(
             "The checkpoint is of another run; these differ and change the model's bits:\n  "
             + "\n  ".join(changes)
-            + "\nUndo that, or say --allow_changed_config to go on with the new ones (the manifest will tell).",
+            + "\nUndo the change, or add --allow_changed_config to continue with it. The manifest records the change.",
             agreed=True,
         )
     reasons = [f"after a checkpoint {change}" for change in changes]

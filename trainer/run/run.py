@@ -67,7 +67,7 @@ def run(
         done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
         if done is not None:
             if folder is not None:
-                say(f"The run in {folder.path} has come to its end already: nothing to do.")
+                say(f"The run in {folder.path} has finished already: there is nothing to do.")
             return done
         snapshot = restore(pieces, source, resume)
         watch.begin()

@@ -26,7 +26,7 @@ def write_hparams(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     Args:
         folder: the study's.
-        rows: one a run (see `study_results.rows_of`): hyper-parameters by name, and metrics as <split>/<metric>, None
+        rows: one a run (see `results.rows_of`): hyper-parameters by name, and metrics as <split>/<metric>, None
             or not finite where the run has none. `started_at_s` and `wall_time_s` are used where they are given.
 
     Returns:

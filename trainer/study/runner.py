@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None = None) -> int:
-    """Plans and runs a study, or goes on with it, and writes its report. Overrides as in `plan.load`.
+    """Plans and runs a study, or goes on with it, and writes its report. Overrides as in `declaration.load_study`.
 
     Returns:
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.

@@ -81,7 +81,7 @@ class LanguageOptions:
         '"characters" or "words" (made of the training texts), or a folder or hub name; without it the model\'s own, '
         'or "characters" where the model is a configuration',
     )
-    vocabulary: int | None = option(None, "at most so many characters or words", minimum=1)
+    vocabulary: int | None = option(None, "the most characters or words", minimum=1)
     sequence_length: int | None = option(
         None, "tokens of a row; without it what the model takes, at most 1,024", minimum=2
     )

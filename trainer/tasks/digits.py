@@ -77,7 +77,7 @@ class DigitOptions:
         maximum=0.99,
     )
     shift: int = option(
-        1, "augmentation: training images move by up to so many pixels in each direction", minimum=0, maximum=4
+        1, "augmentation: training images move by up to this many pixels in each direction", minimum=0, maximum=4
     )
     split_seed: int = option(0, "which images are train, validation and test, the same whatever the run's seed")
     norm: Literal["batch", "group"] = option(

@@ -56,7 +56,7 @@ class ImageOptions:
     std: Any = option(None, "the standard deviation: as mean, and together with it")
     crop_padding: int = option(
         0,
-        "augmentation: an image moves by up to so many pixels in each direction, filled with black",
+        "augmentation: an image moves by up to this many pixels in each direction, filled with black",
         minimum=0,
         maximum=1024,
     )

@@ -27,13 +27,13 @@ class Task(Protocol):
     A class may have more:
 
     - `augment(self, batch, random) -> batch`, for training only: called with one micro-batch. `random` is an
-      `order.SampleRandom`, whose draws belong to a sample and an epoch; torch's generators are seeded for the
+      `exact.order.SampleRandom`, whose draws belong to a sample and an epoch; torch's generators are seeded for the
       micro-batch.
     - `augment_in_chunks = True`: `augment` may be called with several micro-batches at once, which is faster. It must
       treat each sample on its own, and only move values, or add, multiply or divide them: other operations may give
       an element other bits in a tensor of another size. The rehearsal looks whether it is true.
-    - `forward`, `loss` and `augment` may take a keyword `progress`, a `progress.Progress` (step, epoch, total_steps,
-      fraction), the same on every rank: for annealing, where a counter of calls would depend on the rank.
+    - `forward`, `loss` and `augment` may take a keyword `progress`, an `exact.progress.Progress` (step, epoch,
+      total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend on the rank.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
       `splits` and `model` fill; said once, before the first step.
     - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: which of the metrics on validation tells the

@@ -58,7 +58,7 @@ class TextOptions:
         "the model is a configuration",
     )
     vocabulary: int | None = option(
-        None, 'at most so many words for "words"; without it all that occur twice or more', minimum=1
+        None, 'the most words for "words"; without it all that occur twice or more', minimum=1
     )
     max_length: int | None = option(None, "tokens of a text; without it what the model takes", minimum=3)
     truncate: bool = option(False, "cut longer texts instead of refusing them")
