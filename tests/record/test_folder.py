@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.errors import UserError
-from trainer.files import to_json
 from trainer.record import folder as output
 from trainer.record.folder import OutputFolder, write_tensors
 
@@ -176,10 +175,6 @@ def test_what_is_not_finite_is_null_wherever_it_stands() -> None:
     read = json.loads((folder.path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert read == {"a": None, "b": {"c": None, "d": [1.0, None, [None, 2]]}, "e": 1}
     assert math.isnan(value["a"])  # the value itself is left alone
-
-
-def test_json_of_one_line() -> None:
-    assert to_json({"a": 0.1 + 0.2, "b": math.nan}) == '{"a": 0.30000000000000004, "b": null}'
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,78 @@
+"""A wish to stop: what counts, and when a signal means "at once"."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from trainer.ranks import stopping
+from trainer.ranks.stopping import SignalPipe, StopWish
+
+
+class Clock:
+    """time.time and time.monotonic, which stand still until they are moved."""
+
+    now_s = 1000.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    monotonic = time
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    return clock
+
+
+def test_nobody_has_asked(clock: Clock) -> None:
+    wish = StopWish(None)
+    assert wish.reason is None and not wish.means_at_once()
+
+
+def test_the_first_reason_counts(clock: Clock) -> None:
+    wish = StopWish(None)
+    wish.ask("SIGTERM")
+    wish.ask("the launcher is gone")
+    assert wish.reason == "SIGTERM"
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(clock: Clock) -> None:
+    """A launcher passes on what the terminal has sent to all."""
+    wish = StopWish(None)
+    wish.ask("SIGINT")
+    clock.now_s += 1.9
+    assert not wish.means_at_once()
+    clock.now_s += 0.2
+    assert wish.means_at_once()
+
+
+def test_the_budget_is_no_signal(clock: Clock) -> None:
+    """The scheduler's SIGTERM that follows is the first one, and does not end the run at once."""
+    wish = StopWish(1010.0)
+    assert wish.reason is None
+    clock.now_s = 1010.0
+    assert wish.reason == "the wall-time budget (trainer.max_wall_time_s) is used up"
+    clock.now_s = 1100.0
+    assert not wish.means_at_once()
+    wish.ask("SIGTERM")
+    assert wish.reason == "SIGTERM"
+
+
+def test_signals_are_read_and_then_harmless_no_more() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    pipe = SignalPipe()
+    pipe.install()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert pipe.read(5.0) == [signal.SIGUSR1]
+        assert pipe.read(0.0) == []
+    finally:
+        pipe.restore()
+        assert pipe.read(5.0) == []  # it was woken, by nothing that counts
+        pipe.close()
+    assert signal.getsignal(signal.SIGUSR1) == before

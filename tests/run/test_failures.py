@@ -1,0 +1,58 @@
+"""What a person is told when the machine fails a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.exact.plan import resolve
+from trainer.record.folder import OutputFolder
+from trainer.run.failures import explained, of_a_collective
+
+PLAN = resolve(2, 64, 8, None)
+
+
+def raised(function: object) -> BaseException:
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        function()  # type: ignore[operator]
+    return caught.value
+
+
+def test_an_error_inside_torch_distributed_is_one_of_a_collective() -> None:
+    """By where it was raised: not by its words, which another error may have."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        inside = raised(lambda: dist.all_gather([torch.zeros(3)], torch.zeros(2)))
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(inside, (RuntimeError, ValueError))
+    assert of_a_collective(inside) == isinstance(inside, RuntimeError)
+
+    def user_code() -> None:
+        raise RuntimeError("the connection to my data store timed out: gloo, nccl, socket, broken pipe")
+
+    assert not of_a_collective(raised(user_code))
+
+
+def test_out_of_memory_names_the_next_smaller_micro_batch() -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ):
+        if str(error):
+            said = str(explained(error, PLAN, None))
+            assert "micro-batch of 8 samples" in said and "halves it is 4" in said
+
+
+def test_an_error_of_the_file_system_is_the_folders(tmp_path: Path) -> None:
+    folder = OutputFolder.claim(str(tmp_path / "run"), "test")
+    missing = raised(lambda: (tmp_path / "nowhere" / "x").read_text())
+    assert f"{tmp_path / 'run'} cannot be written: No such file" in str(explained(missing, PLAN, folder))
+    assert explained(missing, PLAN, None) is None
+    assert explained(ValueError("no"), PLAN, folder) is None
