@@ -106,7 +106,7 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     assert study(str(path)) == 0
     assert {file.name: file.stat().st_mtime_ns for file in runs.iterdir()} == stamps
     write(tmp_path, {"margin": 0.5})
-    with pytest.raises(UserError, match="declared otherwise: study differs in margin"):
+    with pytest.raises(UserError, match="with another declaration: study differs in margin"):
         study(str(path))
 
 

@@ -209,12 +209,12 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
         if before.get(part) != values[part]:
             keys = [k for k in values[part] if (before.get(part) or {}).get(k) != values[part][k]]
             raise UserError(
-                f"{folder} holds a study that was declared otherwise: {part} differs in {', '.join(keys)}.\n"
+                f"{folder} holds a study with another declaration: {part} differs in {', '.join(keys)}.\n"
                 "What is judged, and how, is declared before the runs. Choose another study.output_dir."
             )
     if before.get("cells") != values["cells"]:
         raise UserError(
-            f"{folder} holds a study that was planned by other code. Choose another study.output_dir, or that version."
+            f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or that version."
         )
 
 

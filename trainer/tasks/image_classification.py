@@ -348,7 +348,7 @@ class ImageClassification:
         model = pretrained.load_saved(_AUTO, folder)
         processor = _read_processor(str(folder), self._trust_remote_code)
         if processor is None or processor.size is None:
-            raise UserError(f"{folder / _PROCESSOR_FILE} is missing: no one knows how to prepare images.")
+            raise UserError(f"{folder / _PROCESSOR_FILE} is missing: it says how images are prepared.")
         config: Any = model.config
         self._classes = [config.id2label[i] for i in range(config.num_labels)]
         self._size, self._mean, self._std = processor.size, processor.mean, processor.std
