@@ -332,4 +332,4 @@ def test_which_exchange_follows_from_the_bytes_received() -> None:
     limit = exchange.DIRECT_LIMIT_BYTES // 4  # floats
     assert is_direct(4, 4, limit // 4) and not is_direct(4, 4, limit // 4 + 1)
     assert is_direct(4, 2, 100 * limit)  # two ranks: the same volume, in one collective
-    assert not is_direct(10, 3, limit // 3)  # a rank with three nodes sends three times as much
+    assert not is_direct(11, 3, limit // 3)  # a rank with three nodes sends three times as much
