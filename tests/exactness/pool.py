@@ -92,7 +92,6 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
 def _rank_main(pipe: Any, ranks: Any, environment: dict[str, str], log: str) -> None:
     """Makes the runs that the pipe asks for until its other end is gone."""
     import gc
-    import queue
 
     from tqdm import tqdm
 
@@ -102,16 +101,7 @@ def _rank_main(pipe: Any, ranks: Any, environment: dict[str, str], log: str) -> 
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
-    jobs: queue.SimpleQueue[tuple[dict[str, Any], str]] = queue.SimpleQueue()
-
-    def listen() -> None:
-        try:
-            while True:
-                jobs.put(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
+    jobs = workers.jobs_from(pipe)
     gc.freeze()  # the collection after each run looks at that run alone
     while True:
         outcome = _make_run(ranks, *jobs.get())

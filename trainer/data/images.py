@@ -112,7 +112,9 @@ def decode_all(
                     yield name, result, done
     if broken:
         shown = "\n".join(f"  {line}" for line in broken[:10]) + ("\n  ..." if len(broken) > 10 else "")
-        raise UserError(f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read:\n{shown}\nRepair or remove them.")
+        raise UserError(
+            f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read:\n{shown}\nRepair or remove them."
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import socket
 import threading
 import time
@@ -39,6 +40,21 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def jobs_from(pipe: multiprocessing.connection.Connection) -> queue.SimpleQueue[Any]:
+    """What comes through a pipe. When its other end is gone, this process ends at once, whatever it does."""
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                jobs.put(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return jobs
 
 
 def worker_context(cuda: bool) -> BaseContext:

@@ -17,29 +17,19 @@ from typing import Any
 from ..config.keys import Config
 from ..errors import NonFiniteError, TrainerError
 from ..ranks.place import Ranks
-from ..ranks.workers import WorkerError, worker_context
+from ..ranks.workers import WorkerError, jobs_from, worker_context
 
 
 def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
     """A process that does what the pipe says until the other end is gone; then it ends at once, run or not."""
     import gc
-    import queue
     import traceback
 
     from tqdm import tqdm
 
     os.setsid()  # Ctrl-C is for the study, which then ends its slots
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
-    jobs: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-
-    def listen() -> None:
-        try:
-            while True:
-                jobs.put(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
+    jobs = jobs_from(pipe)
     # What is imported already stays: the collection after each run then looks at that run alone.
     gc.freeze()
     with Path(os.devnull).open("w") as nowhere:

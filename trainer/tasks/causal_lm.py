@@ -29,6 +29,7 @@ from ..data.cache import Cached, cached
 from ..data.token_rows import IGNORED, TokenSequence, pack, pad_rows
 from ..errors import UserError
 from ..exact.splits import Batch, Split
+from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
@@ -59,7 +60,7 @@ class _Documents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageOptions:
+class LanguageOptions(TextModelOptions):
     """The options of `causal_lm`."""
 
     data: Any = required(
@@ -70,12 +71,8 @@ class LanguageOptions:
         'a model\'s folder or hub name, or a configuration such as {"model_type": "gpt2", "n_layer": 4, "n_head": 4, '
         '"n_embd": 128}'
     )
-    config_name: str | None = option(None, "which configuration of a hub dataset")
-    split_column: str | None = option(None, "the column of a single table that names each row's split")
-    text_column: str | None = option(None, "the column of texts; the usual names are found")
     prompt_column: str | None = option(None, "the column of prompts, which are given")
     completion_column: str | None = option(None, "the column of completions, which are learnt")
-    pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
     tokenizer: str | None = option(
         None,
         '"characters" or "words" (made of the training texts), or a folder or hub name; without it the model\'s own, '
@@ -99,11 +96,6 @@ class LanguageOptions:
         below=1,
     )
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
-    split_seed: int = option(0, "which records these are, the same whatever the run's seed", minimum=0)
-    trust_remote_code: bool = option(False, "run Python code that comes with a model")
-    attention: str | None = option(
-        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
-    )
     max_new_tokens: int = option(
         100, "the most that predict writes behind a prompt, and at most half of what the model takes", minimum=1
     )

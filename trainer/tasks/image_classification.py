@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..exact.order import SampleRandom
 from ..exact.splits import Batch, Split
 from . import classification
+from .hub_options import HubOptions
 
 _AUTO = "AutoModelForImageClassification"
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -29,7 +30,7 @@ _EXAMPLE = '{"model_type": "resnet", "hidden_sizes": [32, 64], "depths": [1, 1],
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(HubOptions):
     """The options of `image_classification`."""
 
     data: Any = required(
@@ -38,11 +39,8 @@ class ImageOptions:
         "uint8 arrays train_x, train_y, test_x, test_y (and validation_x, validation_y), or x and y"
     )
     model: Any = required("a folder or hub name of an image classifier, or a configuration to build one from")
-    config_name: str | None = option(None, "which configuration of a hub dataset")
-    split_column: str | None = option(None, "the column of a single table that names each row's split")
     image_column: str | None = option(None, "the column of images; the usual names are found")
     label_column: str | None = option(None, "the column of labels; the usual names are found")
-    pretrained: bool = option(True, "read the model's weights; false builds its architecture anew")
     new_head: bool = option(False, "replace a last layer that was trained for other classes")
     image_size: Any = option(
         None,
@@ -73,10 +71,8 @@ class ImageOptions:
         minimum=0,
         below=1,
     )
-    split_seed: int = option(0, "which images are held out, the same whatever the run's seed", minimum=0)
     label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
     class_weights: Any = option(None, '"balanced", a list, or {class: weight}')
-    trust_remote_code: bool = option(False, "run Python code that comes with a model")
 
 
 class ImageClassification:

@@ -23,6 +23,7 @@ from ..data.cache import Cached, cached
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 from . import classification
+from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForSequenceClassification"
 # Names that columns usually have, the likeliest first.
@@ -35,7 +36,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextOptions(TextModelOptions):
     """The options of `text_classification`."""
 
     data: Any = required(
@@ -45,12 +46,8 @@ class TextOptions:
         "a model's folder or hub name, or a configuration such as "
         '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}'
     )
-    config_name: str | None = option(None, "which configuration of a hub dataset")
-    split_column: str | None = option(None, "the column of a single table that names each row's split")
-    text_column: str | None = option(None, "the column of texts; the usual names are found")
     pair_column: str | None = option(None, "a column of second texts, for tasks on pairs such as entailment")
     label_column: str | None = option(None, "the column of labels, whole numbers or texts; the usual names are found")
-    pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
     new_head: bool = option(False, "replace a head that was trained for another number of classes")
     tokenizer: str | None = option(
         None,
@@ -65,13 +62,8 @@ class TextOptions:
     validation_fraction: float = option(
         0.1, "of the training set, of each class, if the data has no validation split; 0 for none", minimum=0, below=1
     )
-    split_seed: int = option(0, "which samples these are, the same whatever the run's seed", minimum=0)
     label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
     class_weights: Any = option(None, '"balanced", a list in the order of the classes, or {class: weight}')
-    trust_remote_code: bool = option(False, "run Python code that comes with a model")
-    attention: str | None = option(
-        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
-    )
 
 
 class TextClassification:

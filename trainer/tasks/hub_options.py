@@ -1,0 +1,28 @@
+"""Options that tasks on data and models of the user's own have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Data and a model, local or from the hub."""
+
+    config_name: str | None = option(None, "which configuration of a hub dataset")
+    split_column: str | None = option(None, "the column of a single table that names each row's split")
+    pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
+    trust_remote_code: bool = option(False, "run Python code that comes with a model")
+    split_seed: int = option(0, "which samples are held out, the same whatever the run's seed", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelOptions(HubOptions):
+    """Texts, and a model of them."""
+
+    text_column: str | None = option(None, "the column of texts; the usual names are found")
+    attention: str | None = option(
+        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
+    )
