@@ -214,7 +214,8 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
             )
     if before.get("cells") != values["cells"]:
         raise UserError(
-            f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or that version."
+            f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or "
+            "use that version."
         )
 
 
