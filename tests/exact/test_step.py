@@ -1,0 +1,295 @@
+"""The step on one rank, with a plain optimizer in DeepSpeed's place: what it computes, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.errors import NonFiniteError, RanksDifferError
+from trainer.exact.audit import Audit
+from trainer.exact.batch_norm import RunningStatistics
+from trainer.exact.micro_batches import GlobalBatches, MicroBatches
+from trainer.exact.splits import Split
+from trainer.exact.step import ExactStep, StepResult
+from trainer.ranks.place import Ranks
+
+CPU = torch.device("cpu")
+B, m, SAMPLES = 12, 4, 30  # 3 micro-batches a step, and a last step of 6 samples in 2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+class Task:
+    """Regression; notes what augment is called with."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.seen: list[int] = []
+        self.drawn: list[float] = []
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"])
+
+    def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
+        self.seen.append(len(batch["x"]))
+        self.drawn.append(float(torch.rand(())))
+        return batch
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return self.scale * F.mse_loss(outputs[:, 0], batch["y"], reduction="sum"), len(outputs)
+
+
+class PlainSGD:
+    """`exact.step.Updates` with torch's SGD."""
+
+    def __init__(self, model: nn.Module, rate: float = 0.1) -> None:
+        self._base = rate
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=0.5)
+        self.parameters = list(model.parameters())
+        self.unused: list[int] = []
+
+    def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
+        self._views = views
+        for parameter, view in zip(self.parameters, views):
+            parameter.grad = view
+
+    def skip_update_where(self, flag: Tensor) -> bool:
+        return False
+
+    def set_learning_rate(self, factor: float | None) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._base * (1.0 if factor is None else factor)
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def update(self, unused: Sequence[int] = ()) -> None:
+        self.unused = list(unused)
+        for i in unused:
+            self.parameters[i].grad = None
+        self._optimizer.step()
+        for i in unused:
+            self.parameters[i].grad = self._views[i]
+
+
+class Partly(nn.Module):
+    """A model with BatchNorm, and a weight that only some samples use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.spare = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.norm(self.first(x)).tanh())
+        return y * self.spare if bool((x[:, 0] > 1e6).any()) else y
+
+
+def made(model: nn.Module | None = None, task: Task | None = None, **options: Any) -> tuple[ExactStep, Any]:
+    """(a step, its parts by name)."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(SAMPLES, 5, generator=generator), torch.randn(SAMPLES, generator=generator)
+    split, task = Split({"x": x, "y": y}), task or Task()
+    sizes: dict[str, int] = {"global_batch_size": B, "micro_batch_size": m}
+    batches = GlobalBatches(split, CPU, seed=0, drop_last=False, total_steps=9, counted=True, **sizes)
+    optimizer, statistics = PlainSGD(model), RunningStatistics(model)
+    micro_batches = MicroBatches(task, model, split, device=CPU, seed=0, micro_batch_size=m)
+    leaves = batches.micro_batch_counts()
+    step = ExactStep(optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, **options)
+    parts = {"model": model, "task": task, "batches": batches, "optimizer": optimizer, "split": split}
+    return step, parts
+
+
+def mean_gradient(parts: Any, batch: Any) -> list[Tensor]:
+    chosen = {name: array[batch.indices] for name, array in parts["split"].arrays.items()}
+    loss, count = parts["task"].loss(parts["task"].forward(parts["model"], chosen), chosen)
+    return list(torch.autograd.grad(loss / count, list(parts["model"].parameters())))
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("number", [0, 2])  # a full step, and an epoch's last
+def test_the_gradient_is_that_of_the_mean_loss(number: int) -> None:
+    step, parts = made()
+    batch = parts["batches"].at(number)
+    expected, before = mean_gradient(parts, batch), copies(parts["model"])
+    result = step(batch)
+    assert isinstance(result, StepResult)
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in expected))
+    assert float(result.norm) == pytest.approx(norm, rel=1e-5)
+    assert len(result.losses) == (3 if number == 0 else 2)
+    for view, gradient, parameter, old in zip(step.gradient_views, expected, parts["optimizer"].parameters, before):
+        torch.testing.assert_close(view, gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(parameter.detach(), old - 0.1 * (gradient + 0.5 * old), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_and_the_rate_come_before_the_update() -> None:
+    step, parts = made(max_norm=0.25)
+    batch = parts["batches"].at(0)
+    expected, before = mean_gradient(parts, batch), copies(parts["model"])
+    result = step(batch, 0.5)
+    assert result.learning_rate == 0.05
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in expected))
+    assert norm > 0.25  # it clips
+    assert float(result.norm) == pytest.approx(norm, rel=1e-5)  # what is reported is the norm before
+    for gradient, parameter, old in zip(expected, parts["optimizer"].parameters, before):
+        clipped = gradient * (0.25 / norm)
+        torch.testing.assert_close(parameter.detach(), old - 0.05 * (clipped + 0.5 * old), rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_below_the_limit_is_not_scaled_up() -> None:
+    loose, parts = made(max_norm=1e6)
+    free, other = made()
+    loose(parts["batches"].at(0))
+    free(other["batches"].at(0))
+    assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(other["model"])))
+
+
+def test_losses_and_norms_are_those_of_the_micro_batches_in_order() -> None:
+    step, parts = made(measures_norms=True)
+    batch = parts["batches"].at(0)
+    losses, norms = [], []
+    for start, stop in batch.bounds:
+        chosen = {name: array[batch.indices[start:stop]] for name, array in parts["split"].arrays.items()}
+        loss, _ = parts["task"].loss(parts["task"].forward(parts["model"], chosen), chosen)
+        gradients = torch.autograd.grad(loss / B, list(parts["model"].parameters()))
+        losses.append(float(loss))
+        norms.append(math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients)))
+    result = step(batch)
+    assert result.losses.tolist() == pytest.approx(losses, rel=1e-6)
+    assert result.norms is not None
+    assert result.norms.tolist() == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_step_without_norms_has_none() -> None:
+    step, parts = made()
+    assert step(parts["batches"].at(0)).norms is None
+
+
+def test_a_wish_to_stop_is_heard_in_the_same_step() -> None:
+    step, parts = made()
+    assert not step(parts["batches"].at(0)).stop
+    assert step(parts["batches"].at(1), 1.0, True).stop
+    assert not step.deferred
+
+
+def test_statistics_are_applied_in_order_and_unused_weights_passed_over() -> None:
+    step, parts = made(Partly())
+    model, batch = parts["model"], parts["batches"].at(0)
+    mean, seen = torch.zeros(4), 0
+    for start, stop in batch.bounds:
+        y = model.first(parts["split"].arrays["x"][batch.indices[start:stop]])
+        mean = 0.9 * mean + 0.1 * y.mean(0)
+        seen += 1
+    step(batch)
+    torch.testing.assert_close(model.norm.running_mean, mean.detach(), rtol=1e-5, atol=1e-6)
+    assert int(model.norm.num_batches_tracked) == seen == 3
+    names = [name for name, _ in model.named_parameters()]
+    assert parts["optimizer"].unused == [names.index("spare")]
+    assert float(model.spare) == 1.0  # not even decayed
+    step(parts["batches"].at(1))
+    assert parts["optimizer"].unused == [names.index("spare")]  # on the CPU they are looked for in every step
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
+    step, parts = made(task=Task(scale=bad))
+    before = copies(parts["model"])
+    with pytest.raises(NonFiniteError, match=r"Step 2 is not finite: the loss of micro-batch 0 is") as caught:
+        step(parts["batches"].at(1))
+    assert caught.value.good_steps == 1 and caught.value.agreed
+    assert "The parameters are kept" in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+
+
+def test_a_gradient_alone_may_be_the_bad_one() -> None:
+    class Steep(Task):
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            return (outputs * 0.0).abs().sqrt().sum(), len(outputs)  # 0, with an infinite slope
+
+    step, parts = made(task=Steep())
+    with pytest.raises(NonFiniteError, match="the losses are finite, but the gradient's norm is nan"):
+        step(parts["batches"].at(0))
+
+
+def test_augmentation_is_called_for_one_micro_batch_at_a_time() -> None:
+    """And torch's generator is seeded for each, so that its numbers do not depend on who computes what before."""
+    step, parts = made()
+    batch = parts["batches"].at(0)
+    step(batch)
+    assert parts["task"].seen == [4, 4, 4]
+    assert len(set(parts["task"].drawn)) == 3
+    again, others = made()
+    torch.manual_seed(123)
+    again.micro_batches.compute(others["batches"].at(0), 2)
+    assert others["task"].drawn == parts["task"].drawn[2:]
+
+
+def test_augmentation_that_says_so_is_called_for_a_chunk() -> None:
+    task = Task()
+    task.augment_in_chunks = True  # type: ignore[attr-defined]
+    step, parts = made(task=task)
+    step(parts["batches"].at(0))
+    assert task.seen == [12]
+
+
+def test_samples_after_augmentation_are_what_forward_gets() -> None:
+    class Doubles(Task):
+        def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
+            return {**batch, "x": batch["x"] * 2}
+
+    for chunks in (False, True):
+        task = Doubles()
+        task.augment_in_chunks = chunks  # type: ignore[attr-defined]
+        step, parts = made(task=task)
+        batch = parts["batches"].at(0)
+        arrays = step.micro_batches.samples(batch, range(1, 3), chunks)
+        for piece, (start, stop) in zip(arrays, batch.bounds[1:]):
+            assert torch.equal(piece["x"], 2 * parts["split"].arrays["x"][batch.indices[start:stop]])
+
+
+class Wrong(ExactStep):
+    """Every gradient that is summed is wrong, from a step on."""
+
+    calls = 0
+    wrong_from = 10**9
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = super()._gradients(loss)
+        self.calls += 1
+        return tuple(g + 1e-3 * self.calls if g is not None and self.calls > self.wrong_from else g for g in gradients)
+
+
+def test_an_audited_step_is_compared_before_it_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, parts = made()
+    step.__class__ = Wrong
+    names = [name for name, _ in parts["model"].named_parameters()]
+    step.audit = Audit(Ranks(), ["here"], names, every_steps=2, total_steps=9, seed=0, alike=True)
+    wrong: Any = step
+    step(parts["batches"].at(0))
+    assert wrong.calls == 3  # not audited
+    step(parts["batches"].at(1))
+    assert wrong.calls == 7  # one more
+    wrong.wrong_from = 0
+    step(parts["batches"].at(2))  # not audited: nobody sees it
+    before = copies(parts["model"])
+    with pytest.raises(RanksDifferError, match=r"The audit of step 4 found two results for micro-batch \d"):
+        step(parts["batches"].at(3))
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
