@@ -121,7 +121,13 @@ def kill_all(W: int, step: int, chance: random.Random, run: Path) -> Plan:
 
 def kill_while_starting(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     victim = chance.randrange(W)
-    act = {"rank": victim, "at": "start", "do": "signal", "signals": [KILL], "delay_s": chance.uniform(0.0, 1.5)}
+    act = {
+        "rank": victim,
+        "at": "start",
+        "do": "signal",
+        "signals": [KILL],
+        "delay_s": chance.uniform(0.0, 0.5),
+    }  # a short run takes a second
 
     def codes(found: list[int]) -> bool:
         return found[victim] == -KILL and all(code not in (0, STOPPED) for code in found)
