@@ -1,11 +1,12 @@
-"""How fast a step is: this trainer, a hand-written PyTorch loop and a plain DeepSpeed loop, in turn.
+"""How fast a step is: this trainer and three loops without it, in turn.
 
-    python tests/benchmarks/throughput.py [--rounds 20] [--model cnn mlp] [--world_sizes 1 2]
+    python tests/benchmarks/throughput.py [--rounds 20] [--model cnn mlp] [--world_sizes 1 2] [--micro_batch_size 8]
 
-All three do the same micro-batches of the digits (gather, augmentation, forward, backward, clipping,
-AdamW, cosine schedule) in the same processes, a few steps each in turn, so that a noisy machine slows
-all of them. Printed are samples/s as a ratio to the hand-written loop, round by round: median and
-quartiles. Ours is the whole loop as a user runs it: logging, guard and TensorBoard included.
+The rivals are a hand-written PyTorch loop and a plain DeepSpeed loop over the same micro-batches, and the loop that
+a user would write without us: one batch of B / W samples on each rank. All do the digits (gather, augmentation,
+forward, backward, clipping, AdamW, cosine schedule) in the same processes, a few steps each in turn, so that a noisy
+machine slows all of them. Printed are samples/s as ratios, round by round: median and quartiles. Ours is the whole loop
+as a user runs it: logging, guard and TensorBoard included.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ STEPS_A_TURN = 10
 WARM_UP_ROUNDS = 3
 
 
-def micro_batches(config: Config, ranks: Ranks) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """What the rivals train on: each call gives this rank's (image, label) micro-batches of the next step."""
+def micro_batches(config: Config, ranks: Ranks, whole: bool = False) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """What the rivals train on: each call gives this rank's (image, label) micro-batches of the next step.
+
+    With `whole`, all samples of the rank are one.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -40,7 +44,8 @@ def micro_batches(config: Config, ranks: Ranks) -> Callable[[], Iterator[tuple[A
 
     split, plan = Digits(**config.trainer.task_options).splits()["train"], config.plan(ranks.world_size)
     images, labels, moves = split["image"], split["label"], digit_moves(1)
-    B, m, W = plan.global_batch_size, plan.micro_batch_size, ranks.world_size
+    B, W = plan.global_batch_size, ranks.world_size
+    m = B // W if whole else plan.micro_batch_size
     steps, done, order = len(labels) // B, 0, torch.randperm(len(labels))
 
     def next_step() -> Iterator[tuple[Any, Any]]:
@@ -59,7 +64,7 @@ def micro_batches(config: Config, ranks: Ranks) -> Callable[[], Iterator[tuple[A
     return next_step
 
 
-def hand_written(config: Config, ranks: Ranks, allreduce: bool = True) -> Callable[[], None]:
+def hand_written(config: Config, ranks: Ranks, whole: bool = False) -> Callable[[], None]:
     """One step of the loop that a careful person writes by hand; its tensors are resident, its all-reduce is one."""
     import torch
     import torch.distributed as dist
@@ -67,7 +72,7 @@ def hand_written(config: Config, ranks: Ranks, allreduce: bool = True) -> Callab
 
     from trainer.tasks.digits import Digits
 
-    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks)
+    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks, whole)
     model = task.model().train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, fused=True)
@@ -81,7 +86,7 @@ def hand_written(config: Config, ranks: Ranks, allreduce: bool = True) -> Callab
             loss = F.cross_entropy(model(image), label, reduction="sum") / B
             loss.backward()
             running.add_(loss.detach())
-        if W > 1 and allreduce:
+        if W > 1:
             gradient = torch.cat([p.grad.reshape(-1) for p in parameters])  # type: ignore[union-attr]
             dist.all_reduce(gradient)
             for p, g in zip(parameters, gradient.split([p.numel() for p in parameters])):
@@ -135,7 +140,7 @@ def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, list[float]
 
     from trainer.run.run import run
 
-    times: dict[str, list[float]] = {"ours": [], "hand-written": [], "DeepSpeed": []}
+    times: dict[str, list[float]] = {"ours": [], "hand-written": [], "whole": [], "DeepSpeed": []}
     rivals: dict[str, Callable[[], None]] = {}
     resumed_s = 0.0
 
@@ -145,6 +150,7 @@ def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, list[float]
             return
         if not rivals:
             rivals["hand-written"] = hand_written(config, ranks)
+            rivals["whole"] = hand_written(config, ranks, whole=True)
             rivals["DeepSpeed"] = plain_deepspeed(config, ranks)
         else:
             times["ours"].append(time.perf_counter() - resumed_s)
@@ -175,18 +181,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--model", nargs="+", default=["cnn", "mlp"])
     parser.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--micro_batch_size", type=int, default=8)
     flags = parser.parse_args()
     rounds = flags.rounds + WARM_UP_ROUNDS + 1
     print(f"{flags.rounds} rounds of {STEPS_A_TURN} steps each; samples/s as a ratio: median (quartiles)\n")
-    print(
-        f"{'model':6}{'ranks':>6}  {'ours, ms a step':>16}  {'ours / hand-written':28}{'DeepSpeed / hand-written':28}"
-    )
+    titles = ("ours / one batch a rank", "ours / hand-written", "DeepSpeed / hand-written")
+    print(f"{'model':6}{'ranks':>6}  {'ours, ms a step':>16}  {''.join(f'{title:28}' for title in titles)}")
     for model in flags.model:
         for world_size in flags.world_sizes:
             with tempfile.TemporaryDirectory() as scratch:
                 config = load_config(
                     ROOT / "ds_configs" / "strong.json",
                     {
+                        "train_micro_batch_size_per_gpu": flags.micro_batch_size,
                         "trainer.task_options": {"model": model},
                         "trainer.drop_last": True,
                         "trainer.epochs": 100_000,
@@ -196,9 +203,10 @@ def main() -> None:
                     },
                 )
                 times = run_ranks(_measure, world_size, config, rounds, timeout_s=3600)[0]
-            ours, hand, ds = times["ours"], times["hand-written"], times["DeepSpeed"]
+            ours, hand, whole, ds = (times[name] for name in ("ours", "hand-written", "whole", "DeepSpeed"))
             print(
                 f"{model:6}{world_size:>6}  {statistics.median(ours) / STEPS_A_TURN * 1e3:16.2f}  "
+                f"{_quartiles([w / o for w, o in zip(whole, ours)]):28}"
                 f"{_quartiles([h / o for h, o in zip(hand, ours)]):28}"
                 f"{_quartiles([h / d for h, d in zip(hand, ds)]):28}",
                 flush=True,
