@@ -111,7 +111,7 @@ class RunningStatistics:
 
         Args:
             statistics: (M, size) float32 of all micro-batches, in order.
-            skip: a scalar on the device; where it is not 0, nothing changes (see step.ExactStep on losses that
+            skip: a scalar on the device; where it is not 0, nothing changes (see `step.ExactStep` on losses that
                 are not finite).
         """
         called = (statistics.index_select(1, self._variance_at) >= 0.0).float()  # (M, L)

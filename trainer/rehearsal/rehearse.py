@@ -55,7 +55,7 @@ def rehearse(subject: Subject, first_step: int) -> Found:
         first_step: steps made so far.
 
     Raises:
-        UserError: on every rank: the task does not keep the protocol (see `task_contract`).
+        UserError: on every rank: the task does not keep the protocol (see `tasks.contract`).
     """
     found, error = Found(), None
     hashes: dict[int, list[Hashes]] = {}

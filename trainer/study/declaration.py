@@ -104,7 +104,7 @@ class Variant:
     Attributes:
         name: "" for the base itself.
         values, config: as in the file, and parsed.
-        synchronised: normalise over all ranks' micro-batches (see `micro_batches_of`).
+        synchronised: normalise over all ranks' micro-batches (see `arms.values_of`).
         samples: of its training set; 0 before it is known.
     """
 
