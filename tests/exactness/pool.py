@@ -23,9 +23,6 @@ from typing import Any
 from trainer.ranks import workers
 from trainer.ranks.workers import worker_context
 
-# What runs import late, and so each process by itself: LoRA, LARS and LAMB, and parts of DeepSpeed.
-PRELOAD = ["peft", "pytorch_optimizer", "setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"]
-PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_repack", "deepspeed.moe.ep_router"]
 # How long ranks may take to end by themselves once one of them has failed.
 GRACE_S = 5.0
 # A process that has made so many runs is replaced: what libraries never free is freed then.
@@ -117,7 +114,6 @@ class _Group:
         from trainer.ranks.place import Ranks
 
         context: Any = worker_context(False)
-        context.set_forkserver_preload([*workers._PRELOAD, *PRELOAD])
         self.runs = 0
         self.pipes: list[Any] = []
         self.processes: list[Any] = []

@@ -6,6 +6,7 @@ none of them, so that a rank that doesn't leave by itself is found. One JSON lin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -240,7 +241,8 @@ def main() -> None:
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in trainer.ranks.workers._PRELOAD:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(name)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         session = json.loads(line)

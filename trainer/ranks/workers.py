@@ -26,6 +26,10 @@ from ..errors import BY_EXIT_CODE, TrainerError
 from .place import Ranks
 
 _PRELOAD = ["trainer.engine.deepspeed_engine", "trainer.run.run", "trainer.run.evaluate", "torch._dynamo"]
+# What DeepSpeed imports when an engine is made, a fifth of a second in each rank; and optional packages. What is not
+# installed is passed over.
+_PRELOAD += ["setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori", "deepspeed.moe.ep_repack"]
+_PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_router", "peft", "pytorch_optimizer"]
 # What the tasks of trainer/tasks import late.
 _PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
 # How long the other ranks may take to end by themselves once one has failed.
