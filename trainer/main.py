@@ -79,7 +79,9 @@ def _end(code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         _end(main())
-    except SystemExit as end:  # --help
+    except SystemExit as end:  # --help, or a task that ends the process
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         _end(end.code if isinstance(end.code, int) else 1)
     except BaseException:
         traceback.print_exc()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from trainer.config.schema import option
-from trainer.config.task_options import is_number, is_whole, read_options, refuse, required
+from trainer.config.task_options import is_number, read_options, refuse, required
 from trainer.errors import UserError
 
 
@@ -47,5 +47,4 @@ def test_what_breaks_a_rule(given: dict[str, Any], words: str) -> None:
 def test_a_rule_of_a_tasks_own() -> None:
     with pytest.raises(UserError, match=r'"trainer\.task_options\.size" is 0\. It must be a side in pixels\.'):
         refuse("size", 0, "a side in pixels")
-    assert is_whole(3) and not is_whole(True) and not is_whole(3.0)
     assert is_number(3.0) and not is_number(False) and not is_number("3")

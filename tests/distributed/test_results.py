@@ -134,7 +134,7 @@ def test_validation_and_test_may_be_missing(tmp_path: Path) -> None:
     assert set(summary["metrics"]) == {"test"}
 
 
-# Of studies the first: the others are bases of the same tasks, and planned in tests/test_study.py.
+# Of studies the first: the others are bases of the same tasks, and planned in tests/distributed/test_study.py.
 CONFIGS = [file for file in sorted((ROOT / "ds_configs").glob("*.json")) if not file.stem.startswith("study_")]
 
 

@@ -66,9 +66,10 @@ def test_an_existing_folder_without_a_run_is_taken(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["mine", "mine/notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "metrics.jsonl"])
-def test_a_run_is_never_overwritten(tmp_path: Path, name: str) -> None:
-    (tmp_path / "mine").mkdir()
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "metrics.jsonl", "model", "logs/deepspeed.log"])
+def test_what_is_there_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    """Not a run, and not something else of the user's that has the name of what a run writes."""
+    (tmp_path / "mine" / name).parent.mkdir(parents=True)
     (tmp_path / "mine" / name).write_text("old")
     with pytest.raises(UserError) as caught:
         OutputFolder.claim("mine", "strong")
@@ -82,6 +83,23 @@ def test_two_runs_cannot_have_one_folder() -> None:
     folder.write_json("manifest.json", {})
     with pytest.raises(UserError, match="already holds a run"):
         OutputFolder.claim("mine", "strong")
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    """As of a shell variable that is not set: the run would go into the current folder."""
+    with pytest.raises(UserError, match="--output_dir is empty"):
+        OutputFolder.claim("", "strong")
+
+
+def test_a_log_is_taken_over_only_when_the_run_begins(tmp_path: Path) -> None:
+    """A run that is refused before leaves nothing that would stand in the way of the next one."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text("{}\n")
+    folder = OutputFolder.claim("new", "strong")
+    folder.inherit(tmp_path / "old")
+    assert everything(folder.path) == []
+    folder.begin()
+    assert (folder.path / "metrics.jsonl").read_text() == "{}\n"
 
 
 # Places that cannot be written

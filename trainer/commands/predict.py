@@ -45,6 +45,8 @@ def predict(
     path = Path(source)
     if not path.exists():
         raise UserError(f"--input {source} does not exist (looked from {Path.cwd()}).")
+    if output is not None and Path(output).exists() and Path(output).resolve() == path.resolve():
+        raise UserError(f"--output {output} is the input itself, which would be overwritten. Name another file.")
     if kind is None:
         kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
     task, network = _load(folder, task_name, device)

@@ -47,11 +47,6 @@ def refuse(option: str, value: Any, rule: str) -> NoReturn:
     raise UserError(f'"{_PATH}{option}" is {value!r}. It must be {rule}.')
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, and not true or false."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_number(value: Any) -> bool:
     """Whether a value is a number, and not true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

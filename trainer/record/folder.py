@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# What a run writes. A folder that has one of these holds a run already, or something of the user's own.
+_NAMES = (
+    "manifest.json",
+    "summary.json",
+    "metrics.jsonl",
+    "model",
+    "adapter",
+    "checkpoints",
+    "tensorboard",
+    "logs/deepspeed.log",
+)
 # How long a run may take to leave.
 _LEAVING_S = 20.0
 
@@ -27,6 +38,7 @@ class OutputFolder:
     def __init__(self, path: Path, created: list[Path]) -> None:
         self.path = path
         self._created = created
+        self._inherited_from: Path | None = None
         self._lock = _lock(path)  # held until this process ends, however it ends
 
     @staticmethod
@@ -41,10 +53,12 @@ class OutputFolder:
             UserError: it holds a run already, or cannot be written.
         """
         created: list[Path] = []
+        if wanted == "":
+            raise UserError("--output_dir is empty (is a shell variable not set?). Name a folder, or leave it out.")
         try:
             if wanted is not None:
                 path = Path(wanted)
-                held = [name for name in ("manifest.json", "summary.json", "metrics.jsonl") if (path / name).exists()]
+                held = [name for name in _NAMES if (path / name).exists()]
                 if held and not again:
                     raise UserError(
                         f"The output folder {path} already holds a run ({held[0]}), and runs are never overwritten.\n"
@@ -88,9 +102,13 @@ class OutputFolder:
                     leftover.unlink()
 
     def inherit(self, run: Path) -> None:
-        """Takes over another run's log, which the run that goes on from its checkpoint continues."""
-        lines = run / "metrics.jsonl"
-        if lines.exists():
+        """Notes another run, from whose checkpoint this one goes on: `begin` takes its log over."""
+        self._inherited_from = run
+
+    def begin(self) -> None:
+        """The run's first files are about to be written."""
+        lines = None if self._inherited_from is None else self._inherited_from / "metrics.jsonl"
+        if lines is not None and lines.exists():
             shutil.copyfile(lines, self.path / "metrics.jsonl")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:

@@ -142,6 +142,8 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
     else:
         turns = [0, 1]
     with generators_kept(stage.subject.device):
+        stage.check_augmented()
+        found.note_changes(stage.put_back())
         if stage.exact:
             _probe(stage, found)
         for turn in turns:
@@ -149,7 +151,10 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
             stage.python.stir(turn)
             began = stage.python.take() if turn else stage.before
             elsewhere = turn > 0 and ranks.world_size == 1
-            for number, hashes in zip(order, _in_turn(stage, order, elsewhere)):
+            visited = _in_turn(stage, order[:1], elsewhere)
+            early = stage.python.take() if len(order) > 1 else began
+            visited += _in_turn(stage, order[1:], elsewhere)
+            for number, hashes in zip(order, visited):
                 results.setdefault(number, []).append(hashes)
             after = stage.python.take()
             found.note_changes(stage.put_back())
@@ -159,8 +164,10 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
                 found.note_changes(stage.put_back())
             if turn == turns[0]:
                 moved = changes(began, after)
-                found.kept = [stage.python.name_of(key) for key in moved]
-                found.counters = [stage.python.name_of(key) for key in moved if is_number(key, began, after)]
+                # What only the first micro-batch changes is made once and kept, as a table of constants is.
+                kept = changes(early, after)
+                found.kept = [stage.python.name_of(key) for key in kept]
+                found.counters = [stage.python.name_of(key) for key in kept if is_number(key, began, after)]
                 if stage.exact and not found.findings:
                     finding = moved_values(stage, moved, after)
                     found.findings += [finding] if finding is not None else []

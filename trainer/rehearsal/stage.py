@@ -20,7 +20,7 @@ from ..exact.micro_batches import Computed, GlobalBatch, GlobalBatches, MicroBat
 from ..exact.plan import BatchPlan
 from ..exact.splits import Split
 from ..ranks.place import Ranks
-from ..tasks.contract import check_micro_batch
+from ..tasks.contract import check_augmented, check_micro_batch
 from ..tasks.protocol import Task
 from .chunks import objection
 from .model_state import ModelState
@@ -169,6 +169,12 @@ class Stage:
         }
         parts["statistics"] = row
         return hash_each(parts)
+
+    def check_augmented(self) -> None:
+        """Raises UserError if augment() does not return what it was given, changed: before a forward trips over it."""
+        item = self.items[0]
+        (arrays,) = self.micro_batches.augmented(item.batch, item.j)
+        check_augmented(self.name, arrays, item.samples)
 
     def _check_trained(self) -> None:
         frozen = [name for parameter, name in self.engine.names.items() if not parameter.requires_grad]

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UserError
 from ..exact.order import key, seed_generators, seed_python
 from ..exact.plan import micro_batch_bounds, rank_block
 from ..exact.progress import Progress, TaskCalls
 from ..exact.splits import Batch, Split
 from ..ranks.collectives import all_gather_flat, broadcast_object, gather_objects
 from ..ranks.place import Ranks
-from ..tasks.contract import check_outputs
+from ..tasks.contract import check_outputs, metrics_problem
 from ..tasks.protocol import Outputs, Task
 
 if TYPE_CHECKING:
@@ -91,15 +92,20 @@ def evaluate(
         name: _gather_rows(parts.get(name), dtype, shape, rows, engine.device)
         for name, (dtype, shape) in description.items()
     }
-    result: dict[str, float] | None = None
+    result: dict[str, float] | str | None = None  # a text is what is wrong with the task's metrics
     if ranks.first:
         whole = outputs_in_order.get("") if list(outputs_in_order) == [""] else outputs_in_order
         metrics = task.metrics(whole, host_split.arrays)
         if look is not None:
             look(whole, host_split.arrays)
         count = host_split.count_of(torch.arange(len(host_split)))
-        result = {"loss": loss_sum / count, **{name: float(value) for name, value in metrics.items()}}
-    return broadcast_object(result)
+        result = metrics_problem(type(task).__name__, metrics)
+        if result is None:
+            result = {"loss": loss_sum / count, **{name: float(value) for name, value in metrics.items()}}
+    found: Any = broadcast_object(result)
+    if isinstance(found, str):
+        raise UserError(found, agreed=True)
+    return found
 
 
 def _gather_rows(

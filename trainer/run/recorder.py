@@ -42,6 +42,7 @@ class Recorder:
     def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
         """Begins the files, or goes on with those of a run that was interrupted. Rank 0."""
         p = self._pieces
+        folder.begin()
         self.write_manifest(folder)
         log.open(folder.path / "logs" / "deepspeed.log")
         self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step)

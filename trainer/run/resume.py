@@ -170,6 +170,7 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
     if resume.mode == "auto":
         path = Path(wanted) if wanted is not None else _newest_unfinished(config_name)
         if path is None or not _has_run(path):
+            say("--resume auto: there is no run to go on from here, so a new one begins")
             return OutputFolder.claim(wanted, config_name), None
         return OutputFolder.claim(str(path), config_name, again=True), path / "checkpoints"
     source = Path(resume.mode)
@@ -235,7 +236,6 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
             snapshot = _read(source)
             if snapshot is not None:
                 _check_parts(source, snapshot)
-                _check_shapes(p, snapshot)
         except TrainerError as own:
             error = own
     raise_together(error)
@@ -244,6 +244,12 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
         return None
     step, facts, described = header
     _check_same_run(p, facts, resume)
+    if snapshot is not None:
+        try:
+            _check_shapes(p, snapshot)
+        except TrainerError as own:
+            error = own
+    raise_together(error)
     tensors = {
         part: {
             name: broadcast_tensor(snapshot.tensors[part][name] if snapshot is not None else None, dtype, shape)

@@ -91,3 +91,33 @@ def check_micro_batch(
     if finite and not math.isfinite(value):
         raise UserError(f"{task}.loss() is {value} for micro-batch {micro_batch} of the first step. It must be finite.")
     return named
+
+
+def metrics_problem(task: str, metrics: Any) -> str | None:
+    """What is wrong with what a task's metrics() returned; None if it is name -> number."""
+    if not isinstance(metrics, Mapping):
+        return f"{task}.metrics() must return a dictionary, name -> number; it returned a {type(metrics).__name__}."
+    for name, value in metrics.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):
+            return f"{task}.metrics() must return numbers, but {name!r} is {value!r}.\nUse .item(), or .mean().item()."
+    return None
+
+
+def check_augmented(task: str, arrays: Any, samples: int) -> None:
+    """Raises UserError unless augment() has returned a dictionary of tensors with one row a sample."""
+    if not isinstance(arrays, Mapping) or not all(isinstance(array, Tensor) for array in arrays.values()):
+        raise UserError(f"{task}.augment() must return the batch, a dictionary of tensors, not {_shown(arrays)}.")
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != samples:
+            raise UserError(
+                f"{task}.augment() returned {name!r} of shape {tuple(array.shape)} for {samples} samples. It must "
+                "return one row a sample, in the same order."
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"one with {', '.join(sorted({type(v).__name__ for v in value.values()}))}"
+    return f"a {type(value).__name__}"
