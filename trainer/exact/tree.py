@@ -6,6 +6,12 @@ unchanged. A rank adds what it can of its own block as a binary counter does. Th
 tree that cover the block: exactly one where M and the number of ranks are powers of two. The ranks then exchange nodes,
 and the additions that are left are made in the same tree.
 
+For example five micro-batches on two ranks: rank 0 adds 0 and 1, rank 1 adds 2 and 3 and keeps 4. They exchange these
+three nodes, and two additions are left:
+
+    (((0 + 1) + (2 + 3)) + 4)
+      rank 0    rank 1    rank 1
+
 This file is arithmetic on whole numbers. `gradient_sum` adds a rank's own micro-batches, `exchange` the ranks' nodes.
 """
 
