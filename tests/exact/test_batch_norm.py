@@ -343,3 +343,16 @@ def test_models_without_running_statistics(model: nn.Module) -> None:
     assert statistics.size == 0
     statistics.begin()
     statistics.settle()
+
+
+def test_a_momentum_that_a_forward_has_set_is_noticed() -> None:
+    layer = nn.BatchNorm1d(3)
+    statistics = RunningStatistics(layer)
+    statistics.begin()
+    assert not statistics.momentum_assigned()
+    layer.momentum = 0.5
+    assert statistics.momentum_assigned()
+    layer.eval()
+    assert not statistics.momentum_assigned()  # whose statistics nobody collects
+    statistics.settle()
+    assert layer.momentum == 0.1

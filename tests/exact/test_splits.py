@@ -200,3 +200,20 @@ def test_a_part_of_a_split() -> None:
     assert part.lengths is not None and part.lengths.tolist() == [1, 3]
     assert part.padded == ("x",)
     assert Split({"x": x}).subset(torch.tensor([0])).counts is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "padded", "words"),
+    [
+        (None, ("x",), r"names padded arrays \(x\), but gives no lengths"),
+        (torch.tensor([1, 0]), ("x",), "lengths must be int64 and at least 1; they are torch.int64 from 0"),
+        (torch.tensor([1.0, 2.0]), ("x",), "they are torch.float32"),
+        (torch.tensor([1, 4]), ("x",), "a sample is 4 places long, but 'x' has only 3"),
+        (torch.tensor([1, 2]), ("y",), "the padded array 'y' must be there"),
+        (torch.tensor([1, 2]), ("z",), "the padded array 'z' must be there"),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths: torch.Tensor | None, padded: tuple[str, ...], words: str) -> None:
+    split = Split({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, lengths=lengths, padded=padded)
+    with pytest.raises(UserError, match=words):
+        as_splits({"train": split}, "T")

@@ -205,7 +205,26 @@ def test_statistics_are_applied_in_order_and_unused_weights_passed_over() -> Non
     assert parts["optimizer"].unused == [names.index("spare")]
     assert float(model.spare) == 1.0  # not even decayed
     step(parts["batches"].at(1))
-    assert parts["optimizer"].unused == [names.index("spare")]  # on the CPU they are looked for in every step
+    assert parts["optimizer"].unused == [names.index("spare")]
+
+
+class Late(Partly):
+    """Uses its spare weight in its first step alone."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = super().forward(x)
+        return y * self.spare if self.calls <= 3 else y
+
+
+def test_on_the_cpu_unused_weights_are_looked_for_in_every_step() -> None:
+    step, parts = made(Late())
+    step(parts["batches"].at(0))
+    assert parts["optimizer"].unused == []
+    step(parts["batches"].at(1))
+    assert len(parts["optimizer"].unused) == 1
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
