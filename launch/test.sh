@@ -10,7 +10,7 @@ check() {
     "$@" || fail "\`$*\` failed (exit code $?), so the checks after it were not made."
 }
 
-check ruff format --check .
-check ruff check .
+check ruff format --check trainer tests
+check ruff check trainer tests
 check mypy
 check python -m pytest "$@"

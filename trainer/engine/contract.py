@@ -1,7 +1,7 @@
 """What the trainer needs of DeepSpeed's inside, in one table, checked before any of it is used or replaced.
 
 DeepSpeed promises none of these names. Were one of them renamed, Python would let us replace what nobody calls:
-DeepSpeed would then sum the gradient a second time, or clip nothing, and say nothing. So each is looked up, with its
+DeepSpeed would then sum the gradient a second time, and say nothing. So each is looked up, with its
 type or its arguments, and where DeepSpeed itself has to read it, the code that reads it is looked at as well.
 """
 

@@ -210,12 +210,12 @@ class MicroBatches:
         (arrays,) = self.samples(batch, range(j, j + 1), self.augments_in_chunks)
         return self._forward(batch, j, arrays)
 
-    def augmented(self, batch: GlobalBatch, j: int) -> list[Any]:
-        """What a task's augment() returns for one micro-batch, as it is: a list of one."""
+    def augmented(self, batch: GlobalBatch, j: int) -> Any:
+        """What a task's augment() returns for one micro-batch, as it is. For looking at the task."""
         start, stop = batch.bounds[j]
         indices = batch.indices[start:stop]
         arrays = self._split.gather(indices)
-        return [arrays if self._calls.augment is None else self._augmented(arrays, indices, batch.progress)]
+        return arrays if self._calls.augment is None else self._augmented(arrays, indices, batch.progress)
 
     def _forward(self, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
         # Dropout and the like draw from these: a function of the step and the micro-batch.

@@ -173,8 +173,7 @@ class Stage:
     def check_augmented(self) -> None:
         """Raises UserError if augment() does not return what it was given, changed: before a forward trips over it."""
         item = self.items[0]
-        (arrays,) = self.micro_batches.augmented(item.batch, item.j)
-        check_augmented(self.name, arrays, item.samples)
+        check_augmented(self.name, self.micro_batches.augmented(item.batch, item.j), item.samples)
 
     def _check_trained(self) -> None:
         frozen = [name for parameter, name in self.engine.names.items() if not parameter.requires_grad]

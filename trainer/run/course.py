@@ -189,19 +189,19 @@ def set_out(
     if folder is not None:
         record.open(folder, log)  # only now: the rehearsal has shown that the task works
     return Course(
-        p,
-        step,
-        window,
-        record,
-        saver,
-        best,
-        noise,
-        watch,
-        folder,
-        first_step,
-        first_step,
-        trace,
-        started_at_s,
+        pieces=p,
+        step=step,
+        window=window,
+        record=record,
+        saver=saver,
+        best=best,
+        noise=noise,
+        watch=watch,
+        folder=folder,
+        first_step=first_step,
+        done=first_step,
+        trace=trace,
+        started_at_s=started_at_s,
         rehearsal_s=rehearsal_s,
     )
 
