@@ -157,6 +157,12 @@ def rehearse_once(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     return pieces, rehearse(subject_of(pieces, step), 0)
 
 
+def kept_state(ranks: Ranks, config: Config) -> list[str]:
+    """What micro-batches change of Python's state, again and again."""
+    _, found = rehearse_once(ranks, config)
+    return list(found.kept)
+
+
 def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     """Everything that a next step could depend on, before a rehearsal and after it, as comparable values."""
     from trainer.exact.hashes import digest

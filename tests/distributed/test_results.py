@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
 from trainer.commands.cli import main as command_line
 from trainer.config.keys import load_config
+from trainer.errors import UserError
 from trainer.ranks.workers import WorkerError, run_ranks
 from trainer.tasks.digits import Digits, read_images
 
@@ -114,6 +115,10 @@ def test_predictions_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert said[0] == said[1]
     assert said[0][0] == "label"
     assert np.mean(np.array(said[0][1:], dtype=int) == labels[:90]) > 0.9
+    before = (tmp_path / "digits.csv").read_bytes()
+    assert command_line([*common, "--output", str(tmp_path / "digits.csv")]) == 2
+    assert "is the input itself, which would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "digits.csv").read_bytes() == before
     (tmp_path / "digits.csv").write_text("1,2,3\n")
     assert command_line(common) == 2
     assert "1 lines of 3 numbers" in capsys.readouterr().err
@@ -126,6 +131,14 @@ def test_a_slip_in_the_metrics_does_not_cost_the_model(tmp_path: Path) -> None:
     run_ranks(train, 1, small_config(tmp_path / "good", max_steps=3))
     kept, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "good"))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_metrics_that_are_no_dictionary_are_one_message(tmp_path: Path, world_size: int) -> None:
+    task = f"{USER_TASKS}/bad_tasks.py:MetricsOfOneNumber"
+    with pytest.raises(UserError, match=r"MetricsOfOneNumber\.metrics\(\) must return a dictionary"):
+        run_ranks(train, world_size, small_config(tmp_path / "run", task=task, max_steps=3))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_validation_and_test_may_be_missing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.jobs import (
     USER_TASKS,
+    kept_state,
     rehearsal_work,
     rehearsed_state,
     small_config,
@@ -36,6 +37,7 @@ CAUSES = [
     (f"{INEXACT}:CountsTheSmallest", ["the task's attribute small changes"]),
     (f"{INEXACT}:ConvergedNorm", ["buffer 0.parametrizations.weight.0._"]),
     (f"{INEXACT}:SetsInLate", ["the task's attribute calls changes", "loss() depends on it"]),
+    (f"{INEXACT}:CountsOnlyOnceCalled", ["the class attribute CountsOnlyOnceCalled.calls_of_the_class changes"]),
     (f"{INEXACT}:DrawsRarely", ["forward() draws from numpy's global generator"]),
     (f"{INEXACT}:TeacherInTheModel", ["the parameter teacher.weight changes in the forward"]),
     (f"{INEXACT}:CountsFromTheSecondEpoch", ["the model's buffer updates changes in its forward"]),
@@ -173,6 +175,16 @@ def test_a_wrong_claim_of_chunks_is_said_and_not_followed(capsys: pytest.Capture
     overrides = {"train_batch_size": 35, "train_micro_batch_size_per_gpu": 7}
     assert check_task(f"{INEXACT}:ClaimsChunks", overrides) == 0
     assert "its augment() is called for one micro-batch at a time, because it calls sigmoid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "kept"), [("CachesATable", []), ("AnnealsByCounting", ["the task's attribute calls"])]
+)
+def test_a_table_of_constants_is_no_state(tmp_path: Path, task: str, kept: list[str], world_size: int) -> None:
+    """A run that goes on warns of state that checkpoints do not hold; what is made once and kept is none."""
+    config = small_config(tmp_path / "run", task=f"{INEXACT}:{task}")
+    assert run_ranks(kept_state, world_size, config) == [kept] * world_size
 
 
 def test_a_rehearsal_costs_less_than_two_steps(tmp_path: Path) -> None:

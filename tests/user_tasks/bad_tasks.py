@@ -245,6 +245,11 @@ class OutputsOneNumber(MyTask):
         return {**super().forward(model, batch), "mean": batch["x"].mean()}
 
 
+class MetricsOfOneNumber(MyTask):
+    def metrics(self, outputs, batch):
+        return 0.5
+
+
 class MetricsFail(MyTask):
     def metrics(self, outputs, batch):
         raise RuntimeError("a slip in the metrics")

@@ -21,8 +21,9 @@ from .python_state import Key, State, is_generator, is_number
 from .results import Finding, differs, source_of
 from .stage import Stage
 
-# By how much counters are moved: small steps, round numbers and powers of two, at which something may happen.
-_MOVES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 20, 24, 25, 32, 50, 64, 100, 128, 256, 1000)
+# By how much counters are moved: whatever happens every 16 calls or more often is met, wherever a counter stands. Then
+# round numbers and powers of two.
+_MOVES = (*range(1, 17), 20, 24, 25, 32, 50, 64, 100, 128, 256, 1000)
 
 
 class _Collectives(TorchDispatchMode):
@@ -111,7 +112,7 @@ def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | 
             stage.python.put_back(stage.before)
             for key in suspects:
                 if key in counters:
-                    stage.python.add(key, amount, after[key].value)
+                    stage.python.add(key, amount)
             if set(suspects) & set(generators):
                 stage.python.stir(amount)
             part = None

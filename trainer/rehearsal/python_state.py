@@ -314,10 +314,10 @@ class PythonState:
                 if key[1] not in namespace.names or namespace.names[key[1]] is not restored:
                     namespace.put(key[1], restored)
 
-    def add(self, key: Key, amount: int, otherwise: float) -> None:
-        """Adds to a number, as further calls might have done; to `otherwise` if there is none yet."""
+    def add(self, key: Key, amount: int) -> None:
+        """Adds to a number, as further calls might have done. One that the first call makes begins at 0."""
         namespace = self._namespaces[key[0]]
-        namespace.put(key[1], namespace.names.get(key[1], otherwise) + amount)
+        namespace.put(key[1], namespace.names.get(key[1], 0) + amount)
 
     def name_of(self, key: Key) -> str:
         """What a value is called in messages."""
