@@ -272,7 +272,7 @@ class Stage:
         with generators_kept(self.subject.device):
             for batch in (first, middle, self.items[-1].batch, self.items[min(1, len(self.items) - 1)].batch):
                 load = functools.partial(self.micro_batches.samples, batch)
-                reason = reason or objection(load, range(min(5, len(batch.bounds))))
+                reason = reason or objection(load, range(min(2, len(batch.bounds))))
         self.python.put_back(self.before)
         return reason
 
