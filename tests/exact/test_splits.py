@@ -217,3 +217,17 @@ def test_lengths_that_do_not_fit(lengths: torch.Tensor | None, padded: tuple[str
     split = Split({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, lengths=lengths, padded=padded)
     with pytest.raises(UserError, match=words):
         as_splits({"train": split}, "T")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([0, 0, 0], "none of the 3 samples counts"),
+        ([1.0, -1.0, 2.0], "finite and not negative"),
+        ([1.0, float("nan"), 2.0], "finite and not negative"),
+        ([[1.0], [1.0], [1.0]], "one number a sample"),
+    ],
+)
+def test_counts_by_which_no_loss_can_be_divided(counts: list[Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        as_split(Split({"x": torch.zeros(3, 1)}, torch.tensor(counts)), "test", "MyTask")

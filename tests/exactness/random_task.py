@@ -119,7 +119,9 @@ class RandomTask:
         else:
             arrays["y"] = torch.rand(*of, outputs, generator=generator)
         if loss["counts"] == "weights":
-            arrays["weight"] = counts = 0.25 * torch.randint(loss["least"], 9, (n,), generator=generator).float()
+            weight = 0.25 * torch.randint(loss["least"], 9, (n,), generator=generator).float()
+            weight[0] = max(0.25, float(weight[0]))  # a split of which nothing counts is refused
+            arrays["weight"] = counts = weight
         elif loss["counts"] == "tokens":
             counts = lengths.to(getattr(torch, loss["counts_type"]))
         padded = ("x", "mask", "y") if loss.get("each_place") else ("x", "mask")

@@ -105,7 +105,7 @@ def as_split(value: Any, name: str, task: str) -> Split:
     """A Split from what a task returned: a Split, or a plain dictionary of tensors or arrays.
 
     Raises:
-        UserError: it is neither, it is empty, or its arrays have different lengths.
+        UserError: it is neither, it is empty, its arrays have different lengths, or none of its samples counts.
     """
     counts = lengths = None
     padded: tuple[str, ...] = ()
@@ -135,8 +135,19 @@ def as_split(value: Any, name: str, task: str) -> Split:
         raise UserError(f'{task}.splits()["{name}"]: every array must have one row a sample, but they have {said}.')
     if next(iter(rows.values())) == 0:
         raise UserError(f'{task}.splits()["{name}"] is empty.')
+    _check_counts(counts, f'{task}.splits()["{name}"]')
     _check_lengths(arrays, lengths, padded, f'{task}.splits()["{name}"]')
     return Split(arrays, counts, lengths, padded)
+
+
+def _check_counts(counts: Tensor | None, where: str) -> None:
+    if counts is None:
+        return
+    if counts.ndim != 1 or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise UserError(f"{where}: counts must be one number a sample, finite and not negative.")
+    # The loss of a split is its sum divided by this.
+    if float(counts.to(torch.float64).sum()) == 0:
+        raise UserError(f"{where}: none of the {len(counts)} samples counts: their counts add up to 0.")
 
 
 def _check_lengths(arrays: Batch, lengths: Tensor | None, padded: tuple[str, ...], where: str) -> None:
