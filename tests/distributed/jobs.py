@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.standing import fresh
 from trainer.config.keys import Config, parse
 from trainer.ranks.place import Ranks
 
@@ -80,6 +81,7 @@ def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resum
     return summary | {"trace": trace}
 
 
+@fresh
 def train_without_summary(ranks: Ranks, config: Config) -> str:
     """A run that rank 0 cannot write to its end, as a folder stands where its summary goes; the rank's error."""
     import os
@@ -98,6 +100,7 @@ def train_without_summary(ranks: Ranks, config: Config) -> str:
     return "finished"
 
 
+@fresh
 def train_with_shards(ranks: Ranks, config: Config) -> dict[str, Any]:
     """The same, with the exchange that large gradients take."""
     from trainer.exact import exchange
@@ -106,6 +109,7 @@ def train_with_shards(ranks: Ranks, config: Config) -> dict[str, Any]:
     return train(ranks, config)
 
 
+@fresh
 def train_as_on_a_gpu(ranks: Ranks, config: Config) -> dict[str, Any]:
     """The same, with the host looking at losses only at the end of a window, as on a GPU."""
     import trainer.run.course
@@ -140,6 +144,7 @@ def built(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     return pieces, make_step(pieces)
 
 
+@fresh
 def train_unrehearsed(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A run without its rehearsal and its audits."""
     import trainer.run.course
@@ -157,12 +162,14 @@ def rehearse_once(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     return pieces, rehearse(subject_of(pieces, step), 0)
 
 
+@fresh
 def kept_state(ranks: Ranks, config: Config) -> list[str]:
     """What micro-batches change of Python's state, again and again."""
     _, found = rehearse_once(ranks, config)
     return list(found.kept)
 
 
+@fresh
 def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     """Everything that a next step could depend on, before a rehearsal and after it, as comparable values."""
     from trainer.exact.hashes import digest
@@ -188,6 +195,7 @@ def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     return states[0], states[1]
 
 
+@fresh
 def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A run whose last rank has a processor of another model."""
     import trainer.engine.device
@@ -197,6 +205,7 @@ def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
     return train(ranks, config)
 
 
+@fresh
 def rehearsal_work(ranks: Ranks, config: Config) -> tuple[int, int]:
     """How many micro-batches a rehearsal computes, and of how many the gradient."""
     import torch

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.distributed.jobs import USER_TASKS, first_gradient, small_config, train, train_as_on_a_gpu, train_with_shards
+from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import NonFiniteError
 from trainer.exact.order import epoch_order, key
 from trainer.exact.plan import micro_batch_bounds
-from trainer.ranks.workers import run_ranks
 from trainer.tasks.digits import Digits
 
 BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}

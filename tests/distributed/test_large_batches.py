@@ -16,12 +16,12 @@ from tests.distributed.jobs import USER_TASKS, small_config, train, train_with_s
 from tests.distributed.test_exactness import same_everywhere
 from tests.distributed.test_options import a_task, overfits, words
 from tests.run.test_resume import same_end
+from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.engine.adascale import gain
 from trainer.errors import UserError
 from trainer.exact.order import epoch_order, nested_subset
 from trainer.exact.splits import Split
-from trainer.ranks.workers import run_ranks
 
 PULLS = {"task": f"{USER_TASKS}/more_tasks.py:Pulls", "gradient_clipping": 0.0}
 SGD = {"type": "SGD", "params": {"lr": 0.01}}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from tests.distributed.jobs import USER_TASKS, first_gradient, small_config, train
 from tests.distributed.test_exactness import BF16, digits, same_everywhere
+from tests.standing import run_ranks
 from trainer.commands.cli import main as command_line
 from trainer.errors import UserError
 from trainer.exact.hashes import state_sha256
 from trainer.exact.order import by_length, epoch_order, key
 from trainer.exact.plan import micro_batch_bounds
-from trainer.ranks.workers import run_ranks
 
 MORE = f"{USER_TASKS}/more_tasks.py"
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.5, "torch_adam": True, "fused": True}}

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
+from tests.standing import run_ranks
 from trainer.commands.cli import main as command_line
 from trainer.config.keys import load_config
 from trainer.errors import UserError
-from trainer.ranks.workers import WorkerError, run_ranks
+from trainer.ranks.workers import WorkerError
 from trainer.tasks.digits import Digits, read_images
 
 SUMMARY_KEYS = {

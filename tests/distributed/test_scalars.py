@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tests.distributed.jobs import USER_TASKS, small_config, train, train_interrupted
 from tests.distributed.test_exactness import BF16, same_everywhere
 from tests.run.test_resume import same_end
+from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import UserError
 from trainer.exact.order import epoch_order, key
 from trainer.exact.plan import micro_batch_bounds
-from trainer.ranks.workers import run_ranks
 
 SCALARS = f"{USER_TASKS}/scalar_tasks.py"
 ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1, "torch_adam": True}}

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from tests.distributed.jobs import ROOT, first_gradient, small_config, train
 from tests.distributed.test_exactness import BF16, same_everywhere
+from tests.standing import run_ranks
 from trainer.config.keys import Config, load_config
 from trainer.data.token_rows import IGNORED
 from trainer.exact.order import epoch_order, key
 from trainer.ranks.place import Ranks
-from trainer.ranks.workers import run_ranks
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.text_classification import TextClassification
 

@@ -1,32 +1,22 @@
-"""Standing groups of ranks: a group joins once, and then makes run after run.
+"""The runs of a case at several world sizes, all at once, in standing groups of ranks.
 
-Starting four groups for each of a thousand cases would take most of the time. A rank that dies, hangs or fails in a
-way that the others have not agreed on ends its group, which starts again for the next run.
+A rank that dies, hangs or fails in a way that the others have not agreed on ends its group, which starts again for the
+next run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing.connection
-import os
 import shutil
 import tempfile
-import threading
 import time
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.ranks import workers
-from trainer.ranks.workers import worker_context
-
-# How long ranks may take to end by themselves once one of them has failed.
-GRACE_S = 5.0
-# A process that has made so many runs is replaced: what libraries never free is freed then.
-MOST_RUNS = 250
+from tests.standing import GRACE_S, MOST_RUNS, Group
 
 
 @dataclass
@@ -53,19 +43,13 @@ class Outcome:
 
 
 def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
-    import random
     import traceback
-
-    import numpy as np
 
     from trainer.config.keys import parse
     from trainer.errors import TrainerError
     from trainer.exact.hashes import digest
     from trainer.run.run import run
 
-    # As in fresh processes: every rank has its own numbers, and every run others.
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(4), "little"))
     trace: list[dict[str, str]] = []
 
     def watch(step: int, engine: Any, losses: Any) -> None:
@@ -86,64 +70,11 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
     return Outcome("finished", summary["exactness"], list(summary.get("inexact", [])), trace, facts)
 
 
-def _rank_main(pipe: Any, ranks: Any, environment: dict[str, str], log: str) -> None:
-    """Makes the runs that the pipe asks for until its other end is gone."""
-    import gc
-
-    from tqdm import tqdm
-
-    os.setsid()  # Ctrl-C is for the parent
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
-    jobs = workers.jobs_from(pipe)
-    gc.freeze()  # the collection after each run looks at that run alone
-    while True:
-        outcome = _make_run(ranks, *jobs.get())
-        pipe.send(outcome)
-        gc.collect()  # engines refer to themselves
-        gc.freeze()  # and at what it imported
-
-
-class _Group:
-    """The ranks of one world size."""
-
-    def __init__(self, world_size: int, logs: Path) -> None:
-        from trainer.ranks.place import Ranks
-
-        context: Any = worker_context(False)
-        self.runs = 0
-        self.pipes: list[Any] = []
-        self.processes: list[Any] = []
-        self.logs = [logs / f"W{world_size}-rank{rank}.log" for rank in range(world_size)]
-        environment = {"TRAINER_LAUNCH": uuid.uuid4().hex}
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, Ranks(rank, world_size, rank, world_size), environment, str(self.logs[rank]))
-            process = context.Process(target=_rank_main, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def close(self) -> None:
-        for process, pipe in zip(self.processes, self.pipes):
-            process.kill()
-            process.join()
-            pipe.close()
-
-    def last_words(self, rank: int) -> str:
-        text = self.logs[rank].read_text(errors="replace") if self.logs[rank].exists() else ""
-        return f"rank {rank} died (exit code {self.processes[rank].exitcode}): {text[-1500:]}"
-
-
 class Pool:
     """Groups of ranks by world size, each started when it is first used. A context manager."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, Group] = {}
         self._place = Path(tempfile.mkdtemp(prefix="fuzz-"))
         self.restarts = 0
 
@@ -174,13 +105,10 @@ class Pool:
         outcomes: dict[int, dict[int, Outcome]] = {W: {} for W in world_sizes}
         for W in world_sizes:
             if W not in self._groups:
-                self._groups[W] = _Group(W, self._place)
+                self._groups[W] = Group(W, self._place)
             group = self._groups[W]
-            group.runs += 1
-            for rank, pipe in enumerate(group.pipes):
-                with contextlib.suppress(OSError):  # it is dead, which its pipe says below
-                    pipe.send((config, str(folder / str(W))))
-                waiting[pipe] = (W, rank)
+            group.ask(_make_run, config, str(folder / str(W)))
+            waiting |= {pipe: (W, rank) for rank, pipe in enumerate(group.pipes)}
         deadlines = dict.fromkeys(world_sizes, time.monotonic() + limit_s)
         while waiting:
             nearest_s = min(deadlines[W] for W, _ in waiting.values()) - time.monotonic()
@@ -188,9 +116,8 @@ class Pool:
             for pipe in ready:
                 W, rank = waiting.pop(pipe)
                 try:
-                    outcomes[W][rank] = outcome = pipe.recv()
+                    outcomes[W][rank] = outcome = pipe.recv()[1]
                 except (EOFError, OSError):
-                    self._groups[W].processes[rank].join(5)
                     outcomes[W][rank] = outcome = Outcome("died", message=self._groups[W].last_words(rank))
                 if outcome.kind != "finished":
                     deadlines[W] = min(deadlines[W], time.monotonic() + GRACE_S)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tests.distributed.jobs import small_config, train, train_interrupted
 from tests.distributed.test_exactness import BF16, digits
 from tests.distributed.test_options import ADAMW, overfits, words
+from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import UserError
 from trainer.exact.hashes import state_sha256
-from trainer.ranks.workers import run_ranks
 from trainer.record.checkpoints import list_checkpoints
 
 

@@ -39,7 +39,7 @@ class OutputFolder:
         self.path = path
         self._created = created
         self._inherited_from: Path | None = None
-        self._lock = _lock(path)  # held until this process ends, however it ends
+        self._lock = _lock(path)  # held until `unlock`, or until this process ends
 
     @staticmethod
     def claim(wanted: str | None, config_name: str, again: bool = False) -> OutputFolder:
@@ -88,6 +88,10 @@ class OutputFolder:
     def release(self) -> None:
         """Removes what `claim` created, if nothing was put there since."""
         _remove(self._created)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Lets other runs have the folder: this one will write nothing more to it."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

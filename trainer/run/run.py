@@ -93,6 +93,8 @@ def run(
         if watch is not None:
             watch.close()
         log.close()
+        if folder is not None:
+            folder.unlock()
 
 
 def _train(course: Course) -> dict[str, Any]:
