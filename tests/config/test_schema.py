@@ -130,7 +130,7 @@ def test_set_of_a_key_inside_of_a_value_is_refused() -> None:
     [
         ("epoch", ["seed", "epochs"], 'Did you mean "epochs"?'),
         ("WARMUPLR", ["WarmupLR", "OneCycle"], 'Did you mean "WarmupLR"?'),
-        ("xyzzy", ["seed", "epochs"], "Known: seed, epochs."),
+        ("zero", ["seed", "epochs"], "Known: seed, epochs."),
         ("anything", [], "It takes none."),
     ],
 )
