@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.jobs import ROOT, train
-from trainer.commands import reference
 from trainer.config.keys import load_config, parse
 from trainer.ranks.workers import run_ranks
 
@@ -55,18 +54,6 @@ def test_every_config_file_is_explained() -> None:
     page = (ROOT / "ds_configs" / "README.md").read_text()
     for file in (ROOT / "ds_configs").glob("*.json"):
         assert f"`{file.name}`" in page, file.name
-
-
-@pytest.mark.parametrize("page", reference.PAGES)
-def test_tables_of_keys_are_those_of_the_schema(page: str) -> None:
-    text = (ROOT / page).read_text()
-    assert reference.filled(text) == text, "python -m trainer.commands.reference"
-
-
-def test_every_table_has_its_page() -> None:
-    pages = "".join((ROOT / page).read_text() for page in reference.PAGES)
-    assert set(re.findall(r"<!-- keys: (\w+) -->", pages)) == set(reference.tables())
-    assert "`trainer.checkpoint.keep` | `2` | whole number, at least 1 | how many of the newest to keep |" in pages
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

@@ -1,27 +1,20 @@
-"""The schema: every error with its numbers and names, precedence, and agreement with the installed DeepSpeed."""
+"""The keys of a config: every error with its numbers and names, contradictions, and that every field is read."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import json
 import math
-import os
-import subprocess
-import sys
 import typing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainer.commands import cli
 from trainer.config import deepspeed_keys
 from trainer.config import keys as config
 from trainer.config.keys import Config
-from trainer.config.schema import parse_override
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,54 +108,6 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_base_global_batch_size(values: dict[str, Any], wanted: int) -> None:
     """As given; else the batch of one rank."""
     assert config.parse(values).base_global_batch_size() == wanted
-
-
-# Files
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{\n  "train_batch_size": 64,\n  "seed" 3\n}', ("run.json", "not valid JSON", "line 3, column 10")),
-        ('{"train_batch_size": 64,}', ("not valid JSON", "line 1, column")),
-        ("", ("not valid JSON", "line 1, column 1")),
-        ('{"trainer": {"seed": 1, "seed": 2}}', ("run.json", '"seed"', "twice")),
-        ('{"train_batch_size": 8, "optimizer": {}, "train_batch_size": 9}', ('"train_batch_size"', "twice")),
-        ('{"gradient_clipping": NaN}', ("not valid JSON", "NaN")),
-        ('{"gradient_clipping": -Infinity}', ("not valid JSON", "-Infinity")),
-        ("[1, 2]", ("run.json", "JSON object", "a list [...]")),
-        ("3", ("JSON object", "3 (an integer)")),
-        ("null", ("JSON object", "null")),
-        ("[" * 100_000, ("not valid JSON",)),
-    ],
-)
-def test_malformed_files(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
-    with pytest.raises(UserError) as caught:
-        config.load_config(write(tmp_path, text))
-    check_words(str(caught.value), words)
-
-
-def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
-    write(tmp_path, "{}", "weak.json")
-    write(tmp_path, "{}", "strong.json")
-    write(tmp_path, "", "notes.txt")
-    with pytest.raises(UserError) as caught:
-        config.load_config(tmp_path / "stong.json")
-    check_words(str(caught.value), (str(tmp_path / "stong.json"), "does not exist", "strong.json, weak.json"))
-    assert "notes.txt" not in str(caught.value)
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        config.load_config(tmp_path / "nowhere" / "run.json")
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be read: .*directory"):
-        config.load_config(tmp_path)
-    (tmp_path / "latin.json").write_bytes(b'{"trainer": "\xe9"}')
-    with pytest.raises(UserError, match="cannot be read"):
-        config.load_config(tmp_path / "latin.json")
 
 
 # Keys
@@ -373,26 +318,6 @@ def test_an_integer_beyond_any_float_is_an_error_too(values: dict[str, Any]) -> 
     assert error_of(values)
 
 
-@pytest.mark.parametrize("key", sorted(deepspeed_keys.REFUSED))
-def test_refused_keys(key: str) -> None:
-    """Refused with the reason, unless they ask for nothing."""
-    check_words(error_of(base(**{key: {"enabled": True}})), (f'"{key}"', "without effect", deepspeed_keys.REFUSED[key]))
-    assert f'"{key}"' in error_of(base(**{key: True}))
-    for nothing in ({"enabled": False}, {"enabled": False, "other": 1}, False, None):
-        assert config.parse(base(**{key: nothing})) == config.parse(BASE)
-
-
-def test_refused_keys_are_refused_only_at_the_top() -> None:
-    assert 'unknown key "trainer.fp16"' in error_of(base(trainer={"fp16": False}))
-
-
-@pytest.mark.parametrize("name", sorted(deepspeed_keys.REFUSED_OPTIMIZERS))
-def test_refused_optimizers(name: str) -> None:
-    for spelling in (name, name.upper()):
-        message = error_of(base(optimizer={"type": spelling}))
-        check_words(message, ('"optimizer.type"', spelling, deepspeed_keys.REFUSED_OPTIMIZERS[name]))
-
-
 CONTRADICTIONS = [
     (
         base(zero_optimization={"reduce_scatter": True}),
@@ -510,138 +435,6 @@ def test_what_is_near_a_contradiction_and_fine(values: dict[str, Any]) -> None:
     config.parse(values)
 
 
-# Overrides
-
-
-def from_flags(folder: Path, values: dict[str, Any], *flags: str) -> Config:
-    path = write(folder, json.dumps(values))
-    return cli.config_from(cli.run_parser().parse_args(["--ds_config", str(path), *flags]))
-
-
-@pytest.mark.parametrize(
-    ("flag", "text", "field", "in_file", "default"),
-    [
-        ("--task", "mine.py:Task", "task", "digits", "digits"),
-        ("--epochs", "3", "epochs", 7, 20),
-        ("--max_steps", "3", "max_steps", 7, None),
-        ("--seed", "3", "seed", 7, 0),
-        ("--output_dir", "there", "output_dir", "here", None),
-    ],
-)
-def test_flag_wins_over_file_over_default(
-    tmp_path: Path, flag: str, text: str, field: str, in_file: Any, default: Any
-) -> None:
-    typed = int(text) if text.isdigit() else text
-    filled = base(trainer={field: in_file})
-    assert getattr(from_flags(tmp_path, BASE).trainer, field) == default
-    assert getattr(from_flags(tmp_path, filled).trainer, field) == in_file
-    assert getattr(from_flags(tmp_path, filled, flag, text).trainer, field) == typed
-    assert getattr(from_flags(tmp_path, filled, "--set", f"trainer.{field}={text}").trainer, field) == typed
-    # The named flag wins over --set, wherever it stands.
-    assert getattr(from_flags(tmp_path, BASE, flag, text, "--set", f"trainer.{field}=1").trainer, field) == typed
-
-
-def test_a_flag_leaves_the_rest_of_the_file(tmp_path: Path) -> None:
-    filled = base(trainer={"seed": 7, "epochs": 9, "learning_rate": {"schedule": "cosine", "warmup_epochs": 2}})
-    c = from_flags(tmp_path, filled, "--seed", "1", "--set", "trainer.learning_rate.warmup_epochs=0.5")
-    assert (c.trainer.seed, c.trainer.epochs, c.train_batch_size) == (1, 9, 64)
-    assert (c.trainer.learning_rate.schedule, c.trainer.learning_rate.warmup_epochs) == ("cosine", 0.5)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("trainer.epochs=5", ("trainer.epochs", 5)),
-        ("a.b=2.5", ("a.b", 2.5)),
-        ("a=true", ("a", True)),
-        ("a=null", ("a", None)),
-        ("a=[0.9, 0.99]", ("a", [0.9, 0.99])),
-        ('a={"b": 1}', ("a", {"b": 1})),
-        ('a="5"', ("a", "5")),
-        ("a=cosine", ("a", "cosine")),
-        ("a=x=y", ("a", "x=y")),
-        ("a=", ("a", "")),
-        ("a=NaN", ("a", "NaN")),
-    ],
-)
-def test_set_values_are_json_where_they_read_as_json(text: str, wanted: tuple[str, Any]) -> None:
-    key, value = parse_override(text)
-    assert (key, value) == wanted and type(value) is type(wanted[1])
-
-
-@pytest.mark.parametrize("text", ["trainer.epochs", "=3", ""])
-def test_set_without_key_or_value(text: str) -> None:
-    with pytest.raises(UserError, match=r"expected dotted\.key=value") as caught:
-        parse_override(text)
-    assert text in str(caught.value)
-
-
-def test_set_reaches_deep_and_makes_blocks(tmp_path: Path) -> None:
-    c = from_flags(
-        tmp_path,
-        BASE,
-        *("--set", "trainer.learning_rate.schedule=cosine", "--set", "optimizer.params.betas=[0.8, 0.9]"),
-        *("--set", "trainer.task_options.width=4", "--set", "train_batch_size=128"),
-    )
-    assert c.trainer.learning_rate.schedule == "cosine"
-    assert c.optimizer.params == {"lr": 0.001, "betas": [0.8, 0.9]}
-    assert c.trainer.task_options == {"width": 4} and c.train_batch_size == 128
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--set", "trainer.epoch=3"), ('unknown key "trainer.epoch"', '"epochs"')),
-        (("--set", "trainer.epochs=three"), ('"trainer.epochs" must be an integer, not "three" (a string)',)),
-        (("--set", "trainer.epochs=NaN"), ('"trainer.epochs" must be an integer, not "NaN"',)),
-        (("--set", "train_batch_size.x=3"), ("--set train_batch_size.x", "64 (an integer)", "not a block")),
-        (("--epochs", "0"), ('"trainer.epochs" is 0', "at least 1")),
-        (("--seed", "-1"), ('"trainer.seed" is -1', "at least 0")),
-        (("--epochs", "many"), ("--epochs", "many", "usage: ")),
-        (("--epoch", "3"), ("--epoch", "usage: ")),  # no abbreviations: --epoch could become ambiguous
-    ],
-)
-def test_errors_of_the_command_line(tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]) -> None:
-    with pytest.raises(UserError) as caught:
-        from_flags(tmp_path, BASE, *flags)
-    check_words(str(caught.value), words)
-
-
-def test_the_config_flag_is_required() -> None:
-    with pytest.raises(UserError, match="--ds_config"):
-        cli.run_parser().parse_args([])
-
-
-def test_the_launchers_flag_is_taken() -> None:
-    assert cli.run_parser().parse_args(["--ds_config", "x", "--local_rank=3"]).local_rank == 3
-
-
-def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(write(tmp_path, json.dumps(BASE)))
-    assert cli.main(["plan", "--ds_config", path, "--world_sizes", "1", "8", "--set", "train_batch_size=72"]) == 0
-    out = capsys.readouterr().out
-    check_words(out, ("strong scaling", "72", "ranks"))
-    assert cli.main(["plan", "--ds_config", path, "--world_sizes", "0"]) == 2
-    check_words(capsys.readouterr().err, ("error: ", "--world_sizes 0", "at least 1"))
-    assert cli.main(["plan", "--ds_config", str(tmp_path / "no.json")]) == 2
-    check_words(capsys.readouterr().err, ("error: ", "no.json", "run.json"))
-    assert cli.main(["paln"]) == 2
-    check_words(capsys.readouterr().err, ("error: ", "paln"))
-
-
-def test_config_and_plan_come_before_torch(tmp_path: Path) -> None:
-    """A bad config is reported at once: nothing heavy is imported for it, nor for `plan`."""
-    path = write(tmp_path, json.dumps(BASE))
-    code = (
-        "import sys, trainer.config.keys, trainer.commands.show_plan, trainer.commands.cli\n"
-        f"assert trainer.commands.cli.main(['plan', '--ds_config', {str(path)!r}]) == 0\n"
-        "heavy = {'torch', 'deepspeed', 'numpy', 'sklearn', 'pydantic'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
 # Every field is read by something
 
 BLOCKS = {
@@ -707,154 +500,3 @@ def test_every_field_is_read_outside_the_schema() -> None:
         if (block, field.name) not in reads
     }
     assert not unread
-
-
-# The installed DeepSpeed
-
-
-@pytest.fixture(scope="module")
-def deepspeed() -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    return deepspeed
-
-
-def test_zero_names_and_types_are_deepspeeds(deepspeed: Any) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = {info.alias or name: info for name, info in DeepSpeedZeroConfig.model_fields.items()}
-    assert set(deepspeed_keys.ZERO) == set(fields)
-    for name, info in fields.items():
-        is_switch = bool in (info.annotation, *typing.get_args(info.annotation))
-        assert (deepspeed_keys.ZERO[name] == (bool,)) == is_switch, name
-
-
-def test_scheduler_names_are_deepspeeds(deepspeed: Any) -> None:
-    from deepspeed.runtime import lr_schedules
-
-    assert set(deepspeed_keys.SCHEDULERS) == set(lr_schedules.VALID_LR_SCHEDULES)
-    for name, known in deepspeed_keys.SCHEDULERS.items():
-        parameters = inspect.signature(getattr(lr_schedules, name)).parameters
-        # `optimizer` is the engine's to give, `last_batch_iteration` a checkpoint's.
-        assert set(known) == set(parameters) - {"optimizer", "last_batch_iteration"}, name
-        required = {p for p in known if parameters[p].default is inspect.Parameter.empty}
-        assert required == set(deepspeed_keys.SCHEDULER_REQUIRED.get(name, ())), name
-        for parameter, kinds in known.items():
-            default = parameters[parameter].default
-            if default is not inspect.Parameter.empty and default is not None:
-                assert type(default) in kinds, (name, parameter, default)
-
-
-def parameters_of(cls: type) -> set[str]:
-    return set(inspect.signature(cls).parameters) - {"params"}
-
-
-# What DeepSpeed's engine takes out of Adam's arguments before it builds the optimizer.
-ENGINES_OWN = {"torch_adam", "fp32_optimizer_states"}
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_names_are_those_of_the_two_classes(deepspeed: Any, name: str) -> None:
-    import torch
-    from deepspeed.ops.adam import FusedAdam
-
-    known = set(deepspeed_keys.OPTIMIZERS[name])
-    torch_only, deepspeed_only = set(deepspeed_keys.ADAM_TORCH_ONLY), set(deepspeed_keys.ADAM_DEEPSPEED_ONLY)
-    assert known - torch_only - ENGINES_OWN == parameters_of(FusedAdam)
-    assert known - deepspeed_only - ENGINES_OWN - {"adam_w_mode"} == parameters_of(torch.optim.AdamW)
-    assert deepspeed_only - ENGINES_OWN == parameters_of(FusedAdam) - parameters_of(torch.optim.AdamW) - {"adam_w_mode"}
-    assert torch_only == parameters_of(torch.optim.AdamW) - parameters_of(FusedAdam)
-
-
-def test_deepspeeds_engine_takes_its_own_adam_arguments_out(deepspeed: Any) -> None:
-    import torch
-    from deepspeed.ops.adam import FusedAdam
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    stub = SimpleNamespace(zero_use_cpu_optimizer=lambda: False)
-    for torch_adam, wanted in ((True, torch.optim.AdamW), (False, FusedAdam)):
-        arguments = {"torch_adam": torch_adam, "fp32_optimizer_states": True, "lr": 0.1}
-        assert DeepSpeedEngine.get_optimizer_configuration(stub, arguments, True)[0] is wanted
-        assert arguments == {"lr": 0.1}
-
-
-def test_lion_names_are_deepspeeds(deepspeed: Any) -> None:
-    from deepspeed.ops.lion import FusedLion
-
-    assert set(deepspeed_keys.OPTIMIZERS["lion"]) == parameters_of(FusedLion)
-
-
-def test_every_optimizer_of_deepspeeds_own_is_known_or_refused(deepspeed: Any) -> None:
-    import torch
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    torchs = {name.lower() for name in dir(torch.optim)}
-    known = set(deepspeed_keys.OPTIMIZERS) | set(deepspeed_keys.REFUSED_OPTIMIZERS) | set(deepspeed_keys.LAYERWISE)
-    assert {name for name in DEEPSPEED_OPTIMIZERS if name not in known} <= torchs
-    assert not set(deepspeed_keys.OPTIMIZERS) & set(deepspeed_keys.REFUSED_OPTIMIZERS)
-
-
-class Recording(dict):
-    """A config dictionary that notes every key that is looked for."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.sought: set[str] = set()
-
-    def __copy__(self) -> Recording:
-        return self
-
-    def __contains__(self, key: object) -> bool:
-        self.sought.add(str(key))
-        return super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.sought.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.sought.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self
-
-
-def keys_deepspeed_reads() -> set[str]:
-    """Every top-level key that DeepSpeed looks for, by letting it read a config."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    values = Recording({"train_batch_size": 1})
-    DeepSpeedConfig(values)
-    return values.sought
-
-
-def test_every_key_deepspeed_reads_is_ours_or_refused(deepspeed: Any) -> None:
-    read = keys_deepspeed_reads()
-    assert {"train_batch_size", "fp16", "elasticity", "tensorboard", "weight_quantization"} <= read  # the net holds
-    ours = {f.name for f in dataclasses.fields(Config)}
-    assert not ours & set(deepspeed_keys.REFUSED)
-    assert read - ours - set(deepspeed_keys.REFUSED) == set()
-    assert ours - read == {"trainer"}
-    # Refused though DeepSpeed's config never looks for them: one is read only where a process group
-    # exists, one was an optimizer argument once, the rest are found in old templates.
-    elsewhere = {"sequence_parallel_size", "max_grad_norm", "data_parallel_size", "ds_pipe_replicated"}
-    assert set(deepspeed_keys.REFUSED) - read <= elsewhere
-
-
-def test_keys_deepspeed_has_removed_are_refused(deepspeed: Any) -> None:
-    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
-
-    assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(deepspeed_keys.REFUSED)
-    assert not set(_REMOVED_ZERO_CONFIG_KEYS) & set(deepspeed_keys.ZERO)
-
-
-def test_defaults_are_deepspeeds(deepspeed: Any) -> None:
-    from deepspeed.runtime import constants
-
-    assert Config().gradient_clipping == constants.GRADIENT_CLIPPING_DEFAULT
-    assert Config().memory_breakdown == constants.MEMORY_BREAKDOWN_DEFAULT
-    assert Config().dump_state == constants.DUMP_STATE_DEFAULT
-    assert Config().disable_python_gc == constants.DISABLE_PYTHON_GC_DEFAULT
-    assert set(deepspeed_keys.ONLY_WITH_ZERO) <= {f.name for f in dataclasses.fields(Config)}

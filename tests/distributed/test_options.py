@@ -242,10 +242,6 @@ def test_saving_in_a_tasks_own_way_and_predicting(tmp_path: Path, capsys: pytest
     out = tmp_path / "out.jsonl"
     assert command_line([*common, "--task", f"{MORE}:Predicts", "--output", str(out)]) == 0
     assert [json.loads(line) for line in out.read_text().splitlines()] == [{"label": e} for e in expected]
-    # A model's folder does not choose which code runs.
-    assert command_line(common) == 2
-    assert "--task" in capsys.readouterr().err
-    assert command_line(["predict", "--model", str(tmp_path), "--input", "nowhere"]) == 2
 
 
 @pytest.mark.slow

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.commands.show_plan import plan_table
-from trainer.config.keys import parse
 from trainer.errors import UserError
 from trainer.exact.plan import BatchPlan, micro_batch_bounds, nearest_possible, rank_block, resolve
 
@@ -283,56 +280,3 @@ def test_nearest_possible_by_hand() -> None:
     assert nearest_possible(9, 64, 8, 2) == 4
     assert nearest_possible(3, 64, 8, 3) is None  # 64 / 24 is no number of ranks
     assert nearest_possible(3, 64, None, None) is None
-
-
-# The table
-
-
-def table(world_sizes: list[int], **keys: int) -> tuple[str, dict[int, list[str]]]:
-    """The heading, and each row's cells by world size."""
-    text = plan_table(parse(dict(keys)), world_sizes)
-    lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("ranks"))
-    header = re.split(r" {2,}", lines[first])
-    assert header == ["ranks", "global batch", "micro-batches per rank", "accumulation", "speed-up at most", "possible"]
-    assert set(lines[first + 1]) == {"-", " "}
-    rows = [re.split(r" {2,}", line) for line in lines[first + 2 :]]
-    return "\n".join(lines[:first]), {int(row[0]): row[1:] for row in rows}
-
-
-def test_table_of_strong_scaling() -> None:
-    heading, rows = table([1, 2, 3, 32, 33], train_batch_size=2048, train_micro_batch_size_per_gpu=64)
-    assert "strong scaling" in heading and "64 samples" in heading and "the same model" in heading
-    assert rows == {
-        1: ["2,048", "32", "32", "1.00", "yes"],
-        2: ["2,048", "16", "16", "2.00", "yes"],
-        3: ["2,048", "10 or 11", "11", "2.91", "yes"],  # 32 / 11
-        32: ["2,048", "1", "1", "32.00", "yes"],
-        33: ["-", "-", "-", "-", "no; nearest is 32"],
-    }
-
-
-def test_table_of_weak_scaling() -> None:
-    heading, rows = table([1, 2, 5], train_micro_batch_size_per_gpu=16, gradient_accumulation_steps=3)
-    assert "weak scaling" in heading and "16 samples" in heading and "another model" in heading
-    assert rows == {
-        1: ["48", "3", "3", "1.00", "yes"],
-        2: ["96", "3", "3", "2.00", "yes"],
-        5: ["240", "3", "3", "5.00", "yes"],
-    }
-
-
-def test_table_of_all_three_keys() -> None:
-    keys = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}
-    heading, rows = table([1, 4, 6], **keys)
-    assert "strong scaling" in heading
-    assert rows == {
-        1: ["-", "-", "-", "-", "no; nearest is 4"],
-        4: ["96", "3", "3", "4.00", "yes"],
-        6: ["-", "-", "-", "-", "no; nearest is 4"],
-    }
-
-
-def test_table_of_keys_that_no_world_size_satisfies() -> None:
-    with pytest.raises(UserError, match=re.escape("train_micro_batch_size_per_gpu (16) is larger")):
-        plan_table(parse(json.loads('{"train_batch_size": 8, "train_micro_batch_size_per_gpu": 16}')), [1, 2])

@@ -7,40 +7,21 @@ import json
 import math
 import random
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.record.conftest import FakeClock
 from trainer.exact.gradient_noise import Noise, NoiseScale, estimate
-from trainer.record.pace import PHASES, Pace, PhaseTimer, memory_gib
+from trainer.record.pace import PHASES
 from trainer.record.window import StepNumbers, Window
-from trainer.record.writer import Writer
 
 CPU = torch.device("cpu")
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=80)
-
-
-class FakeClock:
-    """Seconds that pass only in `sleep`. It starts where a real one does: far from 0."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
 
 
 def make_step(
@@ -189,32 +170,6 @@ def test_the_first_step_that_is_not_finite(clock: FakeClock, bad: float) -> None
     assert not math.isfinite(norm)
 
 
-# Phases
-
-
-def test_phases_add_up(clock: FakeClock) -> None:
-    timer = PhaseTimer(CPU, clock)
-    for _ in range(3):
-        timer.begin()
-        for seconds, phase in ((1.0, "data"), (2.0, "compute"), (4.0, "data"), (8.0, "compute"), (16.0, "reduce")):
-            clock.sleep(seconds)
-            timer.mark(phase)
-        clock.sleep(100.0)  # between a step's last mark and the next begin: nobody's
-    assert timer.take()() == {"data": 15.0, "compute": 30.0, "reduce": 48.0, "optimizer": 0.0}
-
-
-def test_phases_start_anew(clock: FakeClock) -> None:
-    timer = PhaseTimer(CPU, clock)
-    timer.begin()
-    clock.sleep(1.0)
-    timer.mark("data")
-    first = timer.take()
-    clock.sleep(2.0)
-    timer.mark("optimizer")
-    assert first() == {"data": 1.0, "compute": 0.0, "reduce": 0.0, "optimizer": 0.0}
-    assert timer.take()() == {"data": 0.0, "compute": 0.0, "reduce": 0.0, "optimizer": 2.0}
-
-
 def test_phases_in_a_window_are_milliseconds_of_a_step(clock: FakeClock) -> None:
     window = Window(10, 1, CPU, clock)
     for seconds in (0.25, 0.75):
@@ -284,88 +239,3 @@ def test_noise_of_a_run_that_was_interrupted(capacity: int) -> None:
     if window.filled:
         close(window)
     assert parts.state_dict() == whole.state_dict()
-
-
-# The whole run
-
-
-def test_pace_leaves_warm_up_and_evaluation_out(clock: FakeClock) -> None:
-    """Of 30 steps 3 are warm-up. The others take 2 s for 64 samples; two evaluations take 10 s each."""
-    pace = Pace(30, clock)
-    clock.sleep(60.0)
-    for done in range(1, 31):
-        clock.sleep(9.0 if done <= 3 else 2.0)
-        pace.step(done, 64)
-        if done in (2, 10):
-            clock.sleep(10.0)
-            pace.pause(10.0)
-    pace.stop()
-    clock.sleep(500.0)
-    assert pace.step_time_s == pytest.approx(2.0)
-    assert pace.samples_per_s == pytest.approx(32.0)
-
-
-@pytest.mark.parametrize(("total", "warm_up"), [(1, 1), (2, 1), (19, 1), (20, 2), (100, 10), (5000, 10)])
-def test_length_of_the_warm_up(clock: FakeClock, total: int, warm_up: int) -> None:
-    pace = Pace(total, clock)
-    for done in range(1, total + 1):
-        clock.sleep(1000.0 if done <= warm_up else 1.0)
-        pace.step(done, 1)
-    pace.stop()
-    if total == warm_up:
-        assert math.isnan(pace.step_time_s)
-        assert math.isnan(pace.samples_per_s)
-    else:
-        assert pace.step_time_s == pytest.approx(1.0)
-
-
-def test_pace_counts_samples_of_unequal_steps(clock: FakeClock) -> None:
-    pace = Pace(4, clock)
-    for done, samples in enumerate((64, 64, 64, 22), start=1):
-        clock.sleep(1.0)
-        pace.step(done, samples)
-    pace.stop()
-    assert pace.samples_per_s == pytest.approx((64 + 64 + 22) / 3)
-
-
-# What is written down
-
-
-def test_memory_is_in_gib() -> None:
-    """This process holds torch. Linux gives the peak a second time, but one that forgets the parent's."""
-    status = Path("/proc/self/status").read_text()
-    peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    assert 0.95 * peak_kib * 1024 / 2**30 <= memory_gib(CPU)["memory/host_peak_gib"] < 50
-
-
-def test_a_line_a_record(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, tensorboard=False)
-    writer.describe({"config": "x"}, {"run/world_size": 2})
-    writer.write({"step": 10, "epoch": 1, "train/loss": 0.1 + 0.2})
-    # Readable while the run goes on.
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "epoch": 1, "train/loss": 0.1 + 0.2}
-    writer.write({"step": 20, "epoch": 1, "train/loss": math.nan})
-    writer.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[1], parse_constant=pytest.fail) == {"step": 20, "epoch": 1, "train/loss": None}
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = Writer(tmp_path, tensorboard=True)
-    writer.describe({"config": "a text"}, {"run/world_size": 2})
-    writer.write({"step": 10, "epoch": 1, "train/loss": 0.5})
-    writer.write({"step": 20, "epoch": 2, "eval/test/accuracy": 0.75})
-    writer.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert scalars == {
-        "run/world_size": [(0, 2.0)],
-        "train/loss": [(10, 0.5)],
-        "train/epoch": [(10, 1.0), (20, 2.0)],
-        "eval/test/accuracy": [(20, 0.75)],
-    }
-    assert events.Tensors("config/text_summary")[0].step == 0

@@ -12,7 +12,10 @@ from ..errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing usage from every rank."""
+    """Raises UserError instead of printing usage from every rank. Takes no abbreviations: a new flag could clash."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\n{self.format_usage().strip()}")
@@ -37,7 +40,6 @@ def run_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="trainer/main.py",
         description="Trains one config on this rank; start it with deepspeed, torchrun or plain python.",
-        allow_abbrev=False,
     )
     add_config_flags(parser)
     parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
@@ -63,9 +65,7 @@ def config_from(flags: argparse.Namespace) -> Config:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
-    parser = _Parser(
-        prog="python -m trainer", description="Exact strong scaling: plan, verify, study.", allow_abbrev=False
-    )
+    parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan, verify, study.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")

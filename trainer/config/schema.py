@@ -101,9 +101,15 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise UserError(f"--set {text}: expected dotted.key=value, for example --set trainer.epochs=5.")
     try:
-        return key, json.loads(value, parse_constant=_reject_constant)
+        parsed = json.loads(value, parse_constant=_reject_constant)
+        too_deep = _deeper_than(parsed, _DEEPEST)
     except ValueError:
         return key, value
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise UserError(f"--set {key} has blocks or lists more than {_DEEPEST} deep in one another.")
+    return key, parsed
 
 
 def near(name: str, valid: typing.Iterable[str]) -> str:

@@ -1,0 +1,195 @@
+"""What `predict` writes, and which code it runs: with models made by hand, as whole runs are tested elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.commands.cli import main
+
+TASK = """
+import torch
+from torch import nn
+
+
+class Doubles:
+    def __init__(self, scale: float = 2.0):
+        self.scale = scale
+        self.notes = ["numbers are doubled"]
+
+    def splits(self):
+        raise AssertionError("nobody needs the training data")
+
+    def model(self):
+        return nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
+
+    def forward(self, model, batch):
+        return model(batch["x"])
+
+    def loss(self, outputs, batch):
+        return outputs.sum(), len(outputs)
+
+    def metrics(self, outputs, batch):
+        return {}
+
+    def predict(self, model, source, batch_size):
+        lines = source.read_text().split()
+        for start in range(0, len(lines), batch_size):
+            part = lines[start : start + batch_size]
+            out = self.scale * model(torch.tensor([[float(line)] for line in part])).squeeze(1)
+            assert not out.requires_grad
+            for line, value in zip(part, out.tolist()):
+                yield {"name": f"no. {line}, ü", "value": value, "of": len(part)}
+
+
+class Mute(Doubles):
+    predict = None
+
+
+class Breaks(Doubles):
+    def predict(self, model, source, batch_size):
+        yield from super().predict(model, source, 1)
+        raise OSError(28, "No space left on device")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task's file, a run's output folder and an input of three numbers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.py").write_text(TASK)
+    (tmp_path / "in.txt").write_text("1\n2\n3\n")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    save_file({"0.weight": torch.tensor([[10.0]])}, tmp_path / "run" / "model" / "model.safetensors")
+    say_origin(tmp_path, task="elsewhere/tasks.py:Doubles", task_options={"scale": 3.0})
+    return tmp_path
+
+
+def say_origin(folder: Path, **values: Any) -> None:
+    (folder / "run" / "model" / "trainer.json").write_text(json.dumps(values))
+
+
+def predict(*arguments: str, task: str | None = "tasks.py:Doubles") -> int:
+    named = ["--task", task] if task else []
+    return main(["predict", "--model", "run", "--input", "in.txt", *named, *arguments])
+
+
+ROWS = [{"name": f"no. {i}, ü", "value": 30.0 * i, "of": 2 if i < 3 else 1} for i in (1, 2, 3)]
+
+
+def test_rows_on_the_console(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model is in evaluation (no dropout), has the run's options, and notes of the task are no rows."""
+    assert predict("--batch_size", "2") == 0
+    out, err = capsys.readouterr()
+    assert list(csv.DictReader(out.splitlines())) == [{k: str(v) for k, v in row.items()} for row in ROWS]
+    assert err == "note: numbers are doubled\n"
+    assert predict("--batch_size", "2", "--format", "jsonl") == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "kind"),
+    [
+        ("out.csv", (), "csv"),
+        ("out.txt", (), "csv"),
+        ("out.jsonl", (), "jsonl"),
+        ("out.json", (), "jsonl"),
+        ("out.json", ("--format", "csv"), "csv"),
+        ("out.csv", ("--format", "jsonl"), "jsonl"),
+    ],
+)
+def test_rows_in_a_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], kind: str
+) -> None:
+    assert predict("--output", name, *flags, "--batch_size", "2") == 0
+    assert capsys.readouterr() == ("", f"note: numbers are doubled\n3 predictions in {name}\n")
+    text = (folder / name).read_text(encoding="utf-8")
+    assert "ü" in text and "\r" not in text
+    if kind == "csv":
+        assert list(csv.DictReader(text.splitlines())) == [{k: str(v) for k, v in row.items()} for row in ROWS]
+    else:
+        assert [json.loads(line) for line in text.splitlines()] == ROWS
+
+
+def test_the_models_folder_itself_may_be_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--model", "run/model", "--input", "in.txt", "--task", "tasks.py:Doubles"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_tasks_own_way_to_load(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run" / "model" / "model.safetensors").unlink()
+    with (folder / "tasks.py").open("a") as file:
+        file.write(
+            "\n\nclass Loads(Doubles):\n    def load(self, folder):\n"
+            "        assert (folder / 'trainer.json').is_file()\n        return nn.Identity()\n"
+        )
+    assert predict("--format", "jsonl", task="tasks.py:Loads") == 0
+    assert [json.loads(line)["value"] for line in capsys.readouterr().out.splitlines()] == [3.0, 6.0, 9.0]
+
+
+def test_a_models_folder_does_not_choose_which_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n" + TASK)
+    say_origin(folder, task="evil.py:Doubles", task_options={})
+    assert predict(task=None) == 2
+    assert "This model belongs to a task of its own, evil.py:Doubles. Say --task" in capsys.readouterr().err
+    assert predict() == 0
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        ({}, ("--batch_size", "0"), "--batch_size 0: it must be at least 1."),
+        ({}, ("--model", "nowhere"), "--model nowhere holds no model of this trainer: there is no trainer.json in it"),
+        ({}, ("--input", "nowhere.txt"), "--input nowhere.txt does not exist (looked from "),
+        ({}, ("--output", "./in.txt"), "--output ./in.txt is the input itself, which would be overwritten"),
+        ({}, ("--output", "no/such/out.csv"), "--output no/such/out.csv cannot be written: No such file or directory."),
+        ({}, ("--task", "tasks.py:Mute"), "The task tasks.py:Mute has no predict() method"),
+        ({}, ("--task", "tasks.py:Double"), 'Did you mean "Doubles"?'),
+        ({"task": 3}, (), "trainer.json is damaged: it must name a task and its options."),
+        ({"task_options": None}, (), "trainer.json is damaged"),
+    ],
+)
+def test_what_cannot_be_predicted(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], flags: tuple[str, ...], words: str
+) -> None:
+    say_origin(folder, **({"task": "elsewhere/tasks.py:Doubles", "task_options": {}} | change))
+    before = (folder / "in.txt").read_bytes()
+    assert predict(*flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and words in err
+    assert (folder / "in.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["no file", "no safetensors", "another shape"])
+def test_weights_that_do_not_fit_are_named(folder: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    file = folder / "run" / "model" / "model.safetensors"
+    file.unlink()
+    if damage == "no safetensors":
+        file.write_bytes(b"12345678 and no header")
+    if damage == "another shape":
+        save_file({"0.weight": torch.ones(2, 1)}, file)
+    assert predict() == 2
+    assert "run/model/model.safetensors cannot be loaded into the task's model: " in capsys.readouterr().err
+
+
+def test_predictions_that_fail_halfway_leave_the_old_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out.csv").write_text("precious\n")
+    assert predict("--output", "out.csv", task="tasks.py:Breaks") == 2
+    assert "--output out.csv cannot be written: No space left on device." in capsys.readouterr().err
+    assert (folder / "out.csv").read_text() == "precious\n"
+    assert not [name for name in os.listdir(folder) if name.startswith(".out.csv")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict("--device", "cuda") == 2
+    assert "--device cuda, but torch finds no GPU on this machine." in capsys.readouterr().err
+    assert predict("--device", "auto") == 0

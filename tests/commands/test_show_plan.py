@@ -1,0 +1,80 @@
+"""What `plan` shows of each number of ranks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer.commands.cli import main
+from trainer.commands.show_plan import plan_table
+from trainer.config.keys import parse
+from trainer.errors import UserError
+
+
+def table(world_sizes: list[int], **keys: int) -> tuple[str, dict[int, list[str]]]:
+    """The heading, and each row's cells by world size."""
+    text = plan_table(parse(dict(keys)), world_sizes)
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("ranks"))
+    header = re.split(r" {2,}", lines[first])
+    assert header == ["ranks", "global batch", "micro-batches per rank", "accumulation", "speed-up at most", "possible"]
+    assert set(lines[first + 1]) == {"-", " "}
+    rows = [re.split(r" {2,}", line) for line in lines[first + 2 :]]
+    return "\n".join(lines[:first]), {int(row[0]): row[1:] for row in rows}
+
+
+def test_table_of_strong_scaling() -> None:
+    heading, rows = table([1, 2, 3, 32, 33], train_batch_size=2048, train_micro_batch_size_per_gpu=64)
+    assert "strong scaling" in heading and "64 samples" in heading and "the same model" in heading
+    assert rows == {
+        1: ["2,048", "32", "32", "1.00", "yes"],
+        2: ["2,048", "16", "16", "2.00", "yes"],
+        3: ["2,048", "10 or 11", "11", "2.91", "yes"],  # 32 / 11
+        32: ["2,048", "1", "1", "32.00", "yes"],
+        33: ["-", "-", "-", "-", "no; nearest is 32"],
+    }
+
+
+def test_table_of_weak_scaling() -> None:
+    heading, rows = table([1, 2, 5], train_micro_batch_size_per_gpu=16, gradient_accumulation_steps=3)
+    assert "weak scaling" in heading and "16 samples" in heading and "another model" in heading
+    assert rows == {
+        1: ["48", "3", "3", "1.00", "yes"],
+        2: ["96", "3", "3", "2.00", "yes"],
+        5: ["240", "3", "3", "5.00", "yes"],
+    }
+
+
+def test_table_of_all_three_keys() -> None:
+    keys = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}
+    heading, rows = table([1, 4, 6], **keys)
+    assert "strong scaling" in heading
+    assert rows == {
+        1: ["-", "-", "-", "-", "no; nearest is 4"],
+        4: ["96", "3", "3", "4.00", "yes"],
+        6: ["-", "-", "-", "-", "no; nearest is 4"],
+    }
+
+
+def test_table_of_keys_that_no_world_size_satisfies() -> None:
+    with pytest.raises(UserError, match=re.escape("train_micro_batch_size_per_gpu (16) is larger")):
+        table([1, 2], train_batch_size=8, train_micro_batch_size_per_gpu=16)
+
+
+def test_a_table_of_impossible_rows_alone_promises_nothing() -> None:
+    heading, rows = table([33, 40], train_batch_size=2048, train_micro_batch_size_per_gpu=64)
+    assert heading == ""
+    assert rows == {W: ["-", "-", "-", "-", "no; nearest is 32"] for W in (33, 40)}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text('{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}')
+    common = ["plan", "--ds_config", str(tmp_path / "run.json"), "--world_sizes", "1", "8"]
+    assert main([*common, "--set", "train_batch_size=72"]) == 0
+    out = capsys.readouterr().out
+    assert "strong scaling, micro-batches of 8 samples" in out
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["1", "72"], ["8", "72"]]
+    assert main([*common, "--set", "train_batch_size=4"]) == 2
+    assert "train_micro_batch_size_per_gpu (8) is larger" in capsys.readouterr().err

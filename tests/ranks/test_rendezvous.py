@@ -1,0 +1,181 @@
+"""How ranks meet: alone, on one machine at a port of their own, on several at a given one; and how they leave."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from trainer.errors import UserError
+from trainer.ranks import rendezvous
+from trainer.ranks.collectives import gather_objects
+from trainer.ranks.place import Ranks
+from trainer.ranks.rendezvous import close, side_store, start
+from trainer.ranks.workers import run_ranks
+
+ALONE = Ranks(0, 1, 0, 1)
+NAMES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TRAINER_LAUNCH", "LOCAL_RANK", "GLOO_SOCKET_IFNAME")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    assert not dist.is_initialized()
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(rendezvous, "_address", None)
+    monkeypatch.setattr(rendezvous.tempfile, "gettempdir", lambda: str(tmp_path))
+    yield
+    close()
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """A port at which something else listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
+
+
+# One rank
+
+
+def test_alone_a_group_needs_no_address_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous.socket, "socket", None)
+    start(ALONE, "gloo", 10.0)
+    assert (dist.get_rank(), dist.get_world_size(), os.environ["LOCAL_RANK"]) == (0, 1, "0")
+    assert side_store(1.0) is None
+    group = dist.group.WORLD
+    start(ALONE, "gloo", 10.0)  # one that is there is kept
+    assert dist.group.WORLD is group
+
+
+def test_leaving_twice_is_no_error() -> None:
+    start(ALONE, "gloo", 10.0)
+    close()
+    assert not dist.is_initialized()
+    close()
+    assert side_store(1.0) is None
+    start(ALONE, "gloo", 10.0)  # and one may meet again
+    assert dist.is_initialized()
+
+
+# Several on one machine
+
+
+def meet(ranks: Ranks) -> dict[str, Any]:
+    start(ranks, "gloo", 60.0)
+    found: dict[str, Any] = {"group": gather_objects(ranks.rank), "interface": os.environ["GLOO_SOCKET_IFNAME"]}
+    # Two runs that follow one another in the same processes.
+    for run in ("first", "second"):
+        store = side_store(30.0)
+        if ranks.first:
+            if run == "first":
+                store.set("failed", "rank 0")
+            store.set("ready", run)
+        store.wait(["ready"])
+        found[run] = (store.get("ready").decode(), store.check(["failed"]))
+        gather_objects(None)
+    found["notice"] = rendezvous._notice_path().exists()
+    close()
+    return found
+
+
+def test_a_meeting_on_one_machine(taken: str, tmp_path: Path) -> None:
+    """A taken MASTER_PORT harms nobody: rank 0 chooses a port of its own."""
+    found = run_ranks(meet, 3, environment={"MASTER_PORT": taken, "TMPDIR": str(tmp_path)}, timeout_s=120.0)
+    for own in found:
+        assert own["group"] == [0, 1, 2]
+        assert own["interface"] == "lo"  # nothing listens beyond this machine
+        assert own["first"] == ("first", True)
+        assert own["second"] == ("second", False)  # what was said in the first run is not heard in the second
+        assert not own["notice"]
+
+
+def test_rank_0_that_never_comes_is_named() -> None:
+    with pytest.raises(UserError, match=r"Rank 0 did not start within 0\.2 s\."):
+        start(Ranks(1, 2, 1, 2), "gloo", 0.2)
+
+
+def test_launches_do_not_meet_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two launchers; of two launches of one launcher, by port or by name."""
+    paths = [rendezvous._notice_path()]
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    paths.append(rendezvous._notice_path())
+    monkeypatch.setenv("TRAINER_LAUNCH", "mine")
+    paths.append(rendezvous._notice_path())
+    monkeypatch.setattr(rendezvous.os, "getppid", os.getpid)
+    paths.append(rendezvous._notice_path())
+    assert len(set(paths)) == 4
+    assert rendezvous._notice_path() == paths[3]  # all ranks of one launch do
+
+
+def test_the_folder_of_notices_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else another user of the machine could choose the port at which ranks meet."""
+    folder = rendezvous._notice_path().parent
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    mine = os.getuid()
+    monkeypatch.setattr(rendezvous.os, "getuid", lambda: mine + 1)
+    with pytest.raises(UserError, match=r"belongs to someone else\. Set TMPDIR to a folder of your own"):
+        rendezvous._notice_path()
+
+
+# Several machines
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "but MASTER_PORT not set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": "29500"}, "but MASTER_ADDR not set"),
+    ],
+)
+def test_an_address_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], missing: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"4 ranks, .*{missing}: start them with a launcher"):
+        start(Ranks(2, 4, 0, 2), "gloo", 1.0)
+
+
+def test_under_torchrun_ranks_meet_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even on one machine: its store is there before them."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set"):
+        start(Ranks(0, 2, 0, 2), "gloo", 1.0)
+
+
+def test_a_taken_port_of_several_machines_is_named(monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", taken)
+    with pytest.raises(UserError) as caught:
+        start(Ranks(0, 4, 0, 2), "gloo", 2.0)
+    assert f"The ranks cannot meet at 127.0.0.1:{taken}: " in str(caught.value)
+    assert "choose one with deepspeed --master_port" in str(caught.value)
+
+
+def test_gloo_takes_the_interface_to_rank_0_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: given.append(os.environ.get("GLOO_SOCKET_IFNAME")))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    start(Ranks(1, 4, 1, 2), "gloo", 1.0)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
+    start(Ranks(1, 4, 1, 2), "gloo", 1.0)
+    assert given == ["lo", "mine0"]
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+def test_the_interface_to_a_host() -> None:
+    assert rendezvous._interface_to("127.0.0.1") == "lo"
+    assert rendezvous._interface_to("no.such.host.invalid") is None
+    if Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text():
+        assert rendezvous._interface_to("::1") == "lo"

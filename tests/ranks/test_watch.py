@@ -1,0 +1,321 @@
+"""The watch over one run: signals, time, launchers, and other ranks, which a double of the heartbeat plays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer.errors import LostRankError, RanksDifferError
+from trainer.ranks import stopping, watch
+from trainer.ranks.collectives import meetings
+from trainer.ranks.place import Ranks
+from trainer.ranks.watch import Watch
+
+
+class Heart:
+    """What the other ranks do and say. Time passes a hundred times as fast as in a run."""
+
+    def __init__(self) -> None:
+        self.alone = False
+        self.broken = False
+        self.failed: tuple[int, int] | None = None
+        self.lost: str | None = None
+        self.silent_ranks: list[int] = []
+        self.behind_ranks: list[int] = []
+        self.said: list[Any] = []
+        self.forgiven = 0
+        self.unheard_s = 0.0  # for how long the store has not answered
+        self.reports = 0
+
+    @property
+    def answered_at_s(self) -> float:
+        return time.monotonic() - self.unheard_s
+
+    def silent(self, silent_s: float) -> list[int]:
+        return self.silent_ranks
+
+    def behind(self, count: int) -> list[int]:
+        return self.behind_ranks
+
+    def forgive(self, now_s: float) -> None:
+        self.forgiven += 1
+
+    def say_failed(self, exit_code: int) -> None:
+        self.said.append(exit_code)
+
+    def say_lost(self, sentence: str) -> None:
+        if self.broken:
+            raise ConnectionError
+        self.said.append(sentence)
+
+    def first_to_report(self) -> bool:
+        self.reports += 1
+        return self.reports == 1
+
+
+class Watched:
+    """A rank of a run, its heart, its watch, and how its process has ended."""
+
+    def __init__(self) -> None:
+        self.heart = Heart()
+        self.codes: list[int] = []
+        self.launchers_gone = False
+        self.over = threading.Event()
+        self.watches: list[Watch] = []
+
+    def end(self, code: int) -> None:
+        self.codes.append(code)
+        self.over.wait(60)  # nothing else happens in a process that has ended
+
+    def watch(self, rank: int = 1, world_size: int = 4, timeout_s: float = 0.5, **options: Any) -> Watch:
+        made = Watch(Ranks(rank, world_size, rank, world_size), timeout_s, options.get("deadline_s"))
+        self.watches.append(made)
+        return made
+
+    def ended(self) -> int:
+        until(lambda: self.codes)
+        return self.codes[0]
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    run = Watched()
+    monkeypatch.setattr(watch, "Heartbeat", lambda ranks, closing: run.heart)
+    monkeypatch.setattr(watch, "gather_objects", lambda value: [f"node{i}" for i in range(12)])
+    monkeypatch.setattr(watch, "remembered_launchers", lambda: SimpleNamespace(gone=lambda: run.launchers_gone))
+    monkeypatch.setattr(watch, "first_to_speak", lambda ranks: True)
+    monkeypatch.setattr(watch, "os", SimpleNamespace(_exit=run.end))
+    waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 100))
+    monkeypatch.setattr(watch, "time", waiting)
+    monkeypatch.setattr(watch, "BEAT_S", 0.01)
+    monkeypatch.setattr(watch, "_MOMENT_S", 0.05)
+    monkeypatch.setattr(watch, "_LEAVING_S", 0.4)
+    monkeypatch.setattr(watch, "_SILENT_S", 1.0)
+    yield run
+    run.over.set()
+    for made in run.watches:
+        made.close()
+
+
+# A wish to stop
+
+
+def test_a_signal_is_a_wish_to_stop_from_the_beginning_to_the_end(run: Watched) -> None:
+    run.heart.alone = True
+    before = signal.getsignal(signal.SIGTERM)
+    made = run.watch()
+    assert signal.getsignal(signal.SIGTERM) == before
+    made.begin()
+    assert made.stop_reason is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    until(lambda: made.stop_reason == "SIGTERM")
+    made.close()
+    run.watches.clear()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert run.codes == []
+
+
+def test_a_second_signal_ends_the_process_at_once(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_SAME_SIGNAL_S", 0.1)
+    run.heart.alone = True
+    made = run.watch()
+    made.begin()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    until(lambda: made.stop_reason == "SIGUSR1")
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM
+
+
+def test_the_budget_of_time(run: Watched) -> None:
+    run.heart.alone = True
+    assert "max_wall_time_s" in str(run.watch(deadline_s=time.time() - 1).stop_reason)
+    assert run.watch(deadline_s=time.time() + 1000).stop_reason is None
+
+
+def test_a_launcher_that_is_gone(run: Watched) -> None:
+    made = run.watch()
+    assert made.stop_reason is None
+    run.launchers_gone = True
+    until(lambda: made.stop_reason == "the launcher is gone")
+
+
+# Ranks that are lost
+
+
+@pytest.mark.parametrize(("begun", "when"), [(False, "before the first step"), (True, "in step 8")])
+def test_a_rank_that_is_silent_is_named_and_the_process_ends(
+    run: Watched, capsys: pytest.CaptureFixture[str], begun: bool, when: str
+) -> None:
+    made = run.watch(timeout_s=0.5)
+    if begun:
+        made.begin()
+        made.step = 7
+    run.heart.silent_ranks = [2]
+    assert run.ended() == LostRankError.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith(f"\nerror: Rank 2 on node2 did not answer for 0.2 s, {when}: killed, hanging, or cut off")
+    assert "--resume auto" in said
+    assert run.heart.said == [said.removeprefix("\nerror: ").removesuffix("\n")]  # the other ranks learn of it
+
+
+def test_of_many_lost_ranks_eight_are_named(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    run.watch(0, 12)
+    run.heart.silent_ranks = list(range(1, 11))
+    run.ended()
+    said = capsys.readouterr().err
+    assert "Ranks 1 on node1, 2 on node2, " in said and "8 on node8 and 2 more did not answer" in said
+
+
+@pytest.mark.parametrize("how", ["broken", "no answer"])
+def test_a_store_that_is_gone_means_rank_0(run: Watched, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    """Nobody can be told then: a rank of this machine speaks."""
+    run.watch()
+    if how == "broken":
+        run.heart.broken = True
+    else:
+        run.heart.unheard_s = 100.0
+    assert run.ended() == LostRankError.exit_code
+    assert "Rank 0 on node0 cannot be reached" in capsys.readouterr().err
+
+
+def test_a_rank_for_which_the_others_wait(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """It still beats. What counts is how long this rank has waited in the same collective."""
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    run.heart.behind_ranks = [3]
+    time.sleep(0.4)  # this rank computes: it waits for nobody
+    assert run.codes == []
+    with meetings:
+        run.ended()
+    assert "Rank 3 on node3 did not come to the exchange within 0.2 s, in step 1" in capsys.readouterr().err
+
+
+def test_before_the_first_step_ranks_may_work_for_long(run: Watched) -> None:
+    """One builds a cache, the others wait."""
+    run.watch(timeout_s=0.5)
+    run.heart.behind_ranks = [3]
+    with meetings:
+        time.sleep(0.5)
+    assert run.codes == []
+
+
+def test_short_collectives_add_up_to_no_hang(run: Watched) -> None:
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    run.heart.behind_ranks = [3]
+    for _ in range(10):
+        with meetings:
+            time.sleep(0.05)
+    assert run.codes == []
+
+
+def test_only_one_rank_says_it(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    run.heart.reports = 1  # another one was first
+    run.watch()
+    run.heart.silent_ranks = [2]
+    assert run.ended() == LostRankError.exit_code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loss_that_another_rank_tells_of(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    run.watch()
+    run.heart.lost = "Rank 2 is gone"
+    assert run.ended() == LostRankError.exit_code
+    assert capsys.readouterr().err == ""
+
+
+def test_another_ranks_error_ends_this_one_with_its_exit_code(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    run.watch()
+    run.heart.failed = (2, 4)
+    assert run.ended() == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_ends_by_itself_in_time_is_not_ended(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_MOMENT_S", 30.0)
+    made = run.watch()
+    run.heart.failed = (2, 4)
+    time.sleep(0.1)
+    made.close()
+    run.watches.clear()
+    assert run.codes == []
+
+
+def test_a_process_that_was_stopped_blames_nobody(
+    run: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After SIGSTOP, all others seem to have been silent. If they are gone, they have said why."""
+    read, sleeps = watch.SignalPipe.read, [0.3]
+
+    def slow_once(pipe: Any, wait_s: float) -> Any:
+        time.sleep(sleeps.pop() if sleeps else 0.0)
+        return read(pipe, wait_s)
+
+    monkeypatch.setattr(watch.SignalPipe, "read", slow_once)
+    monkeypatch.setattr(watch, "_SILENT_S", 0.2)
+    run.watch(timeout_s=30.0)
+    until(lambda: run.heart.forgiven)
+    run.heart.silent_ranks = [2]
+    assert run.ended() == LostRankError.exit_code
+    assert capsys.readouterr().err == ""
+
+
+# Why a collective failed
+
+
+def test_a_failed_collective_is_another_ranks_error(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_MOMENT_S", 30.0)
+    made = run.watch()
+    run.heart.failed = (2, 3)
+    error = made.explain(RuntimeError("connection closed by peer"))
+    assert error is not None
+    assert (error.exit_code, error.speaks, error.agreed) == (3, False, True)  # rank 2 reports it
+
+
+@pytest.mark.parametrize("known", ["it is silent", "another rank says so"])
+def test_a_failed_collective_is_a_lost_rank(run: Watched, monkeypatch: pytest.MonkeyPatch, known: str) -> None:
+    monkeypatch.setattr(watch, "_MOMENT_S", 30.0)
+    made = run.watch()
+    if known == "it is silent":
+        run.heart.silent_ranks = [2]
+    else:
+        monkeypatch.setattr(made, "_look_after_ranks", lambda: None)
+        run.heart.lost = "Rank 2 on node2 is gone"
+    error = made.explain(RuntimeError("connection closed by peer"))
+    assert isinstance(error, LostRankError)
+    assert str(error).startswith("Rank 2 on node2 ")
+    assert error.speaks
+
+
+def test_a_failed_collective_with_everyone_there_is_no_explanation(
+    run: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_SILENT_S", 0.1)
+    assert run.watch().explain(RuntimeError("a slip")) is None
+    run.heart.alone = True
+    assert run.watch(0, 1).explain(RuntimeError("a slip")) is None
+
+
+@pytest.mark.parametrize(("error", "code"), [(RanksDifferError("x"), 4), (ZeroDivisionError(), 1)])
+def test_this_ranks_own_error_is_told_to_the_others(run: Watched, error: Exception, code: int) -> None:
+    run.watch(2).tell_failure(error)
+    run.watch(0).tell_failure(error)
+    assert run.heart.said == [code, code]
+    run.heart.alone = True
+    run.watch(0, 1).tell_failure(error)
+    assert len(run.heart.said) == 2

@@ -1,0 +1,148 @@
+"""Ranks as processes of this program: results, errors of every kind, and no rank that stays behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.errors import LostRankError, NonFiniteError, TrainerError, UserError
+from trainer.ranks import workers
+from trainer.ranks.place import Ranks
+from trainer.ranks.workers import WorkerError, jobs_from, run_ranks, worker_context
+
+
+def own_place(ranks: Ranks, *arguments: Any) -> tuple[Any, ...]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+    return ranks, arguments, [os.environ.get(name) for name in names], os.environ.get("MINE"), os.getpid()
+
+
+def prints_to_nowhere(ranks: Ranks) -> bool:
+    return isinstance(sys.stdout, io.StringIO)
+
+
+def fail(ranks: Ranks, how: dict[int, Any], pids: Path | None = None) -> str:
+    """Ends rank by rank as `how` says: an exception, an exit code, or seconds to sleep."""
+    if pids is not None:
+        (pids / str(os.getpid())).touch()
+    end = how.get(ranks.rank)
+    if isinstance(end, BaseException):
+        raise end
+    if isinstance(end, int):
+        os._exit(end)
+    if isinstance(end, float):
+        time.sleep(end)
+    return "finished"
+
+
+def with_speaker(error: TrainerError, speaks: bool | None) -> TrainerError:
+    error.speaks = speaks
+    return error
+
+
+def fail_speaking(ranks: Ranks, how: dict[int, tuple[str, bool | None]]) -> None:
+    message, speaks = how[ranks.rank]
+    raise with_speaker(LostRankError(message), speaks)
+
+
+def wait_for_jobs(pipe: Any) -> None:
+    jobs = jobs_from(pipe)
+    pipe.send(jobs.get())
+    time.sleep(60)  # busy with something else when the other end goes away
+
+
+def test_results_come_by_rank_from_processes_of_their_own() -> None:
+    found = run_ranks(own_place, 3, "x", {"y": 1}, environment={"MINE": "3"})
+    for rank, (ranks, arguments, variables, mine, pid) in enumerate(found):
+        assert ranks == Ranks(rank, 3, rank, 3)
+        assert arguments == ("x", {"y": 1})
+        assert variables == [str(rank), str(rank), "3", "3"]  # as under a launcher
+        assert mine == "3"
+        assert pid != os.getpid()
+    assert len({result[-1] for result in found}) == 3
+    assert "MINE" not in os.environ
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_ranks_print_is_dropped_if_asked_for(quiet: bool) -> None:
+    assert run_ranks(prints_to_nowhere, 1, quiet=quiet) == [quiet]
+
+
+@pytest.mark.parametrize("kind", [UserError, NonFiniteError, LostRankError, TrainerError])
+def test_a_ranks_error_keeps_its_kind_and_its_words(kind: type[TrainerError]) -> None:
+    with pytest.raises(kind) as caught:
+        run_ranks(fail, 1, {0: kind("micro-batch 7")})
+    assert type(caught.value) is kind and str(caught.value) == "micro-batch 7"
+
+
+def test_a_slip_comes_with_its_traceback() -> None:
+    with pytest.raises(WorkerError, match=r"(?s)rank 0 failed:\nTraceback.*in fail\n.*ZeroDivisionError: a slip"):
+        run_ranks(fail, 1, {0: ZeroDivisionError("a slip")})
+
+
+def test_a_rank_that_dies_is_named_and_the_others_do_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workers, "_GRACE_S", 0.5)
+    with pytest.raises(WorkerError, match="rank 1 died without a word"):
+        run_ranks(fail, 3, {1: 9, 2: 300.0}, tmp_path)
+    for process in tmp_path.iterdir():
+        assert not Path(f"/proc/{process.name}").exists()
+
+
+def test_ranks_that_take_too_long_are_named_and_ended(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"ranks \[1, 2\] did not end within 3 s"):
+        run_ranks(fail, 3, {1: 300.0, 2: 300.0}, tmp_path, timeout_s=3.0)
+    for process in tmp_path.iterdir():
+        assert not Path(f"/proc/{process.name}").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({0: ("zero", False), 1: ("one", True), 2: ("two", None)}, "one"),
+        ({0: ("zero", False), 1: ("one", None), 2: ("two", None)}, "one"),
+        ({0: ("zero", None), 1: ("one", None), 2: ("two", False)}, "zero"),
+        ({0: ("zero", False), 1: ("one", False), 2: ("two", False)}, "zero"),
+    ],
+)
+def test_of_several_errors_the_one_that_a_person_would_see(
+    how: dict[int, tuple[str, bool | None]], message: str
+) -> None:
+    """That of the rank that speaks for all, else of the lowest that did not leave because of another."""
+    with pytest.raises(LostRankError, match=f"^{message}$"):
+        run_ranks(fail_speaking, 3, how)
+
+
+def test_a_worker_ends_with_its_other_end() -> None:
+    """No process stays behind a parent that was killed, whatever it does at the time."""
+    context = worker_context(cuda=False)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=wait_for_jobs, args=(theirs,), daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()
+    ours.send("a job")
+    assert ours.recv() == "a job"
+    ours.close()
+    process.join(20)
+    assert process.exitcode == 0
+
+
+def test_a_gpu_needs_fresh_processes() -> None:
+    """CUDA does not survive a fork."""
+    assert worker_context(cuda=True).get_start_method() == "spawn"
+    assert worker_context(cuda=False).get_start_method() == "forkserver"
+
+
+def test_modules_that_are_imported_ahead_exist() -> None:
+    """A name that nothing has is passed over in silence, and each rank would import the module itself."""
+    for name in {*workers._PRELOAD} - {"peft", "pytorch_optimizer"}:  # optional
+        package, *inner = name.split(".")
+        found = importlib.util.find_spec(package)  # of the package alone: more would import it
+        assert found is not None and found.submodule_search_locations, name
+        module = Path(found.submodule_search_locations[0]).joinpath(*inner)
+        assert module.with_suffix(".py").is_file() or (module / "__init__.py").is_file(), name
