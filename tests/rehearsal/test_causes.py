@@ -83,6 +83,14 @@ def test_the_innermost_module_is_named() -> None:
     assert cause(Task(), Whole(5, 1)).what.startswith("the model (Whole) gives another result")
 
 
+def test_a_module_is_not_blamed_for_what_it_is_given() -> None:
+    class Before(Task):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+            return model(batch["x"] * next(HIDDEN))
+
+    assert cause(Before()).what.startswith("forward() gives another result")
+
+
 def test_what_differs_before_the_model_is_augments() -> None:
     class Augments(Task):
         def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
