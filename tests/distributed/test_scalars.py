@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +128,3 @@ def test_zero_stage_3_refuses_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"parameter logit_scale has no dimension .*\n.*torch\.ones\(1\)"):
         run_ranks(train, 2, scalars(tmp_path / "run", zero_optimization={"stage": 3}))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("fused", "where"), [(False, "cpu"), (True, "meta")])
-def test_where_a_loaded_state_lies(fused: bool, where: str) -> None:
-    """A moment goes to its parameter's device, also one of no dimension; the step to where the kernel wants it."""
-    from trainer.engine.deepspeed_engine import Engine
-
-    engine = Engine.__new__(Engine)
-    engine.optimizer = types.SimpleNamespace(param_groups=[{"fused": fused}])
-    parameter, saved = torch.nn.Parameter(torch.ones((), device="meta")), torch.tensor(3.0)
-    placed = {kind: engine._placed(f"logit_scale.{kind}", saved, parameter) for kind in ("exp_avg", "step")}
-    assert placed["exp_avg"].device.type == "meta"
-    assert placed["step"].device.type == where
-    assert {tensor.shape for tensor in placed.values()} == {torch.Size([])}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer.data import text
-from trainer.data.token_rows import IGNORED, TokenSequence, pack, pad_rows
+from trainer.data.token_rows import IGNORED
 from trainer.errors import UserError
 from trainer.tasks.causal_lm import CausalLM
 
@@ -84,24 +84,6 @@ def test_every_token_of_a_text_but_its_first_is_predicted_once(prose: str) -> No
         assert int(arrays["bytes"].sum()) == len(said.encode()) - len(first.encode()), "exact"
     assert "".join(pieces) == PROSE, "contiguous parts, in order"
     assert len(pieces[1]) == round(len(PROSE) * 0.2)
-
-
-def test_packing_and_padding_of_what_is_not_predicted() -> None:
-    def sequence(ids: list[int], predicted: list[bool], sizes: list[int]) -> TokenSequence:
-        return TokenSequence(np.array(ids), np.array(predicted), np.array(sizes))
-
-    two = [sequence([1, 2, 3, 9], [False, False, True, True], [0, 0, 5, 0]), sequence([4, 9], [True] * 2, [2, 0])]
-    packed = pack(two, 2, 0)
-    assert packed["input_ids"].tolist() == [[1, 2], [3, 9], [4, 0]]
-    assert packed["targets"].tolist() == [[IGNORED, 3], [9, 4], [9, IGNORED]]
-    assert packed["bytes"].tolist() == [5, 2, 0]
-    assert packed["tokens"].tolist() == [1, 2, 1]
-    assert packed["lengths"].tolist() == [2, 2, 1]
-    assert pack(two, 1, 0)["targets"].tolist() == [[3], [9], [4], [9]], "a row that is all prompt teaches nothing"
-    rows = pad_rows(two, 3, 0)
-    assert rows["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert rows["targets"].tolist() == [[IGNORED, 3, 9], [9, IGNORED, IGNORED]]
-    assert (rows["tokens"].tolist(), rows["bytes"].tolist(), rows["lengths"].tolist()) == ([2, 1], [5, 0], [3, 1])
 
 
 def test_prompts_are_masked_and_completions_end(records: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.test_images import class_folders, encoded, erased, shifted_and_flipped, some_images
+from tests.data.test_image_data import class_folders
+from tests.data.test_images import encoded, erased, shifted_and_flipped, some_images
 from trainer.errors import UserError
 from trainer.exact.order import SampleRandom
 from trainer.tasks.image_classification import ImageClassification

@@ -70,8 +70,9 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
     task_type = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
     # A classifier's last layer is new, so it is trained whole.
     heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
-    also = lora.also_train or (heads if "Classification" in kind else [])
-    targets: Any = lora.target_modules or "all-linear"
+    # Copies: peft adds to these lists, and the config's are compared and recorded.
+    also = list(lora.also_train) or (heads if "Classification" in kind else [])
+    targets: Any = list(lora.target_modules) or "all-linear"
     try:
         return peft.get_peft_model(
             model,
