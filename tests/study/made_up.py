@@ -57,3 +57,21 @@ def results(folder: Path, seeds: int = 10, budget: str = "epochs", noise: dict[s
         }  # fmt: skip
         (out / "runs" / f"{cell.id}.json").write_text(json.dumps(run))
     return out
+
+
+def timed(folder: Path, world_size: int, repeat: int = 0, step_time_s: float = 0.1, **changes: Any) -> None:
+    """A timed run of a study, as `timing.time_ranks` leaves it: by default 4 micro-batches of 20 ms, and 20 ms once."""
+    run = {
+        "world_size": world_size, "steps": 20, "step_time_s": step_time_s, "samples_per_s": 32 / step_time_s,
+        "wall_time_s": 30.0, "parameters_sha256": "a" * 64, "exactness": "bitwise", "floats": 100_000,
+        "phases_s": {"data": 0.02, "compute": 0.06, "reduce": 0.01, "optimizer": 0.01}, "micro_batches": 4,
+        "max_steps": 20, "devices": 8, "own_devices": True,
+    } | changes  # fmt: skip
+    (folder / "timing").mkdir(exist_ok=True)
+    (folder / "timing" / f"W{world_size}-{repeat}.json").write_text(json.dumps(run))
+
+
+def network(folder: Path, **given: float) -> None:
+    """What is known of the ranks' network: measured, and what the user gave."""
+    values = {"measured": {"world_size": 2, "latency_us": 1000.0, "bandwidth_gb_per_s": 1.0}, "given": given}
+    (folder / "timing" / "network.json").write_text(json.dumps(values))
