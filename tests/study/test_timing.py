@@ -175,7 +175,7 @@ def test_shared_devices_count_for_the_bits_and_not_for_the_time(tmp_path: Path) 
 
 
 def test_what_predictions_start_from(tmp_path: Path) -> None:
-    """A step of 100 ms with 4 micro-batches of 20 ms: the other 20 ms come once. What is given wins over the measured."""
+    """A step of 100 ms has 4 micro-batches of 20 ms, and 20 ms once. What is given wins over what was measured."""
     timed(tmp_path, 1)
     timings = read_timings(tmp_path)
     assert timings is not None and timings.measured is None, "nothing is known of the network"
