@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path
         ({"timing": {"world_sizes": [0]}}, "whole numbers of at least 1"),
         ({"timing": {"world_sizes": [5]}}, '"study.timing.world_sizes" holds 5: 5 ranks are more than'),
         ({"seeds": [1, 1_000_003]}, "belongs to the searches"),
+        ({"variants": {"one": {"synchronised_batch_norm": 1}}}, "must be true or false"),
     ],
 )
 def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> None:
@@ -163,3 +165,60 @@ def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_config_without_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(ROOT / "ds_configs" / "strong.json")]) == 2
     assert 'a study needs a "study" block' in capsys.readouterr().err
+
+
+def test_the_runs_of_a_study_are_bitwise_and_keep_no_files(tmp_path: Path) -> None:
+    """A run that is not exact is not the run of W ranks, so it is refused and not labelled."""
+    _, plan = planned(write(tmp_path, {"seeds": 2, "world_sizes": [2], "arms": ["weak"]}))
+    for config in plan.configs.values():
+        assert config.trainer.exactness == "bitwise"
+        assert not config.tensorboard.enabled
+        assert config.trainer.checkpoint.every_steps == 0
+
+
+def test_searches_are_shared_where_the_rule_gives_the_rest(tmp_path: Path) -> None:
+    """LAMB's rate is searched once and scaled; a tuned arm is searched at each W. Names of variants become files."""
+    path = write(
+        tmp_path,
+        {
+            "seeds": 2, "budgets": ["epochs"], "world_sizes": [2, 4], "arms": ["weak_lamb", "weak_tuned"],
+            "variants": {"a b": {"trainer.epochs": 30}, "a/b": {"trainer.epochs": 40}}, "dataset_sizes": [],
+            "tuning": {"trials": 5, "seeds": 2},
+        },
+    )  # fmt: skip
+    _, plan = planned(path)
+    names = [name for name in plan.searches if name.startswith("base-")]
+    assert names == [
+        "base-sequential_tuned-epochs-W1", "base-weak_lamb-epochs-W1", "base-weak_tuned-epochs-W2",
+        "base-weak_tuned-epochs-W4",
+    ]  # fmt: skip
+    assert len(plan.searches) == 3 * 4
+    assert all(re.fullmatch(r"[\w-]+", name) for name in plan.searches)
+    # 12 searches of 10 runs; sequential runs with a given rate; and the runs whose rates are searched.
+    assert plan.runs() == 12 * 10 + 3 * 2 + 3 * 2 * 5
+
+
+def test_the_table_names_variants_and_runs_that_may_be_shorter(tmp_path: Path) -> None:
+    study = {"seeds": 8, "budgets": ["updates"], "world_sizes": [4], "arms": ["weak_adascale"], "dataset_sizes": [400]}
+    _, plan = planned(write(tmp_path, study))
+    text = plan_text(plan)
+    assert re.search(r"weak_adascale +- +updates +4 +128 +at most \d+ +at most \d+ +8\n", text)
+    assert re.search(r"weak_adascale +400 samples +updates +4 +128 ", text)
+    assert "note: with" not in text
+
+
+def test_searches_go_by_validation_unless_told_otherwise(tmp_path: Path) -> None:
+    study, _ = load_study(str(write(tmp_path, {"metric": "test/loss", "direction": "min"})))
+    assert study.tuning_metric == "validation/loss"
+    assert not study.rules.higher_is_better
+    study, _ = load_study(str(write(tmp_path, {"tuning": {"metric": "validation/accuracy"}})))
+    assert study.tuning_metric == "validation/accuracy"
+
+
+def test_a_tuned_arm_needs_a_rate_to_search_around(tmp_path: Path) -> None:
+    path = write(tmp_path, {"arms": ["weak_tuned"]})
+    values = json.loads(path.read_text())
+    del values["optimizer"]["params"]["lr"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r'searches around "optimizer\.params\.lr", which is not given'):
+        load_study(str(path))

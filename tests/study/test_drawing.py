@@ -8,7 +8,7 @@ import pytest
 
 from trainer.study import drawing
 from trainer.study.arms import NAMES, SEQUENTIAL_TUNED
-from trainer.study.drawing import Curve
+from trainer.study.drawing import Curve, Level, Point
 
 NAN = math.nan
 
@@ -46,3 +46,60 @@ def test_the_median_over_seeds() -> None:
     assert line.middle.tolist() == [1, math.inf, math.inf]
     # one that is only shorter has no part in the rest
     assert drawing.across_seeds([Curve([0, 4], [1, 1]), Curve([0, 2], [3, 3])]).middle.tolist() == [2, 2, 1]
+
+
+# What is in view
+
+
+def test_the_view_holds_every_mark_its_interval_and_the_levels() -> None:
+    low, high = drawing.view_of([Point(2, 0.9, 0.8, 0.95), Point(4, 0.85)], [Level(0.97, "sequential", 0.96, 0.99)])
+    assert 0.75 < low < 0.8
+    assert 0.99 < high < 1.02
+    assert drawing.view_of([], []) == (0.0, 1.0)
+    low, high = drawing.view_of([Point(2, 0.5)], [])
+    assert low < 0.5 < high
+
+
+def test_what_is_not_finite_or_far_off_is_left_out_of_the_view() -> None:
+    low, high = drawing.view_of([Point(2, 0.5), Point(4, 0.6), Point(8, 1e9), Point(16, NAN, 0.0, 99.0)], [])
+    assert 0.45 < low < 0.5 < 0.6 < high < 0.65
+
+
+def test_losses_over_a_wide_range_are_shown_by_their_logarithm() -> None:
+    def view(*values: float) -> tuple[float, float, bool]:
+        return drawing.curve_view([drawing.across_seeds([Curve(list(range(len(values))), values)])])
+
+    assert view(2.0, 0.5)[2] is False
+    low, high, logarithmic = view(2.0, 0.02)
+    assert logarithmic and 0 < low < 0.02 and high > 2.0
+    assert view(2.0, -0.02)[2] is False, "a loss below 0 has no logarithm"
+    assert view(2.0, 1.9, 1.8, 1e9)[1] < 3, "a run that explodes leaves the view"
+    assert drawing.curve_view([]) == (0.0, 1.0, False)
+
+
+def test_a_logarithmic_axis_leaves_out_what_it_cannot_show() -> None:
+    low, high = drawing.log_view([-3.0, 0.0, NAN, 50.0, 90.0, 1e12])
+    assert (low, high) == pytest.approx((50 / 1.4, 90 * 1.4))
+    low, high = drawing.log_view([])
+    assert 0 < low < 1 < high
+
+
+def test_few_ticks_are_kept_and_many_thinned_between_the_ends() -> None:
+    assert drawing.sparse([1, 2, 4], 3) == [1, 2, 4]
+    thinned = drawing.sparse(list(range(100)), 5)
+    assert len(thinned) == 5
+    assert (thinned[0], thinned[-1]) == (0, 99)
+
+
+def test_a_long_curve_is_drawn_with_few_points() -> None:
+    line = drawing.across_seeds([Curve(list(range(5000)), [1.0] * 5000)])
+    assert len(line.x) == 300
+    assert (line.x[0], line.x[-1]) == (0, 4999)
+
+
+def test_a_prediction_is_dashed_and_an_open_mark_is_white() -> None:
+    (linear, warmup) = drawing.styles_of([("weak_linear", ""), ("weak_linear_warmup", "")])
+    assert drawing.look_of(linear)["linestyle"] == "solid"
+    assert drawing.look_of(linear, dashed=True)["linestyle"] != "solid"
+    assert drawing.look_of(linear)["markerfacecolor"] == linear.colour
+    assert drawing.look_of(warmup)["markerfacecolor"] == "white"

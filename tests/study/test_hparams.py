@@ -21,8 +21,8 @@ def row(arm: str, world_size: int, seed: int, accuracy: float | None, **more: An
     } | more  # fmt: skip
 
 
-def session_groups(folder: Path) -> list[Any]:
-    """What the tab gets when it asks for all runs."""
+def tab(folder: Path) -> tuple[Any, list[Any]]:
+    """What the tab gets when it asks for the study and for all of its runs."""
     from tensorboard import context
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
     from tensorboard.plugins import base_plugin
@@ -40,7 +40,7 @@ def session_groups(folder: Path) -> list[Any]:
         col_params=[api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in experiment.hparam_infos]
         + [api_pb2.ColParams(metric=info.name, include_in_result=True) for info in experiment.metric_infos],
     )  # fmt: skip
-    return list(list_session_groups.Handler(asked, backend, "x", request).run().session_groups)
+    return experiment, list(list_session_groups.Handler(asked, backend, "x", request).run().session_groups)
 
 
 def value(part: Any) -> Any:
@@ -54,7 +54,7 @@ def test_the_hparams_tab_finds_every_run(tmp_path: Path) -> None:
     rows += [row("sequential", 1, 0, 0.95, variant=name, learning_rate=None) for name in ("", "a/b", "a b", "../b")]
     for _ in range(2):  # and again, in place of the first
         write_hparams(tmp_path, rows)
-    groups = {group.name: group for group in session_groups(tmp_path / "tensorboard")}
+    groups = {group.name: group for group in tab(tmp_path / "tensorboard")[1]}
     assert len(groups) == len(rows)
     names = {file.name for file in (tmp_path / "tensorboard").iterdir() if file.is_dir()}
     assert names == set(groups)
@@ -93,3 +93,30 @@ def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
     folder = write_hparams(tmp_path, [row("weak", 2**i, seed, 0.9) for i in range(10) for seed in range(100)])
     assert time.monotonic() - began_s < 20  # one second, on a machine that is left alone
     assert len(list(folder.rglob("events.*"))) == 1001
+
+
+def test_the_tab_offers_boxes_for_few_values_and_a_range_for_many(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import api_pb2
+
+    rows = [row("weak", W, seed, 0.9) for W in (2, 8) for seed in range(31)]
+    experiment, _ = tab(write_hparams(tmp_path, rows))
+    infos = {info.name: info for info in experiment.hparam_infos}
+    assert [v.number_value for v in infos["world_size"].domain_discrete.values] == [2, 8]
+    assert (infos["seed"].domain_interval.min_value, infos["seed"].domain_interval.max_value) == (0, 30)
+    assert infos["arm"].type == api_pb2.DATA_TYPE_STRING
+    assert [v.string_value for v in infos["status"].domain_discrete.values] == ["finished"]
+    assert "device_model" not in infos
+    assert {info.name.tag for info in experiment.metric_infos} == {"test/accuracy", "test/loss"}
+
+
+def test_a_metric_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    """TensorBoard's pages fail on a nan."""
+    _, (group,) = tab(write_hparams(tmp_path, [row("weak", 2, 0, float("nan"))]))
+    assert {m.name.tag for m in group.metric_values} == {"test/loss"}
+
+
+def test_runs_of_the_same_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    names = ["x" * 100, "x" * 99 + "y", "x" * 99 + "y"]
+    folder = write_hparams(tmp_path, [row("weak", 2, 0, 0.9, variant=name) for name in names])
+    made = sorted(file.name for file in folder.iterdir() if file.is_dir())
+    assert made == [f"weak-epochs-W2-seed0-{'x' * 60}{end}" for end in ("", "-2", "-3")]
