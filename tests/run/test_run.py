@@ -163,3 +163,18 @@ def test_a_run_without_time_left_stops_after_one_step(tmp_path: Path, monkeypatc
     with pytest.raises(Stopped, match=r"stopped after step 1 of 12: .*wall-time budget"):
         make(monkeypatch, tmp_path / "run", max_wall_time_s=0.001)
     assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000001"]
+
+
+def test_a_run_that_is_stopped_has_its_curve_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on begins after them, so what is missing would stay missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def interrupt(step: int, engine: Any, losses: Any) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    with pytest.raises(Stopped):
+        make(monkeypatch, tmp_path / "run", trace=interrupt, tensorboard={"enabled": True})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests.study.made_up import NASTY, results
+from tests.study.made_up import NASTY, network, results, timed
 from trainer.commands.cli import main
 from trainer.errors import UserError
 from trainer.study.page import report, write_report
@@ -103,3 +104,55 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         file.unlink()
     with pytest.raises(UserError, match="no finished run yet"):
         write_report(folder)
+
+
+def page_of(folder: Path) -> Page:
+    """The report of a folder, parsed."""
+    page = Page()
+    page.feed(write_report(folder).read_text())
+    return page
+
+
+def test_a_search_whose_best_rate_is_at_the_edge_is_pointed_out(tmp_path: Path) -> None:
+    """A better one may lie beyond it."""
+    folder = results(tmp_path, seeds=2)
+    assert "Searched learning rates" not in page_of(folder).text
+    trials = [{"lr": lr, "value": value} for lr, value in ((0.1, 0.9), (0.4, None), (0.02, 0.8))]
+    found = {name: {"best": best, "trials": trials, "ids": {}} for name, best in (("low", 0.02), ("middle", 0.1))}
+    (folder / "tuning").mkdir()
+    (folder / "tuning" / "found.json").write_text(json.dumps(found))
+    text = page_of(folder).text
+    assert "low0.0200at the edge of its range0.02: 0.8000, 0.1: 0.9000, 0.4: -" in text
+    assert "middle0.1000inside" in text
+
+
+def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Path) -> None:
+    folder = results(tmp_path, seeds=2)
+    assert "Where the devices serve a search best" not in page_of(folder).text
+    for W, step_time_s in ((1, 0.1), (2, 0.05)):
+        timed(folder, W, 0, step_time_s)
+    network(folder)
+    text = page_of(folder).text
+    assert "for runs of 20 steps that take 30 s on one device" in text
+    # W, trials, one at a time on W, W at once: two ranks are exactly twice as fast.
+    assert "2115.000030.000015.00001 at a time, 2 ranks eachmeasured" in text
+    assert "4115" not in text and "predicted" in text
+
+
+def test_the_rules_that_were_declared_stand_on_the_page(tmp_path: Path) -> None:
+    text = page_of(results(tmp_path, seeds=2)).text
+    assert "Metric: test/accuracy of the model that a run keeps; more is better." in text
+    assert "the sequential mean minus 3 standard deviations (none smaller than 0.005)" in text
+    (tmp_path / "min").mkdir()
+    text = page_of(results(tmp_path / "min", seeds=2, direction="min", metric="test/loss", target=0.4)).text
+    assert "Metric: test/loss of the model that a run keeps; less is better." in text
+    assert "does not reach the target: 0.4, as given." in text
+
+
+def test_numbers_are_shown_as_people_read_them(tmp_path: Path) -> None:
+    """In the table of all runs: hashes short, what is missing a dash."""
+    text = page_of(results(tmp_path, seeds=3)).text
+    assert f"{'c' * 12}" in text
+    assert "c" * 13 not in text
+    assert "nan" not in text
+    assert "None" not in text
