@@ -118,12 +118,16 @@ def test_a_search_whose_best_rate_is_at_the_edge_is_pointed_out(tmp_path: Path) 
     folder = results(tmp_path, seeds=2)
     assert "Searched learning rates" not in page_of(folder).text
     trials = [{"lr": lr, "value": value} for lr, value in ((0.1, 0.9), (0.4, None), (0.02, 0.8))]
-    found = {name: {"best": best, "trials": trials, "ids": {}} for name, best in (("low", 0.02), ("middle", 0.1))}
+    found = {
+        name: {"best": best, "trials": trials, "ids": {}}
+        for name, best in (("low", 0.02), ("middle", 0.1), ("high", 0.4))
+    }
     (folder / "tuning").mkdir()
     (folder / "tuning" / "found.json").write_text(json.dumps(found))
     text = page_of(folder).text
     assert "low0.0200at the edge of its range0.02: 0.8000, 0.1: 0.9000, 0.4: -" in text
     assert "middle0.1000inside" in text
+    assert "high0.4000at the edge of its range" in text
 
 
 def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Path) -> None:
