@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.study.test_runner import results
+from tests.study.made_up import results
 from trainer.study.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -137,7 +137,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """The report of a study whose names are hostile (see tests.study.test_runner)."""
+    """The report of a study whose names are hostile (see tests.study.made_up)."""
     return write_report(results(tmp_path))
 
 

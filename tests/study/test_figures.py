@@ -1,14 +1,12 @@
-"""The figures of a study, and its runs in TensorBoard: read back as their readers read them."""
+"""The figures of a study, read back as their readers read them."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,11 +14,9 @@ from xml.etree import ElementTree
 import pytest
 
 from trainer.errors import UserError
-from trainer.study import drawing, figures
-from trainer.study.arms import NAMES, SEQUENTIAL_TUNED
+from trainer.study import figures
 from trainer.study.drawing import Curve, Group, Level, Point, Series
 from trainer.study.figures import data_uri, save
-from trainer.study.hparams import write_hparams
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[study]")
 
@@ -109,25 +105,6 @@ def test_a_users_settings_change_nothing(tmp_path: Path) -> None:
         assert dict(matplotlib.rcParams) == mine
 
 
-def test_every_arm_is_drawn_alike_everywhere_and_unlike_all_others() -> None:
-    assert set(drawing.ARMS) == {*NAMES, SEQUENTIAL_TUNED}
-    styles = drawing.styles_of([(arm, "") for arm in drawing.ARMS])
-    assert len({(s.colour, s.mark, s.filled) for s in styles}) == len({s.label for s in styles}) == 12
-    assert len({(s.colour, s.dashes) for s in styles}) == 12
-    assert drawing.styles_of([("anything", "weak_lars")])[0]._replace(label="weak, LARS") in styles
-    others = drawing.styles_of([(f"other {i}", "") for i in range(14)])
-    assert len({(s.colour, s.mark, s.filled) for s in others}) == 14
-
-
-def test_arms_lie_apart_and_near_their_w() -> None:
-    for count, sizes in ((1, [2, 4, 8]), (2, [2, 4]), (12, [8]), (12, [2, 32])):
-        shifts = drawing.shifts(count, sizes)
-        assert len(set(shifts)) == count
-        assert max(shifts) / min(shifts) < 2**0.6
-        assert math.prod(shifts) == pytest.approx(1)
-    assert max(drawing.shifts(12, [30, 31, 32])) < (31 / 30) ** 0.5
-
-
 HUGE = [Point(2, 0.5, 0.4, 0.6), Point(4, 1e300), Point(8, NAN), Point(16, -1e20, -1e25, 1e3), Point(32, math.inf)]
 
 
@@ -161,22 +138,6 @@ def test_what_is_a_thousand_times_off_does_not_hide_the_rest(tmp_path: Path) -> 
     assert {"beyond the axis", "not finite"} <= texts(save(figure, tmp_path, "a"))
 
 
-def test_the_median_over_seeds() -> None:
-    """Grids differ, and a run that broke off is infinite: two of three, and so is the median."""
-    line = drawing.across_seeds(
-        [Curve([0, 2, 4], [0, 2, 4]), Curve([0, 2, 4], [10, NAN, 1]), Curve([0, 4], [8, 8], broken=True), Curve([], [])]
-    )
-    assert line.x.tolist() == [0, 2, 4]
-    assert line.middle.tolist() == [8, 8, 8]
-    assert line.low.tolist() == [0, 2, 4]
-    assert line.high.tolist() == [10, math.inf, math.inf]
-    assert line.ends == [(0, 10), (4, 8)]
-    line = drawing.across_seeds([Curve([0, 1, 2], [1, 2, 3]), Curve([0, 1], [1, NAN]), Curve([0, 1], [1, math.inf])])
-    assert line.middle.tolist() == [1, math.inf, math.inf]
-    # one that is only shorter has no part in the rest
-    assert drawing.across_seeds([Curve([0, 4], [1, 1]), Curve([0, 2], [3, 3])]).middle.tolist() == [2, 2, 1]
-
-
 def test_matplotlib_is_imported_late_and_missed_politely() -> None:
     code = (
         "import sys; sys.modules['matplotlib.style'] = None\n"
@@ -200,92 +161,6 @@ def test_a_figure_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ZeroDivisionError):
         save(losses(), tmp_path, "a")
     assert (tmp_path / "a.svg").read_text() == old
-
-
-# TensorBoard
-
-
-def row(arm: str, world_size: int, seed: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
-    return {
-        "variant": "", "arm": arm, "budget": "epochs", "world_size": world_size, "seed": seed,
-        "config_sha256": f"{arm}{world_size}{seed}", "global_batch_size": 32 * world_size, "learning_rate": 0.1,
-        "epochs": 20, "steps": 760, "status": "not finite" if accuracy is None else "finished",
-        "started_at_s": 1000.0, "wall_time_s": 2.0, "device_model": "x", "test/accuracy": accuracy, "test/loss": 1.0,
-    } | more  # fmt: skip
-
-
-def session_groups(folder: Path) -> list[Any]:
-    """What the tab gets when it asks for all runs."""
-    from tensorboard import context
-    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
-    from tensorboard.plugins import base_plugin
-    from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
-
-    multiplexer = plugin_event_multiplexer.EventMultiplexer()
-    multiplexer.AddRunsFromDirectory(str(folder)).Reload()
-    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
-    asked = context.RequestContext()
-    backend = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    experiment = get_experiment.Handler(asked, backend, "x", api_pb2.GetExperimentRequest()).run()
-    every = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE]
-    request = api_pb2.ListSessionGroupsRequest(
-        start_index=0, slice_size=10_000, allowed_statuses=every, aggregation_type=api_pb2.AGGREGATION_AVG,
-        col_params=[api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in experiment.hparam_infos]
-        + [api_pb2.ColParams(metric=info.name, include_in_result=True) for info in experiment.metric_infos],
-    )  # fmt: skip
-    return list(list_session_groups.Handler(asked, backend, "x", request).run().session_groups)
-
-
-def value(part: Any) -> Any:
-    return getattr(part, part.WhichOneof("kind"))
-
-
-def test_the_hparams_tab_finds_every_run(tmp_path: Path) -> None:
-    from tensorboard.plugins.hparams import api_pb2
-
-    rows = [row("weak", W, seed, None if (W, seed) == (8, 1) else 0.9 + W / 1000) for W in (2, 8) for seed in (0, 1)]
-    rows += [row("sequential", 1, 0, 0.95, variant=name, learning_rate=None) for name in ("", "a/b", "a b", "../b")]
-    for _ in range(2):  # and again, in place of the first
-        write_hparams(tmp_path, rows)
-    groups = {group.name: group for group in session_groups(tmp_path / "tensorboard")}
-    assert len(groups) == len(rows)
-    names = {file.name for file in (tmp_path / "tensorboard").iterdir() if file.is_dir()}
-    assert names == set(groups)
-    assert {"weak-epochs-W2-seed0", "weak-epochs-W8-seed1", "sequential-epochs-W1-seed0"} <= names
-    assert all("/" not in name for name in names)
-
-    group = groups["weak-epochs-W2-seed0"]
-    found = {key: value(part) for key, part in group.hparams.items()}
-    assert found == {
-        "variant": "base", "arm": "weak", "budget": "epochs", "world_size": 2, "seed": 0, "global_batch_size": 64,
-        "learning_rate": 0.1, "epochs": 20, "steps": 760, "status": "finished", "config_sha256": "weak20",
-    }  # fmt: skip
-    metrics = {m.name.tag: m.value for m in group.metric_values}
-    assert metrics == {"test/accuracy": pytest.approx(0.902), "test/loss": 1.0}
-    assert (group.sessions[0].start_time_secs, group.sessions[0].end_time_secs) == (1000, 1002)
-    assert group.sessions[0].status == api_pb2.STATUS_SUCCESS
-    broken = groups["weak-epochs-W8-seed1"]
-    assert broken.sessions[0].status == api_pb2.STATUS_FAILURE
-    assert {m.name.tag for m in broken.metric_values} == {"test/loss"}
-    assert value(broken.hparams["status"]) == "not finite"
-    assert not groups["sequential-epochs-W1-seed0"].hparams["learning_rate"].WhichOneof("kind")
-    assert [file.name for file in tmp_path.iterdir()] == ["tensorboard"]
-
-
-def test_metrics_are_read_by_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = write_hparams(tmp_path, [row("weak", 2, 0, 0.9)])
-    events = EventAccumulator(str(folder / "weak-epochs-W2-seed0")).Reload()
-    assert [event.value for event in events.Scalars("test/accuracy")] == [pytest.approx(0.9)]
-    assert re.match(r"events\.out\.tfevents\.\d+", next((folder / "weak-epochs-W2-seed0").iterdir()).name)
-
-
-def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
-    began_s = time.monotonic()
-    folder = write_hparams(tmp_path, [row("weak", 2**i, seed, 0.9) for i in range(10) for seed in range(100)])
-    assert time.monotonic() - began_s < 20  # one second, on a machine that is left alone
-    assert len(list(folder.rglob("events.*"))) == 1001
 
 
 def test_a_missing_matplotlib_is_the_users_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,7 +316,7 @@ def speed_ups(results: Results) -> tuple[dict[int, float], dict[int, float]]:
     timings = results.timings
     if timings is None:
         return {}, {}
-    measured = {W: sorted(ratios)[len(ratios) // 2] for W, ratios in timings.speed_ups().items() if ratios}
+    measured = {W: statistics.median(ratios) for W, ratios in timings.speed_ups().items() if ratios}
     predicted: dict[int, float] = {}
     if timings.measured is not None:
         sizes = {1, *(W for W, answer in results.declared["strong"] if isinstance(answer, int)), *measured}

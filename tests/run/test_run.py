@@ -1,0 +1,180 @@
+"""A run from top to bottom, with a plain optimizer in place of DeepSpeed's engine: how it ends, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.run.small import Task, config_of, records
+from trainer.errors import NonFiniteError, Stopped, TrainerError, UserError
+from trainer.ranks.place import Ranks
+from trainer.record.checkpoints import list_checkpoints
+from trainer.run import build as build_module
+from trainer.run.resume import Resume
+from trainer.run.run import run
+
+pytestmark = pytest.mark.usefixtures("plain_engine")
+
+
+def make(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    task: Any = None,
+    trace: Any = None,
+    resume: str = "none",
+    **trainer: Any,
+) -> dict[str, Any]:
+    monkeypatch.setattr(build_module, "load_task", lambda name, options: Task() if task is None else task)
+    # A run holds its folder until its process ends, and here all runs are of one process.
+    monkeypatch.setattr("trainer.record.folder._lock", lambda path: None)
+    config = config_of(output_dir=str(folder), **trainer)
+    return run(config, Ranks(), config_name="test", started_at_s=time.time(), trace=trace, resume=Resume(resume))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Any:
+    """After a run, however it ends, signals, threads and DeepSpeed's log are as they were."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert "watch" not in {thread.name for thread in threading.enumerate()}
+    assert logging.getLogger("DeepSpeed").filters == []
+
+
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = make(monkeypatch, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert summary["steps"] == 12
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names == {"manifest.json", "metrics.jsonl", "logs", "model", "summary.json"}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(step: int, engine: Any, losses: Any) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # until the watching thread has seen it
+
+    whole = make(monkeypatch, tmp_path / "whole")
+    with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        make(monkeypatch, tmp_path / "run", trace=interrupt)
+    assert stopped.value.exit_code == 75
+    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = make(monkeypatch, tmp_path / "run", resume="auto")
+    for name in ("parameters_sha256", "model_sha256", "metrics", "best", "steps"):
+        assert summary[name] == whole[name], name
+    curves = [
+        [(r["step"], r["train/loss"]) for r in records(tmp_path / name) if "train/loss" in r]
+        for name in ("whole", "run")
+    ]
+    assert curves[0] == curves[1]
+
+    # It has finished: nothing is done again.
+    capsys.readouterr()
+    again = make(monkeypatch, tmp_path / "run", trace=lambda *step: pytest.fail("a step"), resume="auto")
+    assert again == summary
+    assert f"The run in {tmp_path / 'run'} has finished already" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(monkeypatch, tmp_path / "run", max_steps=1)
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        make(monkeypatch, tmp_path / "run", max_steps=2)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+class NoLoss(Task):
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+        return outputs.mean()
+
+
+class Slips(Task):
+    def model(self) -> nn.Module:
+        raise KeyError("a slip")
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "said"),
+    [(NoLoss(), UserError, r"NoLoss\.loss\(\) must return two things"), (Slips(), KeyError, "a slip")],
+    ids=["the user's", "a slip"],
+)
+def test_a_run_that_ends_before_its_first_step_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        make(monkeypatch, tmp_path / "new" / "run", task)
+    assert list(tmp_path.iterdir()) == []
+    # The folder can be used for the next attempt.
+    make(monkeypatch, tmp_path / "new" / "run", max_steps=1)
+
+
+def test_a_run_that_fails_on_its_way_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: int, engine: Any, losses: Any) -> None:
+        if step == 5:
+            raise KeyError("a slip")
+
+    with pytest.raises(KeyError, match="a slip"):
+        make(monkeypatch, tmp_path / "run", trace=fail, checkpoint={"every_steps": 2, "keep": 9})
+    # That of step 4 may still be on its way to the disk.
+    assert "step-000000002" in [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == [2, 4]
+
+
+def test_memory_that_runs_out_is_told_with_a_smaller_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(step: int, engine: Any, losses: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(TrainerError, match=r"micro-batch of 4 samples [^$]* halves it is 2 ") as caught:
+        make(monkeypatch, tmp_path / "run", trace=fail)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_last_good_model_of_a_run_that_stops_being_finite_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(step: int, engine: Any, losses: Any) -> None:
+        if step == 3:
+            engine.model[0].weight.data.fill_(torch.inf)
+
+    with pytest.raises(NonFiniteError, match="Step 4 is not finite"):
+        make(monkeypatch, tmp_path / "run", trace=overflow)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert "Step 4 is not finite" in summary["status"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_run_without_time_left_stops_after_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stopped, match=r"stopped after step 1 of 12: .*wall-time budget"):
+        make(monkeypatch, tmp_path / "run", max_wall_time_s=0.001)
+    assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000001"]
+
+
+def test_a_run_that_is_stopped_has_its_curve_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on begins after them, so what is missing would stay missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def interrupt(step: int, engine: Any, losses: Any) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    with pytest.raises(Stopped):
+        make(monkeypatch, tmp_path / "run", trace=interrupt, tensorboard={"enabled": True})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]

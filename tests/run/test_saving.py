@@ -1,0 +1,132 @@
+"""The model that a run leaves: its weights, what made them, and its card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.run.small import Task, config_of, pieces_of
+from trainer.record.folder import OutputFolder
+from trainer.run.saving import ORIGIN, save_card, save_model
+
+SUMMARY: dict[str, Any] = {
+    "metrics": {"validation": {"loss": 0.5, "error": 0.25}, "test": {"loss": 0.75}}, "steps": 1200,
+    "parameters_sha256": "ab" * 32,
+}  # fmt: skip
+
+
+def folder_of(path: Path) -> OutputFolder:
+    return OutputFolder.claim(str(path / "run"), "test")
+
+
+def card(path: Path, inexact: tuple[str, ...] = (), summary: dict[str, Any] | None = None, **trainer: Any) -> str:
+    pieces, folder = pieces_of(config_of(**trainer)), folder_of(path)
+    pieces.inexact += inexact
+    (folder.path / "model").mkdir()
+    save_card(pieces, folder, summary or SUMMARY)
+    return (folder.path / "model" / "README.md").read_text()
+
+
+def test_the_weights_load_into_the_tasks_model(tmp_path: Path) -> None:
+    pieces = pieces_of(config_of(task_options={"width": 3}))
+    with torch.no_grad():
+        for parameter in pieces.engine.model.parameters():
+            parameter.add_(1.0)
+    save_model(pieces, folder_of(tmp_path))
+    again = Task().model()
+    again.load_state_dict(load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    state = pieces.engine.model_state()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert json.loads((tmp_path / "run" / "model" / ORIGIN).read_text()) == {
+        "task": "mine.py:Task", "task_options": {"width": 3},
+    }  # fmt: skip
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_task_may_save_in_its_own_way(tmp_path: Path) -> None:
+    class Own(Task):
+        def save(self, model: nn.Module, folder: Path) -> None:
+            (folder / "mine.txt").write_text(type(model).__name__)
+
+    save_model(pieces_of(config_of(), Own()), folder_of(tmp_path))
+    model = tmp_path / "run" / "model"
+    assert sorted(file.name for file in model.iterdir()) == ["mine.txt", ORIGIN]
+    assert (model / "mine.txt").read_text() == "Sequential"
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> None:
+    folder, pieces = folder_of(tmp_path), pieces_of(config_of())
+    save_model(pieces, folder)
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+
+    class Fails(Task):
+        def save(self, model: nn.Module, folder: Path) -> None:
+            (folder / "half.txt").write_text("half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        save_model(pieces_of(config_of(), Fails()), folder)
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["model"]
+
+
+def test_low_rank_updates_are_merged_and_saved_beside_the_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+    pieces = pieces_of(config_of())
+    plain = {name: tensor.clone() for name, tensor in pieces.engine.model_state().items()}
+    adapted = peft.get_peft_model(pieces.engine.model, peft.LoraConfig(r=1, target_modules=["0"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    pieces.engine.model = adapted
+    save_model(pieces, folder_of(tmp_path))
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert set(saved) == set(plain)
+    assert {name for name in plain if not torch.equal(saved[name], plain[name])} == {"0.weight"}
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+# The card
+
+
+def test_a_card_says_what_the_model_is_and_how_good(tmp_path: Path) -> None:
+    text = card(tmp_path)
+    assert text.startswith("---\ntags: [custom-task, strong-scaling-trainer]\n---\n\n# Task, trained on 30 samples\n")
+    assert "1,200 steps of 8 samples (strong scaling, micro-batches of 4), seed 0." in text
+    assert "| | validation | test |\n|---|---|---|\n| loss | 0.5000 | 0.7500 |\n| error | 0.2500 | nan |\n" in text
+    assert f"sha256 `{'ab' * 32}`" in text
+    assert "- torch: " in text
+    assert text.count("- data of ") == 3
+    assert '"train_batch_size": 8' in text
+    assert "The model of step" not in text
+
+
+def test_a_card_names_the_step_that_was_kept(tmp_path: Path) -> None:
+    best = {"step": 1100, "metric": "error", "mode": "min", "value": 0.25}
+    assert "The model of step 1,100, the best error on validation." in card(tmp_path, summary=SUMMARY | {"best": best})
+
+
+def test_a_card_without_metrics(tmp_path: Path) -> None:
+    assert "## Metrics" in card(tmp_path, summary=SUMMARY | {"metrics": {}})
+
+
+@pytest.mark.parametrize(
+    ("inexact", "trainer", "said"),
+    [
+        ((), {}, "Exactness: bitwise. Any 1 to 2 ranks give these very bits, on the same device model and versions."),
+        (("a differs", "b counts"), {}, "Exactness: tolerance. a differs; b counts"),
+        ((), {"train_batch_size": None, "gradient_accumulation_steps": 2}, "Exactness: bitwise. \n"),
+    ],
+    ids=["strong", "tolerance", "weak"],
+)
+def test_a_card_promises_what_the_run_can_keep(
+    tmp_path: Path, inexact: tuple[str, ...], trainer: dict[str, Any], said: str
+) -> None:
+    assert said in card(tmp_path, inexact, **trainer)

@@ -1,0 +1,90 @@
+"""Which figures a study has, and what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.study.made_up import network, results, timed
+from trainer.study.album import Album, figures_of
+from trainer.study.page import write_report
+from trainer.study.results import Results
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[study]")
+
+
+def test_the_figures(tmp_path: Path) -> None:
+    folder = results(tmp_path)
+    write_report(folder)
+    made = sorted(file.name for file in (folder / "figures").iterdir())
+    assert made == [f"{name}.{kind}" for name in ("failures-epochs", "metric-epochs") for kind in ("pdf", "svg")]
+    for name, title in (("metric", "test/accuracy over W"), ("failures", "share of runs that fail to converge")):
+        figure = ElementTree.parse(folder / "figures" / f"{name}-epochs.svg")
+        text = " ".join("".join(element.itertext()) for element in figure.iter() if element.tag.endswith("text"))
+        assert title in text
+        assert "weak, square root" in text or "weak_sqrt" in text, text
+
+
+def made(folder: Path) -> dict[str, str]:
+    """The figures of a study, name -> all text in them."""
+    figures_of(Results(folder), folder / "figures")
+    found = {}
+    for file in sorted((folder / "figures").glob("*.svg")):
+        elements = ElementTree.parse(file).iter()
+        found[file.stem] = " | ".join("".join(e.itertext()) for e in elements if e.tag.endswith("text"))
+    return found
+
+
+def test_losses_are_drawn_at_the_smallest_and_the_largest_w(tmp_path: Path) -> None:
+    curves = {"train/loss": {"epoch": [1, 2], "value": [2.0, 1.0]}}
+    found = made(results(tmp_path, seeds=2, curves=curves, world_sizes=[2, 4, 8]))
+    assert set(found) == {"failures-epochs", "metric-epochs", "loss-W2-epochs", "loss-W8-epochs"}
+    assert "training loss at W = 8" in found["loss-W8-epochs"]
+    assert "sequential" in found["loss-W8-epochs"]
+    assert "not finite from here" in found["loss-W8-epochs"], "the run of seed 0 at W = 8"
+    assert "not finite" not in found["loss-W2-epochs"]
+
+
+def test_the_noise_scale_stands_beside_the_batches_that_lose(tmp_path: Path) -> None:
+    curves = {"noise/scale_samples": {"epoch": [1, 2], "value": [50.0, 150.0]}}
+    found = made(results(tmp_path, noise={"scale_samples": 146.0}, curves=curves))["noise"]
+    assert "one rank's batch, 32" in found
+    assert "weak lose from 256 on" in found
+    assert "weak_sqrt" not in found
+
+
+def test_sizes_of_the_training_set_have_a_figure(tmp_path: Path) -> None:
+    """Each variant has figures of its own; they are numbered, as its name is anybody's text."""
+    found = made(results(tmp_path, seeds=2, arms=["weak"], world_sizes=[2], dataset_sizes=[300, 600]))
+    assert {"sizes-epochs", "metric-epochs", "metric-1-epochs", "metric-2-epochs"} <= set(found)
+    assert "margin" in found["sizes-epochs"]
+    assert "1,200" in found["sizes-epochs"]
+    assert "300 samples, equal epochs" in found["metric-2-epochs"] + found["metric-1-epochs"]
+
+
+def test_speed_is_drawn_where_several_ranks_were_timed(tmp_path: Path) -> None:
+    folder = results(tmp_path, seeds=2)
+    timed(folder, 1)
+    assert "speed-up" not in made(folder)
+    timed(folder, 2, 0, 0.06)
+    network(folder)
+    found = made(folder)
+    assert {"speed-up", "trials"} <= set(found)
+    assert "measured" in found["speed-up"] and "predicted" in found["speed-up"]
+    # On the largest number of ranks that is known, measured or predicted.
+    assert "a search for the best configuration on 4 devices" in found["trials"]
+
+
+def test_a_caption_is_text_and_its_picture_is_part_of_the_page(tmp_path: Path) -> None:
+    from trainer.study import figures
+    from trainer.study.drawing import Point, Series
+
+    album = Album(tmp_path)
+    album.add("mine", figures.trials("t", "s", [Series("a", [Point(1, 2)])]), '<b> & "more"')
+    (part,) = album.parts
+    assert "<b>" not in part
+    assert "&lt;b&gt; &amp; &quot;more&quot; (figures/mine.svg, .pdf)" in part
+    assert 'src="data:image/svg+xml;base64,' in part
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.pdf", "mine.svg"]

@@ -1,0 +1,224 @@
+"""What a study declares, plans and refuses, before any of its runs is made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.jobs import ROOT
+from tests.study.made_up import SHIPPED, planned, write
+from trainer.commands.cli import main
+from trainer.errors import UserError
+from trainer.study.arms import SEQUENTIAL, SEQUENTIAL_TUNED, WEAK
+from trainer.study.declaration import load_study, plan_text, work
+
+
+def test_the_shipped_study() -> None:
+    study, plan = planned(SHIPPED)
+    assert len(study.seeds) >= 10
+    assert max(study.world_sizes) == 32
+    assert {c.arm for c in plan.cells} == {SEQUENTIAL, SEQUENTIAL_TUNED, *WEAK}
+    assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha  # a verdict is possible
+    assert [str(place) for place, _ in plan.impossible if place.budget == "epochs"] == [
+        "weak_sqrt_adam, W = 16", "weak_sqrt_adam, W = 32",
+    ]  # fmt: skip
+    assert [W for W, answer in plan.strong if answer == 4] == [2, 4]
+
+
+def test_strong_is_planned_as_far_as_it_goes(tmp_path: Path) -> None:
+    """4 micro-batches can be dealt to 4 ranks, whatever W the weak arms are asked for."""
+    _, plan = planned(write(tmp_path, {"world_sizes": [8, 32]}))
+    assert [W for W, _ in plan.strong] == [4, 8, 32]
+    assert [W for W, answer in plan.strong if answer == 4] == [4]
+    _, plan = planned(write(tmp_path, {"world_sizes": [1, 3]}))
+    assert [(W, answer) for W, answer in plan.strong] == [(3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("study*.json")), ids=lambda p: p.stem)
+def test_every_shipped_study_can_decide(file: Path) -> None:
+    study, plan = planned(file)
+    assert plan.comparisons() >= 4
+    assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha
+    assert all("weak_sqrt_adam" in str(place) for place, _ in plan.impossible)
+
+
+def test_seeds_come_whole(tmp_path: Path) -> None:
+    """A study that is interrupted has all arms of its first seeds."""
+    _, plan = planned(write(tmp_path, {"seeds": [5, 3], "budgets": ["epochs"], "world_sizes": [2, 4]}))
+    assert [c.seed for c in plan.cells] == [5] * 20 + [3] * 20
+    assert plan.cells[0].arm == plan.cells[20].arm == SEQUENTIAL
+    assert len(plan.configs) == 2 * (20 - 7)  # the rates of 7 places are searched first
+    assert {c.trainer.exactness for c in plan.configs.values()} == {"bitwise"}
+
+
+def test_equal_configs_are_one_run(tmp_path: Path) -> None:
+    """At W = 2, 20 epochs of 64 samples are 20 steps, and equal updates 40; if only 20 epochs are allowed, the same."""
+    path = write(tmp_path, {"seeds": 2, "budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"]})
+    _, plan = planned(path, samples=64)
+    assert (len(plan.cells), len(plan.configs)) == (6, 6)
+    path = write(tmp_path, {"seeds": 2, "budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"],
+                            "max_epochs": 20})  # fmt: skip
+    _, plan = planned(path, samples=64)
+    assert (len(plan.cells), len(plan.configs)) == (6, 4)
+
+
+def test_variants_are_studies_of_their_own(tmp_path: Path) -> None:
+    """A subset has its own batches beyond the data, and one micro-batch of all ranks stands for synchronised ones."""
+    path = write(
+        tmp_path,
+        {
+            "seeds": 2, "budgets": ["epochs"], "world_sizes": [2, 8], "arms": ["weak"], "dataset_sizes": [100],
+            "variants": {"synchronised": {"synchronised_batch_norm": True, "trainer.task_options.model": "cnn"}},
+        },
+    )  # fmt: skip
+    _, plan = planned(path)
+    assert list(plan.variants) == ["", "100 samples", "synchronised"]
+    assert [str(place) for place, _ in plan.impossible] == ["100 samples: weak, W = 8"]
+    configs = {str(c.place): plan.configs[c.id] for c in plan.cells if c.id is not None}
+    assert configs["100 samples: weak, W = 2"].trainer.train_samples == 100
+    assert configs["weak, W = 8"].train_micro_batch_size_per_gpu == 8
+    synchronised = configs["synchronised: weak, W = 8"]
+    assert (synchronised.train_batch_size, synchronised.train_micro_batch_size_per_gpu) == (256, 64)
+    assert synchronised.trainer.task_options == {"model": "cnn"}
+    assert configs["synchronised: sequential"].train_micro_batch_size_per_gpu == 8
+    measured = [name for name, config in configs.items() if config.trainer.gradient_noise]
+    assert measured == ["sequential"]
+    assert plan.comparisons() == 5
+
+
+def test_work_follows_the_samples(tmp_path: Path) -> None:
+    path = write(tmp_path, {"budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"]}, epochs=3)
+    _, plan = planned(path)
+    efforts = {(c.arm, c.budget): work(plan.configs[c.id], 1200) for c in plan.cells if c.id is not None}
+    assert efforts == {
+        ("sequential", "epochs"): 3600,
+        ("weak", "epochs"): 3600,
+        ("weak", "updates"): 7200,
+    }  # 6 epochs of 19
+
+
+def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path: Path) -> None:
+    arms = ["strong", "weak", "weak_linear", "weak_sqrt", "weak_tuned", "weak_lars"]
+    _, plan = planned(write(tmp_path, {"seeds": 3, "budgets": ["epochs"], "world_sizes": [2, 64], "arms": arms}))
+    text = plan_text(plan)
+    assert re.search(r"weak_linear +epochs +2 +64 +20 +380 +3\n", text)
+    assert "weak, W = 64: impossible, the global batch 64 x 32 = 2,048 is larger" in text
+    assert "3 searches for a learning rate, of 9 runs each, by validation/accuracy" in text
+    assert "strong, W = 64: impossible, 64 ranks are more than the 4 micro-batches" in text
+    assert "note: with 3 seeds no verdict is possible on 5 comparisons at alpha 0.05; at least 7 are needed" in text
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"arms": ["weak_lineer"]}, "holds 'weak_lineer'. Did you mean \"weak_linear\""),
+        ({"seeds": 1}, '"study.seeds" must be at least 2'),
+        ({"seeds": [1, 1]}, "each of them once"),
+        ({"seeds": ["a", "b"]}, "whole numbers"),
+        ({"seeds": "ten"}, "must be a list"),
+        ({"world_sizes": [0]}, "whole numbers of at least 1"),
+        ({"world_sizes": []}, "at least one"),
+        ({"budgets": ["steps"]}, "holds 'steps'"),
+        ({"metric": "accuracy"}, "<split>/<metric>"),
+        ({"alpha": 2}, "must be below 1"),
+        ({"margn": 0.1}, 'Did you mean "margin"'),
+        ({"output_dir": ""}, '"study.output_dir" is missing'),
+        ({"budgets": ["epochs"], "max_epochs": 50}, "no effect"),
+        ({"budgets": ["updates"], "max_epochs": 5}, "less than trainer.epochs"),
+        ({"dataset_sizes": [100, 100]}, "each of them once"),
+        ({"variants": {"wide": 3}}, "a name and a block of dotted config keys"),
+        ({"variants": {"wide": {"trainer.task_optins": 3}}}, 'Did you mean "task_options"'),
+        ({"variants": {"short": {"trainer.max_steps": 3}}}, "has no place in the base config"),
+        ({"tuning": {"trials": 1}}, "at least 3"),
+        ({"tuning": {"metric": "test/accuracy"}}, "would make the test meaningless"),
+        ({"timing": {"world_sizes": [0]}}, "whole numbers of at least 1"),
+        ({"timing": {"world_sizes": [5]}}, '"study.timing.world_sizes" holds 5: 5 ranks are more than'),
+        ({"seeds": [1, 1_000_003]}, "belongs to the searches"),
+        ({"variants": {"one": {"synchronised_batch_norm": 1}}}, "must be true or false"),
+    ],
+)
+def test_bad_studies(tmp_path: Path, study: dict[str, Any], message: str) -> None:
+    values = {"max_epochs": None, **study}
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_study(str(write(tmp_path, values)))
+    assert str(tmp_path / "study.json") in str(caught.value)
+
+
+def test_keys_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """They win over the file, for the base config and for the study, and are checked like it."""
+    study, (base, *_) = load_study(
+        str(SHIPPED), {"study.seeds": 9, "trainer.task_options.data": "mine.csv", "trainer.epochs": 3}
+    )
+    assert study.seeds == list(range(9))
+    assert base.config.trainer.epochs == 3
+    assert base.values["trainer"]["task_options"]["data"] == "mine.csv"
+    assert main(["study", str(SHIPPED), "--set", "study.seedz=9"]) == 2
+    assert 'Did you mean "seeds"' in capsys.readouterr().err
+    assert main(["study", str(SHIPPED), "--set", "trainer.epohcs=9"]) == 2
+    assert 'Did you mean "epochs"' in capsys.readouterr().err
+
+
+def test_a_config_without_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(ROOT / "ds_configs" / "strong.json")]) == 2
+    assert 'a study needs a "study" block' in capsys.readouterr().err
+
+
+def test_the_runs_of_a_study_are_bitwise_and_keep_no_files(tmp_path: Path) -> None:
+    """A run that is not exact is not the run of W ranks, so it is refused and not labelled."""
+    _, plan = planned(write(tmp_path, {"seeds": 2, "world_sizes": [2], "arms": ["weak"]}))
+    for config in plan.configs.values():
+        assert config.trainer.exactness == "bitwise"
+        assert not config.tensorboard.enabled
+        assert config.trainer.checkpoint.every_steps == 0
+
+
+def test_searches_are_shared_where_the_rule_gives_the_rest(tmp_path: Path) -> None:
+    """LAMB's rate is searched once and scaled; a tuned arm is searched at each W. Names of variants become files."""
+    path = write(
+        tmp_path,
+        {
+            "seeds": 2, "budgets": ["epochs"], "world_sizes": [2, 4], "arms": ["weak_lamb", "weak_tuned"],
+            "variants": {"a b": {"trainer.epochs": 30}, "a/b": {"trainer.epochs": 40}}, "dataset_sizes": [],
+            "tuning": {"trials": 5, "seeds": 2},
+        },
+    )  # fmt: skip
+    _, plan = planned(path)
+    names = [name for name in plan.searches if name.startswith("base-")]
+    assert names == [
+        "base-sequential_tuned-epochs-W1", "base-weak_lamb-epochs-W1", "base-weak_tuned-epochs-W2",
+        "base-weak_tuned-epochs-W4",
+    ]  # fmt: skip
+    assert len(plan.searches) == 3 * 4
+    assert all(re.fullmatch(r"[\w-]+", name) for name in plan.searches)
+    # 12 searches of 10 runs; sequential runs with a given rate; and the runs whose rates are searched.
+    assert plan.runs() == 12 * 10 + 3 * 2 + 3 * 2 * 5
+
+
+def test_the_table_names_variants_and_runs_that_may_be_shorter(tmp_path: Path) -> None:
+    study = {"seeds": 8, "budgets": ["updates"], "world_sizes": [4], "arms": ["weak_adascale"], "dataset_sizes": [400]}
+    _, plan = planned(write(tmp_path, study))
+    text = plan_text(plan)
+    assert re.search(r"weak_adascale +- +updates +4 +128 +at most \d+ +at most \d+ +8\n", text)
+    assert re.search(r"weak_adascale +400 samples +updates +4 +128 ", text)
+    assert "note: with" not in text
+
+
+def test_searches_go_by_validation_unless_told_otherwise(tmp_path: Path) -> None:
+    study, _ = load_study(str(write(tmp_path, {"metric": "test/loss", "direction": "min"})))
+    assert study.tuning_metric == "validation/loss"
+    assert not study.rules.higher_is_better
+    study, _ = load_study(str(write(tmp_path, {"tuning": {"metric": "validation/accuracy"}})))
+    assert study.tuning_metric == "validation/accuracy"
+
+
+def test_a_tuned_arm_needs_a_rate_to_search_around(tmp_path: Path) -> None:
+    path = write(tmp_path, {"arms": ["weak_tuned"]})
+    values = json.loads(path.read_text())
+    del values["optimizer"]["params"]["lr"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r'searches around "optimizer\.params\.lr", which is not given'):
+        load_study(str(path))
