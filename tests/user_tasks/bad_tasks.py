@@ -191,6 +191,15 @@ class DiesAtStart(MyTask):
         return super().splits()
 
 
+class DiesInTheThirdStep(MyTask):
+    """Rank 1 is killed then, but not in the rehearsal, which looks at the last steps."""
+
+    def forward(self, model, batch, progress):
+        if dist.get_rank() == 1 and progress.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(model, batch)
+
+
 class Crashes(MyTask):
     def forward(self, model, batch):
         return {"logits": model(batch["nope"])}
