@@ -215,6 +215,20 @@ class Constants(Methods):
 class Itself(Methods):
     hidden: int = 3
 
+class Even(Methods):
+    def __init__(self, hidden=2):
+        if hidden % 2:
+            raise ValueError(f"hidden is {hidden} and must be even")
+        int("7" if hidden else "x")
+        self.rows = self.read(hidden)
+
+    def read(self, hidden):
+        if hidden > 10:
+            raise ValueError("a slip far from the options")
+
+class ByPosition(Methods):
+    def __init__(self, hidden, /): ...
+
 instance = Plain()
 """
 
@@ -230,6 +244,19 @@ def test_the_options_of_a_users_own_task(tmp_path: Path, name: str) -> None:
     if name != "Constants":
         with pytest.raises(UserError, match=r'"trainer\.task_options\.hidden" must be an integer, not "big"'):
             load_task(f"{file}:{name}", {"hidden": "big"})
+
+
+def test_a_rule_of_a_users_own_constructor_is_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "options_of_a_rule.py"
+    file.write_text(TASK)
+    assert load_task(f"{file}:Even", {"hidden": 2})
+    with pytest.raises(UserError, match=r"Even refuses them: hidden is 3 and must be even$"):
+        load_task(f"{file}:Even", {"hidden": 3})
+    with pytest.raises(ValueError, match="a slip far from the options") as raised:
+        load_task(f"{file}:Even", {"hidden": 12})
+    assert not isinstance(raised.value, UserError), "its traceback shows where"
+    with pytest.raises(UserError, match="ByPosition takes hidden only by position"):
+        load_task(f"{file}:ByPosition", {})
 
 
 def test_a_task_is_a_class(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def refuse_use_of_running_statistics(stage: Stage) -> None:
         raise UserError(
             f"{stage.name} reads the running statistics of a normalisation layer in its training forward. During a "
             "step they are not there: each micro-batch leaves its own statistics, which all ranks apply together after "
-            "the step.\nFor frozen statistics put the layer into evaluation mode in model()."
+            "the step.\nFor frozen statistics give the layer a train() that keeps it in evaluation mode: its eval(), "
+            "called in model(), does not last, as the trainer calls the model's train()."
         )
 
 

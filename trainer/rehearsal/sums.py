@@ -66,7 +66,7 @@ def _of_outputs(stage: Stage, computed: Computed) -> Callable[[int], float]:
 
     def loss_of(times: int) -> float:
         outputs, arrays = (_repeated(v, item.samples, chosen, times) for v in (computed.outputs, computed.arrays))
-        return float(check_loss(stage.name, stage.micro_batches.loss(item.batch, item.j, outputs, arrays))[0])
+        return float(check_loss(stage.name, stage.micro_batches.loss(item.batch, item.j, outputs, arrays))[0].detach())
 
     return loss_of
 
@@ -84,7 +84,7 @@ def _of_samples(stage: Stage, number: int) -> Callable[[int], float]:
         finally:
             for module, training in modes:
                 module.training = training
-        return float(check_loss(stage.name, result)[0])
+        return float(check_loss(stage.name, result)[0].detach())
 
     return loss_of
 

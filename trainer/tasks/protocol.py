@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +111,8 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
         if option not in known and not open_ended:
             raise UserError(f'unknown key "trainer.task_options.{option}" for the task {name}. {near(option, known)}')
     for parameter in signature.parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise UserError(f"The task {name} takes {parameter.name} only by position, and options are given by name.")
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
@@ -118,8 +121,20 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
             raise UserError(f'"trainer.task_options.{parameter.name}" is missing: the task {name} needs it.')
     if declared is not None:
         check_options(declared, options)
-    task: Task = cls(**read_arguments(cls, options))
+    arguments = read_arguments(cls, options)
+    try:
+        task: Task = cls(**arguments)
+    except ValueError as error:
+        if isinstance(error, UserError) or not _raised_by_the_constructor(error):
+            raise
+        raise UserError(f'"trainer.task_options": the task {name} refuses them: {error}') from error
     return task
+
+
+def _raised_by_the_constructor(error: BaseException) -> bool:
+    """Whether a constructor itself has raised an error: not what it calls, whose traceback is then of use."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_name in ("__init__", "__post_init__")
 
 
 def _from_folder(name: str) -> Any:
