@@ -39,7 +39,6 @@ def test_a_counter_that_changes_nothing_is_a_note(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        ("AveragesItsLoss", ["loss() averages over its micro-batch", 'reduction="sum"']),
         ("PythonRandom", ["draws from Python's random module", "torch.rand"]),
         ("NumpyRandom", ["draws from numpy's global generator"]),
         ("RankNoise", ["generator of its own", "2 ranks differ from one, first at step 1, in loss"]),
@@ -58,6 +57,12 @@ def test_each_cause_is_named(task: str, words: list[str], capsys: pytest.Capture
 def test_samples_that_see_one_another_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-task", f"{BAD}:SeesItsNeighbours"]) == 0
     assert "note: in evaluation, too, a sample's loss depends on the samples beside it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["Mean", "RowsOfAMean"])
+def test_a_loss_that_averages_is_an_error(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-task", f"{USER_TASKS}/mean_tasks.py:{task}"]) == 2
+    assert f"{task}.loss() averages over its micro-batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,25 @@ def test_a_full_disk_under_the_weights_is_told_as_one(tmp_path: Path) -> None:
 def test_a_rank_that_is_lost_before_the_first_step(tmp_path: Path) -> None:
     """The others leave at once, with a message that names it, and leave nothing behind."""
     config = small_config(tmp_path / "run", task=f"{USER_TASKS}/bad_tasks.py:DiesAtStart", hang_timeout_s=15.0)
-    with pytest.raises(LostRankError, match=r"Rank 1 on .* before the first step"):
+    with pytest.raises(LostRankError, match=r"(?s)Rank 1 on .* before the first step.*Start the run again\.$"):
         run_ranks(train, 3, config, timeout_s=60.0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "way_on"),
+    [
+        (1, r"go on from the last checkpoint, that of step [12], start the run again with --resume auto --output_dir"),
+        (0, "There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir"),
+    ],
+)
+def test_a_rank_that_is_lost_later(tmp_path: Path, checkpoint_every: int, way_on: str) -> None:
+    """What is said of checkpoints is true."""
+    config = small_config(
+        tmp_path / "run",
+        task=f"{USER_TASKS}/bad_tasks.py:DiesInTheThirdStep",
+        hang_timeout_s=15.0,
+        checkpoint={"every_steps": checkpoint_every},
+    )
+    with pytest.raises(LostRankError, match=rf"(?s)Rank 1 on .* in step 3.*{way_on} {tmp_path}/run"):
+        run_ranks(train, 2, config, timeout_s=60.0)

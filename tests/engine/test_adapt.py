@@ -54,12 +54,17 @@ def test_what_a_pattern_freezes(patterns: list[str], left: set[str]) -> None:
     assert trained(model) == left
 
 
-def test_a_pattern_without_a_match_names_the_nearest() -> None:
-    with pytest.raises(UserError) as caught:
-        adapt(Net(), config(freeze=["header.wieght"]))
-    assert '"trainer.freeze": "header.wieght" matches no parameter of the model' in str(caught.value)
-    assert "It has head.weight, head.bias, header.weight" in str(caught.value)
-    assert 'Did you mean "header.weight"?' in str(caught.value)
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("encoder", "It has head.weight, head.bias, header.weight, header.bias, norm.weight, norm.bias."),
+        ("header.wieght", 'Did you mean "header.weight"?'),
+    ],
+)
+def test_a_pattern_without_a_parameter_is_refused_with_the_names_said_once(pattern: str, hint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        adapt(Net(), config(freeze=[pattern]))
+    assert str(refused.value) == f'"trainer.freeze": "{pattern}" matches no parameter of the model. {hint}'
 
 
 def grouped(model: nn.Module, groups: dict[str, Any], vectors: dict[str, Any]) -> list[dict[str, Any]]:

@@ -54,5 +54,6 @@ def test_an_error_of_the_file_system_is_the_folders(tmp_path: Path) -> None:
     folder = OutputFolder.claim(str(tmp_path / "run"), "test")
     missing = raised(lambda: (tmp_path / "nowhere" / "x").read_text())
     assert f"{tmp_path / 'run'} cannot be written: No such file" in str(explained(missing, PLAN, folder))
+    assert "There is no checkpoint yet, so the run has to begin again" in str(explained(missing, PLAN, folder))
     assert explained(missing, PLAN, None) is None
     assert explained(ValueError("no"), PLAN, folder) is None

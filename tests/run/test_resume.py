@@ -6,9 +6,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import small_config, train, train_interrupted
@@ -18,7 +20,8 @@ from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import UserError
 from trainer.exact.hashes import state_sha256
-from trainer.record.checkpoints import list_checkpoints
+from trainer.record.checkpoints import list_checkpoints, way_on
+from trainer.run.banner import banner
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
@@ -199,3 +202,34 @@ def test_checkpoints_of_the_default_config_are_few(tmp_path: Path) -> None:
     """No file of a checkpoint is left by a run that is shorter than the interval."""
     run_ranks(train, 1, small_config(tmp_path / "run", max_steps=3))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("first_step", "words"), [(0, "at the first step, "), (1200, "at step 1,201, ")])
+def test_the_start_up_lines_name_the_step_of_their_learning_rate(first_step: int, words: str) -> None:
+    config = small_config("unused")
+    pieces: Any = SimpleNamespace(
+        config=config,
+        plan=config.plan(1),
+        host_splits={"train": range(500)},
+        total_steps=1500,
+        steps_per_epoch=5,
+        facts={"device_model": "a device"},
+        engine=SimpleNamespace(model=torch.nn.Linear(2, 2)),
+        task=None,
+        inexact=[],
+    )
+    assert f"AdamW, learning rate 0.01 {words}gradients clipped" in "\n".join(banner(pieces, None, 0.01, first_step))
+
+
+def test_the_way_on_speaks_only_of_checkpoints_that_are_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    nowhere = "There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir "
+    assert way_on(run) == f"{nowhere}{run}."
+    last = "To go on from the last checkpoint"
+    assert way_on(run, began=True).startswith(f"{last}, start"), "of another machine's folder"
+    (run / "checkpoints" / ".step-000000500.1").mkdir(parents=True)  # half written
+    assert way_on(run, began=True) == f"{nowhere}{run}."
+    assert way_on(run, resumed=True) == "Start the same command again: it goes on from the same checkpoint."
+    for step in (500, 1000):
+        (run / "checkpoints" / f"step-{step:09d}").mkdir()
+    assert way_on(run).startswith(f"{last}, that of step 1,000, start the run again with --resume auto --output_dir")

@@ -16,6 +16,8 @@ from trainer.tasks.contract import check_augmented, metrics_problem
     [
         (0.5, "T.metrics() must return a dictionary, name -> number; it returned a float."),
         ({"a": torch.zeros(3)}, "T.metrics() must return numbers, but 'a' is tensor([0., 0., 0.])."),
+        ({"a": torch.zeros(200)}, "but 'a' is a Tensor of shape (200,).\nUse .item()"),
+        ({"a": [0.5] * 99}, "but 'a' is a list.\nUse .item()"),
         ({"a": None}, "but 'a' is None"),
     ],
 )

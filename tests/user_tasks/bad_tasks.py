@@ -145,11 +145,6 @@ class SyncNorm(MyTask):
         return nn.SyncBatchNorm.convert_sync_batchnorm(super().model())
 
 
-class AveragesItsLoss(MyTask):
-    def loss(self, outputs, batch):
-        return F.cross_entropy(outputs["logits"], batch["y"]), len(batch["y"])
-
-
 class PythonRandom(MyTask):
     def forward(self, model, batch):
         return {"logits": model(batch["x"]) * (1 + random.random())}
@@ -194,6 +189,15 @@ class DiesAtStart(MyTask):
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().splits()
+
+
+class DiesInTheThirdStep(MyTask):
+    """Rank 1 is killed then, but not in the rehearsal, which looks at the last steps."""
+
+    def forward(self, model, batch, progress):
+        if dist.get_rank() == 1 and progress.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(model, batch)
 
 
 class Crashes(MyTask):

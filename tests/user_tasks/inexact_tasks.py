@@ -271,6 +271,24 @@ class ReadsStatistics(MyTask):
         return {"logits": model(batch["x"]) * factor}
 
 
+class FrozenNorm(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class FrozenStatistics(MyTask):
+    """What the refusal of ReadsStatistics advises."""
+
+    def model(self):
+        model = super().model()
+        model.norm = FrozenNorm(24)
+        return model
+
+    def forward(self, model, batch):
+        assert not model.norm.training
+        return {"logits": model(batch["x"]) * (1 + model.norm.running_var.mean())}
+
+
 class MixesInTheMiddle(MyTask):
     """Its claim of chunks is wrong in the middle of the run only."""
 

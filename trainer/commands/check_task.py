@@ -1,8 +1,8 @@
 """`python -m trainer check-task FILE.py:NAME`: says in plain words what of a task isn't exact, and why.
 
-First the task is rehearsed as a run would rehearse it, at the config's own micro-batch sizes, and looked at for two
-slips that are no matter of bits: a loss that averages, and data that changes. Then two steps of it, an epoch's last and
-smaller global batch among them, are run at one, two and three ranks, and every bit is compared.
+First the task is rehearsed as a run would rehearse it, at the config's own micro-batch sizes, and looked at for data
+that changes. Then two steps of it, an epoch's last and smaller global batch among them, are run at one, two and three
+ranks, and every bit is compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
         0 if the task is exact, else 1.
 
     Raises:
-        UserError: the task cannot be built, or its loss cannot be right.
+        UserError: the task cannot be built, or breaks the protocol.
     """
     changes = {
         "trainer.device": "cpu",
@@ -122,7 +122,8 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
     """Rehearses the task at one rank. Returns problems and notes, the micro-batch sizes, and the training samples."""
     from ..record.console import DeepSpeedLog
     from ..rehearsal.rehearse import rehearse
-    from ..rehearsal.stage import items_of
+    from ..rehearsal.stage import Stage, items_of
+    from ..rehearsal.sums import refuse_means
     from ..run.build import build
     from ..run.course import make_step, subject_of
 
@@ -132,13 +133,15 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
         p = build(config, ranks, config.plan(1), log)
     finally:
         log.close()
-    found = rehearse(subject_of(p, make_step(p)), 0)
+    subject = subject_of(p, make_step(p))
+    found = rehearse(subject, 0)
+    refuse_means(Stage(subject, 0), None)  # what a forward averages is not seen by a run's rehearsal
     examination = _Examination(p)
-    problems = [*examination.splits_that_change(), *examination.loss_that_averages()]
+    problems = examination.splits_that_change()
     problems += [f"{finding.what}.\n{finding.remedy}" for finding in found.findings]
     notes = [f"{note}." for note in found.notes]
     if not problems:
-        # A loss that averages, or noise, would look like statistics.
+        # Noise would look like statistics.
         notes += examination.statistics_across_the_batch()
         notes += [
             f"{counter} changes with micro-batches. No number depended on it here. If one does later, the run is not "
@@ -200,18 +203,6 @@ class _Examination:
         return [
             "splits() gives other data at a second call: every rank calls it, and all must get the same. Seed what it "
             "draws, for example torch.Generator().manual_seed(0)."
-        ]
-
-    def loss_that_averages(self) -> list[str]:
-        samples = range(_SAMPLES)
-        once = self._loss(self._batch(*samples), training=False)
-        twice = self._loss(self._batch(*samples, *samples), training=False)
-        if not math.isfinite(once) or abs(once) < 1e-12 or not math.isclose(twice, once, rel_tol=1e-3):
-            return []
-        return [
-            "loss() averages over its micro-batch: the same samples twice give the same loss, not double. "
-            'Sum instead (reduction="sum"), and return the number of samples as the count: the trainer divides by the '
-            "global batch's."
         ]
 
     def statistics_across_the_batch(self) -> list[str]:

@@ -5,10 +5,12 @@ A schema is a dataclass whose fields are made by `option`. Only the standard lib
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from dataclasses import field
@@ -123,42 +125,130 @@ def near(name: str, valid: typing.Iterable[str]) -> str:
 
 def build(cls: type, values: dict[str, Any], path: str) -> Any:
     """An instance of a schema dataclass from JSON values; `path` is its dotted place with a dot at the end."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name, given in fields.items():
+        if given.default is given.default_factory is dataclasses.MISSING and name not in values:
+            doc = given.metadata.get("doc")
+            raise UserError(f'"{path}{name}" is missing{f": {doc}" if doc else ""}.')
+    hints = hints_of({name: given.type for name, given in fields.items()}, cls)
     arguments = {}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f'unknown key "{path}{key}". {near(key, fields)}')
-        arguments[key] = _convert(hints[key], value, path + key, fields[key].metadata)
+        arguments[key] = convert(hints[key], value, path + key, fields[key].metadata)
     return cls(**arguments)
 
 
-def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
-    if hint is Any:  # its owner checks it
-        return value
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-        if value is None and len(arms) < len(typing.get_args(hint)):
-            return None
-        (hint,) = arms
+def hints_of(annotations: dict[str, Any], owner: type) -> dict[str, Any]:
+    """The types that annotations stand for, by name; Any for those that cannot be resolved.
+
+    Args:
+        annotations: types, or texts as `from __future__ import annotations` makes them.
+        owner: the class that they stand in.
+    """
+    names: dict[str, Any] = {}
+    for base in reversed(owner.__mro__):  # a base may be of another file
+        names |= vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+    hints = {}
+    for name, annotation in annotations.items():
+        try:
+            one = types.SimpleNamespace(__annotations__={name: annotation})
+            hints[name] = typing.get_type_hints(one, names, dict(vars(owner)))[name]
+        except Exception:  # a name that only type checkers import, or no type at all
+            hints[name] = Any
+    return hints
+
+
+_UNIONS = (typing.Union, types.UnionType)
+# What JSON's lists and blocks may be called.
+_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+_BLOCKS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+_NOTHING: typing.Mapping[str, Any] = {}
+
+
+def convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any] = _NOTHING) -> Any:
+    """A JSON value as a type annotation wants it; as it is, where the annotation is none that can be checked.
+
+    Args:
+        hint: the annotation.
+        value: of JSON.
+        path: its dotted place, for messages.
+        metadata: the range of a number, as `option` notes it.
+
+    Raises:
+        UserError: the annotation or the range does not allow it.
+    """
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in _UNIONS:
+        return _convert_to_any(inner, value, path, metadata)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f'"{path}" must be a block {{...}}, not {_kind(value)}.')
         return build(typing.cast(type, hint), value, path + ".")
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool):
-            listed = ", ".join(json.dumps(c) for c in choices)
+    if origin is Literal:
+        # As True == 1.
+        if not any(choice == value and isinstance(choice, bool) == isinstance(value, bool) for choice in inner):
+            listed = ", ".join(json.dumps(c, default=str) for c in inner)
             raise UserError(f'"{path}" is {json.dumps(value)}. It must be one of {listed}.')
+        return value
+    if origin in _LISTS:
+        return _convert_list(origin, inner, value, path)
+    if origin in _BLOCKS:
+        _check_type(dict, value, path)
+        return {k: convert(inner[1], v, f"{path}.{k}") for k, v in value.items()} if len(inner) == 2 else value
+    if not any(hint is known for known in _NAMES):  # Any: its owner checks it
         return value
     _check_size(value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    wanted = typing.get_origin(hint) or hint
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise UserError(f'"{path}" must be {_article(wanted)}, not {_kind(value)}.')
+    _check_type(hint, value, path)
     _check_range(value, path, metadata)
     return value
+
+
+def _convert_to_any(hints: tuple[Any, ...], value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
+    """Converts a value to the first of several types that allows it, of its own type first."""
+    if len(hints) == 2 and type(None) in hints and value is not None:  # so that the message is about the other one
+        return convert(next(hint for hint in hints if hint is not type(None)), value, path, metadata)
+    converted, errors = [], []
+    for hint in hints:
+        try:
+            converted.append(convert(hint, value, path, metadata))
+        except UserError as refused:
+            errors.append(refused)
+    if not converted:
+        wrong_kind = f'"{path}" must be '
+        for error in errors:  # the right kind, out of its range or with a wrong element
+            if not str(error).startswith(wrong_kind):
+                raise error
+        raise UserError(f"{wrong_kind}{' or '.join(_named(hint) for hint in hints)}, not {_kind(value)}.")
+    return next((result for result in converted if type(result) is type(value)), converted[0])
+
+
+def _named(hint: Any) -> str:
+    """A type in words."""
+    origin = typing.get_origin(hint) or hint
+    if origin is Literal:
+        return " or ".join(json.dumps(choice, default=str) for choice in typing.get_args(hint))
+    kind = dict if origin in _BLOCKS or dataclasses.is_dataclass(hint) else list if origin in _LISTS else origin
+    return _NAMES.get(kind, str(hint))
+
+
+def _convert_list(origin: Any, inner: tuple[Any, ...], value: Any, path: str) -> Any:
+    _check_type(list, value, path)
+    if origin is tuple and inner and inner[-1] is not ...:
+        if len(value) != len(inner):
+            raise UserError(f'"{path}" has {len(value)} elements. It must have {len(inner)}.')
+        hints = list(inner)
+    else:
+        hints = [inner[0] if inner else Any] * len(value)
+    result = [convert(hint, element, f"{path}[{k}]") for k, (hint, element) in enumerate(zip(hints, value))]
+    return tuple(result) if origin is tuple else result
+
+
+def _check_type(wanted: type, value: Any, path: str) -> None:
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(f'"{path}" must be {_NAMES[wanted]}, not {_kind(value)}.')
 
 
 def _check_size(value: Any, path: str) -> None:
@@ -182,12 +272,8 @@ def _check_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> N
         raise UserError(f'"{path}" is {value}. It must be below {below}.')
 
 
-_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-_NAMES |= {dict: "a block {...}", list: "a list [...]"}
-
-
-def _article(wanted: type) -> str:
-    return _NAMES.get(wanted, wanted.__name__)
+_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_NAMES |= {dict: "a block {...}", list: "a list [...]", type(None): "null"}
 
 
 def _kind(value: Any) -> str:

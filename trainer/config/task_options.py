@@ -7,11 +7,12 @@ or a range cannot say is checked by the task itself, with `refuse`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
-from .schema import build
+from .schema import build, convert, hints_of
 
 T = TypeVar("T")
 _PATH = "trainer.task_options."
@@ -32,14 +33,44 @@ def read_options(cls: type[T], given: Mapping[str, Any]) -> T:
     Raises:
         UserError: one is unknown, missing, or breaks its field's rule.
     """
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.default is field.default_factory is dataclasses.MISSING and field.name not in given:
-            raise UserError(f'"{_PATH}{field.name}" is missing: {field.metadata["doc"]}.')
     for name, value in given.items():
         if value == "":
             refuse(name, value, "a name, or left out")
     options: T = build(cls, dict(given), _PATH)
     return options
+
+
+def check_options(cls: type, given: Mapping[str, Any]) -> None:
+    """Raises UserError if an option is unknown, missing, or none that its field in a task's own dataclass allows."""
+    try:
+        build(cls, dict(given), _PATH)
+    except UserError:
+        raise
+    except ValueError as error:  # of its __post_init__
+        raise UserError(f'"{_PATH[:-1]}": {error}') from error
+
+
+def read_arguments(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a task's constructor, checked by its annotations, where it has any that can be.
+
+    Args:
+        cls: the task.
+        given: name -> value; names that the constructor takes.
+
+    Raises:
+        UserError: a value is none that its annotation, or its default, allows.
+    """
+    parameters = inspect.signature(cls).parameters
+    chosen = {name: parameters[name] for name in given if name in parameters}
+    annotated = {name: p.annotation for name, p in chosen.items() if p.annotation is not p.empty}
+    hints = hints_of(annotated, cls)
+    return {
+        # Often None is a default, and the annotation doesn't say so.
+        name: value
+        if name not in hints or (value is None and chosen[name].default is None)
+        else convert(hints[name], value, _PATH + name)
+        for name, value in given.items()
+    }
 
 
 def refuse(option: str, value: Any, rule: str) -> NoReturn:

@@ -39,10 +39,10 @@ def _matching(pattern: str, names: list[str], option: str) -> list[str]:
     """The names that a pattern with * and ? covers; one without them covers a module's parameters as well."""
     found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
     if not found:
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise UserError(
-            f'{option}: "{pattern}" matches no parameter of the model. It has {shown}. {near(pattern, names)}'
-        )
+        hint = near(pattern, names)
+        if hint.startswith("Known"):  # as near as any other: then a few
+            hint = f"It has {', '.join(names[:8])}{', ...' if len(names) > 8 else '.'}"
+        raise UserError(f'{option}: "{pattern}" matches no parameter of the model. {hint}')
     return found
 
 

@@ -203,12 +203,12 @@ class MicroBatches:
             loaded = self.samples(batch, chunk, self.augments_in_chunks)
             self._mark("data")
             for j, arrays in zip(chunk, loaded):
-                yield self._forward(batch, j, arrays).result[0]
+                yield self.forward(batch, j, arrays).result[0]
 
     def compute(self, batch: GlobalBatch, j: int) -> Computed:
         """Computes one micro-batch alone, as `losses` does among others. Not for the step: for looking at the task."""
         (arrays,) = self.samples(batch, range(j, j + 1), self.augments_in_chunks)
-        return self._forward(batch, j, arrays)
+        return self.forward(batch, j, arrays)
 
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
         """What a task's augment() returns for one micro-batch, as it is. For looking at the task."""
@@ -217,12 +217,19 @@ class MicroBatches:
         arrays = self._split.gather(indices)
         return arrays if self._calls.augment is None else self._augmented(arrays, indices, batch.progress)
 
-    def _forward(self, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
+    def forward(self, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
+        """Outputs and loss of samples that have been gathered and augmented: those of a micro-batch, for the step."""
         # Dropout and the like draw from these: a function of the step and the micro-batch.
         seed_generators(key(self._seed, "forward", batch.step, j), self._device)
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
             return Computed(arrays, outputs, self._calls.loss(outputs, arrays, batch.progress))
+
+    def loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
+        """The result of the task's loss for outputs at hand. Not for the step: for looking at the task."""
+        seed_generators(key(self._seed, "forward", batch.step, j), self._device)
+        with torch.no_grad(), self._autocast():
+            return self._calls.loss(outputs, arrays, batch.progress)
 
     def samples(self, batch: GlobalBatch, chunk: range, together: bool) -> list[Batch]:
         """The samples of some micro-batches, gathered and augmented: one dictionary each, of fresh tensors.

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from ..errors import LostRankError, TrainerError
 from .collectives import gather_objects, meetings
@@ -37,6 +38,7 @@ class Watch:
 
     Attributes:
         step: in which this rank is, for messages; the run sets it.
+        way_on: says what to do after a rank is lost; the run sets it.
 
     Args:
         ranks: this rank, and how many.
@@ -47,6 +49,7 @@ class Watch:
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
         self._ranks, self._timeout_s = ranks, hang_timeout_s
         self.step = 0
+        self.way_on: Callable[[], str] = lambda: "Start the run again."
         self._begun = False
         self._closing = threading.Event()
         self._wish = StopWish(deadline_s)
@@ -182,8 +185,7 @@ class Watch:
         when = f"in step {self.step + 1}" if self._begun else "before the first step"
         return (
             f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, {when}: killed, hanging, "
-            "or cut off from the network.\nThe other ranks leave. To go on from the last checkpoint, start the run "
-            "again with --resume auto and the same --output_dir, on any number of ranks."
+            f"or cut off from the network.\nThe other ranks leave. {self.way_on()}"
         )
 
     def _failed_elsewhere(self) -> TrainerError | None:

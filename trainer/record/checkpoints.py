@@ -106,8 +106,8 @@ class Checkpoints:
             error, self._error = self._error, None
             raise TrainerError(
                 f"The checkpoint folder {self._folder} cannot be written: {error.strerror or error}. Earlier "
-                "checkpoints are as they were.\nMake room, or the folder writable again, and start the run again with "
-                "--resume auto and the same --output_dir."
+                "checkpoints are as they were.\nMake room, or make the folder writable again. "
+                f"{way_on(self._folder.parent)}"
             ) from error
 
     def _write_safely(self, snapshot: Snapshot) -> None:
@@ -183,6 +183,26 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
+    """What to do after a run has ended before its time, as a sentence.
+
+    Args:
+        run: its output folder, which may be out of sight from here.
+        began: whether it has begun to write a checkpoint.
+        resumed: whether it went on from one.
+    """
+    found = list_checkpoints(run / "checkpoints")
+    if found or (began and not run.is_dir()):
+        step = f", that of step {int(found[0].name.removeprefix('step-')):,}" if found else ""
+        return (
+            f"To go on from the last checkpoint{step}, start the run again with --resume auto --output_dir {run}, on "
+            "any number of ranks."
+        )
+    if resumed:
+        return "Start the same command again: it goes on from the same checkpoint."
+    return f"There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir {run}."
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UserError
 from ..exact.hashes import hash_each
+from ..exact.micro_batches import Computed
 from .causes import finding_of
 from .python_state import Key, State, is_generator, is_number
 from .results import Finding, differs, source_of
@@ -41,18 +42,18 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def refuse_collectives(stage: Stage) -> None:
-    """Raises UserError if a task's forward or loss talks to other ranks."""
-    if any(isinstance(module, nn.SyncBatchNorm) for module in stage.model.modules()):
-        return  # which is labelled
+def refuse_collectives(stage: Stage) -> Computed:
+    """Raises UserError if a task's forward or loss talks to other ranks. Returns the micro-batch that it looked at."""
     with _Collectives() as heard:
-        stage.forward(0)
-    if heard.names:
+        computed = stage.compute(0)
+    # A SyncBatchNorm is labelled.
+    if heard.names and not any(isinstance(module, nn.SyncBatchNorm) for module in stage.model.modules()):
         raise UserError(
             f"{stage.name} calls torch.distributed ({heard.names[0]}) in its forward or loss. Ranks compute other "
             "micro-batches at the same time, and not equally many of them: the call would mix them in a way that "
             "depends on the number of ranks, or wait forever.\nCompute with the samples of the micro-batch alone."
         )
+    return computed
 
 
 def refuse_use_of_running_statistics(stage: Stage) -> None:
@@ -69,7 +70,8 @@ def refuse_use_of_running_statistics(stage: Stage) -> None:
         raise UserError(
             f"{stage.name} reads the running statistics of a normalisation layer in its training forward. During a "
             "step they are not there: each micro-batch leaves its own statistics, which all ranks apply together after "
-            "the step.\nFor frozen statistics put the layer into evaluation mode in model()."
+            "the step.\nFor frozen statistics give the layer a train() that keeps it in evaluation mode: its eval(), "
+            "called in model(), does not last, as the trainer calls the model's train()."
         )
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from ..errors import TrainerError
 from ..ranks.collectives import gather_objects, raise_together
 from .causes import explain
@@ -21,6 +23,7 @@ from .probes import moved_values, refuse_collectives, refuse_use_of_running_stat
 from .python_state import changes, is_number
 from .results import Finding, Hashes, changed_tensor, differs, source_of
 from .stage import Stage, Subject, another_rank, generators_kept
+from .sums import refuse_means
 
 
 @dataclass
@@ -145,7 +148,12 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
         stage.check_augmented()
         found.note_changes(stage.put_back())
         if stage.exact:
+            refuse_means(stage, refuse_collectives(stage))
             _probe(stage, found)
+        else:
+            with torch.no_grad():
+                refuse_means(stage, stage.compute(0))
+            found.note_changes(stage.put_back())
         for turn in turns:
             order = _order(stage, turn)
             stage.python.stir(turn)
@@ -198,7 +206,6 @@ def _in_turn(stage: Stage, order: list[int], elsewhere: bool, instead: bool = Tr
 
 
 def _probe(stage: Stage, found: Found) -> None:
-    refuse_collectives(stage)
     if stage.statistics.size:
         stage.python.put_back(stage.before)
         refuse_use_of_running_statistics(stage)

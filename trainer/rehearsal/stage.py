@@ -18,7 +18,7 @@ from ..exact.batch_norm import RunningStatistics
 from ..exact.hashes import hash_each
 from ..exact.micro_batches import Computed, GlobalBatch, GlobalBatches, MicroBatches
 from ..exact.plan import BatchPlan
-from ..exact.splits import Split
+from ..exact.splits import Batch, Split
 from ..ranks.place import Ranks
 from ..tasks.contract import check_augmented, check_micro_batch
 from ..tasks.protocol import Task
@@ -205,8 +205,14 @@ class Stage:
                 f"training set ({samples % plan.global_batch_size}) is the cause. ({error})"
             ) from error
 
-    def forward(self, number: int, content: float | None = None) -> Hashes:
-        """A micro-batch's samples, outputs and loss, as hashes; `content` fills what statistics are collected in."""
+    def samples(self, number: int) -> Batch:
+        """A micro-batch's samples, augmented, as fresh tensors."""
+        item = self.items[number]
+        chunk = range(item.j, item.j + 1)
+        return self.micro_batches.samples(item.batch, chunk, self.micro_batches.augments_in_chunks)[0]
+
+    def compute(self, number: int, content: float | None = None) -> Computed:
+        """A micro-batch's samples, outputs and loss; `content` fills what statistics are collected in."""
         item = self.items[number]
         self.statistics.begin() if content is None else self.statistics.begin(content)
         try:
@@ -218,6 +224,11 @@ class Stage:
                 )
         finally:
             self.statistics.settle()
+        return computed
+
+    def forward(self, number: int, content: float | None = None) -> Hashes:
+        """The same, as hashes."""
+        computed = self.compute(number, content)
         parts = {f"data {name}": array for name, array in computed.arrays.items()}
         outputs = computed.outputs if isinstance(computed.outputs, Mapping) else {"": computed.outputs}
         parts |= {f"output {name}": value for name, value in outputs.items() if isinstance(value, Tensor)}

@@ -11,13 +11,14 @@ from ..record.console import table
 from .build import Pieces
 
 
-def banner(p: Pieces, audit: Audit | None, learning_rate: float) -> list[str]:
+def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int = 0) -> list[str]:
     """The start-up lines: the batch arithmetic as an equation, the length of the run, and what is exact.
 
     Args:
         p: of the run.
         audit: of its steps; None if there is none.
-        learning_rate: of the first step.
+        learning_rate: of the next step.
+        first_step: steps made before this process began.
     """
     trainer, plan = p.config.trainer, p.plan
     sizes = " / ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
@@ -26,11 +27,12 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float) -> list[str]:
     clipping = p.config.gradient_clipping
     # AdaScale's gains end the run, which is then shorter.
     most = "at most " if trainer.learning_rate.adascale_steps is not None else ""
+    begins = f"step {first_step + 1:,}" if first_step else "the first step"
     lines = [
         f"{plan.scaling} scaling: {plan.equation()}",
         f"task {trainer.task}: {sizes} samples; {p.steps_per_epoch:,} steps an epoch x {epochs:g} "
         f"epoch{'s' * (epochs != 1)} = {most}{p.total_steps:,} steps",
-        f"{p.config.optimizer.type}, learning rate {learning_rate:.4g} at the first step, "
+        f"{p.config.optimizer.type}, learning rate {learning_rate:.4g} at {begins}, "
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",
     ]

@@ -180,7 +180,7 @@ def set_out(
     rehearsal_s, notes = _rehearse(p, step, first_step) if first_step < p.total_steps else (0.0, [])
     rate = p.engine.set_learning_rate(p.rates.factor(first_step))
     if p.ranks.first:
-        say(*banner(p, step.audit, rate), *(f"note: {note}" for note in notes))
+        say(*banner(p, step.audit, rate, first_step), *(f"note: {note}" for note in notes))
         if first_step:
             before = history[-2]["world_size"]
             say(f"going on after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import TrainerError
 from ..exact.plan import BatchPlan
+from ..record.checkpoints import way_on
 from ..record.folder import OutputFolder
 
 # Where an exception of gloo or NCCL comes from. Most are plain RuntimeErrors, so their type does not tell.
@@ -58,6 +59,5 @@ def of_the_folder(error: BaseException, folder: OutputFolder | None) -> TrainerE
         return None
     return TrainerError(
         f"The output folder {folder.path} cannot be written: {what}{f' ({where})' if where else ''}.\n"
-        "Make room, or the folder writable again, and start the run again with --resume auto and the same "
-        "--output_dir: it goes on from its last checkpoint."
+        f"Make room, or make the folder writable again. {way_on(folder.path)}"
     )

@@ -61,6 +61,9 @@ _LABELLED += ("cpu_capability", "cuda", "cudnn", "tf32")
 class Saver:
     """Writes a run's checkpoints: `save` is collective, the files are rank 0's.
 
+    Attributes:
+        began: whether a checkpoint has been begun, on every rank alike.
+
     Args:
         pieces, window, best, history: what a checkpoint holds.
         folder: rank 0's output folder, None on the other ranks.
@@ -80,6 +83,7 @@ class Saver:
         )
         self._memory: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
         self._best_step = -1
+        self.began = False
 
     def save(self, step: int) -> float:
         """Copies the state after `step`, and leaves the writing to a thread. Collective: every rank.
@@ -94,6 +98,7 @@ class Saver:
         p, began_s = self._pieces, time.perf_counter()
         if p.engine.zero_stage == 0:
             compare_ranks(self._common_state(), step)
+        self.began = True
         optimizer, values = p.engine.optimizer_state()
         with p.engine.whole_parameters():
             if self._files is not None:

@@ -13,6 +13,7 @@ from ..errors import NonFiniteError, TrainerError
 from ..ranks.collectives import broadcast_object
 from ..ranks.place import Ranks
 from ..ranks.watch import Watch
+from ..record.checkpoints import way_on
 from ..record.console import DeepSpeedLog, say
 from ..record.folder import OutputFolder
 from .build import build
@@ -71,7 +72,11 @@ def run(
             return done
         snapshot = restore(pieces, source, resume)
         watch.begin()
+        path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
+        assert path is not None
+        watch.way_on = lambda: way_on(path, resumed=resumed)
         course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s)
+        watch.way_on = lambda: way_on(path, began=course.saver.began, resumed=resumed)
         return _train(course)
     except TrainerError as error:
         if watch is not None and not error.agreed and error.speaks is None:

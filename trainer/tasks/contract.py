@@ -101,7 +101,12 @@ def metrics_problem(task: str, metrics: Any) -> str | None:
         try:
             float(value)
         except (TypeError, ValueError, RuntimeError):
-            return f"{task}.metrics() must return numbers, but {name!r} is {value!r}.\nUse .item(), or .mean().item()."
+            shown = repr(value)
+            if len(shown) > 80:
+                shown = f"a {type(value).__name__}" + (
+                    f" of shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
+                )
+            return f"{task}.metrics() must return numbers, but {name!r} is {shown}.\nUse .item(), or .mean().item()."
     return None
 
 

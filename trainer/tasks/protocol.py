@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..config.schema import near
+from ..config.task_options import check_options, read_arguments
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 
@@ -90,6 +92,8 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
         UserError: there is no such task, file or class, it lacks a method, or an option is unknown.
     """
     cls = _from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name)
+    if not isinstance(cls, type):
+        raise UserError(f"The task {name} is not a class, but a {type(cls).__name__}.")
     missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
     if missing:
         raise UserError(
@@ -98,19 +102,39 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     signature = inspect.signature(cls)
     known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
-    if hasattr(cls, "Options"):  # a task of ours, see `config.task_options`
-        known, open_ended = [field.name for field in dataclasses.fields(cls.Options)], False
+    declared = getattr(cls, "Options", None) if open_ended else None
+    if not (inspect.isclass(declared) and dataclasses.is_dataclass(declared)):
+        declared = None
+    else:  # as in the tasks of ours, see `config.task_options`
+        known, open_ended = [field.name for field in dataclasses.fields(declared) if field.init], False
     for option in options:
         if option not in known and not open_ended:
             raise UserError(f'unknown key "trainer.task_options.{option}" for the task {name}. {near(option, known)}')
     for parameter in signature.parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise UserError(f"The task {name} takes {parameter.name} only by position, and options are given by name.")
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
         )
         if required and parameter.name not in options:
             raise UserError(f'"trainer.task_options.{parameter.name}" is missing: the task {name} needs it.')
-    return cls(**options)
+    if declared is not None:
+        check_options(declared, options)
+    arguments = read_arguments(cls, options)
+    try:
+        task: Task = cls(**arguments)
+    except ValueError as error:
+        if isinstance(error, UserError) or not _raised_by_the_constructor(error):
+            raise
+        raise UserError(f'"trainer.task_options": the task {name} refuses them: {error}') from error
+    return task
+
+
+def _raised_by_the_constructor(error: BaseException) -> bool:
+    """Whether a constructor itself has raised an error: not what it calls, whose traceback is then of use."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_name in ("__init__", "__post_init__")
 
 
 def _from_folder(name: str) -> Any:
