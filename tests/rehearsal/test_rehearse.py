@@ -154,7 +154,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, task: str, words: str, worl
 
 
 def test_a_task_that_writes_to_its_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="WritesToItsData changes its training data while it trains"):
+    with pytest.raises(UserError, match="WritesToItsData changes its training data during training"):
         run_ranks(train, 1, small_config(tmp_path / "run", task=f"{INEXACT}:WritesToItsData"))
 
 
