@@ -33,7 +33,7 @@ def test_what_is_given_and_what_is_not() -> None:
         ({}, r'"trainer\.task_options\.data" is missing: a file\.'),
         ({"data": "x", "widht": 3}, r'unknown key "trainer\.task_options\.widht"\. Did you mean "width"\?'),
         ({"data": "x", "width": 9}, r'width" is 9\. It must be at most 8'),
-        ({"data": "x", "width": True}, r'width" must be an integer, not true'),
+        ({"data": "x", "width": True}, r'width" must be a whole number, not true'),
         ({"data": "x", "share": 1}, r'share" is 1\.0\. It must be below 1'),
         ({"data": "x", "kind": "c"}, r'kind" is "c"\. It must be one of "a", "b"'),
         ({"data": "x", "name": ""}, r"name\" is ''\. It must be a name, or left out"),

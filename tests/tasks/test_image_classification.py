@@ -302,7 +302,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"flip": 1}, 'flip" must be true or false, not 1'),
     ({"erasing": 1.5}, 'erasing" is 1.5. It must be at most 1'),
     ({"validation_fraction": 1}, 'validation_fraction" is 1'),
-    ({"split_seed": True}, 'split_seed" must be an integer, not true'),
+    ({"split_seed": True}, 'split_seed" must be a whole number, not true'),
     ({"label_smoothing": 1}, 'label_smoothing" is 1'),
     ({"class_weights": [1, 2]}, "class_weights"),
     ({"label_column": ""}, "label_column\" is ''. It must be a name"),
