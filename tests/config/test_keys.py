@@ -445,7 +445,7 @@ CONTRADICTIONS = [
     *(
         (
             changes | {"zero_optimization": {"stage": stage}},
-            (words, f"zero_optimization.stage is {stage}", "stage 0 only"),
+            (words, f"zero_optimization.stage is {stage}", "only at ZeRO stage 0"),
         )
         for stage in (1, 2, 3)
         for changes, words in (

@@ -452,7 +452,7 @@ def save(**arrays: Any) -> Callable[[Path], None]:
         (save(masks_packed=balls(2)), "has no array 'patient'. It has: masks_packed"),
         (
             save(masks_packed=balls(1), patient=np.array([{}], dtype=object)),
-            r"is an array of Python objects, which is stored pickled and not loaded",
+            r"is an array of Python objects. It is stored pickled",
         ),
         (
             save(masks_packed=np.zeros((2, 32, 32, 32)), patient=[1, 2]),
@@ -461,7 +461,10 @@ def save(**arrays: Any) -> Callable[[Path], None]:
         (save(masks_packed=balls(2)[:, :512], patient=[1, 2]), r"is uint8 \(2, 512\)"),
         (save(masks_packed=balls(2), patient=[1, 2], shape=[16, 32, 64]), r"for masks of \[16, 32, 64\]"),
         (save(masks_packed=balls(2), patient=[1, 2, 3]), r"patient is int64 \(3,\).*each of the 2 masks"),
-        (save(masks_packed=balls(2), patient=[0.5, 2.0]), r"patient is float64 \(2,\). It must be one integer or text"),
+        (
+            save(masks_packed=balls(2), patient=[0.5, 2.0]),
+            r"patient is float64 \(2,\). It must be one whole number or text",
+        ),
         (save(masks_packed=np.zeros((3, 4096), np.uint8), patient=[1, 2, 3]), "3 masks are empty, row 0 first"),
         (save(masks_packed=balls(3), patient=[7, 7, 7]), r"none of its 1 patient falls into the \w+ split"),
         (save(masks_packed=balls(0 + 1)[:0], patient=np.zeros(0, int)), "none of its 0 patients falls into the train"),
