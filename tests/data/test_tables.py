@@ -173,7 +173,7 @@ def test_declared_classes() -> None:
     assert tables.labels(table, "label", "train") == ["pos", "neg"]
     hidden = datasets.Dataset.from_dict({"label": [-1, -1], "text": ["a", "b"]}, features=features)
     with pytest.raises(
-        UserError, match=r"2 labels in test are -1, which is none of the 2 classes .*leave that split out"
+        UserError, match=r"2 labels in test are -1, which is none of the 2 classes .*Leave that split out"
     ):
         tables.labels(hidden, "label", "test")
 

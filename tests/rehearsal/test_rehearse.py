@@ -44,7 +44,10 @@ CAUSES = [
     (f"{INEXACT}:DividesByTheWorld", ["loss() depends on the rank"]),
     (f"{INEXACT}:AsksTheEnvironment", ["loss() depends on the rank", "WORLD_SIZE"]),
     (f"{INEXACT}:MaxNorm", ["the parameter embedding.weight changes", "Embedding with max_norm", "Leave max_norm out"]),
-    (f"{INEXACT}:ChangesAParameter", ["the parameter 0.weight changes in the forward", "Leave the change to the optimizer"]),
+    (
+        f"{INEXACT}:ChangesAParameter",
+        ["the parameter 0.weight changes in the forward", "Leave the change to the optimizer"],
+    ),
     (f"{BAD}:PythonRandom", ["forward() draws from Python's random module", "torch.rand"]),
     (f"{BAD}:NumpyRandom", ["forward() draws from numpy's global generator", "torch.rand"]),
     (f"{BAD}:RankNoise", ["a generator of its own", "torch's default generator"]),

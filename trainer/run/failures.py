@@ -29,11 +29,13 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
     """The message for an error of the machine; None for any other."""
     if _is_out_of_memory(error):
         m = plan.micro_batch_size
-        advice = f"Try half of it, {m // 2}" if m > 1 else "It is 1 sample already"
+        advice = (
+            f"Try half of it, {m // 2} (train_micro_batch_size_per_gpu), or" if m > 1 else "It is the smallest. Try"
+        )
         return TrainerError(
             f"A micro-batch of {m} samples does not fit into the memory of this device: "
             f"{str(error).splitlines()[0][:200]}\n"
-            f"{advice} (train_micro_batch_size_per_gpu), or trainer.gradient_checkpointing=true, which keeps the bits. "
+            f"{advice} trainer.gradient_checkpointing=true, which keeps the bits. "
             "Another micro-batch size changes the bits: it is another model."
         )
     return of_the_folder(error, folder)
