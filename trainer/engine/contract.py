@@ -149,7 +149,7 @@ def check_settings(version: str, engine: Any, stage: int, max_norm: float) -> No
 
 def _refusal(version: str, problem: str) -> UserError:
     return UserError(
-        f"The trainer cannot work with this version of DeepSpeed, {version}: {problem}\n"
+        f"The trainer cannot work with DeepSpeed {version}: {problem}\n"
         f"The version known to work is {KNOWN_VERSION}: pip install deepspeed=={KNOWN_VERSION}"
     )
 
