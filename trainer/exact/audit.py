@@ -87,6 +87,7 @@ class Audit:
 
     def due(self, step: int) -> bool:
         """Whether the next step is audited, after `step` steps."""
+        # The last step, too: otherwise nobody would look at the steps after the last regular audit.
         return (step + 1) % self.every_steps == 0 or step + 1 == self._total_steps
 
     def choose(self, step: int, leaves: int) -> None:
@@ -96,8 +97,9 @@ class Audit:
         this rank computes again. Either is None if its rank has no micro-batch in this step (in an epoch's last batch).
         """
         W = self._ranks.world_size
-        # Rank r checks rank r + shift. A shift of 1 to W - 1 gives every rank another one, and it changes from audit
-        # to audit. Nothing is sent to agree on it: every rank computes the same key.
+        # Rank r checks rank r + shift. A shift of 1 to W - 1 gives every rank another one, and it changes from audit to
+        # audit. Nothing is sent to agree on it: every rank computes the same key. The shift is 0 if device models differ,
+        # because their bits may then differ without a fault.
         self._step, self._leaves = step, leaves
         self._shift = 1 + key(self._seed, "audit", step) % (W - 1) if W > 1 and self._alike else 0
         self.own = self._chosen(self._ranks.rank)
@@ -121,6 +123,7 @@ class Audit:
         if self._zero is None:
             self._zero = torch.zeros((), dtype=torch.int64, device=loss.device)
         zero = self._zero
+        # A hash of its own for each tensor, so that the message can name the first one that differs.
         found = [hash64([loss]), hash64([statistics]) if statistics.numel() else zero]
         found += [zero if gradient is None else hash64([gradient]) for gradient in gradients]
         return torch.stack(found)
@@ -133,6 +136,7 @@ class Audit:
         """
         W, size = self._ranks.world_size, len(self._names)
         assert self._summed is not None or self._again is not None or self._leaves < W
+        # A rank without a micro-batch sends zeros: collectives take rows of one size. They are skipped below.
         nothing = torch.zeros(size, dtype=torch.int64)
         parts = [nothing if part is None else part.cpu() for part in (self._summed, self._again)]
         rows = gather_rows(torch.cat(parts)).view(W, 2, size)  # (rank, summed or again, tensor)

@@ -38,7 +38,7 @@ class RunningStatistics:
         self._modules: list[_NormBase] = [
             m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
         ]
-        lengths = [m.num_features for m in self._modules for _ in range(2)]
+        lengths = [m.num_features for m in self._modules for _ in range(2)]  # mean and variance of each layer
         self.size = sum(lengths)
         self._momenta = [m.momentum for m in self._modules]
         self._own: list[dict[str, Tensor | None]] = []
@@ -120,6 +120,7 @@ class RunningStatistics:
         calls = called.sum(dim=0)  # (L,)
         # Calls after micro-batch j. A matrix product may add in any order: sums of ones are exact in all of them.
         after = self._later_than(len(statistics)) @ called  # (M, L)
+        # A micro-batch's weight falls by (1 - a) with each later call; the old value's falls with every call.
         weights, decay = self._momentum * called * self._keep.pow(after), self._keep.pow(calls)
         if self._cumulative is not None:
             # The mean of n old and k new values: n / (n + k) times the old mean, plus 1 / (n + k) times each new one.

@@ -93,6 +93,7 @@ class Exchange:
         # send what else is in their buffers: pieces have one size, and `rows` leaves the surplus out.
         received = self._gather(self._sum.storage[: head + most * size])
         by_rank = received[:, head:].view(W, most, size)
+        # By rank, then position: the numbers that `exchange_program` uses.
         rows = [by_rank[r, k] for r, count in enumerate(counts) for k in range(count)]
         rounds = exchange_program(leaves, W)
         run_rounds(rounds[:-1], rows)
@@ -110,6 +111,7 @@ class Exchange:
         """
         W, head, nodes = self._world_size, self._sum.head, self._sum.nodes
         counts = [len(cover(leaves, W, r)) for r in range(W)]
+        # The size of a node is a multiple of W, see `GradientSum`.
         shard, mine = self._sum.size // W, counts[self._rank]
         # (node, rank, shard) -> (rank, node, shard): all that is sent to one rank must lie together.
         send = nodes[:mine].view(mine, W, shard).transpose(0, 1).contiguous().to(self._staging)

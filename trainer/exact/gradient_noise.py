@@ -54,8 +54,10 @@ def estimate(norms: Sequence[float], counts: Sequence[float], norm: float, sampl
         return None
     # fsum rounds once, at the end: the result does not depend on an order of adding.
     C = math.fsum(c for _, c in present)
+    # u_j = h_j c_j / C, so c_j |h_j|^2 = |u_j|^2 C^2 / c_j.
     spread = math.fsum(u * u * (C / c) * C for u, c in present) - C * norm * norm
     trace = spread / (len(present) - 1)
+    # The trace is that of one count. A sample averages over C / samples counts, which divides it by that number.
     return Noise(trace * (samples / C), norm * norm - trace / C)
 
 

@@ -115,6 +115,7 @@ class GradientSum:
     def _note_missing(self, parameter: int, buffer: int) -> Tensor:
         """Counts a missing gradient in a node. Returns zeros to add in its place."""
         self._missing[buffer][parameter] += 1.0
+        # Made once and kept: models that leave a parameter unused mostly do so in every step.
         zeros = self._zeros.get(parameter)
         if zeros is None:
             zeros = self._zeros[parameter] = torch.zeros_like(self._views[0][parameter])
@@ -126,7 +127,7 @@ class GradientSum:
 
     def unused(self) -> Tensor:
         """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
-        return self._missing[0] == self._leaves
+        return self._missing[0] == self._leaves  # counts in float32 are exact up to 2^24 micro-batches
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

@@ -50,6 +50,7 @@ def hash64(tensors: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for tensor in tensors:
+        # Bits are hashed, not values: 0.0 and -0.0 differ, and a nan equals itself.
         flat = flattened(tensor)
         words = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
         for start in range(0, max(1, len(words)), _CHUNK):

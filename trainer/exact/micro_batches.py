@@ -268,6 +268,7 @@ class MicroBatches:
 
     def _augmented(self, arrays: Batch, indices: Tensor, progress: Progress) -> Batch:
         assert self._calls.augment is not None
+        # The tables of random numbers belong to one epoch.
         if progress.epoch != self._random.epoch:
             self._random.start_epoch(progress.epoch)
         return self._calls.augment(arrays, self._random.of(indices), progress)

@@ -32,7 +32,7 @@ def key(seed: int, purpose: str, *position: int) -> int:
         purpose: what the numbers are for ("order", "forward", "augmentation", ...).
         position: where in the run, for example (step, micro-batch).
     """
-    # A cryptographic hash: keys of neighbouring steps or seeds are unrelated, and the same on every machine.
+    # A cryptographic hash, so keys of neighbouring steps or seeds are unrelated, and the same on every machine.
     message = purpose.encode() + struct.pack(f"<{1 + len(position)}Q", seed & _MASK, *position)
     # 63 bits, so that a key fits an int64: torch has few operations for unsigned numbers of 64 bits.
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 1
@@ -77,7 +77,7 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
         # A stable sort: samples of equal length keep their order, whichever algorithm torch chooses.
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
-        # By length, the micro-batches are 0, 1, ...; `places` alternates between the shorter and the longer half.
+        # Number the micro-batches 0, 1, ... by length. `places` pairs the shortest with the longest, and so on inwards.
         places = itertools.zip_longest(
             range((len(bounds) + 1) // 2), reversed(range((len(bounds) + 1) // 2, len(bounds)))
         )

@@ -25,7 +25,7 @@ class RecordLayout:
     @property
     def size(self) -> int:
         """Floats of a record."""
-        return 1 + self.statistics_size + self.norms + 1
+        return 1 + self.statistics_size + self.norms + 1  # loss, statistics, norm (True counts as 1), flag
 
 
 class Records:
@@ -87,4 +87,5 @@ class OwnRecords:
 
     def raise_flag(self) -> None:
         """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""
+        # It is never lowered again: this rank keeps asking until the run stops.
         self._flags.fill_(1.0)

@@ -100,6 +100,7 @@ class Split:
     def data_hash(self) -> str:
         """SHA-256 over names, types, shapes and bytes."""
         extra = {"counts": self.counts, "lengths": self.lengths}
+        # Sorted, so that the order in which a task lists its arrays does not matter.
         items = sorted(self.arrays.items()) + [(n, v) for n, v in extra.items() if v is not None]
         return tensors_sha256(items)
 
@@ -128,6 +129,7 @@ def as_split(value: Any, name: str, task: str) -> Split:
         )
     arrays: Batch = {}
     for key, array in value.items():
+        # numpy's kinds: bool, signed and unsigned whole numbers, floats. Texts and Python objects are refused below.
         if isinstance(array, np.ndarray) and array.dtype.kind in "biuf":
             array = torch.from_numpy(np.ascontiguousarray(array))
         if not isinstance(array, Tensor) or array.ndim == 0:

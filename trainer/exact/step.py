@@ -116,7 +116,7 @@ class ExactStep:
         staging = torch.device("cpu") if dist.get_backend() == "gloo" else None
         self._exchange = Exchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, staging=staging)
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
-        self._scale = torch.zeros((), device=device)
+        self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = _Flags(device)
         self._look_for_unused = True
         # On the CPU the host reads the loss at once, and finds a bad one before the update. On a GPU it does
@@ -167,7 +167,7 @@ class ExactStep:
             if audit is not None and audit.other is not None:
                 audit.note_again(*self._again(batch, audit.other))
         finally:
-            statistics.settle()  # after an error, too: a checkpoint may still be written
+            statistics.settle()  # after an error, too: the model must not keep the scratch buffers
 
         # ... the ranks exchange the nodes of the tree, and finish the sum ...
         with meetings:  # where a rank waits for others: a watching thread measures for how long

@@ -104,7 +104,7 @@ def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], .
             stack.append((node, position))
             _settle(stack, leaves, merges)
             position += 1
-    assert len(stack) == 1 and stack[0][1] == 0, stack
+    assert len(stack) == 1 and stack[0][1] == 0, stack  # all leaves are in the root, in node 0's buffer
     # A merge belongs to the first round in which both of its nodes are complete. A round can then be made in one
     # operation, and no order of the additions within it could change a bit.
     ready: dict[int, int] = {}
