@@ -98,8 +98,8 @@ class Audit:
         """
         W = self._ranks.world_size
         # Rank r checks rank r + shift. A shift of 1 to W - 1 gives every rank another one, and it changes from audit to
-        # audit. Nothing is sent to agree on it: every rank computes the same key. The shift is 0 if device models differ,
-        # because their bits may then differ without a fault.
+        # audit. Every rank computes the same key, so nothing has to be sent. The shift is 0 if device models differ:
+        # their bits may then differ without a fault.
         self._step, self._leaves = step, leaves
         self._shift = 1 + key(self._seed, "audit", step) % (W - 1) if W > 1 and self._alike else 0
         self.own = self._chosen(self._ranks.rank)
