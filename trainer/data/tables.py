@@ -267,8 +267,8 @@ def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
     except Exception as error:  # as above
         if "pickle" in str(error):
             raise UserError(
-                f"{path}: {name} is an array of Python objects. It is stored pickled, and loading it could run "
-                "code.\nSave plain arrays of numbers; labels and names may be whole numbers or strings."
+                f"{path}: {name} is an array of Python objects. It is stored pickled and is not loaded, because "
+                "it could run code.\nSave plain arrays of numbers; labels and names may be whole numbers or strings."
             ) from error
         raise UserError(f"{path}: {name} cannot be read: {str(error) or type(error).__name__}") from error
     if not isinstance(array, np.ndarray):  # a zip file may hold other files, too
