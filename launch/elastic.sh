@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One machine of a run whose machines come and go, on torchrun's elastic agent. On each machine, with one and the same
-# first argument and arguments of the run, of which --output_dir must be a folder that all of them share:
+# One machine of a run whose machines may join and leave, with torchrun's elastic agent. Start it on each machine with the
+# same arguments. --output_dir must be a folder that all machines share:
 #
 #     bash launch/elastic.sh node1:29400 --ds_config ds_configs/strong.json --output_dir /shared/run
 #
-# When a machine joins or leaves, the ranks stop and go on from the last checkpoint at the new number of ranks, to the
-# same bits: at once with a checkpoint of their own where they were asked, from the last regular one where a machine
-# is gone (trainer.checkpoint.every_steps). The machine of the address (here node1) keeps the list of all: it has to
-# stay. A number of ranks that the config cannot have (more than micro-batches) ends the run.
+# When a machine joins or leaves, the ranks stop and continue with the new number of ranks, to the same bits. If they were
+# asked to stop, they write a checkpoint first. If a machine is lost, they continue from the last regular checkpoint
+# (trainer.checkpoint.every_steps). The machine of the address (here node1) keeps the list of all machines and must
+# stay. More ranks than micro-batches are not possible, and end the run.
 #
-# NODES=1:4        from how many to how many machines
-# RANKS=4          ranks on this machine: without it one a GPU, or 1
-# MAX_RESTARTS=100 after how many failures to give up; machines that join or leave in peace do not count
-# JOIN_S=15        seconds to wait for further machines before each start
+# NODES=1:4        the least and the most machines
+# RANKS=4          ranks on this machine; default: one a GPU, or 1
+# MAX_RESTARTS=100 give up after this many failures; machines that join or leave normally do not count
+# JOIN_S=15        seconds to wait for more machines before each start
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then PATH=$PWD/.venv/bin:$PATH; fi
@@ -35,13 +35,13 @@ for argument in "$@"; do
         --resume | --resume=*) resume=() ;;
     esac
 done
-[ -n "$output_dir" ] || fail "--output_dir is missing: a folder that all machines share, where the run goes on"
+[ -n "$output_dir" ] || fail "--output_dir is missing: a folder that all machines share, in which the run continues"
 
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU ' || true)
 if [ "$gpus" = 0 ]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} gpus=1; fi
 # One thread a rank, as trainer.cpu_threads says; without it torchrun prints a warning.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Each start gets a store of its own: in the agent's, ranks would find the addresses of those before them.
+# Each start gets a store of its own. In the agent's store, ranks would find the addresses of earlier ranks.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec python -m torch.distributed.run \

@@ -27,7 +27,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.10 or newer is needed, and python3 is $(python3 -V 2>&1 || true). Install one and run this again."
+    fail "Python 3.10 or newer is needed, but python3 is $(python3 -V 2>&1 || true). Install one and run this again."
 }
 
 # The environment to install into: the active one, else .venv.
@@ -43,7 +43,7 @@ choose_environment() {
     say "${active:-$root/.venv}"
 }
 
-# Makes .venv if it is not there, or not usable because its making was interrupted or its Python is gone.
+# Makes .venv if it is missing or unusable (an interrupted installation, or its Python has been removed).
 make_venv() {
     local base
     "$1/bin/python" -c '' 2> /dev/null && return
@@ -71,7 +71,7 @@ delete it and run this again."
     say "Installing the project into $1 (the first time with PyTorch and DeepSpeed: minutes, some gigabytes) ..."
     "$python" -m pip install -qq --no-input --disable-pip-version-check \
         --constraint launch/constraints.txt --editable ".${2:+[$2]}" ||
-        fail "The installation failed, for the reason above. Run this again to go on with it."
+        fail "The installation failed, for the reason above. Run this again to continue."
     # Into DeepSpeed's programs pip writes the path of Python as it is, and one with a space cannot be run so.
     case $1 in *" "*) sed -i '1s|^#!/.* .*/bin/python.*|#!/usr/bin/env python|' "$1"/bin/deepspeed "$1"/bin/ds* ;; esac
 }
@@ -79,7 +79,7 @@ delete it and run this again."
 # set_up [test]: afterwards `python`, `deepspeed` and the others are those of the environment.
 set_up() {
     local extra=${1:-} environment files stamp stamped=()
-    [ "$(uname -s)" = Linux ] || fail "This project runs on Linux only, and this is $(uname -s)."
+    [ "$(uname -s)" = Linux ] || fail "This project runs only on Linux, but this is $(uname -s)."
     environment=$(choose_environment)
     stamp=$environment/strong-scaling-trainer.stamp
     files=$(cat pyproject.toml launch/constraints.txt | sha256sum)
@@ -90,12 +90,12 @@ set_up() {
         ! [[ "${stamped[2]:-}" == "$extra" || -z "$extra" ]] || ! [ -x "$environment/bin/deepspeed" ]; then
         rm -f "$stamp"
         if [ "$environment" = "$root/.venv" ]; then
-            # Programs in an environment hold its path: one that was moved or copied with the project is made anew.
+            # Programs in an environment contain its path. So one that was moved or copied with the project is made again.
             if [ -n "${stamped[0]:-}" ] && [ "${stamped[0]}" != "$root" ]; then rm -rf "$environment"; fi
             make_venv "$environment"
         fi
         install_project "$environment" "$extra"
-        # Last, so that an interrupted installation is taken up again.
+        # Written last, so that an interrupted installation is continued.
         printf '%s\n' "$root" "$files" "$extra" > "$stamp"
     fi
 

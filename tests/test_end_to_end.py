@@ -109,7 +109,7 @@ def test_ending_the_runner_stops_the_ranks_with_a_checkpoint(project: Path) -> N
 
     done, _ = launch(*command[:2], "3", *command[3:], "--resume", "auto", cwd=project)
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stdout
+    assert "continuing after step" in done.stdout
     alone, _ = launch(sys.executable, *command[3:6], "--output_dir", "alone", "--epochs", "12", cwd=project)
     assert alone.returncode == 0, alone.stderr
     resumed, whole = (json.loads((project / n / "summary.json").read_text()) for n in ("out", "alone"))

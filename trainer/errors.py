@@ -1,25 +1,25 @@
-"""The errors a user can meet, and the exit code each one ends the process with."""
+"""The errors that a user can meet, each with the exit code of the process."""
 
 from __future__ import annotations
 
-# Characters of a message: enough for a list of ten files, and for a person.
+# The most characters of a message: enough for a list of ten files, and not too long to read.
 _LONGEST = 4000
 
 
 def readable(text: str) -> str:
-    """A message that any console can print: what files put into it is shortened, and never a control character."""
+    """A message that any console can print: long texts from files are shortened, control characters are escaped."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 1000]} [... {len(text) - _LONGEST:,} characters ...] {text[-1000:]}"
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class TrainerError(Exception):
-    """An error whose message is for a person: it is printed without a traceback.
+    """An error whose message is for the user: it is printed without a traceback.
 
     Attributes:
-        exit_code: what the process ends with.
-        agreed: every rank raised this same error together, so rank 0 alone prints it.
-        speaks: whether this rank prints it; None where nobody has settled that yet.
+        exit_code: the exit code of the process.
+        agreed: every rank raises this same error, so only rank 0 prints it.
+        speaks: whether this rank prints it; None if that is not decided yet.
     """
 
     exit_code = 1
@@ -31,7 +31,7 @@ class TrainerError(Exception):
 
 
 class UserError(TrainerError, ValueError):
-    """Something in the config, the command line, the task or the machine has to change first."""
+    """The user must change something first: in the config, the command line, the task or on the machine."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class NonFiniteError(TrainerError):
     """The loss or the gradient stopped being finite during training.
 
     Attributes:
-        good_steps: optimizer steps that the kept parameters have behind them.
+        good_steps: the number of optimizer steps in the parameters that are kept.
     """
 
     exit_code = 3
@@ -60,12 +60,12 @@ class LostRankError(TrainerError):
 
 
 class Stopped(TrainerError):
-    """The run was asked to stop, and did so with a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again)."""
+    """The run was asked to stop, and wrote a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again)."""
 
     exit_code = 75
 
 
-# An agreed error is rebuilt on every rank from its exit code (see distributed.raise_together).
+# An agreed error is rebuilt on every rank from its exit code (see ranks.collectives.raise_together).
 BY_EXIT_CODE = {
     cls.exit_code: cls for cls in (TrainerError, UserError, NonFiniteError, RanksDifferError, LostRankError, Stopped)
 }

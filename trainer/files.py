@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and JSON that every reader takes."""
+"""Writes files and folders that appear whole or not at all, and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A place to write a file to. It then stands at `path`; after an exception, whatever stood there before.
+    """A temporary path to write a file to. At the end it is moved to `path`. After an exception, `path` is unchanged.
 
     Args:
         path: of the file.
-        synced: wait until its content is on disk before it takes its place, so that not even a power cut leaves half.
+        synced: wait until the content is on disk before it is moved, so that not even a power cut leaves half a file.
     """
+    # In the same folder, since a file can be replaced at one stroke only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -61,7 +62,7 @@ def whole_folder(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text. JSON has no nan or infinity: what was not measured, or is not finite, becomes null."""
+    """JSON text. JSON has no nan or infinity, so numbers that are not finite (or not measured) become null."""
 
     def finite(part: Any) -> Any:
         if isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""What the launcher starts on every rank: parse, run, say how it ended."""
+"""The program that the launcher starts on every rank: parses, runs, reports how the run ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 if __package__ in (None, ""):
-    # `deepspeed trainer/main.py` puts this folder on the path; what belongs there is its parent.
+    # `deepspeed trainer/main.py` puts this folder on the path, but its parent is needed there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # When a rank dies, torch's stores would print C++ stack traces beside our message.
@@ -29,7 +29,7 @@ from trainer.ranks.speech import first_to_speak, report  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a config on this rank. Returns the exit code: 0, 2 bad input, 3 not finite, 4 ranks differ."""
+    """Runs a config on this rank. Returns the exit code (see trainer/commands/README.md)."""
     ranks = Ranks()
     try:
         remember_launchers()
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags = run_parser().parse_args(arguments)
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
-        config.plan(ranks.world_size)  # before torch is loaded
+        config.plan(ranks.world_size)  # fails early: before torch is loaded
         from trainer.run.resume import Resume
         from trainer.run.run import run
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except Exception:
         if not first_to_speak(ranks):
-            time.sleep(2.0)  # another rank shows the traceback; the launcher ends it as soon as one rank ends
+            time.sleep(2.0)  # another rank prints the traceback, and the launcher ends it as soon as this one ends
             return 1
         raise
     close()
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _end(code: int) -> NoReturn:
     """Ends the process without the interpreter's clean-up, once everything is written.
 
-    The watching threads may be inside of a store's C++ code, which the clean-up ends with a crash; and DeepSpeed's own
+    The watching threads may be inside a store's C++ code, and the clean-up would then crash. DeepSpeed's own clean-up
     takes seconds.
     """
     for stream in (sys.stdout, sys.stderr):

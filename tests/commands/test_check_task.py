@@ -56,7 +56,10 @@ def test_each_cause_is_named(task: str, words: list[str], capsys: pytest.Capture
 
 def test_samples_that_see_one_another_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-task", f"{BAD}:SeesItsNeighbours"]) == 0
-    assert "note: in evaluation, too, a sample's loss depends on the samples beside it" in capsys.readouterr().out
+    assert (
+        "note: in evaluation, too, a sample's loss depends on the other samples of its micro-batch"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("task", ["Mean", "RowsOfAMean"])

@@ -87,9 +87,9 @@ def test_set_reaches_deep_and_makes_blocks(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--set", "trainer.epoch=3"), ('unknown key "trainer.epoch"', '"epochs"')),
-        (("--set", "trainer.epochs=three"), ('"trainer.epochs" must be an integer, not "three" (a string)',)),
-        (("--set", "trainer.epochs=NaN"), ('"trainer.epochs" must be an integer, not "NaN"',)),
-        (("--set", "train_batch_size.x=3"), ("--set train_batch_size.x", "64 (an integer)", "not a block")),
+        (("--set", "trainer.epochs=three"), ('"trainer.epochs" must be a whole number, not "three" (a string)',)),
+        (("--set", "trainer.epochs=NaN"), ('"trainer.epochs" must be a whole number, not "NaN"',)),
+        (("--set", "train_batch_size.x=3"), ("--set train_batch_size.x", "64 (a whole number)", "not a block")),
         (("--epochs", "0"), ('"trainer.epochs" is 0', "at least 1")),
         (("--seed", "-1"), ('"trainer.seed" is -1', "at least 0")),
         (("--epochs", "many"), ("--epochs", "many", "usage: ")),

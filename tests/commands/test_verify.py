@@ -56,7 +56,7 @@ def test_a_run_that_stops_earlier_is_a_row(say_of: Any) -> None:
     code, out = say_of({1: finished(), 2: stopped()})
     assert code == 1
     assert "3, stopped at 4" in row(out, 2)
-    assert row(out, 2).endswith("NO: 3 steps, and the reference made 5")
+    assert row(out, 2).endswith("NO: 3 steps, but the reference made 5")
     assert f"2 ranks, stopped: {STOP}" in out
     assert "NOT the same bits" in out
 
@@ -65,14 +65,14 @@ def test_a_reference_that_stops_earlier(say_of: Any) -> None:
     code, out = say_of({1: stopped(), 2: finished(), 3: stopped("abx")})
     assert code == 1
     assert row(out, 1).endswith("reference")
-    assert row(out, 2).endswith("NO: 5 steps, and the reference made 3")
+    assert row(out, 2).endswith("NO: 5 steps, but the reference made 3")
     assert row(out, 3).endswith("NO: first at step 3, in loss")
 
 
 def test_fewer_steps_without_a_stop(say_of: Any) -> None:
     code, out = say_of({1: finished(), 2: finished("abcd")})
     assert code == 1
-    assert row(out, 2).endswith("NO: 4 steps, and the reference made 5")
+    assert row(out, 2).endswith("NO: 4 steps, but the reference made 5")
 
 
 def test_equal_stops_are_the_same_bits(say_of: Any) -> None:
@@ -88,7 +88,7 @@ def test_equal_stops_are_the_same_bits(say_of: Any) -> None:
 def test_a_stop_for_another_reason_is_a_difference(say_of: Any) -> None:
     code, out = say_of({1: stopped(), 2: stopped(why=STOP.replace("7", "8"))})
     assert code == 1
-    assert row(out, 2).endswith("NO: it stopped in another way than the reference")
+    assert row(out, 2).endswith("NO: it stopped for another reason than the reference")
 
 
 def test_a_stop_at_the_first_step(say_of: Any) -> None:
@@ -104,7 +104,7 @@ def test_metrics_that_are_not_a_number(say_of: Any, other: float, same: bool) ->
     metrics = {"test": {"loss": 0.5, "area": float("nan")}}
     code, out = say_of({1: finished(metrics=metrics), 2: finished(metrics={"test": {"loss": 0.5, "area": other}})})
     assert code == (0 if same else 1)
-    assert row(out, 2).endswith("yes" if same else "NO: the final metrics, though every step is the same")
+    assert row(out, 2).endswith("yes" if same else "NO: the final metrics differ, although every step is the same")
 
 
 @pytest.mark.parametrize("reason", [ZERO, MODELS])
@@ -130,6 +130,13 @@ def test_runs_without_a_label_are_not_spoken_of(say_of: Any) -> None:
     _, out = say_of({1: finished(inexact=[]), 2: finished()})
     assert "tolerance" not in out
     assert "stopped" not in out
+
+
+def test_a_single_world_size_compares_nothing_and_says_so(say_of: Any) -> None:
+    code, out = say_of({2: finished()})
+    assert code == 0
+    assert "there was nothing to compare" in out
+    assert "same bits at every world size" not in out
 
 
 def test_another_error_names_the_world_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,23 +154,23 @@ def test_unknown_keys_name_the_nearest(values: dict[str, Any], words: tuple[str,
 
 
 TYPES = [
-    (base(train_batch_size="64"), ('"train_batch_size" must be an integer, not "64" (a string)',)),
-    (base(train_batch_size=64.0), ('"train_batch_size" must be an integer, not 64.0 (a number)',)),
-    (base(train_batch_size=True), ('"train_batch_size" must be an integer, not true',)),
-    (base(train_batch_size=[64]), ('"train_batch_size" must be an integer, not a list [...]',)),
-    (base(train_batch_size="auto"), ('"train_batch_size" must be an integer', '"auto"')),
+    (base(train_batch_size="64"), ('"train_batch_size" must be a whole number, not "64" (a string)',)),
+    (base(train_batch_size=64.0), ('"train_batch_size" must be a whole number, not 64.0 (a number)',)),
+    (base(train_batch_size=True), ('"train_batch_size" must be a whole number, not true',)),
+    (base(train_batch_size=[64]), ('"train_batch_size" must be a whole number, not a list [...]',)),
+    (base(train_batch_size="auto"), ('"train_batch_size" must be a whole number', '"auto"')),
     (base(gradient_clipping="1"), ('"gradient_clipping" must be a number, not "1" (a string)',)),
     (base(gradient_clipping=True), ('"gradient_clipping" must be a number, not true',)),
     (base(gradient_clipping=None), ('"gradient_clipping" must be a number, not null',)),
-    (base(dump_state=1), ('"dump_state" must be true or false, not 1 (an integer)',)),
+    (base(dump_state=1), ('"dump_state" must be true or false, not 1 (a whole number)',)),
     (base(communication_data_type=16), ('"communication_data_type" must be a string, not 16',)),
     (base(optimizer="AdamW"), ('"optimizer" must be a block {...}, not "AdamW" (a string)',)),
     (base(optimizer={"type": 3}), ('"optimizer.type" must be a string, not 3',)),
     (base(optimizer={"params": [1]}), ('"optimizer.params" must be a block {...}, not a list [...]',)),
     (base(trainer=[]), ('"trainer" must be a block {...}, not a list [...]',)),
     (base(trainer=None), ('"trainer" must be a block {...}, not null',)),
-    (base(trainer={"epochs": 1.5}), ('"trainer.epochs" must be an integer, not 1.5',)),
-    (base(trainer={"epochs": None}), ('"trainer.epochs" must be an integer, not null',)),
+    (base(trainer={"epochs": 1.5}), ('"trainer.epochs" must be a whole number, not 1.5',)),
+    (base(trainer={"epochs": None}), ('"trainer.epochs" must be a whole number, not null',)),
     (base(trainer={"drop_last": "yes"}), ('"trainer.drop_last" must be true or false, not "yes"',)),
     (base(trainer={"task_options": []}), ('"trainer.task_options" must be a block {...}',)),
     (base(trainer={"learning_rate": 0.1}), ('"trainer.learning_rate" must be a block {...}, not 0.1 (a number)',)),
@@ -180,8 +180,8 @@ TYPES = [
     (base(trainer={"exactness": []}), ('"trainer.exactness" is []', '"auto", "bitwise"')),
     (base(torch_autocast={"enabled": True, "dtype": "float16"}), ('"torch_autocast.dtype" is "float16"', "bfloat16")),
     (base(zero_optimization=True), ('"zero_optimization" must be a block {...}, not true',)),
-    (base(zero_optimization={"stage": "1"}), ('"zero_optimization.stage" must be an integer, not "1"',)),
-    (base(zero_optimization={"stage": True}), ('"zero_optimization.stage" must be an integer, not true',)),
+    (base(zero_optimization={"stage": "1"}), ('"zero_optimization.stage" must be a whole number, not "1"',)),
+    (base(zero_optimization={"stage": True}), ('"zero_optimization.stage" must be a whole number, not true',)),
     (
         base(zero_optimization={"stage": 1, "overlap_comm": 1}),
         ('"zero_optimization.overlap_comm" must be true or false, not 1',),
@@ -201,7 +201,7 @@ TYPES = [
     (adam(torch_adam=1), ('"optimizer.params.torch_adam" must be true or false, not 1',)),
     (
         base(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 1.5}}),
-        ('"scheduler.params.warmup_num_steps" must be an integer, not 1.5',),
+        ('"scheduler.params.warmup_num_steps" must be a whole number, not 1.5',),
     ),
     (
         base(scheduler={"type": "WarmupLR", "params": {"warmup_type": 1}}),
@@ -370,7 +370,7 @@ CONTRADICTIONS = [
     *(
         (
             changes | {"zero_optimization": {"stage": stage}},
-            (words, f"zero_optimization.stage is {stage}", "stage 0 only"),
+            (words, f"zero_optimization.stage is {stage}", "only at ZeRO stage 0"),
         )
         for stage in (1, 2, 3)
         for changes, words in (

@@ -39,7 +39,7 @@ def check_words(message: str, words: tuple[str, ...]) -> None:
         ('{"gradient_clipping": NaN}', ("not valid JSON", "NaN")),
         ('{"gradient_clipping": -Infinity}', ("not valid JSON", "-Infinity")),
         ("[1, 2]", ("run.json", "JSON object", "a list [...]")),
-        ("3", ("JSON object", "3 (an integer)")),
+        ("3", ("JSON object", "3 (a whole number)")),
         ("null", ("JSON object", "null")),
         ("[" * 100_000, ("not valid JSON",)),
     ],
@@ -179,7 +179,7 @@ def test_defaults_belong_to_one_instance() -> None:
 
 def test_none_is_a_value_only_where_it_may_be() -> None:
     assert build(Outer, {"name": None, "maybe": None, "anything": None}, "") == Outer()
-    with pytest.raises(UserError, match='"count" must be an integer, not null'):
+    with pytest.raises(UserError, match='"count" must be a whole number, not null'):
         build(Outer, {"count": None}, "")
     with pytest.raises(UserError, match=r'"inner" must be a block \{\.\.\.\}, not null'):
         build(Outer, {"inner": None}, "")
@@ -190,8 +190,8 @@ def test_none_is_a_value_only_where_it_may_be() -> None:
     [
         ({"count": 0}, '"at.count" is 0. It must be at least 1.'),
         ({"count": 9}, '"at.count" is 9. It must be at most 8.'),
-        ({"count": 1.0}, '"at.count" must be an integer, not 1.0 (a number).'),
-        ({"count": True}, '"at.count" must be an integer, not true.'),
+        ({"count": 1.0}, '"at.count" must be a whole number, not 1.0 (a number).'),
+        ({"count": True}, '"at.count" must be a whole number, not true.'),
         ({"count": 1 << 63}, '"at.count" has 19 digits. It must fit into 64 bits.'),
         ({"share": 0}, '"at.share" is 0.0. It must be above 0.'),
         ({"share": 1}, '"at.share" is 1.0. It must be below 1.'),
@@ -199,12 +199,12 @@ def test_none_is_a_value_only_where_it_may_be() -> None:
         ({"share": 10**400}, '"at.share" has 401 digits. It must fit into 64 bits.'),
         ({"share": False}, '"at.share" must be a number, not false.'),
         ({"name": ["n"]}, '"at.name" must be a string, not a list [...].'),
-        ({"flag": 1}, '"at.flag" must be true or false, not 1 (an integer).'),
+        ({"flag": 1}, '"at.flag" must be true or false, not 1 (a whole number).'),
         ({"kind": "b"}, '"at.kind" is "b". It must be one of "a", 2.'),
         ({"kind": [2]}, '"at.kind" is [2]. It must be one of "a", 2.'),
-        ({"inner": 3}, '"at.inner" must be a block {...}, not 3 (an integer).'),
+        ({"inner": 3}, '"at.inner" must be a block {...}, not 3 (a whole number).'),
         ({"inner": {"dept": 3}}, 'unknown key "at.inner.dept". Did you mean "depth"?'),
-        ({"maybe": {"depth": "x"}}, '"at.maybe.depth" must be an integer, not "x" (a string).'),
+        ({"maybe": {"depth": "x"}}, '"at.maybe.depth" must be a whole number, not "x" (a string).'),
         ({"free": []}, '"at.free" must be a block {...}, not a list [...].'),
         ({"items": {}}, '"at.items" must be a list [...], not a block {...}.'),
         ({"cuont": 3}, 'unknown key "at.cuont". Did you mean "count"?'),
@@ -238,10 +238,10 @@ def test_a_free_block_in_order() -> None:
         ({"lr": "auto"}, '"params.lr" is "auto", which only the Hugging Face Trainer fills in. Give a value.'),
         ({"lr": "0.1"}, '"params.lr" must be a number, not "0.1" (a string).'),
         ({"lr": True}, '"params.lr" must be a number, not true.'),
-        ({"steps": 1.5}, '"params.steps" must be an integer, not 1.5 (a number).'),
-        ({"steps": True}, '"params.steps" must be an integer, not true.'),
+        ({"steps": 1.5}, '"params.steps" must be a whole number, not 1.5 (a number).'),
+        ({"steps": True}, '"params.steps" must be a whole number, not true.'),
         ({"steps": 10**30}, '"params.steps" has 31 digits. It must fit into 64 bits.'),
-        ({"on": 1}, '"params.on" must be true or false, not 1 (an integer).'),
+        ({"on": 1}, '"params.on" must be true or false, not 1 (a whole number).'),
     ],
 )
 def test_a_free_block_with_an_error(values: dict[str, Any], message: str) -> None:

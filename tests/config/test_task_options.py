@@ -40,7 +40,7 @@ def test_what_is_given_and_what_is_not() -> None:
         ({}, r'"trainer\.task_options\.data" is missing: a file\.'),
         ({"data": "x", "widht": 3}, r'unknown key "trainer\.task_options\.widht"\. Did you mean "width"\?'),
         ({"data": "x", "width": 9}, r'width" is 9\. It must be at most 8'),
-        ({"data": "x", "width": True}, r'width" must be an integer, not true'),
+        ({"data": "x", "width": True}, r'width" must be a whole number, not true'),
         ({"data": "x", "share": 1}, r'share" is 1\.0\. It must be below 1'),
         ({"data": "x", "kind": "c"}, r'kind" is "c"\. It must be one of "a", "b"'),
         ({"data": "x", "name": ""}, r"name\" is ''\. It must be a name, or left out"),
@@ -96,25 +96,25 @@ class Constructed:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("hidden", "many", '"trainer.task_options.hidden" must be an integer, not "many" (a string).'),
-        ("hidden", 2.5, '"trainer.task_options.hidden" must be an integer, not 2.5 (a number).'),
-        ("hidden", None, '"trainer.task_options.hidden" must be an integer, not null.'),
+        ("hidden", "many", '"trainer.task_options.hidden" must be a whole number, not "many" (a string).'),
+        ("hidden", 2.5, '"trainer.task_options.hidden" must be a whole number, not 2.5 (a number).'),
+        ("hidden", None, '"trainer.task_options.hidden" must be a whole number, not null.'),
         ("rate", True, '"trainer.task_options.rate" must be a number, not true.'),
-        ("deep", 1, '"trainer.task_options.deep" must be true or false, not 1 (an integer).'),
+        ("deep", 1, '"trainer.task_options.deep" must be true or false, not 1 (a whole number).'),
         ("kind", 1, '"trainer.task_options.kind" is 1. It must be one of "a", 2, true.'),
-        ("sizes", 3, '"trainer.task_options.sizes" must be a list [...], not 3 (an integer).'),
-        ("sizes", [1, "b"], '"trainer.task_options.sizes[1]" must be an integer, not "b" (a string).'),
+        ("sizes", 3, '"trainer.task_options.sizes" must be a list [...], not 3 (a whole number).'),
+        ("sizes", [1, "b"], '"trainer.task_options.sizes[1]" must be a whole number, not "b" (a string).'),
         ("window", [1], '"trainer.task_options.window" has 1 elements. It must have 2.'),
         ("scales", [1, "x"], '"trainer.task_options.scales[1]" must be a number, not "x" (a string).'),
         ("weights", {"a": "b"}, '"trainer.task_options.weights.a" must be a number, not "b" (a string).'),
-        ("layers", "x", '"trainer.task_options.layers" must be an integer or a list [...], not "x" (a string).'),
-        ("layers", [1, "x"], '"trainer.task_options.layers[1]" must be an integer, not "x" (a string).'),
-        ("places", [{"a": "b"}], '"trainer.task_options.places[0].a" must be an integer, not "b" (a string).'),
-        ("size", 3, '"trainer.task_options.size" must be a block {...}, not 3 (an integer).'),
+        ("layers", "x", '"trainer.task_options.layers" must be a whole number or a list [...], not "x" (a string).'),
+        ("layers", [1, "x"], '"trainer.task_options.layers[1]" must be a whole number, not "x" (a string).'),
+        ("places", [{"a": "b"}], '"trainer.task_options.places[0].a" must be a whole number, not "b" (a string).'),
+        ("size", 3, '"trainer.task_options.size" must be a block {...}, not 3 (a whole number).'),
         ("size", {"width": 1}, '"trainer.task_options.size.height" is missing.'),
         ("size", {"height": 1, "widht": 1}, 'unknown key "trainer.task_options.size.widht". Did you mean "width"?'),
-        ("sloppy", "x", '"trainer.task_options.sloppy" must be an integer, not "x" (a string).'),
-        ("limited", "x", '"trainer.task_options.limited" must be an integer, not "x" (a string).'),
+        ("sloppy", "x", '"trainer.task_options.sloppy" must be a whole number, not "x" (a string).'),
+        ("limited", "x", '"trainer.task_options.limited" must be a whole number, not "x" (a string).'),
     ],
 )
 def test_an_argument_that_its_annotation_does_not_allow(name: str, value: Any, words: str) -> None:
@@ -170,7 +170,7 @@ class PlainOptions:
     ("given", "words"),
     [
         ({}, r'"trainer\.task_options\.width" is missing\.'),
-        ({"width": "x"}, r'"trainer\.task_options\.width" must be an integer, not "x"'),
+        ({"width": "x"}, r'"trainer\.task_options\.width" must be a whole number, not "x"'),
         ({"width": 2, "nmaes": []}, r'unknown key "trainer\.task_options\.nmaes"\. Did you mean "names"\?'),
         ({"width": 2, "derived": 1}, r'unknown key "trainer\.task_options\.derived"'),
         ({"width": 3}, r'"trainer\.task_options": the width 3 must be even'),
@@ -242,7 +242,7 @@ def test_the_options_of_a_users_own_task(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r'unknown key "trainer\.task_options\.hiden".* Did you mean "hidden"\?'):
         load_task(f"{file}:{name}", {"hiden": 5})
     if name != "Constants":
-        with pytest.raises(UserError, match=r'"trainer\.task_options\.hidden" must be an integer, not "big"'):
+        with pytest.raises(UserError, match=r'"trainer\.task_options\.hidden" must be a whole number, not "big"'):
             load_task(f"{file}:{name}", {"hidden": "big"})
 
 

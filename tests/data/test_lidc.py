@@ -261,7 +261,7 @@ def test_what_is_no_such_database_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(broken) as db:
         db.execute("UPDATE contours SET coords = '1,2\n3,x' WHERE id = 2")
     db.close()
-    refused(broken, "coordinates of contour 2 are not lines of two integers")
+    refused(broken, "coordinates of contour 2 are not lines of two whole numbers")
     with sqlite3.connect(broken) as db:
         db.execute("DELETE FROM zvals WHERE val > 1")
     db.close()

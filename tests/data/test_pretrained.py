@@ -65,12 +65,12 @@ def test_from_scratch_and_from_a_folder(folder: Path) -> None:
 
 
 def test_heads(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"was trained for 2 classes, and the data has 3 \(0, 1, 2\)"):
+    with pytest.raises(UserError, match=r"was trained for 2 classes, but the data has 3 \(0, 1, 2\)"):
         built(str(folder), 3)
     notes: list[str] = []
     assert built(str(folder), 3, new_head=True, notes=notes).classifier.weight.shape == (3, 8)
     assert len(notes) == 1
-    assert "has no weights for classifier.bias, classifier.weight: new ones, which follow from the seed" in notes[0]
+    assert "has no weights for classifier.bias, classifier.weight: they are initialised from the seed" in notes[0]
     # A body without a head, as after pretraining.
     built(str(folder)).bert.save_pretrained(folder)
     notes.clear()
@@ -107,7 +107,7 @@ def test_names_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", no_network)
     with pytest.raises(
-        UserError, match=r"(?s)\"bert-base\" is no folder here.*couldn't connect.*give the path of a local"
+        UserError, match=r"(?s)\"bert-base\" is not a folder here.*couldn't connect.*give the path of a local"
     ):
         pretrained.configuration("bert-base")
 

@@ -112,7 +112,7 @@ def test_the_option_data(tmp_path: Path) -> None:
     for wrong in (None, 3, "", {}, {"train": 3}):
         with pytest.raises(UserError, match="must be a file, a folder or a name"):
             tables.check_data(wrong)
-    with pytest.raises(UserError, match=r"config_name.*hub only"):
+    with pytest.raises(UserError, match=r"config_name.*only on datasets of the hub"):
         tables.check_data(str(tmp_path), "en")
 
 
@@ -154,7 +154,7 @@ def test_class_names() -> None:
     assert tables.class_names({"train": [True, False]}) == ["False", "True"]
     assert tables.label_numbers([10, 9], ["9", "10"], False).tolist() == [1, 0]
     for labels, words in (
-        ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' comes 2 times in test, but never in train"),
+        ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' occurs 2 times in test, but never in train"),
         ({"train": ["a", "a"]}, "All labels in train are 'a'. A classifier needs at least two classes"),
         ({"train": [1.5, 2.5]}, "A label in train is 1.5. Labels are whole numbers or strings"),
         ({"train": ["a", 1]}, "some are strings"),
@@ -173,7 +173,7 @@ def test_declared_classes() -> None:
     assert tables.labels(table, "label", "train") == ["pos", "neg"]
     hidden = datasets.Dataset.from_dict({"label": [-1, -1], "text": ["a", "b"]}, features=features)
     with pytest.raises(
-        UserError, match=r"2 labels in test are -1, which is none of the 2 classes .*leave that split out"
+        UserError, match=r"2 labels in test are -1, which is none of the 2 classes .*Leave that split out"
     ):
         tables.labels(hidden, "label", "test")
 
@@ -190,7 +190,7 @@ def test_hold_out_is_stratified_and_keyed() -> None:
 
 def test_duplicates_are_counted() -> None:
     notes = tables.duplicates_note({"train": ["a", "b", "a"], "test": ["a", "c", "b", "b"]})
-    assert notes == ["3 of the 4 samples of test are in train as well, which flatters its metrics"]
+    assert notes == ["3 of the 4 samples of test are also in train, so its metrics are too good"]
     assert tables.duplicates_note({"train": ["a", "a"], "test": ["c"]}) == []
 
 

@@ -62,7 +62,7 @@ def test_keys_types_and_contradictions(capsys: pytest.CaptureFixture[str], confi
     wrong = config_file({"gradient_cliping": 1.0})
     assert 'Did you mean "gradient_clipping"?' in refused(capsys, "--ds_config", wrong)
     strong = config_file()
-    assert '"trainer.epochs" must be an integer, not "ten"' in refused(
+    assert '"trainer.epochs" must be a whole number, not "ten"' in refused(
         capsys, "--ds_config", strong, "--set", "trainer.epochs=ten"
     )
     message = refused(capsys, "--ds_config", strong, "--set", "gradient_accumulation_steps=4")

@@ -133,7 +133,7 @@ def test_a_study_that_is_asked_to_stop(tmp_path: Path, capsys: pytest.CaptureFix
     done = len(list(runs.glob("*.json")))
     assert 1 <= done < 14
     said = capsys.readouterr().out
-    assert f"stopped: {done} of 14 runs are finished and kept. The same command goes on from there." in said
+    assert f"stopped: {done} of 14 runs are finished and kept. The same command continues from there." in said
     assert not (tmp_path / "study" / "running").exists()
     assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
 
@@ -163,7 +163,7 @@ def test_runs_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[
     path.write_text(json.dumps(json.loads(path.read_text()) | {"optimizer": optimizer}))
     assert study(str(path)) == 1
     said = capsys.readouterr().out
-    assert "3 runs could not be made, and are tried again by the same command. The first:" in said
+    assert "3 runs could not be made. The same command tries them again. The first:" in said
     assert "sequential, seed 0: The optimizer SGD cannot be built: Nesterov" in said
     assert finished(tmp_path / "study") == {}
 

@@ -205,10 +205,10 @@ def test_a_part_of_a_split() -> None:
 @pytest.mark.parametrize(
     ("lengths", "padded", "words"),
     [
-        (None, ("x",), r"names padded arrays \(x\), but gives no lengths"),
-        (torch.tensor([1, 0]), ("x",), "lengths must be int64 and at least 1; they are torch.int64 from 0"),
+        (None, ("x",), r"names padded arrays \(x\) but gives no lengths"),
+        (torch.tensor([1, 0]), ("x",), "lengths must be int64 and at least 1; they are torch.int64, the smallest is 0"),
         (torch.tensor([1.0, 2.0]), ("x",), "they are torch.float32"),
-        (torch.tensor([1, 4]), ("x",), "a sample is 4 places long, but 'x' has only 3"),
+        (torch.tensor([1, 4]), ("x",), "a sample has the length 4, but 'x' has only 3 positions"),
         (torch.tensor([1, 2]), ("y",), "the padded array 'y' must be there"),
         (torch.tensor([1, 2]), ("z",), "the padded array 'z' must be there"),
     ],

@@ -47,7 +47,7 @@ def test_out_of_memory_names_the_next_smaller_micro_batch() -> None:
     ):
         if str(error):
             said = str(explained(error, PLAN, None))
-            assert "micro-batch of 8 samples" in said and "halves it is 4" in said
+            assert "micro-batch of 8 samples" in said and "Try half of it, 4" in said
 
 
 def test_an_error_of_the_file_system_is_the_folders(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_bad_data_is_refused(prose: str, records: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="embeddings for 7"):
         made(data=prose, model=GPT2 | {"vocab_size": 7})
     same, _, _ = made(data={"train": records, "test": lines(tmp_path / "t.jsonl", RECORDS[:3])}, validation_fraction=0)
-    assert same.notes == ["3 of the 3 samples of test are in train as well, which flatters its metrics"]
+    assert same.notes == ["3 of the 3 samples of test are also in train, so its metrics are too good"]
     (tmp_path / "short.txt").write_text("abcdef")
     with pytest.raises(UserError, match=r"too short|too few"):
         made(data=str(tmp_path / "short.txt"), validation_fraction=0.1)

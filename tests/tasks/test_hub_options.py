@@ -42,7 +42,7 @@ def test_every_option_says_what_it_is_for() -> None:
         ({"trust_remote_code": "yes"}, r'trust_remote_code" must be true or false, not "yes"'),
         ({"pretrained": 1}, r'pretrained" must be true or false, not 1'),
         ({"split_seed": -1}, r'split_seed" is -1\. It must be at least 0'),
-        ({"split_seed": 0.5}, r'split_seed" must be an integer, not 0\.5'),
+        ({"split_seed": 0.5}, r'split_seed" must be a whole number, not 0\.5'),
         ({"split_column": ""}, r"split_column\" is ''\. It must be a name, or left out"),
         ({"config_name": ["en"]}, r'config_name" must be a string'),
         ({"trust_remote_cod": True}, r'Did you mean "trust_remote_code"'),

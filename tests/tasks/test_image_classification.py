@@ -79,7 +79,7 @@ def test_duplicates_between_splits_are_counted(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", train_x=x, train_y=y, test_x=np.concatenate([x[3:6], x[:2] ^ 1]), test_y=y[:5])
     task: Any = load_task(NAME, {"data": str(tmp_path / "a.npz"), "model": RESNET, "validation_fraction": 0})
     task.splits()
-    assert task.notes == ["3 of the 5 samples of test are in train as well, which flatters its metrics"]
+    assert task.notes == ["3 of the 5 samples of test are also in train, so its metrics are too good"]
 
 
 def test_class_weights_are_counts(tmp_path: Path) -> None:
@@ -245,12 +245,12 @@ def test_another_number_of_classes_needs_a_new_head(tmp_path: Path) -> None:
     options = {"data": dataset(tmp_path / "five", classes=5), "model": str(folder)}
     task: Any = load_task(NAME, options)
     task.splits()
-    with pytest.raises(UserError, match=r'(?s)trained for 3 classes, and the data has 5.*"new_head": true'):
+    with pytest.raises(UserError, match=r'(?s)trained for 3 classes, but the data has 5.*"new_head": true'):
         task.model()
     task = load_task(NAME, {**options, "new_head": True})
     task.splits()
     assert task.model().config.num_labels == 5
-    assert any("new ones, which follow from the seed" in note for note in task.notes)
+    assert any("they are initialised from the seed" in note for note in task.notes)
 
 
 def test_processors_of_other_kinds(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": {**RESNET, "num_labels": 7}}, "is for 7 classes, but the data has 3"),
     ({"model": {**RESNET, "num_channels": 3}, "channels": 1}, 'channels" is 1, but .*num_channels" is 3'),
     ({"model": {**VIT, "image_size": 8}, "image_size": 12}, 'image_size" is 12x12, but .* is 8x8'),
-    ({"model": "no/such-model-here"}, "is no folder here"),
+    ({"model": "no/such-model-here"}, "is not a folder here"),
     ({"new_head": True}, 'new_head" has no effect'),
     ({"pretrained": False}, 'pretrained" has no effect'),
     ({"image_size": 0}, r"image_size\" is 0. It must be a side in pixels, or \[height, width\]"),
@@ -303,7 +303,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"flip": 1}, 'flip" must be true or false, not 1'),
     ({"erasing": 1.5}, 'erasing" is 1.5. It must be at most 1'),
     ({"validation_fraction": 1}, 'validation_fraction" is 1'),
-    ({"split_seed": True}, 'split_seed" must be an integer, not true'),
+    ({"split_seed": True}, 'split_seed" must be a whole number, not true'),
     ({"label_smoothing": 1}, 'label_smoothing" is 1'),
     ({"class_weights": [1, 2]}, "class_weights"),
     ({"label_column": ""}, "label_column\" is ''. It must be a name"),

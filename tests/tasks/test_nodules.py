@@ -418,8 +418,8 @@ def test_a_model_is_rebuilt_without_the_data(tmp_path: Path) -> None:
         ({"data": 3}, r'task_options\.data" must be a string, not 3'),
         ({"model": "gan"}, r'task_options\.model" is "gan". It must be one of "vae", "autoencoder"'),
         ({"latent": 0}, r'task_options\.latent" is 0. It must be at least 1'),
-        ({"latent": 8.0}, r'task_options\.latent" must be an integer, not 8\.0'),
-        ({"width": True}, r'task_options\.width" must be an integer, not true'),
+        ({"latent": 8.0}, r'task_options\.latent" must be a whole number, not 8\.0'),
+        ({"width": True}, r'task_options\.width" must be a whole number, not true'),
         ({"split_seed": -1}, r'task_options\.split_seed" is -1'),
         ({"beta": -1}, r'task_options\.beta" is -1\.0. It must be at least 0'),
         ({"beta_warmup": 1.5}, r'task_options\.beta_warmup" is 1\.5. It must be below 1'),
@@ -452,7 +452,7 @@ def save(**arrays: Any) -> Callable[[Path], None]:
         (save(masks_packed=balls(2)), "has no array 'patient'. It has: masks_packed"),
         (
             save(masks_packed=balls(1), patient=np.array([{}], dtype=object)),
-            r"is an array of Python objects, which is stored pickled and not loaded",
+            r"is an array of Python objects. It is stored pickled",
         ),
         (
             save(masks_packed=np.zeros((2, 32, 32, 32)), patient=[1, 2]),
@@ -461,7 +461,10 @@ def save(**arrays: Any) -> Callable[[Path], None]:
         (save(masks_packed=balls(2)[:, :512], patient=[1, 2]), r"is uint8 \(2, 512\)"),
         (save(masks_packed=balls(2), patient=[1, 2], shape=[16, 32, 64]), r"for masks of \[16, 32, 64\]"),
         (save(masks_packed=balls(2), patient=[1, 2, 3]), r"patient is int64 \(3,\).*each of the 2 masks"),
-        (save(masks_packed=balls(2), patient=[0.5, 2.0]), r"patient is float64 \(2,\). It must be one integer or text"),
+        (
+            save(masks_packed=balls(2), patient=[0.5, 2.0]),
+            r"patient is float64 \(2,\). It must be one whole number or text",
+        ),
         (save(masks_packed=np.zeros((3, 4096), np.uint8), patient=[1, 2, 3]), "3 masks are empty, row 0 first"),
         (save(masks_packed=balls(3), patient=[7, 7, 7]), r"none of its 1 patient falls into the \w+ split"),
         (save(masks_packed=balls(0 + 1)[:0], patient=np.zeros(0, int)), "none of its 0 patients falls into the train"),

@@ -208,7 +208,7 @@ def test_a_saved_folder_is_a_pretrained_model(data: str, tmp_path: Path) -> None
     # Three classes need a new head, and only if somebody says so.
     three = write(tmp_path / "three.csv", rows(60, ("a", "b", "c")))
     with pytest.raises(
-        UserError, match=r'(?s)was trained for 2 classes, and the data has 3 \(a, b, c\).*"new_head": true'
+        UserError, match=r'(?s)was trained for 2 classes, but the data has 3 \(a, b, c\).*"new_head": true'
     ):
         made(data=three, model=str(folder))
     headed, _, head = made(data=three, model=str(folder), new_head=True)
@@ -272,7 +272,7 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         made(data=bad(tmp_path, {3: {"label": None}, 5: {"label": None}}))
     (tmp_path / "test.csv").write_text("text,label\na b,eggs\n")
     with pytest.raises(
-        UserError, match=r"The label 'eggs' comes 1 time in test, but never in train.* Train has: ham, spam"
+        UserError, match=r"The label 'eggs' occurs 1 time in test, but never in train.* Train has: ham, spam"
     ):
         made(data={"train": data, "test": str(tmp_path / "test.csv")})
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         made(data=data, model=BERT | {"vocab_size": 6})
     both = write(tmp_path / "same.csv", [*rows(10, seed=5), *rows(3)])
     task, _, _ = made(data={"train": data, "test": both}, validation_fraction=0)
-    assert task.notes == ["3 of the 13 samples of test are in train as well, which flatters its metrics"]
+    assert task.notes == ["3 of the 13 samples of test are also in train, so its metrics are too good"]
 
 
 @pytest.mark.parametrize(
@@ -300,13 +300,13 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         ({"new_head": True}, 'new_head" has no effect'),
         ({"text_column": 3}, 'text_column" must be a string, not 3'),
         ({"model": "folder", "tokenizer": "words"}, "were trained with another one"),
-        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect on the tokenizer "words" only'),
+        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect only on the tokenizer "words"'),
         ({"vocabulary": 0}, "at least 1"),
         ({"max_length": 2}, "at least 3"),
         ({"validation_fraction": 1.0}, "below 1"),
         ({"label_smoothing": 1}, "below 1"),
         ({"data": 3}, "must be a file, a folder"),
-        ({"config_name": "en"}, "hub only"),
+        ({"config_name": "en"}, "only on datasets of the hub"),
     ],
 )
 def test_options_that_make_no_sense(data: str, options: dict[str, Any], words: str) -> None:

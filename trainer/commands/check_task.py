@@ -1,8 +1,8 @@
-"""`python -m trainer check-task FILE.py:NAME`: says in plain words what of a task isn't exact, and why.
+"""`python -m trainer check-task FILE.py:NAME`: says in plain words what in a task isn't exact, and why.
 
-First the task is rehearsed as a run would rehearse it, at the config's own micro-batch sizes, and looked at for data
-that changes. Then two steps of it, an epoch's last and smaller global batch among them, are run at one, two and three
-ranks, and every bit is compared.
+First the task is rehearsed as a run would rehearse it, with the config's own micro-batch sizes. It is also checked for
+two mistakes that a comparison of bits cannot find: a forward that averages, and data that changes. Then two steps are
+run at one, two and three ranks, with an epoch's last, smaller global batch among them, and every bit is compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..run.build import Pieces
 
 _SAMPLES = 8
-_SEED = 20_180_724  # any
+_SEED = 20_180_724  # any number would do
 
 
 def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = None) -> int:
@@ -75,7 +75,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
     except UserError:
         if not found["problems"]:
             raise
-        difference = None  # refused for what was just said
+        difference = None  # refused for a problem that was just reported
     if difference is not None:
         say(f"NOT EXACT: {difference}")
     if difference is None and not found["problems"]:
@@ -97,13 +97,13 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _few_steps(config: Config, samples: int) -> str | None:
-    """Runs two steps at one, two and three ranks. A sentence on the first difference, or None."""
+    """Runs two steps at one, two and three ranks. Returns a sentence on the first difference, or None."""
     from .verify import first_difference, run_traced
 
     trainer = dataclasses.replace(config.trainer, max_steps=2, evaluate_every_epochs=0)
     B = config.plan(1).global_batch_size
     if samples > B + samples % B and samples % B and not config.trainer.drop_last:
-        # So few samples that the second step is an epoch's last, of fewer samples.
+        # With this number of samples, the second step is an epoch's last, smaller batch.
         trainer = dataclasses.replace(trainer, train_samples=B + samples % B)
     with tempfile.TemporaryDirectory(prefix="check-task-") as scratch:
         for world_size in _world_sizes(config):
@@ -141,11 +141,11 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
     problems += [f"{finding.what}.\n{finding.remedy}" for finding in found.findings]
     notes = [f"{note}." for note in found.notes]
     if not problems:
-        # Noise would look like statistics.
+        # Only now: random noise would look like statistics across the batch.
         notes += examination.statistics_across_the_batch()
         notes += [
             f"{counter} changes with micro-batches. No number depended on it here. If one does later, the run is not "
-            "exact, and the audit may stop it: for annealing, take the keyword progress."
+            "exact, and the audit may stop it. For annealing, use the keyword progress."
             for counter in found.counters
         ]
     sizes = [item.samples for item in items_of(p.batches, 0)]
@@ -158,7 +158,7 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
 
 
 class _Examination:
-    """One task, its model and a few samples, looked at for slips that a rehearsal does not see."""
+    """Checks one task, with its model and a few samples, for mistakes that a rehearsal does not see."""
 
     def __init__(self, p: Pieces) -> None:
         from ..exact.progress import Progress, TaskCalls
@@ -174,7 +174,7 @@ class _Examination:
         return split.gather(torch.tensor(samples, device=self._p.device) % len(split))
 
     def _loss(self, batch: Batch, *, training: bool) -> float:
-        """The summed loss, from one seeding of torch's generators and with the model's buffers left as they were."""
+        """The summed loss. Torch's generators get the same seed each time, and the model's buffers are restored."""
         import torch
 
         from ..tasks.contract import check_loss
@@ -201,8 +201,8 @@ class _Examination:
         if again.data_hash() == self._p.data_sha256()["train"]:
             return []
         return [
-            "splits() gives other data at a second call: every rank calls it, and all must get the same. Seed what it "
-            "draws, for example torch.Generator().manual_seed(0)."
+            "splits() gives other data at a second call. Every rank calls it, and all must get the same data. Use a "
+            "seeded generator, for example torch.Generator().manual_seed(0)."
         ]
 
     def statistics_across_the_batch(self) -> list[str]:
@@ -212,6 +212,6 @@ class _Examination:
         if math.isclose(whole, apart, rel_tol=1e-3, abs_tol=1e-6) or not math.isfinite(together):
             return []
         return [
-            "in evaluation, too, a sample's loss depends on the samples beside it. That is the same at every number of "
-            "ranks, but metrics then depend on trainer.evaluate_micro_batch_size."
+            "in evaluation, too, a sample's loss depends on the other samples of its micro-batch. That is the same at "
+            "every number of ranks, but metrics then depend on trainer.evaluate_micro_batch_size."
         ]

@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what to run; a flag wins over the file, the file over the default."""
+    """The flags that describe a run. A flag overrides the file, and the file overrides the default."""
     parser.add_argument(
         "--ds_config", required=True, metavar="FILE", help="JSON config: DeepSpeed's keys and a trainer block"
     )
@@ -44,10 +44,10 @@ def run_parser() -> argparse.ArgumentParser:
     add_config_flags(parser)
     parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
     parser.add_argument(
-        "--resume", default="none", metavar="auto|none|DIR", help="go on from a run's newest checkpoint, or DIR's"
+        "--resume", default="none", metavar="auto|none|DIR", help="continue from a run's newest checkpoint, or DIR's"
     )
     parser.add_argument(
-        "--allow_changed_config", action="store_true", help="go on even where a changed config changes the bits"
+        "--allow_changed_config", action="store_true", help="continue even if a changed config changes the bits"
     )
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     return parser
@@ -69,16 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
-    check = commands.add_parser("check-task", help="say what of a task isn't exact, and why")
+    check = commands.add_parser("check-task", help="say what in a task isn't exact, and why")
     check.add_argument("task", metavar="TASK", help="path/to/file.py:ClassName, or a built-in task")
     check.add_argument("--ds_config", metavar="FILE", help="with this config's micro-batches, optimizer and precision")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="trainer.task_options.x=3")
-    guess = commands.add_parser("predict", help="what a trained model says of new data")
+    guess = commands.add_parser("predict", help="predictions of a trained model for new data")
     guess.add_argument("--model", required=True, metavar="DIR", help="a run's output folder, or the model in it")
-    guess.add_argument("--input", required=True, metavar="FILE", help="a file, or a folder where the task takes one")
-    guess.add_argument("--output", metavar="FILE", help="where predictions go; without it to the console")
-    guess.add_argument("--format", choices=("csv", "jsonl"), help="without it, by the output's name, else csv")
-    guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of a task of your own")
+    guess.add_argument("--input", required=True, metavar="FILE", help="a file, or a folder if the task takes one")
+    guess.add_argument("--output", metavar="FILE", help="where predictions go; default: the console")
+    guess.add_argument("--format", choices=("csv", "jsonl"), help="default: by the output's name, else csv")
+    guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of your own task")
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: study.seeds=5"
     )
-    compare.add_argument("--dry_run", action="store_true", help="show the plan; starts no run")
+    compare.add_argument("--dry_run", action="store_true", help="show the plan and start no run")
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
     again.add_argument("folder", metavar="DIR", help="study.output_dir")
     for command in (plan, verify):
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return report(flags.folder)
         if min(flags.world_sizes) < 1:
-            raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size is at least 1.")
+            raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size must be at least 1.")
         config = config_from(flags)
         if flags.command == "plan":
             from .show_plan import plan_table

@@ -1,4 +1,4 @@
-"""`python -m trainer predict`: what a trained model says of new data, as csv or json lines."""
+"""`python -m trainer predict`: predictions of a trained model for new data, as csv or json lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def predict(
         model: the folder of a model, or the output folder of its run.
         source: the file or folder to predict on.
         output: where rows go; None for the console.
-        kind: "csv" or "jsonl"; None follows from the output's name, else csv.
+        kind: "csv" or "jsonl"; None takes it from the output's name, else csv.
         task_name: path/to/file.py:ClassName for a model of a user's own task.
         batch_size: samples of one forward.
         device: "auto", "cpu" or "cuda".
@@ -94,9 +94,9 @@ def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Mo
     if not isinstance(name, str) or not isinstance(options, dict):
         raise UserError(f"{folder / ORIGIN} is damaged: it must name a task and its options.")
     if ":" in name:
-        # A model's folder may come from anywhere: it does not choose which code runs here.
+        # A model's folder may come from anybody, so it must not choose which code runs here.
         if task_name is None:
-            raise UserError(f"This model belongs to a task of its own, {name}. Say --task path/to/file.py:ClassName.")
+            raise UserError(f"This model belongs to a user's task, {name}. Add --task path/to/file.py:ClassName.")
         name = task_name
     else:
         options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})

@@ -1,7 +1,7 @@
 """`python -m trainer.commands.reference`: writes the tables of all keys into the pages that hold them.
 
-For those who add a key. A page says where a table goes by a comment, `<!-- keys: name -->`, and where it ends by
-`<!-- end -->`. A test compares.
+Run it after adding a key. In a page, the comment `<!-- keys: name -->` marks where a table begins, and `<!-- end -->`
+where it ends. A test checks that the pages are up to date.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
             rows.append((str(world_size), "-", "-", "-", "-", f"no; nearest is {nearest}"))
             continue
         scaling = plan.scaling
-        # The busiest rank sets the pace; communication can only lower this.
+        # The rank with the most micro-batches determines the step time. Communication can only lower the speed-up.
         ideal = plan.micro_batches / plan.gradient_accumulation_steps
         rows.append(
             (

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traced:
-    """One run that came to its end, or stopped at a loss that is not finite.
+    """One run that finished, or stopped at a loss that is not finite.
 
     Attributes:
-        trace: rank 0's file, a line of digests a step.
-        summary: as in summary.json; of a stopped run the steps before the bad one, and under "stopped" why.
+        trace: rank 0's file, with a line of digests for each step.
+        summary: as in summary.json. For a stopped run: the steps before the bad one, and the reason under "stopped".
     """
 
     world_size: int
@@ -45,12 +45,12 @@ class Traced:
 
     @property
     def stopped(self) -> str | None:
-        """Why it stopped before its end."""
+        """Why it stopped before its end; None if it did not."""
         return self.summary.get("stopped")
 
     @property
     def label(self) -> str:
-        """What the table adds for a run that the trainer does not promise to be exact."""
+        """What the table adds for a run that is not labelled bitwise."""
         return " (labelled tolerance)" if self.summary.get("inexact") else ""
 
 
@@ -72,7 +72,7 @@ def run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
 
 
 def run_to_a_stop(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
-    """The same, for which a loss that is not finite is a result: whether every world size stops there is the question.
+    """As `run_traced`, but a loss that is not finite is a result: verify then checks that all world sizes stop there.
 
     Returns:
         `Traced.summary`.
@@ -107,11 +107,11 @@ def first_difference(one: Path, other: Path, steps: int | None = None) -> tuple[
 def verify(config: Config, world_sizes: Sequence[int]) -> int:
     """Runs the config at each world size, compares with the first and prints a table.
 
-    Every step's loss sums, parameters, buffers and optimizer state are compared, and within a run the
-    ranks' parameters after every step. A run that stops because its loss is not finite is compared up to there.
+    Every step's loss sums, parameters, buffers and optimizer state are compared. Within a run, the ranks' parameters
+    are compared after every step. A run that stops because its loss is not finite is compared up to that step.
 
     Returns:
-        0 if everything is the same bit for bit, else 1.
+        0 if no run differs from the first in any bit, else 1.
 
     Raises:
         UserError: a world size is impossible, or the config is weak scaling; before anything starts.
@@ -156,10 +156,13 @@ def verify(config: Config, world_sizes: Sequence[int]) -> int:
     labelled = [run for run in runs if run.label]
     say(*[f"{_ranks(r.world_size)}, labelled tolerance: {'; '.join(r.summary['inexact'])}." for r in labelled])
     if labelled:
-        say("A run that is labelled tolerance need not have the same bits as another; bits are what verify compares.")
+        say("verify compares bits, but a run that is labelled tolerance need not have the same bits as another.")
     if any(verdict.startswith("NO") for verdict in verdicts):
         say("NOT the same bits at every world size.")
         return 1
+    if len(rows) == 1:
+        say("A single world size: there was nothing to compare. Give --world_sizes at least two numbers.")
+        return 0
     say(_same(runs[0]))
     return 0
 
@@ -169,7 +172,7 @@ def _ranks(world_size: int) -> str:
 
 
 def _same(run: Traced) -> str:
-    """The last line, where every run is as the reference."""
+    """The last line, if every run agrees with the reference."""
     compared = f"in each of {run.steps} steps: loss, parameters, buffers, optimizer state."
     if not run.stopped:
         return f"The same bits at every world size, {compared}"
@@ -180,17 +183,17 @@ def _same(run: Traced) -> str:
 
 
 def _verdict(reference: Traced, run: Traced) -> str:
-    """What the table says of one run against the reference: "yes", or "NO: " and what differs first."""
+    """The table's verdict on one run against the reference: "yes", or "NO: " and what differs first."""
     difference = first_difference(reference.trace, run.trace, min(reference.steps, run.steps))
     if difference is not None:
         return f"NO: first at step {difference[0]}, in {difference[1]}"
     if run.steps != reference.steps:
-        return f"NO: {run.steps} steps, and the reference made {reference.steps}"
+        return f"NO: {run.steps} steps, but the reference made {reference.steps}"
     if run.stopped != reference.stopped:
-        return "NO: it stopped in another way than the reference"
-    # As text, in which nan is equal to nan.
+        return "NO: it stopped for another reason than the reference"
+    # Compared as text, because nan is not equal to itself as a number.
     if json.dumps(run.summary["metrics"]) != json.dumps(reference.summary["metrics"]):
-        return "NO: the final metrics, though every step is the same"
+        return "NO: the final metrics differ, although every step is the same"
     return "yes"
 
 

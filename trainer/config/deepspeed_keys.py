@@ -1,28 +1,28 @@
 """DeepSpeed's own config keys: what it accepts, and which of them would have no effect here.
 
-DeepSpeed takes misspelt keys silently almost everywhere, so the names are kept here and compared with
-the installed DeepSpeed by a test. Written down rather than imported, because `plan` and every config
-error have to come before torch and DeepSpeed are loaded.
+DeepSpeed ignores misspelt keys almost everywhere. So the names are listed here, and a test compares them
+with the installed DeepSpeed. They are not imported, because `plan` and config errors must come before
+torch and DeepSpeed are loaded.
 """
 
 from __future__ import annotations
 
-# Keys DeepSpeed reads that this trainer refuses, with what to do instead. A setting that cannot take
-# effect is an error, not a surprise.
-_OWN_LOOP = "DeepSpeed acts on it in its own forward and backward, which the exact path does not go through"
+# Keys that DeepSpeed reads and this trainer refuses, with the reason or the remedy. A setting that cannot take effect
+# is an error.
+_OWN_LOOP = "DeepSpeed uses it in its own forward and backward, which the exact path does not use"
 REFUSED: dict[str, str] = {
     "fp16": "half-precision weights and loss scaling are not supported; use torch_autocast with dtype bfloat16",
     "bf16": "bfloat16 weights are not supported; use torch_autocast with dtype bfloat16 (weights stay float32)",
     "bfloat16": "bfloat16 weights are not supported; use torch_autocast with dtype bfloat16",
     "amp": "DeepSpeed has removed it; use torch_autocast",
-    "data_types": "gradients are accumulated in float32, which is what makes the sum exact",
+    "data_types": "gradients are always accumulated in float32",
     "managed_gradient_accumulation": "the trainer sets it",
     "disable_allgather": _OWN_LOOP,
     "sparse_gradients": "DeepSpeed has removed it",
     "sparse_attention": "DeepSpeed has removed it",
     "wall_clock_breakdown": "the trainer logs throughput/{data,compute,reduce,optimizer,eval}_ms to TensorBoard itself",
     "flops_profiler": _OWN_LOOP,
-    "autotuning": "the micro-batch decides the bits, so it is yours to choose",
+    "autotuning": "the bits depend on the micro-batch, so you have to choose it",
     "activation_checkpointing": _OWN_LOOP,
     "pipeline": "only data parallelism is supported",
     "tensor_parallel": "only data parallelism is supported",
@@ -108,7 +108,7 @@ ZERO: dict[str, Types] = {
     "leaf_module": _DICT,
 }
 
-# Keys that only DeepSpeed's own reduction reads, which runs at ZeRO stages 1 to 3 alone.
+# Keys that only DeepSpeed's own reduction reads. It runs only at ZeRO stages 1 to 3.
 ONLY_WITH_ZERO = (
     "communication_data_type",
     "prescale_gradients",
@@ -118,8 +118,8 @@ ONLY_WITH_ZERO = (
     "zero_force_ds_cpu_optimizer",
 )
 
-# Optimizers DeepSpeed builds itself: parameter names and their JSON types. All other names but those of LAYERWISE
-# are torch.optim's; their signatures are read where torch is loaded anyway (optimizers.check_optimizer).
+# Optimizers that DeepSpeed builds itself: parameter names and their JSON types. All other names, except those in
+# LAYERWISE, are torch.optim's. Their signatures are read later, when torch is loaded (optimizers.check_optimizer).
 _NUMBER: Types = (int, float)
 _PAIR: Types = (list,)
 _ADAM: dict[str, Types] = {
@@ -152,9 +152,9 @@ OPTIMIZERS: dict[str, dict[str, Types]] = {
 # with fp16 and dynamic loss scaling, and it has no LARS.
 LAYERWISE = ("lars", "lamb")
 REFUSED_OPTIMIZERS: dict[str, str] = {
-    "muon": "DeepSpeed takes the name for its own, which needs parameters that are tagged in its own way",
-    "lbfgs": "it computes the loss several times in a step, and a step here computes each micro-batch once",
-    "sparseadam": "it takes sparse gradients only, and gradients here are dense",
+    "muon": "under this name DeepSpeed builds its own, which needs parameters that carry its tags",
+    "lbfgs": "it computes the loss several times in a step, but a step here computes each micro-batch once",
+    "sparseadam": "it takes only sparse gradients, but gradients here are dense",
     "muadam": "it needs the mup package",
     "muadamw": "it needs the mup package",
     "musgd": "it needs the mup package",

@@ -1,8 +1,8 @@
-"""One JSON file describes a run: DeepSpeed's own keys and the `"trainer"` block, every key of it checked.
+"""One JSON file describes a run: DeepSpeed's own keys and the `"trainer"` block. Every key is checked.
 
-The schema is the dataclasses below; a field declares its type, its range and its meaning in one place.
-Only the standard library is imported, so that a bad config is reported before torch is loaded, a
-process group exists or a device is claimed.
+The dataclasses below are the schema: a field declares its type, its range and its meaning in one place.
+Only the standard library is imported. So a bad config is reported before torch is loaded, a process
+group exists or a device is claimed.
 """
 
 from __future__ import annotations
@@ -21,54 +21,59 @@ from .schema import build, check_arguments, lay_over, near, option, read_json
 
 @dataclass(frozen=True)
 class LearningRateOptions:
-    """`trainer.learning_rate`: what happens to `optimizer.params.lr` over a run."""
+    """`trainer.learning_rate`: how `optimizer.params.lr` changes over a run."""
 
     scaling_rule: Literal["none", "linear", "sqrt", "adascale"] = option(
         "none", "multiply the rate by the growth k of the global batch (linear), by sqrt(k), or by AdaScale's gain"
     )
     base_global_batch_size: int | None = option(
-        None, "the global batch the rate was chosen for; weak scaling takes that of one rank", minimum=1
+        None, "the global batch for which the rate was chosen; default under weak scaling: that of one rank", minimum=1
     )
     warmup_epochs: float = option(0.0, "epochs of gradual warm-up, from the unscaled to the scaled rate", minimum=0)
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "the shape after warm-up")
-    final_fraction: float = option(0.0, "where linear and cosine end, of the highest rate", minimum=0, below=1)
+    final_fraction: float = option(
+        0.0, "the last rate of linear and cosine, as a fraction of the highest rate", minimum=0, below=1
+    )
     adascale_steps: int | None = option(
         None,
-        "the run ends when AdaScale's gains add up to this many steps; without it after trainer.epochs",
+        "the run ends when AdaScale's gains add up to this many steps; default: after trainer.epochs",
         minimum=1,
     )
 
 
 @dataclass(frozen=True)
 class BestOptions:
-    """`trainer.best`: which model of a run is kept, and when a run has seen enough."""
+    """`trainer.best`: which model of a run is kept, and early stopping."""
 
-    metric: str | None = option("auto", "of validation; auto is the task's own choice, null keeps the last model")
-    mode: Literal["auto", "min", "max"] = option("auto", "whether less or more of the metric is better")
+    metric: str | None = option(
+        "auto",
+        "the metric on validation that chooses the model; auto is the task's own choice, null keeps the last model",
+    )
+    mode: Literal["auto", "min", "max"] = option("auto", "whether a lower (min) or a higher (max) metric is better")
     patience_evaluations: int = option(
-        0, "stop after this many validations without a better one, 0 for never", minimum=0
+        0, "stop after this many validations without a better model; 0 for never", minimum=0
     )
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """`trainer.checkpoint`: what a run that is interrupted goes on from."""
+    """`trainer.checkpoint`: from what an interrupted run continues."""
 
     every_steps: int = option(
-        500, "steps between checkpoints; with 0, only a run that is stopped writes one", minimum=0
+        500, "steps between checkpoints; with 0, a run writes one only when it is stopped", minimum=0
     )
-    keep: int = option(2, "how many of the newest to keep", minimum=1)
+    keep: int = option(2, "the number of newest checkpoints to keep", minimum=1)
 
 
 @dataclass(frozen=True)
 class LoraOptions:
     """`trainer.lora`: train low-rank updates instead of the weights (Hu et al. 2021), by the package peft."""
 
-    rank: int = option(8, "of the updates", minimum=1)
+    rank: int = option(8, "rank of the updates", minimum=1)
     alpha: int = option(16, "the updates are scaled by alpha / rank", minimum=1)
-    dropout: float = option(0.0, "on the updates' input", minimum=0, below=1)
-    target_modules: list[str] = option([], "names of layers that get updates; without any, all linear layers")
-    also_train: list[str] = option([], "modules trained whole; without any, a classifier's last layer")
+    dropout: float = option(0.0, "dropout on the updates' input", minimum=0, below=1)
+    target_modules: list[str] = option([], "names of layers that get updates; default: all linear layers")
+    also_train: list[str] = option([], "modules that are trained whole; default: a classifier's last layer")
 
 
 @dataclass(frozen=True)
@@ -82,38 +87,42 @@ class TrainerOptions:
     train_samples: int | None = option(
         None, "train on this many samples of the training split; the choice does not depend on the seed", minimum=1
     )
-    seed: int = option(0, "all randomness follows from it: weights, sample order, dropout, augmentation", minimum=0)
+    seed: int = option(0, "determines all randomness: weights, sample order, dropout, augmentation", minimum=0)
     drop_last: bool = option(False, "leave out an epoch's last, smaller global batch")
-    output_dir: str | None = option(None, "where results go; without it a new folder runs/<config>-<number>")
+    output_dir: str | None = option(None, "where results go; default: a new folder runs/<config>-<number>")
     exactness: Literal["auto", "bitwise"] = option(
-        "auto", "auto labels every result as bitwise or tolerance; bitwise refuses to run what cannot be exact"
+        "auto", "auto labels every result as bitwise or tolerance; bitwise refuses a run that cannot be exact"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes GPUs where there are any")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes GPUs if there are any")
     ranks_per_gpu: int = option(1, "ranks that share one GPU, over gloo: to check exactness, not for speed", minimum=1)
-    cpu_threads: int = option(1, "intra-op threads of a rank; part of what the bits depend on", minimum=1)
+    cpu_threads: int = option(1, "intra-op threads of a rank; the bits depend on it", minimum=1)
     evaluate_every_epochs: int = option(1, "epochs between validations; 0 for none", minimum=0)
     evaluate_micro_batch_size: int = option(128, "samples of one forward in evaluation", minimum=1)
     log_every_steps: int = option(10, "length of the logging window in steps", minimum=1)
     guard_every_steps: int = option(50, "steps between comparisons of the ranks' parameters; 0 for none", minimum=0)
     audit_every_steps: int | None = option(
         None,
-        "steps between audits, in which each rank computes a micro-batch of another one again; 0 for none, by default "
-        "with the guard, and less often where a rank has fewer than four micro-batches",
+        "steps between audits, in which each rank computes a micro-batch of another rank again; 0 for none; default: "
+        "as often as the guard, and less often if a rank has fewer than four micro-batches",
         minimum=0,
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
-    checkpoint: CheckpointOptions = option(CheckpointOptions, "what an interrupted run goes on from")
+    checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
     max_wall_time_s: float | None = option(
         None, "stop with a checkpoint after this many seconds (exit code 75)", above=0
     )
-    hang_timeout_s: float = option(600.0, "give up when a rank does not answer for this many seconds", minimum=15)
+    hang_timeout_s: float = option(
+        600.0, "give a rank up as lost if it does not answer for this many seconds", minimum=15
+    )
     learning_rate: LearningRateOptions = option(LearningRateOptions, "scaling rule, warm-up and schedule")
-    best: BestOptions = option(BestOptions, "the model that is kept and tested: the best on validation; early stopping")
-    decay_biases_and_norms: bool = option(False, "weight decay for parameters of one dimension as well")
+    best: BestOptions = option(BestOptions, "which model is kept and tested, and early stopping")
+    decay_biases_and_norms: bool = option(False, "apply weight decay to parameters of one dimension, too")
     parameter_groups: dict[str, Any] = option({}, "parameter name or pattern -> other optimizer.params for it")
-    freeze: list[str] = option([], "names or patterns of parameters that stay as they are")
+    freeze: list[str] = option([], "names or patterns of parameters that are not trained")
     lora: LoraOptions | None = option(None, "train low-rank updates instead of the weights")
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "compute activations a second time in the backward: less memory, more time"
+    )
     compile: bool = option(False, "compile the model with torch.compile")
 
 
@@ -122,14 +131,14 @@ class OptimizerOptions:
     """`optimizer`, as DeepSpeed reads it."""
 
     type: str = option(
-        "AdamW", "Adam, AdamW and Lion are DeepSpeed's own, LARS and LAMB pytorch-optimizer's, any other torch.optim's"
+        "AdamW", "Adam, AdamW and Lion are DeepSpeed's, LARS and LAMB are pytorch-optimizer's, all others torch.optim's"
     )
     params: dict[str, Any] = option({}, "the optimizer's arguments")
 
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """`scheduler`, as DeepSpeed reads it; trainer.learning_rate is the other way to have one."""
+    """`scheduler`, as DeepSpeed reads it. trainer.learning_rate is the alternative."""
 
     type: str = option("", "one of DeepSpeed's schedulers")
     params: dict[str, Any] = option({}, "the scheduler's arguments")
@@ -145,7 +154,7 @@ class TorchAutocastOptions:
 
 @dataclass(frozen=True)
 class TensorBoardOptions:
-    """`tensorboard`, DeepSpeed's block, of which only the switch is ours to obey."""
+    """`tensorboard`, DeepSpeed's block. Only its switch has an effect here."""
 
     enabled: bool = option(True, "write TensorBoard events under <output_dir>/tensorboard")
 
@@ -154,11 +163,11 @@ class TensorBoardOptions:
 class Config:
     """A whole config file: DeepSpeed's keys at the top level, ours under `trainer`."""
 
-    train_batch_size: int | None = option(None, "global batch: given, the run is strong scaling", minimum=1)
+    train_batch_size: int | None = option(None, "global batch; if it is given, the run is strong scaling", minimum=1)
     train_micro_batch_size_per_gpu: int | None = option(None, "samples of one forward/backward", minimum=1)
     gradient_accumulation_steps: int | None = option(None, "micro-steps of a rank, for weak scaling", minimum=1)
     gradient_clipping: float = option(1.0, "largest gradient norm (DeepSpeed's default is 1.0); 0 for none", minimum=0)
-    optimizer: OptimizerOptions = option(OptimizerOptions, "which optimizer")
+    optimizer: OptimizerOptions = option(OptimizerOptions, "the optimizer")
     scheduler: SchedulerOptions | None = option(None, "DeepSpeed's schedule of the learning rate")
     torch_autocast: TorchAutocastOptions = option(TorchAutocastOptions, "mixed precision")
     tensorboard: TensorBoardOptions = option(TensorBoardOptions, "events")
@@ -172,16 +181,16 @@ class Config:
     steps_per_print: int | None = option(None, "DeepSpeed's progress line, in its log file", minimum=1)
     memory_breakdown: bool = option(False, "DeepSpeed's memory report, in its log file")
     dump_state: bool = option(False, "DeepSpeed's settings, in its log file")
-    disable_python_gc: bool = option(False, "DeepSpeed switches Python's garbage collector off")
+    disable_python_gc: bool = option(False, "let DeepSpeed switch Python's garbage collector off")
     trainer: TrainerOptions = option(TrainerOptions, "everything that DeepSpeed has no key for")
 
     @property
     def zero_stage(self) -> int:
-        """0 for none; 1 to 3 let DeepSpeed reduce gradients its own way."""
+        """0 for no ZeRO. With 1 to 3, DeepSpeed reduces gradients in its own order."""
         return int(self.zero_optimization.get("stage", 0))
 
     def plan(self, world_size: int) -> BatchPlan:
-        """The batch plan at a world size. Raises UserError where there is none."""
+        """The batch plan at a world size. Raises UserError if there is none."""
         return resolve(
             world_size,
             self.train_batch_size,
@@ -201,11 +210,11 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Reads a config file, lays overrides over it and checks the whole.
+    """Reads a config file, applies overrides and checks the result.
 
     Args:
         path: the JSON file.
-        overrides: dotted key -> value ("trainer.seed" -> 3); they win over the file.
+        overrides: dotted key -> value ("trainer.seed" -> 3). They override the file.
 
     Raises:
         UserError: the file is missing or malformed, or any key or value is wrong.
@@ -230,10 +239,10 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
     """The values without DeepSpeed's keys that ask for nothing. Raises UserError for unknown and refused ones."""
     known = [f.name for f in dataclasses.fields(Config)]
     for key, value in values.items():
-        if key == "study":  # what `python -m trainer study` makes of the file; a plain run is its base
+        if key == "study":  # only `python -m trainer study` reads it; a plain run ignores it
             continue
         if key in deepspeed_keys.REFUSED:
-            # {"enabled": false} is what many templates carry along, and asks for nothing.
+            # Many templates contain {"enabled": false}, which asks for nothing.
             if value is False or value is None or (isinstance(value, dict) and value.get("enabled") is False):
                 continue
             raise UserError(f'"{key}" is a DeepSpeed key without effect here: {deepspeed_keys.REFUSED[key]}.')
@@ -257,7 +266,7 @@ def _check_contradictions(config: Config) -> None:
             raise UserError(
                 f'trainer.learning_rate.scaling_rule "{rate.scaling_rule}" has nothing to scale under strong scaling: '
                 f"the global batch is {config.train_batch_size} at every world size.\nLeave it out, or give "
-                "trainer.learning_rate.base_global_batch_size, the batch the rate was chosen for."
+                "trainer.learning_rate.base_global_batch_size, the batch for which the rate was chosen."
             )
     elif rate.base_global_batch_size is not None:
         raise UserError('trainer.learning_rate.base_global_batch_size has no effect with scaling_rule "none".')
@@ -297,11 +306,11 @@ def _check_model_options(config: Config) -> None:
                 raise UserError(f"{where}: {key} is {value!r}. It must be a number of at least 0.")
         if "lr" in changes and config.scheduler is not None:
             raise UserError(
-                f'{where} sets a learning rate, and "scheduler" sets that of all groups. Use trainer.learning_rate, '
-                "whose schedule multiplies each group's own."
+                f'{where} sets a learning rate, but "scheduler" sets that of all groups. Use trainer.learning_rate: '
+                "its schedule multiplies each group's own rate."
             )
     if options.compile and config.zero_stage:
-        raise UserError('"trainer.compile" works at ZeRO stage 0 only. Leave one of them out.')
+        raise UserError('"trainer.compile" works only at ZeRO stage 0. Leave one of them out.')
     if options.lora is not None and options.freeze:
         raise UserError('"trainer.lora" freezes all weights itself. Leave "trainer.freeze" out.')
 
@@ -320,7 +329,7 @@ def _check_zero(config: Config) -> None:
                 "Leave it out, or set zero_optimization.stage to 1, 2 or 3 (the run is then labelled tolerance)."
             )
         return
-    whole = None  # what needs the gradient of a micro-batch, or of a parameter, in one piece
+    whole = None  # a setting that needs the whole gradient of a micro-batch or of a parameter
     if config.trainer.gradient_noise:
         whole = '"trainer.gradient_noise"'
     elif config.trainer.learning_rate.scaling_rule == "adascale":
@@ -329,7 +338,7 @@ def _check_zero(config: Config) -> None:
         whole = f'"optimizer.type" {config.optimizer.type}'
     if whole is not None:
         raise UserError(
-            f"{whole} works at ZeRO stage 0 only, and zero_optimization.stage is {stage}: ZeRO reduces and keeps "
+            f"{whole} works only at ZeRO stage 0, but zero_optimization.stage is {stage}: ZeRO reduces and keeps "
             "gradients in pieces that belong to no micro-batch and no layer. Leave one of them out."
         )
     if config.trainer.exactness == "bitwise":
@@ -357,12 +366,12 @@ def _check_optimizer(config: Config) -> None:
         for key in params:
             if key in deepspeed_keys.ADAM_TORCH_ONLY and not torch_adam:
                 raise UserError(
-                    f"\"optimizer.params.{key}\" belongs to torch's {name}, and this config asks for DeepSpeed's "
+                    f"\"optimizer.params.{key}\" belongs to torch's {name}, but this config asks for DeepSpeed's "
                     'FusedAdam. Add "torch_adam": true, or leave it out.'
                 )
             if key in deepspeed_keys.ADAM_DEEPSPEED_ONLY and torch_adam:
                 raise UserError(
-                    f'"optimizer.params.{key}" belongs to DeepSpeed\'s FusedAdam, and "torch_adam": true asks for '
+                    f'"optimizer.params.{key}" belongs to DeepSpeed\'s FusedAdam, but "torch_adam": true asks for '
                     f"torch's {name}. Leave one of them out."
                 )
         if lower == "adamw" and params.get("adam_w_mode") is False:

@@ -12,7 +12,7 @@ _TYPES = {int: "whole number", float: "number", str: "text", bool: "true or fals
 
 
 def table(cls: type, prefix: str = "", skipped: tuple[str, ...] = ()) -> str:
-    """A Markdown table of a schema's keys, its blocks' keys in place of the blocks.
+    """A Markdown table of a schema's keys. For a block, it lists the block's keys.
 
     Args:
         cls: a dataclass whose fields are made by `schema.option`.

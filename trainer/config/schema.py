@@ -29,7 +29,7 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A config field: its default, its meaning, and the range its number must lie in."""
+    """A config field: its default, its meaning, and the range of its number."""
     metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -46,12 +46,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise UserError(f'the key "{key}" stands twice in the same block.')
+            raise UserError(f'the key "{key}" appears twice in the same block.')
         result[key] = value
     return result
 
 
-# Blocks in blocks. Python's own limit depends on who calls, and copies of a config go through it again.
+# The deepest nesting of blocks. Python's own limit depends on the caller, and copying a config recurses, too.
 _DEEPEST = 100
 
 
@@ -98,7 +98,7 @@ def lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`dotted.key=value` as (key, value); the value is JSON where it reads as JSON, else a string."""
+    """`dotted.key=value` as (key, value). The value is JSON if it can be read as JSON, else a string."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set {text}: expected dotted.key=value, for example --set trainer.epochs=5.")
@@ -115,7 +115,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def near(name: str, valid: typing.Iterable[str]) -> str:
-    """A sentence naming the valid key closest to `name`, or all of them where none is close."""
+    """A sentence that names the valid key closest to `name`, or all valid keys if none is close."""
     valid = list(valid)
     matches = difflib.get_close_matches(name.lower(), [v.lower() for v in valid], n=1, cutoff=0.6)
     if matches:
@@ -124,7 +124,7 @@ def near(name: str, valid: typing.Iterable[str]) -> str:
 
 
 def build(cls: type, values: dict[str, Any], path: str) -> Any:
-    """An instance of a schema dataclass from JSON values; `path` is its dotted place with a dot at the end."""
+    """An instance of a schema dataclass from JSON values; `path` is its dotted path with a dot at the end."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name, given in fields.items():
         if given.default is given.default_factory is dataclasses.MISSING and name not in values:
@@ -272,7 +272,7 @@ def _check_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> N
         raise UserError(f'"{path}" is {value}. It must be below {below}.')
 
 
-_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 _NAMES |= {dict: "a block {...}", list: "a list [...]", type(None): "null"}
 
 

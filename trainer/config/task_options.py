@@ -1,7 +1,7 @@
-"""The options of a task, declared like the config's: a dataclass whose fields have a type, a range and a meaning.
+"""The options of a task, declared like those of the config: a dataclass whose fields have a type, range and meaning.
 
-A task of the trainer calls its dataclass `Options`, and begins its constructor with `read_options`. A rule that a type
-or a range cannot say is checked by the task itself, with `refuse`.
+A task of the trainer calls its dataclass `Options`, and begins its constructor with `read_options`. Rules that a type
+or a range cannot express are checked by the task itself, with `refuse`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PATH = "trainer.task_options."
 
 
 def required(doc: str) -> Any:
-    """A field that has to be given."""
+    """A field without a default: the user must give it."""
     return dataclasses.field(metadata={"doc": doc})
 
 

@@ -1,8 +1,8 @@
-"""Arrays that are slow to make and quick to read: tokenised texts, decoded images, rasterised contours.
+"""Caches arrays that are slow to make and quick to read: tokenised texts, decoded images, rasterised contours.
 
-A cache file is named by a hash of everything its content follows from, so it is never stale. One process
-builds it while the others, ranks of this run or of another, wait for it; it appears whole or not at all. The
-format is safetensors: nothing is unpickled.
+The name of a cache file is a hash of everything that determines its content, so it is never out of date. One
+process builds it, and the others (ranks of this run or of another) wait for it. It appears whole or not at all.
+The format is safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..files import whole_file
 
 Cached = tuple[dict[str, Tensor], dict[str, Any]]
 
-# Counts up when the meaning of what is cached changes.
+# Increase it when the meaning of cached values changes.
 _FORMAT = 1
 
 
 def folder() -> Path:
-    """Where cache files lie: $TRAINER_CACHE, else strong-scaling-trainer in the user's cache folder."""
+    """The folder of cache files: $TRAINER_CACHE, else strong-scaling-trainer in the user's cache folder."""
     own = os.environ.get("TRAINER_CACHE")
     if own:
         return Path(own)
@@ -53,11 +53,11 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
 
     Args:
         kind: a word for the file's name.
-        key: everything that the result follows from, as JSON values: hashes of files, options, versions of packages.
-        build: gives tensors by name, and a dictionary of JSON values.
+        key: everything that determines the result, as JSON values: hashes of files, options, versions of packages.
+        build: returns tensors by name, and a dictionary of JSON values.
 
     Raises:
-        UserError: whatever `build` raises, on every rank alike; nothing is cached then.
+        UserError: `build` raised it. Then nothing is cached, and every rank raises the same error.
     """
     import filelock
 
@@ -69,7 +69,7 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         lock = filelock.FileLock(str(path) + ".lock")
         lock.acquire()
     except OSError:
-        # Read-only homes are common on clusters; the folder of temporary files is not shared between machines.
+        # Home folders are often read-only on clusters. The folder of temporary files is not shared between machines.
         path = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}" / name
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.parent.stat().st_uid != os.getuid():
@@ -82,8 +82,8 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         if path.exists():
             try:
                 return _read(path)
-            except Exception:  # a dozen kinds, by what has happened to the file
-                path.unlink()  # a disk that was full, or a file of someone else's: build it again
+            except Exception:  # many types are possible, depending on the damage
+                path.unlink()  # damaged, for example by a full disk: build it again
         arrays, facts = build()
         _write(path, arrays, facts)
         return arrays, facts

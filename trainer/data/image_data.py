@@ -48,7 +48,7 @@ class ImageSplit:
         return ImageSplit(*(t.index_select(0, index) for t in (self.image, self.label, self.sums, self.digest)))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Of each channel, with pixels from 0 to 1; from integer sums, so the same on every machine."""
+        """Mean and standard deviation of each channel, pixels from 0 to 1. Exact sums: the same on every machine."""
         totals = self.sums.sum(0).tolist()  # of each channel
         count = len(self.image) * self.image[0, 0].numel()
         mean = [pixels / count for pixels, _ in totals]
@@ -90,9 +90,9 @@ def read_images(
     Args:
         data: what `tables.read` takes, or an .npz file.
         config_name, split_column: see `tables.read`.
-        image_column, label_column: where the usual names do not tell.
+        image_column, label_column: needed if the columns do not have the usual names.
         channels: 1 or 3; None for 1 if every image is grey, else 3.
-        size: of all images; None if they are all alike.
+        size: the size of all images; None if they all have the same size already.
 
     Raises:
         UserError: anything about the data that must change.
@@ -112,7 +112,7 @@ def read_images(
     content: Any = tables.fingerprint(data)
     found = None
     if content is None:
-        # A name on the hub: `datasets` knows what it has of it.
+        # A name on the hub: only `datasets` knows a fingerprint of its content.
         found = tables.read(data, config_name=config_name, split_column=split_column)
         content = {split: table._fingerprint for split, table in found.items()}
     key = {
@@ -197,7 +197,7 @@ def table_images(
         table = table.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(
-            f'The column "{column}" holds {table.features[column]}, no images. Name the right one with '
+            f'The column "{column}" holds {table.features[column]}, not images. Name the right one with '
             "image_column in trainer.task_options."
         ) from error
     for start in range(0, len(table), BLOCK):
@@ -213,7 +213,7 @@ def table_images(
                 continue
             if folders and not any(Path(path).absolute().is_relative_to(folder) for folder in folders):
                 raise UserError(
-                    f"{name}: the table only names its images, so a change of them would go unnoticed.\nPut the table "
+                    f"{name}: the table only names its images, so changed images would not be noticed.\nPut the table "
                     "into the folder of the images as metadata.csv, with their names in the column file_name, and "
                     "give that folder as data."
                 )

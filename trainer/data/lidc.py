@@ -42,7 +42,7 @@ RATINGS = (
     "malignancy",
 )
 
-# Counts up when masks of the same database change.
+# Increase it when the masks made from the same database change.
 _VERSION = 1
 
 Bools = NDArray[np.bool_]
@@ -85,7 +85,7 @@ def read_masks(database: Path) -> Cached:
 
 
 def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
-    """Masks that someone made already: `masks_packed` (N, 4096) uint8 and `patient` (N,), integers or texts.
+    """Masks from a file: `masks_packed` (N, 4096) uint8 and `patient` (N,), whole numbers or texts.
 
     Args:
         path: the .npz.
@@ -110,7 +110,7 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
         )
     if names is not None and (names.shape != (len(masks),) or names.dtype.kind not in "iuU"):
         raise UserError(
-            f"{path}: patient is {names.dtype} {names.shape}. It must be one integer or text for each of the "
+            f"{path}: patient is {names.dtype} {names.shape}. It must be one whole number or text for each of the "
             f"{len(masks):,} masks."
         )
     empty = np.flatnonzero(~masks.any(axis=1))
@@ -120,7 +120,7 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
 
 
 def build_masks(database: Path) -> Cached:
-    """What `read_masks` returns, made anew."""
+    """What `read_masks` returns, made without the cache."""
     try:
         # Read-only, and without a lock: site-packages may lie on any kind of file system.
         connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
@@ -198,7 +198,9 @@ def _points(database: Path, contour: int, text: str) -> Integers:
     try:
         return np.array(text.replace("\n", ",").split(","), dtype=np.int64).reshape(-1, 2)
     except ValueError as error:
-        raise UserError(f"{database}: the coordinates of contour {contour} are not lines of two integers.") from error
+        raise UserError(
+            f"{database}: the coordinates of contour {contour} are not lines of two whole numbers."
+        ) from error
 
 
 def _number(database: Path, patient: str) -> int:

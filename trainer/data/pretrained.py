@@ -1,7 +1,7 @@
 """Models of the transformers library: from a folder, a hub name, or a configuration; errors that say what to do.
 
-Weights are read from safetensors only, so no file is unpickled, and a repository's own code runs only where the
-config asks for it (`trust_remote_code`).
+Weights are read only from safetensors, so no file is unpickled. A repository's own code runs only if the config allows
+it (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ def check_spec(spec: Any, kind: str, example: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something."""
+    """The first line of an error that is not empty; with the next line if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager
 def _told(spec: Spec) -> Iterator[None]:
-    """Turns what transformers raises for a folder or name into one message that says what to do."""
+    """Turns the exceptions of transformers for a folder or name into one message that says what to do."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of two dozen kinds, by library and kind of damage
+    except Exception as error:  # many types are possible, depending on the library and the damage
         reason = _reason(error)
         if isinstance(spec, str) and not Path(spec).expanduser().is_dir():
             raise UserError(
-                f'{_OPTION}: "{spec}" is no folder here, and as a name on the model hub it cannot be loaded: {reason}\n'
+                f'{_OPTION}: "{spec}" is not a folder here, and the model hub gives nothing for this name: {reason}\n'
                 "Without a network, give the path of a local folder that holds config.json and model.safetensors."
             ) from error
         if isinstance(spec, str) and "trust_remote_code" in str(error):
             raise UserError(
-                f"{_OPTION}: {spec} comes with Python code of its own, which is not run unless the config says "
+                f"{_OPTION}: {spec} comes with Python code of its own. It runs only if the config says "
                 '"trust_remote_code": true in trainer.task_options. Read that code first.'
             ) from error
         shown = spec if isinstance(spec, str) else json.dumps(spec)
@@ -64,7 +64,7 @@ def _told(spec: Spec) -> Iterator[None]:
 
 
 def trust_note(trusted: bool, *specs: Any) -> list[str]:
-    """A sentence on whose Python code a config lets run, for a task's notes."""
+    """A sentence for a task's notes: which Python code a config allows to run."""
     named = dict.fromkeys(spec for spec in specs if isinstance(spec, str))
     if not trusted or not named:
         return []
@@ -72,13 +72,13 @@ def trust_note(trusted: bool, *specs: Any) -> list[str]:
 
 
 def where(spec: str) -> str:
-    """What from_pretrained is called with: a local folder's path, or the hub name as it is."""
+    """The argument for from_pretrained: a local folder's path, or the unchanged hub name."""
     path = Path(spec).expanduser()
     return str(path) if path.exists() else spec
 
 
 def configuration(spec: Spec, trust_remote_code: bool = False, attention: str | None = None, **changes: Any) -> Any:
-    """The transformers configuration that a `model` option describes, with changes laid over it.
+    """The transformers configuration that a `model` option describes, with changes applied.
 
     `attention` is transformers' attn_implementation, None for the model's default.
 
@@ -159,14 +159,14 @@ def build(
         name, has, wanted = mismatched[0]
         if classes is not None and wanted and wanted[0] == len(classes):
             raise UserError(
-                f"{_OPTION}: {spec} was trained for {has[0]} classes, and the data has {len(classes)} "
+                f"{_OPTION}: {spec} was trained for {has[0]} classes, but the data has {len(classes)} "
                 f"({', '.join(list(classes)[:10])}).\nTo replace its last layer by a new one, set "
                 '"new_head": true in trainer.task_options.'
             )
-        raise UserError(f"{_OPTION}: {name} of {spec} has the shape {tuple(has)}, the model needs {tuple(wanted)}.")
+        raise UserError(f"{_OPTION}: {name} of {spec} has the shape {tuple(has)}, but the model needs {tuple(wanted)}.")
     missing = sorted([*loading["missing_keys"], *(name for name, *_ in mismatched)])
     if missing and notes is not None:
-        notes.append(f"{spec} has no weights for {', '.join(missing)}: new ones, which follow from the seed")
+        notes.append(f"{spec} has no weights for {', '.join(missing)}: they are initialised from the seed")
     return model
 
 
@@ -175,8 +175,8 @@ def _check_weights(folder: Path) -> None:
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(
-            f"{_OPTION}: the weights in {folder} are pickled (.bin or .pt), and such files are not loaded, since they "
-            "can run code.\nConvert them once where you trust them: load the model with transformers and call "
+            f"{_OPTION}: the weights in {folder} are pickled (.bin or .pt). Such files can run code, so they are not "
+            "loaded.\nIf you trust them, convert them once: load the model with transformers and call "
             "save_pretrained, which writes model.safetensors."
         )
     raise UserError(
@@ -187,7 +187,7 @@ def _check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers would print from every rank, such as a report of missing weights: we say it once."""
+    """Silences what transformers would print on every rank, such as a report of missing weights: we print it once."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -223,6 +223,6 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
             str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would draw them anew
+    if missing:  # transformers would initialise them at random
         raise UserError(f"The model in {folder} is damaged: its weights lack {', '.join(missing[:5])}.")
     return model.eval()

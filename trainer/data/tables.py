@@ -1,8 +1,7 @@
 """Datasets of a user's own: files, folders and hub names, read by the `datasets` library, as named splits.
 
-What the tasks for text and images share: which splits there are, which column is which, and everything that
-can be wrong with labels, said before training starts. Heavy packages are imported inside of functions: with a
-warm cache no rank needs them.
+The tasks for text and images share this file. It finds splits and columns, and checks labels before training
+starts. Heavy packages are imported inside functions: with a warm cache no rank needs them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .cache import hash_files
 Data = str | Mapping[str, str]
 
 SPLITS = ("train", "validation", "test")
-# What the world calls them.
+# Their usual names.
 _ALIASES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev"), "validation"
 )
@@ -41,14 +40,14 @@ def check_data(data: Any, config_name: str | None = None) -> None:
             '{"train": ..., "validation": ..., "test": ...} of such.'
         )
     if config_name is not None and all(Path(part).expanduser().exists() for part in parts.values()):
-        raise UserError('"trainer.task_options.config_name" has an effect on datasets of the hub only.')
+        raise UserError('"trainer.task_options.config_name" has an effect only on datasets of the hub.')
 
 
 def fingerprint(data: Data) -> str | None:
     """A hash of everything that local files and folders contain; None for a hub name, whose content is elsewhere.
 
     Raises:
-        UserError: it looks like a path, and nothing is there.
+        UserError: it looks like a path, but nothing is there.
     """
     if isinstance(data, Mapping):
         parts = {name: fingerprint(part) for name, part in data.items()}
@@ -222,10 +221,10 @@ def _by_column(table: Any, split_column: str | None) -> dict[str, Any]:
 def find_column(
     columns: Sequence[str], given: str | None, usual: Sequence[str], option: str, where: str = "the data"
 ) -> str:
-    """The column that an option names, or the first usual one that there is.
+    """The column that an option names, or the first of the usual names that the data has.
 
     Raises:
-        UserError: there is no such column; it lists what there is.
+        UserError: there is no such column; the message lists the columns.
     """
     there = ", ".join(columns)
     if given is not None:
@@ -260,7 +259,7 @@ def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
     try:
         entry = next((i for i in file.zip.infolist() if i.filename in (name, f"{name}.npy")), None)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if entry is not None and entry.file_size > memory:  # small on disk, if it holds nothing but zeros
+        if entry is not None and entry.file_size > memory:  # a compressed array of zeros is small on disk
             raise UserError(f"{path}: {name} would take {entry.file_size:,} bytes of this machine's {memory:,}.")
         array = file[name]
     except UserError:
@@ -268,12 +267,12 @@ def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
     except Exception as error:  # as above
         if "pickle" in str(error):
             raise UserError(
-                f"{path}: {name} is an array of Python objects, which is stored pickled and not loaded, since such a "
-                "file can run code.\nSave plain arrays of numbers, and labels or names of whole numbers or strings."
+                f"{path}: {name} is an array of Python objects. It is stored pickled and is not loaded, because "
+                "it could run code.\nSave plain arrays of numbers; labels and names may be whole numbers or strings."
             ) from error
         raise UserError(f"{path}: {name} cannot be read: {str(error) or type(error).__name__}") from error
-    if not isinstance(array, np.ndarray):  # a member of the zip file that is none
-        raise UserError(f"{path}: {name} is no array.")
+    if not isinstance(array, np.ndarray):  # a zip file may hold other files, too
+        raise UserError(f"{path}: {name} is not an array.")
     return array
 
 
@@ -324,7 +323,7 @@ def labels(table: Any, column: str, split: str) -> list[Any]:
         raise UserError(
             f"{len(wrong)} label{'s' * (len(wrong) > 1)} in {split} {'are' if len(wrong) > 1 else 'is'} "
             f"{values[wrong[0]]}, which is none of the {len(names)} classes (row {wrong[0]}, counted from 0). "
-            "Hub datasets mark samples without a label so: leave that split out, or drop such rows."
+            "Hub datasets mark samples without a label in this way. Leave that split out, or drop such rows."
         )
     return [names[value] for value in values]
 
@@ -370,7 +369,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         if unknown:
             label, count = unknown.most_common(1)[0]
             raise UserError(
-                f"The label {label!r} comes {count} time{'s' * (count > 1)} in {split}, but never in train, so no "
+                f"The label {label!r} occurs {count} time{'s' * (count > 1)} in {split}, but never in train, so no "
                 f"model can learn it ({len(unknown)} such label{'s' * (len(unknown) > 1)}). "
                 f"Train has: {', '.join(str(v) for v in sorted(train, key=str)[:20])}."
             )
@@ -392,11 +391,11 @@ def label_numbers(values: Sequence[Any], names: Sequence[str], declared: bool) -
 
 
 def hold_out(count: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
-    """Which rows of a training set become validation: (n,) sorted int64, a function of the seed alone.
+    """The rows of a training set that become validation: (n,) sorted int64. Only `seed` determines the choice.
 
     Args:
-        count: rows.
-        fraction: of them to hold out, of each class where labels are given (at least one row of any class
+        count: the number of rows.
+        fraction: the fraction of them to hold out; with labels, of each class (at least one row of any class
             that has two).
         seed: `split_seed`, the same whatever the run's seed.
         labels: (count,) int64.
@@ -418,7 +417,7 @@ def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
         shared = 0 if split == "train" else sum(value in train for value in values)
         if shared:
             notes.append(
-                f"{shared:,} of the {len(values):,} samples of {split} are in train as well, which flatters its metrics"
+                f"{shared:,} of the {len(values):,} samples of {split} are also in train, so its metrics are too good"
             )
     return notes
 

@@ -1,6 +1,6 @@
 """Texts as token numbers: tokenizers of a model or built from the training texts, and tokenising with a progress bar.
 
-transformers and tokenizers are imported inside of functions: with a warm cache nobody needs them before the model
+transformers and tokenizers are imported inside functions: with a warm cache they are not needed before the model
 is saved.
 """
 
@@ -26,17 +26,18 @@ from .cache import hash_files
 # The tokenizers that are built from the training texts, so that nothing has to be downloaded.
 WORDS, CHARACTERS = "words", "characters"
 
-# A word that occurs once stands for the unknown ones: were it in the vocabulary, [UNK] would never be trained.
+# A word that occurs only once becomes [UNK]. If it were in the vocabulary, [UNK] would never be trained.
 MIN_WORD_COUNT = 2
 
 # Texts tokenised at a time, between two moves of the progress bar.
 CHUNK_TEXTS = 1000
-# Long texts are tokenised in parts of about so many characters, cut after a line: offsets are Python objects.
+# Long texts are tokenised in parts of about this many characters, cut after a line. This bounds the memory for offsets,
+# which are Python objects.
 CHUNK_CHARACTERS = 1 << 18
 
 _TOKENIZER_FILES = ("token*", "*.model", "vocab*", "merges*", "special_tokens*", "added_tokens*", "config.json")
 
-# These count positions from their padding token's number on, so that they take that many tokens less.
+# These models count positions from the number of their padding token on, so they take fewer tokens than positions.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
                             "longformer", "ibert", "xmod", "data2vec-text", "luke", "esm")  # fmt: skip
 
@@ -69,7 +70,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def position_limit(config: Any) -> int | None:
-    """How many tokens a model takes at most, by its configuration; None where it has no such limit."""
+    """The most tokens that a model takes, by its configuration; None if it has no such limit."""
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -80,7 +81,7 @@ def position_limit(config: Any) -> int | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks, such as on texts longer than a model takes: we say it once."""
+    """Silences transformers' progress bars and warnings, such as for too long texts: we print them once."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -115,8 +116,8 @@ def build_words(texts: Sequence[str], size: int | None = None) -> str:
     """A word-level tokenizer for classifiers, as JSON: lower-cased words, numbers and punctuation marks.
 
     Args:
-        texts: of the training set alone.
-        size: at most so many words, the most frequent; None for all that occur twice or more.
+        texts: of the training set only.
+        size: the largest number of words, the most frequent first; None for all that occur twice or more.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -134,13 +135,13 @@ def build_words(texts: Sequence[str], size: int | None = None) -> str:
 
 
 def build_for_generation(kind: str, texts: Sequence[str], size: int | None = None) -> str:
-    r"""A tokenizer for language models, as JSON, whose decoder gives the text back, white space included.
+    r"""A tokenizer for language models, as JSON. Its decoder restores the text, white space included.
 
     Args:
         kind: "characters", one token each; or "words", runs of letters and digits, and single other characters, each
             with the blank before it, as in GPT-2's first step of splitting.
-        texts: of the training set alone.
-        size: at most so many characters or words, the most frequent.
+        texts: of the training set only.
+        size: the largest number of characters or words, the most frequent first.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -155,7 +156,7 @@ def build_for_generation(kind: str, texts: Sequence[str], size: int | None = Non
 
 
 def wrap(built: str, max_length: int | None, token_types: bool = False) -> Any:
-    """The transformers tokenizer around one that was built here; what AutoTokenizer loads once it is saved."""
+    """A transformers tokenizer around one that was built here. Once saved, AutoTokenizer loads it."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +193,7 @@ def load_tokenizer(spec: str, trust_remote_code: bool) -> Any:
 
 
 def tokenizer_key(spec: str, trust_remote_code: bool) -> Any:
-    """What a cache needs to know of a tokenizer: a hash of its files, or of what the hub gives for a name."""
+    """A tokenizer's part of a cache key: hashes of its files, or the content of a tokenizer from the hub."""
     if spec in (WORDS, CHARACTERS):
         return {"built": spec, "at_least": MIN_WORD_COUNT}
     folder = Path(spec).expanduser()
@@ -205,7 +206,7 @@ def tokenizer_key(spec: str, trust_remote_code: bool) -> Any:
 
 
 def facts_of(tokenizer: Any) -> dict[str, Any]:
-    """What a model's configuration follows from: the vocabulary's size and the numbers of the special tokens."""
+    """What a model's configuration needs: the size of the vocabulary and the numbers of the special tokens."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     largest = max(tokenizer.get_vocab().values(), default=0)
     return {"vocab_size": largest + 1} | {name: getattr(tokenizer, name, None) for name in names}
@@ -226,7 +227,7 @@ def fit_configuration(config: Any, facts: Mapping[str, Any], spec: pretrained.Sp
         text_config.vocab_size = facts["vocab_size"]
     elif facts["vocab_size"] > text_config.vocab_size:
         raise UserError(
-            f'The tokenizer has {facts["vocab_size"]:,} tokens, and the model of "trainer.task_options.model" has '
+            f'The tokenizer has {facts["vocab_size"]:,} tokens, but the model of "trainer.task_options.model" has '
             f"embeddings for {text_config.vocab_size:,} (vocab_size). "
             + ("Leave vocab_size out, to follow the tokenizer." if given else "Use the tokenizer that belongs to it.")
         )
@@ -336,7 +337,7 @@ def encode(
 
 
 def length_message(encoded: Encoded, split: str, limit: int, rows: np.ndarray | None = None) -> str:
-    """That texts are too long: how many, which is the longest, and by how much; `rows`: their rows in the file."""
+    """A clause that says how many texts are too long, and which is the longest; `rows`: their rows in the file."""
     n, (longest, row) = encoded.too_long, encoded.longest
     row = row if rows is None else int(rows[row])
     return (
@@ -364,8 +365,8 @@ def utf8_ends(text: str) -> np.ndarray:
 def encode_with_bytes(tokenizer: Any, texts: Sequence[str], what: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text its token numbers, without special tokens, and the UTF-8 bytes that each token stands for.
 
-    The bytes add up to the text's, whatever the tokenizer does with white space or with characters of several
-    tokens: a token counts what lies between the end of the one before it and its own; the last takes the rest.
+    The bytes always add up to those of the text. A token counts the bytes from the end of the previous token to its own
+    end, and the last token counts the rest. So white space and characters of several tokens are counted once.
 
     Returns:
         For each text (tokens,) int64 and (tokens,) int64.
@@ -386,7 +387,7 @@ def encode_with_bytes(tokenizer: Any, texts: Sequence[str], what: str) -> list[t
                 if fast:
                     ends = np.asarray(output["offset_mapping"][i], dtype=np.int64)[:, 1]
                     cumulative = before[np.maximum.accumulate(ends)]
-                else:  # such a tokenizer does not tell: evenly, which is exact in the sum
+                else:  # slow tokenizers have no offsets: the bytes are spread evenly, and their sum is exact
                     cumulative = before[-1] * np.arange(1, len(numbers) + 1) // len(numbers)
                 cumulative[-1] = before[-1]
                 found[place][0].append(numbers)

@@ -1,6 +1,6 @@
 """Tokens as rows of one length: a stream packed into full rows, or one padded record a row.
 
-A row holds inputs and, at each place, the token to be predicted there: the next one. Both are numpy, (N, places).
+A row holds inputs and targets. The target at each position is the next token. Both are numpy, (N, positions).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A target that no loss is taken of.
+# A target that does not count in the loss.
 IGNORED = -100
 
 
 @dataclass
 class TokenSequence:
-    """A document as tokens: numbers, whether each one is to be predicted, and the bytes of text it stands for."""
+    """A document as tokens: their numbers, whether each is a target, and the bytes of text that it stands for."""
 
     ids: np.ndarray
     predicted: np.ndarray
@@ -24,7 +24,7 @@ class TokenSequence:
 
 
 def pack(sequences: Sequence[TokenSequence], length: int, padding: int) -> dict[str, np.ndarray]:
-    """One stream cut into rows: every predicted token but a first one is the target of exactly one place."""
+    """One stream cut into rows. Each target token, except the stream's first, is the target of exactly one position."""
     ids = np.concatenate([s.ids for s in sequences])
     predicted = np.concatenate([s.predicted for s in sequences])
     sizes = np.concatenate([s.bytes for s in sequences])
@@ -45,7 +45,7 @@ def pack(sequences: Sequence[TokenSequence], length: int, padding: int) -> dict[
 
 
 def pad_rows(sequences: Sequence[TokenSequence], length: int, padding: int) -> dict[str, np.ndarray]:
-    """One record a row, filled up on the right to the longest."""
+    """One record a row, padded on the right to the longest."""
     lengths = np.array([len(s.ids) - 1 for s in sequences], dtype=np.int64)
     width = int(lengths.max(initial=0))
     assert width <= length

@@ -1,6 +1,6 @@
-"""What a config asks of any model: frozen parameters, LoRA, gradient checkpointing, parameter groups, compilation.
+"""What a config can ask for with any model: frozen parameters, LoRA, gradient checkpointing, groups, compilation.
 
-Applied from outside, after the task has made its model; the task's code knows nothing of it.
+All of it is applied after the task has made its model. The task's code does not take part in it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..config.keys import Config, LoraOptions
 from ..config.schema import near
 from ..errors import UserError
 
-# More shapes than micro-batches and evaluation of any plan have; past it a compiled model is an error, since
-# falling back on eager mode would happen on some ranks only.
+# More shapes than any plan has. Beyond it, compilation raises an error. torch would fall back on eager mode instead, on
+# some ranks only, and those would compute other bits.
 _MOST_SHAPES = 64
 
 
@@ -36,7 +36,7 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
 
 
 def _matching(pattern: str, names: list[str], option: str) -> list[str]:
-    """The names that a pattern with * and ? covers; one without them covers a module's parameters as well."""
+    """The names that a pattern covers. It may have * and ?; a module's name covers all its parameters."""
     found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
     if not found:
         hint = near(pattern, names)
@@ -48,17 +48,17 @@ def _matching(pattern: str, names: list[str], option: str) -> list[str]:
 
 def _checkpoint(model: nn.Module) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
-    problem = f"{type(model).__name__} has no gradient_checkpointing_enable(), as models of transformers have"
+    problem = f"{type(model).__name__} has no method gradient_checkpointing_enable(), which models of transformers have"
     if enable is not None:
         try:
-            # The reentrant kind cannot be differentiated by torch.autograd.grad.
+            # torch.autograd.grad, which the step uses, does not work with the reentrant kind.
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if getattr(model, "config", None) is not None and hasattr(model.config, "use_cache"):
                 model.config.use_cache = False
             return
         except ValueError as error:
             problem = str(error)
-    raise UserError(f'"trainer.gradient_checkpointing": {problem}. Leave it out.')
+    raise UserError(f'"trainer.gradient_checkpointing": {problem}. Leave the key out.')
 
 
 def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
@@ -68,7 +68,7 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
         raise UserError('"trainer.lora" needs the package peft: pip install "strong-scaling-trainer[lora]"') from error
     kind = type(model).__name__
     task_type = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-    # A classifier's last layer is new, so it is trained whole.
+    # The last layer of a classifier is new: it has no pretrained weights to adapt, so all of it is trained.
     heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
     # Copies: peft adds to these lists, and the config's are compared and recorded.
     also = list(lora.also_train) or (heads if "Classification" in kind else [])
@@ -95,7 +95,7 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A model without adapters: the same where it has none, else a copy with LoRA's updates added to its weights."""
+    """A model without adapters: a copy with LoRA's updates added to its weights, or the model itself if it has none."""
     if not hasattr(model, "merge_and_unload"):
         return model
     import copy
@@ -104,14 +104,14 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) -> list[dict[str, Any]]:
-    """The optimizer's groups: [{"params": [...], and what differs from optimizer.params}, ...], none empty.
+    """The optimizer's groups: [{"params": [...], and the settings that differ from optimizer.params}, ...], none empty.
 
     A parameter belongs to the last pattern of `trainer.parameter_groups` that covers it.
 
     Args:
-        model: whose parameters with a gradient are grouped, in their order.
+        model: its trained parameters are grouped, in their order.
         config: the run's.
-        vectors: what differs for biases and the gains of norms (parameters of at most one dimension).
+        vectors: the settings that differ for biases and the gains of norms (parameters of at most one dimension).
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     settings: dict[str, dict[str, Any]] = {name: {} for name in named}
@@ -125,33 +125,33 @@ def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) 
     for name, changes in settings.items():
         group = groups.setdefault(repr(sorted(changes.items())), {"params": [], **changes})
         group["params"].append(named[name])
-    # The usual settings first: the learning rate that is logged is the first group's.
+    # The group with the fewest changes comes first, because the learning rate in the logs is that of the first group.
     return sorted(groups.values(), key=len)
 
 
 def compile_in_place(model: nn.Module) -> None:
     """Compiles a model's forward with torch.compile, the same kernels on every rank. Raises UserError.
 
-    Every shape is compiled for itself: kernels for unknown sizes would come into being in the order in which a
-    rank meets its micro-batches, and so depend on the number of ranks.
+    Each shape is compiled separately. With kernels for unknown sizes, torch would choose them in the order in which a
+    rank meets its micro-batches, and this order depends on the number of ranks.
     """
     if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
-        raise UserError('"trainer.compile": torch.compile needs a C and C++ compiler (gcc or clang), and none is here.')
+        raise UserError('"trainer.compile": torch.compile needs a C and C++ compiler (gcc or clang); none was found.')
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
     dynamo.recompile_limit = _MOST_SHAPES
     dynamo.fail_on_recompile_limit_hit = True
     if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True  # no choice of kernels by timing them
+        inductor.deterministic = True  # kernels must not be chosen by timing them
     model.compile(dynamic=False)
 
 
 def frozen_share(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters of a model, counted in numbers."""
+    """The numbers of a model's trained parameters and of all its parameters, elements counted."""
     every = list(model.parameters())
     return sum(_numel(p) for p in every if p.requires_grad), sum(_numel(p) for p in every)
 
 
 def _numel(parameter: Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # at ZeRO stage 3 it lies in parts
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # at ZeRO stage 3 a rank holds only a part

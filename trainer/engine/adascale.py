@@ -1,9 +1,9 @@
-"""AdaScale: a learning rate for large batches that follows how much a large batch is worth at the moment.
+"""AdaScale: a learning rate for large batches. It follows how many small steps a large one is worth at the moment.
 
-Johnson et al. 2020 (arXiv 2007.05105), made for SGD. Averaging S times more samples divides the gradient's variance by
-S and leaves its mean: where the variance dominates, a step of the large batch is worth S small ones, where the mean
-does, one. The gain r in [1, S] between the two multiplies the learning rate, and counts by how many steps of the
-small batch a step has advanced: the paper's scale-invariant steps.
+Johnson et al. 2020 (arXiv 2007.05105) made it for SGD. Averaging S times more samples divides the gradient's variance
+by S and leaves its mean unchanged. If the variance dominates, a step of the large batch is worth S small ones; if the
+mean dominates, it is worth one. The gain r in [1, S] lies between the two. It multiplies the learning rate, and a step
+counts as r steps of the small batch: the paper's scale-invariant steps.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def gain(variance: float, squared: float, scale: float) -> float:
 class AdaScale:
     """The gain of every step, and how far the run has come.
 
-    Of every step: `gain` is that of the step to make, `observe` takes what its gradient says, after which `gain` and
-    `factor` are those of the next step. As in the paper's appendix B.3 the gain of a step comes from the steps before
-    it: from the mean of their estimates over the first 1000 / S steps, later from a moving average that keeps
-    theta = max(1 - S / 1000, 0) of itself; estimates below 0 count as 0; the first step has gain 1. One thing is
-    better than in the paper: sigma^2 is estimated from all M micro-batches rather than from S gradients of the base
-    batch, which has the same expectation and less variance.
+    Before a step, `gain` and `factor` are those of this step. `observe` takes the noise in its gradient. After that,
+    `gain` and `factor` are those of the next step. As in the paper's appendix B.3, the gain of a step comes from the
+    steps before it. During the first 1000 / S steps it comes from the mean of their estimates, later from a moving
+    average that keeps theta = max(1 - S / 1000, 0) of itself. Estimates below 0 count as 0. The first step has gain 1.
+    One thing is better than in the paper: sigma^2 is estimated from all M micro-batches instead of S gradients of the
+    base batch. This has the same expectation and less variance.
 
-    S is that of a full global batch also in an epoch's last, smaller one, as for the other scaling rules.
+    In an epoch's last, smaller batch, S is still that of a full global batch, as for the other scaling rules.
 
-    Everything is Python floats from numbers that all ranks have alike, so every rank has the same rate. On a GPU the
-    host waits for the gradient's norms before each update.
+    All numbers are Python floats, computed from numbers that are the same on all ranks. So every rank has the same
+    rate. On a GPU the host waits for the gradient's norms after each step.
 
     Args:
         scale: S.
         base_global_batch_size: samples of the base batch.
         schedule: position -> multiple of `optimizer.params.lr`.
-        steps: scale-invariant steps after which the run ends, and in which `schedule` is counted; None where the
-            schedule counts optimizer steps, and the run its epochs.
+        steps: the number of scale-invariant steps after which the run ends. `schedule` then counts these steps, too.
+            None: the schedule counts optimizer steps, and the run ends after its epochs.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class AdaScale:
         return self._schedule(step if self._until is None else self.position) * self.gain
 
     def observe(self, noise: Noise | None) -> None:
-        """Counts a step, whose gradient gave `noise`; None where it gave no estimate. Before the optimizer's step."""
+        """Counts a step whose gradient gave `noise`; None if it gave no estimate."""
         self.position += self.gain
         self._made += 1
         if noise is None:
             return
         self._estimates += 1
-        # keep = 1 - 1 / t makes the mean of t values; from t = 1000 / S on the moving average forgets faster.
+        # keep = 1 - 1 / t makes the mean of t values. From t = 1000 / S on, the moving average forgets faster.
         keep = min(1.0 - 1.0 / self._estimates, self._keep)
         self._variance = keep * self._variance + (1.0 - keep) * max(noise.trace / self._base, 0.0)
         self._squared = keep * self._squared + (1.0 - keep) * max(noise.gradient_squared, 0.0)
         self.gain = gain(self._variance, self._squared, self._scale)
 
     def summary(self) -> dict[str, float]:
-        """For summary.json: scale-invariant steps made, and how many an optimizer step was worth."""
+        """For summary.json: the scale-invariant steps so far, and how many of them an optimizer step was worth."""
         return {"position": self.position, "mean_gain": self.position / self._made if self._made else 1.0}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: JSON values."""
+        """JSON values for a checkpoint."""
         return {
             "gain": self.gain,
             "position": self.position,
@@ -100,14 +100,14 @@ class AdaScale:
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.gain, self.position = float(values["gain"]), float(values["position"])
         self._made, self._estimates = int(values["made"]), int(values["estimates"])
         self._variance, self._squared = float(values["variance"]), float(values["squared"])
 
 
 def growth(config: Config, plan: BatchPlan) -> float:
-    """S: the global batch over the base batch. Raises UserError where AdaScale has nothing to go by."""
+    """S: the global batch over the base batch. Raises UserError if AdaScale cannot be used with them."""
     B, base = plan.global_batch_size, config.base_global_batch_size()
     if base > B:
         raise UserError(
@@ -117,7 +117,7 @@ def growth(config: Config, plan: BatchPlan) -> float:
         )
     if plan.micro_batches == 1:
         raise UserError(
-            'trainer.learning_rate.scaling_rule "adascale" compares the gradients of micro-batches, and the global '
+            'trainer.learning_rate.scaling_rule "adascale" compares the gradients of micro-batches, but the global '
             f"batch of {B} samples is a single one (train_micro_batch_size_per_gpu {plan.micro_batch_size}).\n"
             f"Use a train_micro_batch_size_per_gpu of at most {max(1, B // 2)}."
         )

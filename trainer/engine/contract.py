@@ -1,8 +1,8 @@
-"""What the trainer needs of DeepSpeed's inside, in one table, checked before any of it is used or replaced.
+"""The internals of DeepSpeed that the trainer uses, in one table, checked before any of them is used or replaced.
 
-DeepSpeed promises none of these names. Were one of them renamed, Python would let us replace what nobody calls:
-DeepSpeed would then sum the gradient a second time, and say nothing. So each is looked up, with its
-type or its arguments, and where DeepSpeed itself has to read it, the code that reads it is looked at as well.
+DeepSpeed promises none of these names. If one of them is renamed, Python lets us set the old name, which nobody reads
+any more. DeepSpeed would then sum the gradient a second time, without an error. So each name is looked up and checked
+for its type or its arguments. If DeepSpeed itself has to read a name, the code that reads it is checked, too.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Need:
     """One thing inside DeepSpeed.
 
     Attributes:
-        owner: what has it: "deepspeed", "engine", "optimizer" or "parameter".
-        name: from the owner on, with dots.
-        kind: a value's type; as text, a callable's arguments, as `inspect.signature` writes them.
-        why: what the trainer does with it, after "which the trainer".
-        reads: names that a callable's own code has to use.
+        owner: the object that has it: "deepspeed", "engine", "optimizer" or "parameter".
+        name: the path from the owner, with dots.
+        kind: the type of a value, or the arguments of a callable as `inspect.signature` writes them.
+        why: what the trainer does with it. It completes the sentence "which the trainer ...".
+        reads: names that the callable's own code must use.
         stages: the ZeRO stages at which it is needed.
     """
 
@@ -47,7 +47,7 @@ class Need:
 
 
 _STEP = "calls for every update, with the gradient in place"
-_HOOK = "removes, since it serves DeepSpeed's timers alone and slows every micro-step down"
+_HOOK = "removes, since only DeepSpeed's timers use it and it slows every micro-step down"
 _STATE = "uses to write a parameter's optimizer state into a checkpoint and to read it back"
 
 NEEDS = (
@@ -61,7 +61,7 @@ NEEDS = (
         "deepspeed",
         "DeepSpeedEngine._broadcast_model",
         "(self)",
-        "makes pass over parameters of no dimension, which it cannot send, by the mark ds_optim_param",
+        "makes skip parameters that it cannot send, by the mark ds_optim_param",
         reads=("ds_optim_param",),
     ),
     Need(
@@ -75,7 +75,7 @@ NEEDS = (
         "engine",
         "_take_model_step",
         "(lr_kwargs)",
-        "needs to call the zero_grad that it replaces",
+        "needs to call the zero_grad that the trainer replaces",
         reads=("zero_grad",),
         stages=(0,),
     ),
@@ -86,7 +86,7 @@ NEEDS = (
         "switches off, since the gradient has been summed over the ranks already",
         stages=(0,),
     ),
-    Need("engine", "zero_grad", "()", "replaces by nothing, since every step overwrites the gradient", stages=(0,)),
+    Need("engine", "zero_grad", "()", "replaces with a no-op, since every step overwrites the gradient", stages=(0,)),
     Need("engine", "module_forward_pre_hook", RemovableHandle, _HOOK, stages=(0,)),
     Need("engine", "module_forward_post_hook", RemovableHandle, _HOOK, stages=(0,)),
     Need("engine", "managed_gradient_accumulation", "()", "asks whether every step() is an update"),
@@ -111,7 +111,7 @@ NEEDS = (
 
 
 def check(version: str, stage: int, **owners: Any) -> None:
-    """Looks up what the table says of these owners at a ZeRO stage.
+    """Checks the table's entries for these owners at a ZeRO stage.
 
     Args:
         version: DeepSpeed's, for the message.
@@ -119,7 +119,7 @@ def check(version: str, stage: int, **owners: Any) -> None:
         owners: the object for each `Need.owner` that exists by now.
 
     Raises:
-        UserError: something is not there, or not as it was; it names the version, the thing, and what to do.
+        UserError: something is missing or has changed. The message names the version, the thing and the remedy.
     """
     for need in NEEDS:
         if need.owner in owners and stage in need.stages:
@@ -129,13 +129,13 @@ def check(version: str, stage: int, **owners: Any) -> None:
 
 
 def check_settings(version: str, engine: Any, stage: int, max_norm: float) -> None:
-    """Asks an engine for what the config told it: a key that DeepSpeed no longer knows would be passed over in silence.
+    """Checks that an engine has the settings of the config. DeepSpeed ignores a key that it no longer knows.
 
     Args:
         version: DeepSpeed's, for the message.
         engine: DeepSpeed's, checked already.
         stage: of ZeRO.
-        max_norm: to which DeepSpeed clips; 0 where the trainer does.
+        max_norm: the norm to which DeepSpeed clips; 0 if the trainer clips.
 
     Raises:
         UserError: the engine has another value.
@@ -144,23 +144,23 @@ def check_settings(version: str, engine: Any, stage: int, max_norm: float) -> No
     for name, value in told.items():
         answer = getattr(engine, name)()
         if answer != value:
-            raise _refusal(version, f"engine.{name}() answers {answer!r}, though the config says {value!r}.")
+            raise _refusal(version, f"engine.{name}() returns {answer!r}, but the config says {value!r}.")
 
 
 def _refusal(version: str, problem: str) -> UserError:
     return UserError(
-        f"This DeepSpeed, {version}, is not one that the trainer can work with: {problem}\n"
+        f"The trainer cannot work with DeepSpeed {version}: {problem}\n"
         f"The version known to work is {KNOWN_VERSION}: pip install deepspeed=={KNOWN_VERSION}"
     )
 
 
 def _problem(need: Need, owner: Any) -> str | None:
-    """What is wrong with a thing, after its name; None if nothing is."""
+    """What is wrong, as the end of a sentence that begins with the name; None if nothing is."""
     value = owner
     for part in need.name.split("."):
         value = getattr(value, part, _MISSING)
     if value is _MISSING:
-        return "is not there"
+        return "does not exist"
     if isinstance(need.kind, type):
         if isinstance(value, need.kind):
             return None
@@ -182,7 +182,7 @@ def _arguments(function: Any) -> str:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Every name and text in a function's code, and in functions inside of it."""
+    """Every name and text in a function's code, and in the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):

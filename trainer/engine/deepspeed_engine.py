@@ -1,12 +1,12 @@
 """DeepSpeed's engine, and the few places where exactness needs it to behave differently.
 
 The engine owns the optimizer and its update. At ZeRO stage 0 the trainer computes gradients itself
-(`torch.autograd.grad` on the plain module), sums them along its tree, clips the sum and hands it over. The engine's own
-forward and backward would only add Python work to every micro-step, and its all-reduce would add in an order that
-depends on the number of ranks. At stages 1 to 3 the engine's forward, backward, reduction and clipping are used as they
-are.
+(`torch.autograd.grad` on the plain module), sums them along its tree, clips the sum and gives it to the engine. The
+engine's own forward and backward would only add Python work to every micro-step. Its all-reduce would add in an order
+that depends on the number of ranks. At stages 1 to 3 the engine's forward, backward, reduction and clipping are used
+unchanged.
 
-The only module that imports deepspeed.
+This is the only module that imports deepspeed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .adapt import parameter_groups
 from .optimizers import client_optimizer, for_vectors
 
 VERSION: str = deepspeed.__version__
-# What optimizers keep on the host, beside their own code; all else lies where the parameter does. Torch's
-# Optimizer.load_state_dict goes by the name "step" too: a parameter of no dimension has moments of none.
+# The state that optimizers keep on the host. All other state lies on the parameter's device. Names decide, as "step"
+# does in torch's Optimizer.load_state_dict. Shapes cannot: for a parameter of shape (), the moments have shape (), too.
 _ON_THE_HOST = ("step", "mu_product")
 
 
@@ -44,10 +44,10 @@ class Engine:
     Args:
         model: on its device already.
         config: the run's.
-        micro_batch_size, world_size: for the batch keys that DeepSpeed wants to agree.
+        micro_batch_size, world_size: for DeepSpeed's batch keys, which must agree with one another.
 
     Raises:
-        UserError: DeepSpeed or torch refuse the optimizer, or this DeepSpeed is not what `engine_contract` asks for.
+        UserError: DeepSpeed or torch refuse the optimizer, or this DeepSpeed is not as `contract` needs it.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class Engine:
         self.model = model
         self.zero_stage = config.zero_stage
         self.compiled = config.trainer.compile
-        # At stage 0 the step clips, see `exact.step`. DeepSpeed's clipping divides the norm by W and all-reduces it:
-        # one more collective, and at three ranks another rounding.
+        # At stage 0 `exact.step` clips. DeepSpeed's clipping would divide the norm by W and all-reduce it. That is one
+        # more collective, and at three ranks the division rounds.
         self._max_norm = config.gradient_clipping if config.zero_stage > 0 else 0.0
         self._autocast_dtype = torch.bfloat16 if config.torch_autocast.enabled else None
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         if not self.parameters:
-            raise UserError("The model has no parameter that requires a gradient: there is nothing to train.")
+            raise UserError("The model has no parameter that requires a gradient, so there is nothing to train.")
         for parameter, name in self.names.items():
             if parameter.dtype != torch.float32:
                 raise UserError(
                     f"The parameter {name} is {str(parameter.dtype).removeprefix('torch.')}. Trained parameters must "
-                    "be float32; for speed use torch_autocast, which computes in bfloat16 and keeps float32 weights."
+                    "be float32. For speed use torch_autocast: it computes in bfloat16 and keeps float32 weights."
                 )
         self.device = self.parameters[0].device
         engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed)
-        # DeepSpeed would compile a kernel for CPU ranks that only its own all-reduce uses: half a minute for nothing.
+        # Otherwise DeepSpeed compiles a kernel for CPU ranks, for half a minute. Only its own all-reduce would use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         groups = parameter_groups(model, config, for_vectors(config))
         odd = self._send_odd_parameters()
@@ -95,8 +95,8 @@ class Engine:
             if builds_an_op(config):
                 raise UserError(
                     f"DeepSpeed could not build its {config.optimizer.type} kernel: {str(error).splitlines()[0]}\n"
-                    "It needs a C++ compiler, for a GPU nvcc, and an environment whose path has no space. Or set "
-                    '"torch_adam": true in optimizer.params, for torch\'s fused kernel, which is compiled already.'
+                    "It needs a C++ compiler, for a GPU also nvcc, and an environment whose path has no space. Or set "
+                    '"torch_adam": true in optimizer.params: torch\'s fused kernel is compiled already.'
                 ) from error
             raise
         for parameter in odd:
@@ -110,11 +110,11 @@ class Engine:
             self._take_over(config.memory_breakdown)
 
     def _send_odd_parameters(self) -> list[Any]:
-        """Gives every rank rank 0's parameters that DeepSpeed cannot send, and marks them. Collective: every rank.
+        """Sends rank 0's parameters that DeepSpeed cannot send, and marks them. Collective: every rank.
 
-        DeepSpeed sends the model as bytes, and `view(torch.uint8)` wants a last dimension whose elements lie side by
-        side: not so in parameters of no dimension, and in the memory format channels_last. It passes over what has the
-        mark, which it gives to parameters that the ranks do not share.
+        DeepSpeed sends the model as bytes: its `view(torch.uint8)` needs a last dimension whose elements lie side by
+        side. Parameters of shape () and those in the memory format channels_last have none. DeepSpeed skips parameters
+        that have the mark. It uses the mark itself, for parameters that the ranks do not share.
         """
         odd: list[Any] = []
         for name, parameter in self.model.named_parameters():
@@ -133,43 +133,44 @@ class Engine:
         return odd
 
     def _take_over(self, memory_breakdown: bool) -> None:
-        # The gradient arrives reduced.
+        # Stage 0: the gradient is already summed over all ranks.
         self._engine.enable_backward_allreduce = False
-        # Gradients live in one buffer that every step overwrites; setting them to None would only make
-        # us put them back.
+        # Gradients are views of one buffer that every step overwrites. zero_grad would set them to None, and each
+        # step would have to set them again.
         self._engine.zero_grad = lambda: None
-        # Its hooks on the module's forward serve its timers, its profiler and ZeRO, which are not used here, and cost a
-        # tiny model some per cent of every micro-step; only its memory report needs them.
+        # DeepSpeed's hooks on the forward serve its timers, its profiler and ZeRO, none of which is used here. With a
+        # tiny model they take several per cent of a micro-step. Of what we use, only the memory report needs them.
         if not memory_breakdown:
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 getattr(self._engine, hook).remove()
                 setattr(self._engine, hook, None)
 
     def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
-        """Makes a flat buffer the place where `update` finds gradients: one view a parameter, in order."""
+        """Tells `update` where to read gradients: in a flat buffer, with one view a parameter, in order."""
         self._views = views
         for parameter, view in zip(self.parameters, views):
             parameter.grad = view
 
     @property
     def forward_module(self) -> nn.Module:
-        """What a task's forward is called with."""
+        """The model that a task's forward is called with."""
         return self.model if self.zero_stage == 0 else self._engine
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision context of forward and loss."""
-        if self._autocast_dtype is None or self.zero_stage > 0:  # with ZeRO the engine enters its own
+        if self._autocast_dtype is None or self.zero_stage > 0:  # with ZeRO the engine enters its own context
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast_dtype)
 
     def skip_update_where(self, flag: Tensor) -> bool:
-        """Lets the optimizer's kernel skip its update wherever `flag`, a scalar on the device, is not 0.
+        """From now on the optimizer's kernel skips each update if `flag` () is not 0. Returns False if it cannot.
 
-        This keeps the last good parameters without the host waiting for the loss. True where the
-        optimizer can: torch's fused ones take the flag that gradient scalers use.
+        This keeps the last good parameters, and the host need not wait for the loss. Torch's fused optimizers can do
+        it.
         """
         if self.zero_stage > 0 or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             return False
+        # Both attributes are those that torch.amp.GradScaler sets on a fused optimizer.
         self.optimizer.grad_scale = None
         self.optimizer.found_inf = flag
         return True
@@ -178,8 +179,8 @@ class Engine:
         """Sets the rate of the next update.
 
         Args:
-            factor: multiple of `optimizer.params.lr`, for each group of parameters of its own; None where DeepSpeed's
-                scheduler sets the rate.
+            factor: multiple of `optimizer.params.lr`, or of its own rate for a parameter group that has one; None if
+                DeepSpeed's scheduler sets the rate.
 
         Returns:
             The rate of the first group.
@@ -193,8 +194,8 @@ class Engine:
         """Updates the parameters, and advances DeepSpeed's scheduler if there is one.
 
         Args:
-            unused: places of parameters that no micro-batch used: the optimizer passes over them, as it
-                does in plain PyTorch, where a gradient of zero would still decay them.
+            unused: positions of the parameters that no micro-batch used. As in plain PyTorch, the optimizer skips
+                them: with a gradient of zero it would still decay them.
         """
         for i in unused:
             self.parameters[i].grad = None
@@ -203,11 +204,11 @@ class Engine:
             self.parameters[i].grad = self._views[i]
 
     def zero_step(self, losses: Iterator[Tensor]) -> Tensor:
-        """One step with DeepSpeed's own reduction. Collective: every rank, with equally many losses.
+        """One step with DeepSpeed's own reduction. Collective: every rank, with the same number of losses.
 
         Args:
-            losses: this rank's micro-batch losses as they are computed, each divided by the global count
-                and multiplied by W, since DeepSpeed averages over ranks.
+            losses: the losses of this rank's micro-batches, each divided by the global count and multiplied by W,
+                because DeepSpeed averages over ranks. Each is computed when it is asked for.
 
         Returns:
             The gradient norm, () float32.
@@ -223,7 +224,7 @@ class Engine:
         """A context in which parameters are whole on every rank. Collective: every rank, at ZeRO stage 3.
 
         Args:
-            change: keep what is written to them, alike on every rank.
+            change: keep changes to them. Every rank must write the same values.
         """
         if self.zero_stage < 3:
             yield
@@ -238,15 +239,15 @@ class Engine:
         return state
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of all parameters and buffers, also where a rank holds a part of them. Not collective."""
+        """Name -> whole shape of all parameters and buffers, even if a rank holds only a part. Not collective."""
         shapes = {n: tuple(getattr(t, "ds_shape", t.shape)) for n, t in self.model.named_parameters()}
         return shapes | {n: tuple(b.shape) for n, b in self.model.named_buffers()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds of optimizer and schedule. Collective with ZeRO: every rank.
+        """The state of optimizer and schedule for a checkpoint. Collective with ZeRO: every rank.
 
         Returns:
-            "<parameter>.<kind>" -> tensor, as on one rank; and JSON values.
+            "<parameter>.<kind>" -> tensor, whole as on one rank; and JSON values.
         """
         values: dict[str, Any] = {
             "groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in self._inner.param_groups],
@@ -277,7 +278,7 @@ class Engine:
         return tensors, values
 
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Puts back what `model_state` and `optimizer_state` gave. Collective with ZeRO: every rank.
+        """Restores what `model_state` and `optimizer_state` returned. Collective with ZeRO: every rank.
 
         Raises:
             UserError: the checkpoint is of another optimizer.
@@ -285,7 +286,7 @@ class Engine:
         inner = self._inner
         if len(values["groups"]) != len(inner.param_groups):
             raise UserError(
-                f"The checkpoint has {len(values['groups'])} parameter groups, this run {len(inner.param_groups)}.",
+                f"The checkpoint has {len(values['groups'])} parameter groups, this run has {len(inner.param_groups)}.",
                 agreed=True,
             )
         with self.whole_parameters(change=True), torch.no_grad():
@@ -305,9 +306,9 @@ class Engine:
         of_optimizer = {key.rpartition(".")[2] for key in optimizer} - {"weights"}
         partitions = [p for group in inner.param_groups for p in group["params"]]
         if self.zero_stage == 3:
-            partitions = self.optimizer.fp32_partitioned_groups_flat  # it has its own list
+            partitions = self.optimizer.fp32_partitioned_groups_flat  # stage 3 keeps them in a list of its own
         fused = any(group.get("fused") for group in inner.param_groups)
-        for partition in partitions:  # the optimizer would make these in its first step
+        for partition in partitions:  # normally the optimizer makes these in its first step
             inner.state[partition] = {kind: torch.zeros_like(partition) for kind in sorted(of_optimizer)} | {
                 kind: torch.tensor(value, device=partition.device if fused else "cpu")
                 for kind, value in values.get("odd", {}).items()
@@ -318,7 +319,7 @@ class Engine:
             parameter = self.model.get_parameter(name)
             whole = tensor.to(self.device)
             if self.zero_stage == 3:
-                # Its "full" setters fail where a parameter does not divide by the number of ranks.
+                # DeepSpeed's "full" setters fail if a parameter's size is no multiple of the number of ranks.
                 part = self._own_part(parameter, whole)
                 if kind == "weights":
                     deepspeed.utils.safe_set_local_fp32_param(parameter, part)
@@ -330,22 +331,25 @@ class Engine:
                 deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, kind)
 
     def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter or state at ZeRO stage 3, padded with zeros as DeepSpeed does it."""
         size = parameter.ds_tensor.numel()
         padded = torch.zeros(size * torch.distributed.get_world_size(), dtype=whole.dtype, device=self.device)
         padded[: whole.numel()] = whole.flatten()
         return padded.narrow(0, size * torch.distributed.get_rank(), size)
 
     def _link_partitions(self) -> None:
-        # DeepSpeed links optimizer state to parameters after the first group's first step, when other groups have none.
+        # DeepSpeed links optimizer state to parameters once, after the first step of the first group. The other groups
+        # have no state then. So we clear its mark and let it link again.
         if self.zero_stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _placed(self, key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-        # Fused kernels want the step beside the parameter, others on the CPU.
+        # Fused kernels need the step on the parameter's device, other kernels on the CPU.
         fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
         if key.rpartition(".")[2] in _ON_THE_HOST and not fused:
             return tensor.clone()
+        # empty_like keeps the parameter's memory format, for example channels_last.
         result = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
         return result.to(device=parameter.device, dtype=tensor.dtype).copy_(tensor)
 
@@ -360,14 +364,14 @@ class Engine:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value of an optimizer's or a schedule's state is JSON as it is."""
+    """Whether a value of an optimizer's or a schedule's state can be written as JSON."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int, max_norm: float) -> dict[str, Any]:
-    """What DeepSpeed is told. Its batch keys only have to agree: accumulation and weights are ours."""
+    """The config that DeepSpeed gets. Its batch keys only have to agree: the trainer accumulates and weights."""
     result: dict[str, Any] = {
         "train_batch_size": micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -380,7 +384,7 @@ def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int, ma
         # DeepSpeed's throughput timer synchronises the device twice a step.
         "timers": {"throughput": {"enabled": False}},
     }
-    if config.optimizer.type.lower() not in deepspeed_keys.LAYERWISE:  # which arrive as an object
+    if config.optimizer.type.lower() not in deepspeed_keys.LAYERWISE:  # those are passed as an object
         result["optimizer"] = {"type": config.optimizer.type, "params": dict(config.optimizer.params)}
     if config.scheduler is not None:
         result["scheduler"] = {"type": config.scheduler.type, "params": dict(config.scheduler.params)}

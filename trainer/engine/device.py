@@ -28,12 +28,12 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
     if gpus == 0:
         if shared > 1:
             raise UserError(f"trainer.ranks_per_gpu is {shared}, but this run is on the CPU. Leave it out.")
-        # DeepSpeed otherwise picks its accelerator by what is installed.
+        # Otherwise DeepSpeed picks its accelerator by the packages that are installed.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), "gloo"
     if ranks.local_world_size > gpus * shared:
         raise UserError(
-            f"{ranks.local_world_size} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}.\n"
+            f"There are {ranks.local_world_size} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}.\n"
             f"Start at most {gpus * shared}, or set trainer.device=cpu, or, only to check exactness, "
             f"trainer.ranks_per_gpu={-(-ranks.local_world_size // gpus)}."
         )
@@ -45,19 +45,21 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
 
 def settle(config: Config) -> None:
     """Makes kernels deterministic, and the same at every world size."""
-    # Read when cuBLAS is first used: without it some of its kernels are not deterministic.
+    # cuBLAS reads this when it is first used. Without it, some of its kernels are not deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(config.trainer.cpu_threads)
     torch.use_deterministic_algorithms(True)
-    # It would fill every torch.empty, to find reads of uninitialised memory; we pay for that in tests only.
+    # The setting above would also fill every torch.empty, to find reads of uninitialised memory. That costs time, so
+    # only the tests do it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # The benchmark chooses a kernel by timing, so two ranks could choose differently.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
 @functools.cache
 def code_sha256() -> str:
-    """SHA-256 of the trainer's own source files: which code made a result."""
+    """SHA-256 of the trainer's own source files: it says which code made a result."""
     folder = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
@@ -77,7 +79,7 @@ def _cpu_model() -> str:
 
 
 def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
-    """What a run's bits depend on besides config and data. Two runs can be equal where these are."""
+    """What a run's bits depend on besides config and data. Two runs can have the same bits if these facts agree."""
     result: dict[str, str | int] = {
         "trainer": __version__,
         "code_sha256": code_sha256(),

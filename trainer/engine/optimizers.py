@@ -1,23 +1,24 @@
 """Optimizers that DeepSpeed does not build itself: torch.optim's by their signature, and LARS and LAMB.
 
 In LARS and LAMB the step of each tensor is a fraction of the tensor's own norm. DeepSpeed has no LARS, and its
-FusedLamb wants fp16, so they come from the package pytorch-optimizer and are handed to its engine.
+FusedLamb needs fp16. So both come from the package pytorch-optimizer, and DeepSpeed's engine is given the object.
 
-LARS (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1) is SGD with momentum whose gradient, weight decay
-included, is scaled in each tensor by trust_coefficient |w| / (|g| + weight_decay |w|); where a norm is 0, by 1. As in
-torch's SGD the learning rate multiplies the momentum, while the paper's momentum holds it: the same at a constant
-rate. Parameters of one dimension (biases, the gains of norms) are neither scaled nor decayed.
+LARS (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1) is SGD with momentum. In each tensor the gradient,
+weight decay included, is scaled by trust_coefficient |w| / (|g| + weight_decay |w|), or by 1 if a norm is 0. As in
+torch's SGD the learning rate multiplies the momentum. In the paper it is part of the momentum, which is the same at a
+constant rate. Parameters of one dimension (biases, the gains of norms) are neither scaled nor decayed.
 
 LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2) takes Adam's quotient u = m / (sqrt(v) + eps) plus
-weight_decay w, and scales it in each tensor to the length min(|w|, 10); where a norm is 0 it is taken as it is. m
-and v are used without Adam's bias correction, which the paper's appendix finds to do what warm-up does. The package
-does otherwise in two places, where we set its options as the paper has it: its weight decay would act on the weights
-beside the scaling, and its first steps would be 1 / (1 - beta1^t) times as long, ten times at the first. As in the
-authors' code, parameters of one dimension are not decayed (`trainer.decay_biases_and_norms` changes that) and not
-scaled either: theirs is Adam's step.
+weight_decay w, and scales it in each tensor to the length min(|w|, 10). If a norm is 0, it is not scaled. m and v are
+used without Adam's bias correction: the paper's appendix finds that the correction has the effect of warm-up. The
+package differs from the paper in two places, and we set its options to follow the paper. Its weight decay would act on
+the weights beside the scaling. Its first steps would be 1 / (1 - beta1^t) times as long: ten times in the first step.
+As in the authors' code, parameters of one dimension are not decayed (`trainer.decay_biases_and_norms` changes that) and
+not scaled: they get Adam's step.
 
-Both are exact: a step is elementwise arithmetic and norms of whole tensors, on one rank. The state is momenta, which
-checkpoints hold by parameter, and a count of steps in each group. LAMB also keeps its last norms there, for people.
+Both are exact: each rank makes the whole step, with elementwise arithmetic and norms of whole tensors. The state
+consists of momenta, which checkpoints hold by parameter, and a count of steps in each group. LAMB also keeps its last
+norms there, only to be looked at.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _layerwise(name: str) -> type[torch.optim.Optimizer]:
 
 
 def _arguments(name: str) -> dict[str, inspect.Parameter]:
-    """The arguments that an optimizer takes from `optimizer.params`; not for those that DeepSpeed builds."""
+    """The arguments that an optimizer takes from `optimizer.params`. Not for optimizers that DeepSpeed builds."""
     cls = _layerwise(name) if name.lower() in LAYERWISE else getattr(torch.optim, name)
     found = list(inspect.signature(cls).parameters.values())[1:]
     return {p.name: p for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD}
@@ -74,9 +75,9 @@ def check_optimizer(config: Config) -> None:
 
 
 def for_vectors(config: Config) -> dict[str, Any]:
-    """The optimizer's arguments that are others for parameters of at most one dimension (see adapt.parameter_groups).
+    """The optimizer's arguments that differ for parameters of at most one dimension (see adapt.parameter_groups).
 
-    Biases and the gains of norms are not decayed: decay draws weights to 0, which is no prior for a gain.
+    Biases and the gains of norms are not decayed: decay draws weights to 0, and 0 is not a sensible gain.
     """
     result: dict[str, Any] = {}
     if config.optimizer.type.lower() == "lamb":

@@ -15,7 +15,7 @@ class Rates:
     """Step -> learning rate, as a multiple of `optimizer.params.lr`.
 
     Attributes:
-        adascale: has the gain of each step, where the config asks for it.
+        adascale: computes the gain of each step; None if the config does not ask for it.
 
     Args:
         config, plan: of the run.
@@ -44,7 +44,7 @@ class Rates:
             self.adascale = AdaScale(growth(config, plan), base, self._schedule, rate.adascale_steps)
 
     def factor(self, step: int) -> float | None:
-        """The rate of the next step, which is optimizer step `step`; None where DeepSpeed's scheduler sets it."""
+        """The rate of the next step, which is optimizer step `step`; None if DeepSpeed's scheduler sets it."""
         if self._left_to_deepspeed:
             return None
         return self._schedule(step) if self.adascale is None else self.adascale.factor(step)

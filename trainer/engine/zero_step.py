@@ -1,4 +1,4 @@
-"""The step at ZeRO stages 1 to 3, with DeepSpeed's forward, backward and reduction: labelled tolerance."""
+"""The step at ZeRO stages 1 to 3, with DeepSpeed's forward, backward and reduction. Its runs are labelled tolerance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ZeroStep:
     ) -> None:
         self._engine, self.micro_batches, self.statistics = engine, micro_batches, statistics
         self._ranks, self._device, self._mark = ranks, device, mark
-        self.audit: Audit | None = None  # its gradients are in one piece on no rank
+        self.audit: Audit | None = None  # never set: no rank holds a whole gradient to compare
         self.deferred = False
 
     def __call__(self, batch: GlobalBatch, rate_factor: float | None = 1.0, asks_to_stop: bool = False) -> StepResult:
@@ -56,11 +56,11 @@ class ZeroStep:
         own.flags.fill_(float(asks_to_stop))
 
         def losses_of_block() -> Iterator[Tensor]:
-            # DeepSpeed's reduction is collective, in stages 2 and 3 at every micro-step, so every rank makes
-            # equally many: one with less to do adds micro-batches of weight 0.
+            # DeepSpeed's reduction is collective, at stages 2 and 3 in every micro-step. So all ranks must make the
+            # same number of micro-steps: a rank with fewer micro-batches adds some with weight 0.
             statistics.begin()
             for i, loss in enumerate(self.micro_batches.losses(batch, block)):
-                yield loss * (W / batch.count)  # DeepSpeed averages over ranks, and goes backward before it returns
+                yield loss * (W / batch.count)  # times W: DeepSpeed averages over ranks. It runs the backward here
                 own.losses[i] = loss.detach()
                 if statistics.size:
                     statistics.collect(own.statistics[i])

@@ -1,10 +1,10 @@
-"""The audit: now and then a micro-batch is computed once more, and the bits are compared with what was summed.
+"""The audit: now and then a micro-batch is computed a second time, and its bits are compared with what was summed.
 
-The guard compares ranks with one another after the sum. It cannot see a wrong summand: every rank applies the same
-sum. So in an audited step each rank computes one micro-batch of another rank again, with the parameters of that step
-(with one rank: one of its own, out of order), and the hashes of its loss, its statistics and its gradient are
-compared with the owner's. What differs then is state that a task keeps, a number that depends on the rank, or a device
-that computes wrongly. Nothing of the step has been applied yet.
+The guard compares ranks with one another after the sum. It cannot see a wrong summand, because every rank applies the
+same sum. So in an audited step each rank computes one micro-batch of another rank again, with the parameters of that
+step. A single rank takes one of its own micro-batches, out of order. The hashes of loss, statistics and gradient are
+compared with the owner's. A difference has one of three causes: the task keeps state, a number depends on the rank, or
+a device computes wrongly. The comparison comes before the update, so nothing of the step has been applied yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .hashes import hash64
 from .order import key
 from .plan import rank_block
 
-# With the default interval, at most this share of a rank's micro-batches is computed again.
+# With the default interval, at most this fraction of a rank's micro-batches is computed again.
 LARGEST_SHARE = 0.005
 
 
@@ -30,8 +30,8 @@ def interval(every_steps: int | None, guard_every_steps: int, micro_batches: int
     """Steps between audits; 0 for none.
 
     Args:
-        every_steps: `trainer.audit_every_steps`; None for the default: with the guard, and less often where a rank has
-            few micro-batches a step, so that at most `LARGEST_SHARE` of them are computed again.
+        every_steps: `trainer.audit_every_steps`. None for the default: as often as the guard, and less often if a rank
+            has few micro-batches a step, so that at most `LARGEST_SHARE` of them are computed again.
         guard_every_steps: `trainer.guard_every_steps`.
         micro_batches: M.
         world_size: W.
@@ -40,6 +40,7 @@ def interval(every_steps: int | None, guard_every_steps: int, micro_batches: int
         return every_steps
     if guard_every_steps == 0:
         return 0
+    # A multiple of the guard's interval: a rank with n micro-batches a step computes 1 in n * interval again.
     fewest = micro_batches // world_size
     return guard_every_steps * math.ceil(1 / (LARGEST_SHARE * fewest * guard_every_steps))
 
@@ -47,8 +48,8 @@ def interval(every_steps: int | None, guard_every_steps: int, micro_batches: int
 class Audit:
     """Chooses what is computed again, and compares.
 
-    One audited step: `choose`, then `note_summed` for the micro-batch `own` and `note_again` for the micro-batch
-    `other`, then `compare` (collective: every rank). All ranks choose alike.
+    In an audited step, call `choose`, then `note_summed` for the micro-batch `own` and `note_again` for the micro-batch
+    `other`, then `compare` (collective: every rank). All ranks make the same choice.
 
     Args:
         ranks: this rank, and how many.
@@ -56,8 +57,8 @@ class Audit:
         names: of the parameters, in the order of their gradients.
         every_steps: steps between audits.
         total_steps: of the run; its last step is audited, too.
-        seed: of the run; what is chosen follows from it and the step.
-        alike: whether all ranks have the same device model; else each looks at its own micro-batches.
+        seed: of the run; it and the step determine the choice.
+        alike: whether all ranks have the same device model. If not, each rank checks its own micro-batches.
     """
 
     def __init__(
@@ -85,16 +86,20 @@ class Audit:
         self.other: int | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the step after `step` steps is audited."""
+        """Whether the next step is audited, after `step` steps."""
+        # The last step, too: otherwise nobody would look at the steps after the last regular audit.
         return (step + 1) % self.every_steps == 0 or step + 1 == self._total_steps
 
     def choose(self, step: int, leaves: int) -> None:
         """Begins an audited step of M micro-batches.
 
-        Afterwards `own` is the micro-batch of this rank that another one computes again, and `other` the one that this
-        rank computes again; None where there is none, as a rank may have no micro-batch in a small step.
+        Afterwards `own` is the micro-batch of this rank that another rank computes again, and `other` is the one that
+        this rank computes again. Either is None if its rank has no micro-batch in this step (in an epoch's last batch).
         """
         W = self._ranks.world_size
+        # Rank r checks rank r + shift. A shift of 1 to W - 1 gives every rank another one, and it changes from audit to
+        # audit. Every rank computes the same key, so nothing has to be sent. The shift is 0 if device models differ:
+        # their bits may then differ without a fault.
         self._step, self._leaves = step, leaves
         self._shift = 1 + key(self._seed, "audit", step) % (W - 1) if W > 1 and self._alike else 0
         self.own = self._chosen(self._ranks.rank)
@@ -106,18 +111,19 @@ class Audit:
         return block[key(self._seed, "audited micro-batch", self._step, owner) % len(block)] if len(block) else None
 
     def note_summed(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Notes what this rank adds to the sum for the micro-batch `own`: as it is added."""
+        """Notes what this rank adds to the sum for the micro-batch `own`."""
         self._summed = self._hashes(loss, statistics, gradients)
 
     def note_again(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Notes what this rank finds for the micro-batch `other`."""
+        """Notes what this rank computes for the micro-batch `other`."""
         self._again = self._hashes(loss, statistics, gradients)
 
     def _hashes(self, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
-        """One hash a tensor, (2 + parameters,) int64: 0 for a gradient that is not there."""
+        """One hash a tensor, (2 + parameters,) int64: 0 for a gradient that is None."""
         if self._zero is None:
             self._zero = torch.zeros((), dtype=torch.int64, device=loss.device)
         zero = self._zero
+        # A hash of its own for each tensor, so that the message can name the first one that differs.
         found = [hash64([loss]), hash64([statistics]) if statistics.numel() else zero]
         found += [zero if gradient is None else hash64([gradient]) for gradient in gradients]
         return torch.stack(found)
@@ -130,9 +136,11 @@ class Audit:
         """
         W, size = self._ranks.world_size, len(self._names)
         assert self._summed is not None or self._again is not None or self._leaves < W
+        # A rank without a micro-batch sends zeros: collectives take rows of one size. They are skipped below.
         nothing = torch.zeros(size, dtype=torch.int64)
         parts = [nothing if part is None else part.cpu() for part in (self._summed, self._again)]
         rows = gather_rows(torch.cat(parts)).view(W, 2, size)  # (rank, summed or again, tensor)
+        # Every rank compares all rows, so every rank raises the same error.
         for witness in range(W):
             owner = (witness + self._shift) % W
             j = self._chosen(owner)
@@ -160,6 +168,6 @@ class Audit:
             f"The audit of step {self._step + 1} found two results for micro-batch {j}: {who}.\n"
             "Either a device computes wrongly, or the task keeps state or uses the rank in a way that the rehearsal "
             "before the first step could not see. Start the run again with trainer.audit_every_steps=1: if the task is "
-            "the cause, that finds the step in which it begins. For annealing, take the keyword progress instead of a "
+            "the cause, that finds the step in which it begins. For annealing, use the keyword progress instead of a "
             f"counter.\nStep {self._step + 1} was not applied. {passed}"
         )

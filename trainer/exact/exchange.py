@@ -1,7 +1,7 @@
-"""The exchange: ranks swap nodes of the tree, and the additions that are left are made in the tree's order.
+"""The exchange: ranks swap nodes of the tree, and make the remaining additions in the tree's order.
 
-Collectives only move bytes, so no library's order of adding matters. Addition is elementwise: how the flat gradient is
-cut into shards changes no bit either.
+Collectives only move bytes. An all-reduce would add in an order that the library chooses, so none is used. Addition is
+elementwise: cutting the flat gradient into shards changes no bit either.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .plan import rank_block
 from .record import RecordLayout, Records
 from .tree import cover, exchange_program, run_rounds
 
-# Up to this many received bytes the ranks exchange whole nodes in one collective and each adds all of
-# them; beyond it each rank adds one shard, in two collectives of less volume. The same bits either way.
-# Measured over gloo on one machine (tests/benchmarks/exchange.py).
+# Up to this many received bytes, the ranks exchange whole nodes in one collective, and each rank adds all of them.
+# Beyond it each rank adds one shard, in two collectives of less volume. The bits are the same either way.
+# The limit was measured over gloo on one machine (tests/benchmarks/exchange.py).
 DIRECT_LIMIT_BYTES = 6 << 20
 
 
@@ -32,6 +32,7 @@ def is_direct(leaves: int, world_size: int, node_size: int) -> bool:
         world_size: W. Two ranks always exchange whole nodes: that is the same volume in one collective.
         node_size: floats of a node.
     """
+    # The rank with the most nodes decides for all: every rank must choose the same collectives.
     most = max(len(cover(leaves, world_size, rank)) for rank in range(world_size))
     return world_size == 2 or most * node_size * 4 * world_size <= DIRECT_LIMIT_BYTES
 
@@ -40,11 +41,11 @@ class Exchange:
     """Finishes the gradient sum over all ranks, and hands every rank the records of all micro-batches.
 
     Args:
-        gradient_sum: this rank's part. Its head begins with the records of the rank's block.
+        gradient_sum: this rank's part of the sum. Its head begins with the records of the rank's block.
         layout: of the records.
         leaves: every M that a step may have.
         rank, world_size: this rank, and how many.
-        staging: the device on which collectives run; the CPU where gloo has to carry GPU tensors, else None.
+        staging: the device on which collectives run: the CPU for gloo. None stands for the gradient's own device.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Exchange:
         self._messages: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, leaves: int) -> Records:
-        """Exchanges what a step of M micro-batches has left: `gradient` is then the root of the tree on every rank.
+        """Exchanges the ranks' nodes of a step of M micro-batches, and adds them.
 
-        Collective: every rank.
+        Afterwards `gradient` is the root of the tree on every rank. Collective: every rank.
 
         Returns:
             The records of all M micro-batches in order.
@@ -84,27 +85,35 @@ class Exchange:
         return Records(self._in_order(received[:, : len(self._sum.head)], leaves), self._layout)
 
     def _direct(self, leaves: int) -> Tensor:
+        """Every rank gets all nodes, and makes all additions. Returns the ranks' heads and nodes, (W, length)."""
         W, head, size, nodes = self._world_size, len(self._sum.head), self._sum.size, self._sum.nodes
         counts = [len(cover(leaves, W, r)) for r in range(W)]
         most = max(counts)
-        # Records and nodes lie side by side: one contiguous piece is sent, and nothing is copied before.
+        # Records and nodes lie side by side, so one contiguous piece is sent without a copy. Ranks with fewer nodes
+        # send what else is in their buffers: pieces have one size, and `rows` leaves the surplus out.
         received = self._gather(self._sum.storage[: head + most * size])
         by_rank = received[:, head:].view(W, most, size)
+        # By rank, then position: the numbers that `exchange_program` uses.
         rows = [by_rank[r, k] for r, count in enumerate(counts) for k in range(count)]
         rounds = exchange_program(leaves, W)
         run_rounds(rounds[:-1], rows)
         if rounds:
-            (last,) = rounds[-1]
+            (last,) = rounds[-1]  # the addition that makes the root, written straight to where the optimizer reads it
             torch.add(rows[last.target], rows[last.source], out=nodes[0])
         else:
             nodes[0].copy_(rows[0])
         return received
 
     def _by_shards(self, leaves: int) -> Tensor:
+        """Each rank gets one shard of all nodes and adds it, then the results are gathered. Returns (W, length).
+
+        The returned rows begin with the ranks' heads, as those of `_direct` do.
+        """
         W, head, nodes = self._world_size, self._sum.head, self._sum.nodes
         counts = [len(cover(leaves, W, r)) for r in range(W)]
+        # The size of a node is a multiple of W, see `GradientSum`.
         shard, mine = self._sum.size // W, counts[self._rank]
-        # (node, rank, shard) -> (rank, node, shard): what goes to one rank lies together.
+        # (node, rank, shard) -> (rank, node, shard): all that is sent to one rank must lie together.
         send = nodes[:mine].view(mine, W, shard).transpose(0, 1).contiguous().to(self._staging)
         rows = self._memory("rows", sum(counts) * shard).view(-1, shard)
         dist.all_to_all_single(
@@ -113,8 +122,9 @@ class Exchange:
             [count * shard for count in counts],
             [mine * shard] * W,
         )
-        rows = rows.to(nodes.device)
+        rows = rows.to(nodes.device)  # host to device, where gloo carries GPU tensors
         run_rounds(exchange_program(leaves, W), list(rows))
+        # The records were not part of the first collective: they travel in the second, with the finished shard.
         owned = self._memory("owned", len(head) + shard)
         owned[: len(head)].copy_(head)
         owned[len(head) :].copy_(rows[0])
@@ -129,7 +139,7 @@ class Exchange:
         return received.view(self._world_size, -1).to(self._sum.storage.device)
 
     def _memory(self, purpose: str, numel: int) -> Tensor:
-        """Memory for messages, where collectives run; the same at every step."""
+        """Memory for messages, on the device where collectives run. It is made once and used in every step."""
         memory = self._messages.get((purpose, numel))
         if memory is None:
             memory = self._messages[purpose, numel] = torch.empty(numel, device=self._staging)
@@ -140,7 +150,7 @@ class Exchange:
         W, most, size = self._world_size, self._most_local, self._layout.size
         records = self._all_records[:leaves]
         table = heads[:, : most * size].unflatten(1, (most, size))
-        if leaves == W * most:
+        if leaves == W * most:  # every rank has as many micro-batches: one copy does it
             records.view(table.shape).copy_(table)
             return records
         for rank in range(W):
@@ -150,5 +160,5 @@ class Exchange:
 
 
 def most_local(leaves: Collection[int], world_size: int) -> int:
-    """The most micro-batches that a rank may have in a step."""
+    """The largest number of micro-batches that a rank may have in a step."""
     return -(-max(leaves) // world_size)

@@ -1,13 +1,14 @@
-"""The gradient noise scale: how large a batch is before averaging more gradients buys little.
+"""The gradient noise scale: the batch size beyond which averaging more gradients gains little.
 
-McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1: a gradient's squared norm is that of the expected gradient G
-plus noise that falls with the batch, so gradients of two batch sizes tell both apart. A step has them anyway: that
-of each micro-batch, and their sum. Everything here is a function of numbers that all ranks have alike, in micro-batch
-order, in float64 on the host: the same bits at every world size.
+McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1: the squared norm of a gradient is on average that of the
+expected gradient G, plus noise that falls with the batch size. So gradients of two batch sizes tell the two apart. A
+step has both: the gradient of each micro-batch, and their sum. All ranks have the same norms, and compute with them in
+micro-batch order, in float64 on the host. So the result has the same bits at every world size.
 
-Two things are assumed. A sample's gradient is its own: under BatchNorm it depends on the micro-batch, whose size is
-then part of what is measured. And micro-batches are drawn at random: where samples of about one length share a
-micro-batch (order.by_length), micro-batches differ by more than chance, and the trace comes out too large.
+There are two assumptions. First, a sample's gradient does not depend on the other samples. Under BatchNorm it depends
+on the micro-batch, so what is measured depends on the micro-batch size. Second, micro-batches are drawn at random. If
+samples of about one length share a micro-batch (order.by_length), micro-batches differ by more than chance, and the
+trace comes out too large.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Noise:
-    """What one step says of its gradient's noise.
+    """One step's estimate of the noise in its gradient.
 
     Attributes:
         trace: tr(Sigma), the summed variance over all parameters of the gradient of one sample.
-        gradient_squared: |G|^2, the squared norm of the expected gradient. Unbiased, so it can be below 0.
+        gradient_squared: |G|^2, the squared norm of the expected gradient. The estimate is unbiased, so it can be
+            negative.
     """
 
     trace: float
@@ -32,44 +34,47 @@ class Noise:
 
 
 def estimate(norms: Sequence[float], counts: Sequence[float], norm: float, samples: int) -> Noise | None:
-    """Unbiased estimates from one step; None where it has a single micro-batch, or numbers that are not finite.
+    """Unbiased estimates from one step; None if it has a single micro-batch, or numbers that are not finite.
 
-    With counts c_j (sum C), mean gradients h_j of the micro-batches and g of the step,
-    E|h_j|^2 = |G|^2 + tr / c_j and E|g|^2 = |G|^2 + tr / C, whatever the sizes. Hence over M micro-batches
-    tr = (sum_j c_j |h_j|^2 - C |g|^2) / (M - 1) and |G|^2 = |g|^2 - tr / C: for equal sizes the paper's
+    Let c_j be the counts of the micro-batches, C their sum, h_j the mean gradients of the micro-batches, and g that of
+    the step. Then E|h_j|^2 = |G|^2 + tr / c_j and E|g|^2 = |G|^2 + tr / C, for any sizes. M micro-batches give
+    tr = (sum_j c_j |h_j|^2 - C |g|^2) / (M - 1) and |G|^2 = |g|^2 - tr / C. For equal sizes this is the paper's
     equation A.2, with all M small batches instead of one.
 
     Args:
-        norms: (M,) of the gradients as they are added up, u_j = h_j c_j / C.
-        counts: (M,) what the summed loss counts in each micro-batch: samples, or valid tokens. The trace is that of
-            one count; it is given for one sample, of C / samples counts on average. A micro-batch without any
-            count says nothing.
+        norms: (M,) of the gradients as they are added, u_j = h_j c_j / C.
+        counts: (M,) what the summed loss counts in each micro-batch: samples, or valid tokens. The trace is first that
+            of one count. It is returned for one sample, which has C / samples counts on average. A micro-batch
+            whose count is 0 is left out.
         norm: of g = sum_j u_j, before clipping.
         samples: of the step.
     """
     present = [(u, c) for u, c in zip(norms, counts, strict=True) if c > 0]
     if len(present) < 2 or not all(map(math.isfinite, [*norms, norm])):
         return None
+    # fsum rounds once, at the end: the result does not depend on an order of adding.
     C = math.fsum(c for _, c in present)
+    # u_j = h_j c_j / C, so c_j |h_j|^2 = |u_j|^2 C^2 / c_j.
     spread = math.fsum(u * u * (C / c) * C for u, c in present) - C * norm * norm
     trace = spread / (len(present) - 1)
+    # The trace is that of one count. A sample averages over C / samples counts, which divides it by that number.
     return Noise(trace * (samples / C), norm * norm - trace / C)
 
 
 def estimates(
     norms: Sequence[Sequence[float]], counts: Sequence[Sequence[float]], whole: Sequence[float], samples: Sequence[int]
 ) -> list[Noise | None]:
-    """The estimates of several steps: rows as `estimate` takes them; rows of `norms` may be longer than M."""
+    """The estimates of several steps. Rows are as `estimate` takes them; rows of `norms` may be longer than M."""
     return [estimate(row[: len(c)], c, norm, n) for row, c, norm, n in zip(norms, counts, whole, samples)]
 
 
 class NoiseScale:
     """Means of the estimates over steps, and their ratio, which is the noise scale.
 
-    The ratio of the means, not the mean of ratios: |G|^2 of a single step is mostly noise, and often negative.
+    It is the ratio of the means, not the mean of ratios: |G|^2 of a single step is mostly noise, and often negative.
 
     Attributes:
-        steps: that gave an estimate.
+        steps: the number of steps that gave an estimate.
     """
 
     def __init__(self) -> None:
@@ -77,14 +82,14 @@ class NoiseScale:
         self._trace = self._gradient_squared = 0.0
 
     def add(self, noise: Noise | None) -> None:
-        """Counts a step. One after the other, so that a run that was interrupted adds in the same order."""
+        """Adds a step's estimate. Steps are added one by one, so that a resumed run adds in the same order."""
         if noise is not None:
             self.steps += 1
             self._trace += noise.trace
             self._gradient_squared += noise.gradient_squared
 
     def means(self) -> dict[str, float | None]:
-        """The means, and "scale_samples", B_simple = tr(Sigma) / |G|^2; None where there is no (positive) estimate."""
+        """The means, and "scale_samples", B_simple = tr(Sigma) / |G|^2; None if there is no (positive) estimate."""
         if not self.steps:
             return dict.fromkeys(("trace", "gradient_squared", "scale_samples"))
         positive = self._gradient_squared > 0.0
@@ -99,16 +104,16 @@ class NoiseScale:
         return self.means() | {"steps": self.steps}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: JSON values."""
+        """JSON values for a checkpoint."""
         return {"steps": self.steps, "trace": self._trace, "gradient_squared": self._gradient_squared}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.steps, self._trace = int(values["steps"]), float(values["trace"])
         self._gradient_squared = float(values["gradient_squared"])
 
     def copy(self) -> NoiseScale:
-        """One with the same numbers."""
+        """A copy with the same numbers."""
         other = NoiseScale()
         other.load_state_dict(self.state_dict())
         return other

@@ -10,8 +10,8 @@ from torch import Tensor
 from .plan import rank_block
 from .tree import Merge, buffers_needed, local_program
 
-# 16 float32 are 64 bytes: every tensor in a flat buffer starts where a fresh allocation would, so that
-# no kernel can be chosen by alignment.
+# 16 float32 are 64 bytes, the alignment of a fresh allocation on the CPU. Every tensor in a flat buffer starts at such
+# a multiple: a math library may choose its kernel by alignment.
 ALIGNMENT = 16
 
 
@@ -23,16 +23,15 @@ def round_up(value: int, multiple: int) -> int:
 class GradientSum:
     """Adds the gradients of this rank's micro-batches, and holds the sum over all ranks in the end.
 
-    One step: `start(M)`; for each micro-batch of this rank's block, in order, `add(gradients)`. Then `nodes` are the
-    nodes of the tree that cover the block. `exchange.Exchange` leaves the root in `nodes[0]`, which is `gradient`. All
-    buffers are made once.
+    In a step, call `start(M)`, then `add(gradients)` for each micro-batch of this rank's block, in order. Then `nodes`
+    holds the nodes of the tree that cover the block. `exchange.Exchange` leaves the root in `nodes[0]`, which is
+    `gradient`. All buffers are made once.
 
     Attributes:
         numel: floats of the gradient, which is the same at every world size.
         size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
-        storage: (head_size + nodes x size,) float32, with `head` and then `nodes` in it, so that both can be sent as
-            one piece.
-        head: (head_size,) memory in front of the nodes, for what is sent along with them.
+        storage: (head_size + buffers x size,) float32: `head`, then `nodes`, so that both can be sent as one piece.
+        head: (head_size,) memory in front of the nodes, for what is sent with them.
         nodes: (buffers, size).
 
     Args:
@@ -51,10 +50,11 @@ class GradientSum:
             offsets.append(size)
             size = round_up(size + parameter.numel(), ALIGNMENT)
         self.numel, count = size, len(shapes_of)
-        # Behind the gradient lies one number a parameter: in how many micro-batches it had no gradient. The
-        # tree adds these up like everything else. What is exchanged divides into shards; how much padding
-        # that takes depends on W, so neither is part of `gradient`.
+        # Behind the gradient lies one number a parameter: the number of micro-batches in which it had no gradient.
+        # The tree adds these numbers like everything else. Then comes padding, so that a node divides into W shards.
+        # The padding depends on W, so it is not part of `gradient`.
         self.size = round_up(size + count, ALIGNMENT * world_size)
+        # Enough for every M: an epoch's last, smaller batch can leave more nodes than a full one.
         buffers = max(buffers_needed(m, world_size, rank) for m in leaves)
         head_size = round_up(head_size, ALIGNMENT)
         self.storage = torch.zeros(head_size + buffers * self.size, device=shapes_of[0].device)
@@ -68,9 +68,9 @@ class GradientSum:
 
     @property
     def gradient(self) -> Tensor:
-        """The flat gradient after the exchange: (numel,) float32; what lies between parameters stays 0.
+        """The flat gradient after the exchange: (numel,) float32; the gaps between parameters stay 0.
 
-        As long at every world size: a norm adds in an order that depends on the length.
+        Its length is the same at every world size: a norm adds in an order that depends on the length.
         """
         return self.nodes[0, : self.numel]
 
@@ -93,16 +93,17 @@ class GradientSum:
             gradients: one tensor a parameter, in order; None for one that the micro-batch did not use.
 
         Returns:
-            The gradients, with zeros for those that are not there.
+            The gradients, with zeros in place of None.
         """
         merges = self._program[self._leaf]
-        # A right-hand leaf goes straight into its left neighbour's buffer.
+        # A right-hand leaf is added to its left neighbour's buffer at once, and needs none of its own.
         buffer = self._top - 1 if merges else self._top
         if not merges:
-            self._missing[buffer].zero_()  # of the step before
+            self._missing[buffer].zero_()  # it still holds counts of an earlier micro-batch
         present = [g if g is not None else self._note_missing(i, buffer) for i, g in enumerate(gradients)]
         if merges:
-            torch._foreach_add_(self._views[buffer], present)
+            torch._foreach_add_(self._views[buffer], present)  # the first merge, for all parameters in one call
+            # The other merges add whole nodes: all parameters and their counts, in one operation each.
             for merge in merges[1:]:
                 self.nodes[merge.target].add_(self.nodes[merge.source])
         else:
@@ -112,8 +113,9 @@ class GradientSum:
         return present
 
     def _note_missing(self, parameter: int, buffer: int) -> Tensor:
-        """Counts a missing gradient in a node, and returns zeros to add in its place."""
+        """Counts a missing gradient in a node. Returns zeros to add in its place."""
         self._missing[buffer][parameter] += 1.0
+        # Made once and kept: models that leave a parameter unused mostly do so in every step.
         zeros = self._zeros.get(parameter)
         if zeros is None:
             zeros = self._zeros[parameter] = torch.zeros_like(self._views[0][parameter])
@@ -125,25 +127,29 @@ class GradientSum:
 
     def unused(self) -> Tensor:
         """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
-        return self._missing[0] == self._leaves
+        return self._missing[0] == self._leaves  # counts in float32 are exact up to 2^24 micro-batches
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """The norm of a micro-batch's gradient, () float32.
 
-    To be squared on the host: in float32 the square of a small norm would vanish.
+    Square it on the host, in float64: in float32 the square of a small norm would become 0.
     """
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def _view_like(parameter: Tensor, flat: Tensor, offset: int) -> Tensor:
-    """A piece of `flat` with the shape of `parameter`, and with its strides where they fill it densely."""
+    """A piece of `flat` with the shape of `parameter`, and with its strides if they leave no gaps.
+
+    A model in channels_last has such strides. Gradients of equal strides are added without a change of layout.
+    """
     if parameter.is_contiguous() or not _is_dense(parameter):
         return flat[offset : offset + parameter.numel()].view(parameter.shape)
     return torch.as_strided(flat, parameter.shape, parameter.stride(), flat.storage_offset() + offset)
 
 
 def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill one piece of memory, in any order of its dimensions, without gaps or overlap."""
     sizes = sorted(zip(tensor.stride(), tensor.shape))
     expected = 1
     for stride, size in sizes:

@@ -21,11 +21,12 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
     Raises:
         RanksDifferError: on every rank, naming the ranks that differ and the first tensor in which they do.
     """
+    # One hash over everything is cheap. Only if it differs, each tensor is hashed, to name the first one that differs.
     hashes = gather_int64(hash64(state.values()))
     if len(set(hashes)) == 1:
         return
     by_tensor = gather_objects(hash_each(state))
-    usual = common_value(hashes)
+    usual = common_value(hashes)  # with two ranks, nobody can say which of them is right
     wrong = [rank for rank, value in enumerate(hashes) if value != usual]
     tensor = next(
         (name for name in state if len({rank_hashes.get(name) for rank_hashes in by_tensor}) > 1), "an unnamed tensor"
@@ -37,7 +38,7 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
             f"rank{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} differ{'s' * (len(wrong) == 1)} from the others"
         )
     raise RanksDifferError(
-        f"After step {step} {who}, first in {tensor}. All ranks apply the same gradient, so something else changes it: "
+        f"After step {step} {who}, first in {tensor}. All ranks apply the same gradient, so something else changed it: "
         "the task's forward or loss writes to it (`python -m trainer check-task` looks for that), or a device is "
         "faulty. Nothing was saved from this step.",
         agreed=True,

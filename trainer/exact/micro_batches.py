@@ -22,13 +22,13 @@ class GlobalBatch:
     """The samples of one step, the same on every rank.
 
     Attributes:
-        progress: where the run stands: optimizer steps made, and passes begun, before this one.
+        progress: how far the run is: optimizer steps and epochs before this one.
         indices: (n,) int64 into the training split, on the device.
         bounds: its M micro-batches, as positions in `indices`.
         count: what the summed loss is divided by: samples, or valid tokens.
         longest: the longest sample of each micro-batch, for samples of different lengths.
         tokens: the summed lengths of the samples; 0 where they have none.
-        counts: what each micro-batch adds to `count`, in a run that looks at the gradient's noise.
+        counts: what each micro-batch adds to `count`, in a run that measures the gradient noise scale; else None.
     """
 
     progress: Progress
@@ -49,8 +49,8 @@ class GlobalBatches:
     """The global batches of a run, in order: a function of the data, the seed and the plan, not of the world size.
 
     Attributes:
-        steps_per_epoch: of the run.
-        total_steps: its length.
+        steps_per_epoch: optimizer steps in one epoch.
+        total_steps: the length of the run, in optimizer steps.
 
     Args:
         split: the training split, on the CPU.
@@ -58,10 +58,10 @@ class GlobalBatches:
         seed: of the run.
         global_batch_size, micro_batch_size: B and m.
         drop_last: whether an epoch's last, smaller batch is left out.
-        total_steps: the length of the run.
-        one_shape: give all samples one length, that of the longest there is: for a model that is compiled for each
-            shape.
-        counted: note what each micro-batch counts.
+        total_steps: the length of the run, in optimizer steps.
+        one_shape: leave all samples at one length, that of the longest. This is for a compiled model, which would be
+            compiled again for each new shape.
+        counted: note what each micro-batch adds to the loss's count.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GlobalBatches:
         self._lengths = None if one_shape else split.lengths
 
     def micro_batch_counts(self) -> set[int]:
-        """Every number of micro-batches that a step has: M, and that of an epoch's last batch."""
+        """The numbers of micro-batches that steps have: M, and that of an epoch's last, smaller batch if any."""
         rest = len(self._split) % self._B
         sizes = {self._B, rest} if rest and not self._drop_last else {self._B}
         return {len(micro_batch_bounds(size, self._m)) for size in sizes}
@@ -96,14 +96,15 @@ class GlobalBatches:
     def starting_at(self, first_step: int) -> Iterator[GlobalBatch]:
         """The batches from a step on, to the end of the run."""
         split, B, lengths = self._split, self._B, self._lengths
-        # Full rows, as of packed text, have nothing to gain from it.
+        # Sorting by length saves padding. Rows that are nearly all full, such as packed text, have none to save.
         uneven = lengths if lengths is not None and lengths.double().mean() < 0.98 * lengths.max() else None
         step = first_step
         for epoch in range(first_step // self.steps_per_epoch, -(-self.total_steps // self.steps_per_epoch)):
-            order = epoch_order(self._seed, epoch, len(split))
+            order = epoch_order(self._seed, epoch, len(split))  # the same on every rank: the seed is the run's
             if uneven is not None:
                 order = by_length(order, uneven, B, self._m)
             on_device = order.to(self._device)
+            # A resumed run starts inside an epoch: the permutation is made anew, and its used part is passed over.
             for start in range(step % self.steps_per_epoch * B, self.steps_per_epoch * B, B):
                 if step == self.total_steps:
                     return
@@ -113,12 +114,13 @@ class GlobalBatches:
 
     def _batch(self, progress: Progress, samples: Tensor, on_device: Tensor) -> GlobalBatch:
         bounds = micro_batch_bounds(len(samples), self._m)
-        # The count is known before anything is computed: from the indices, on the host.
+        # The count comes from the indices, on the host. So each micro-batch's loss can be divided by the count of
+        # the whole global batch before any other micro-batch is computed.
         count = self._split.count_of(samples)
         if count == 0:
             raise UserError(
-                f"None of the {len(samples)} samples of step {progress.step + 1} counts: their counts (valid tokens, "
-                "weights) add up to 0, by which their loss would be divided.\nLeave such samples out of the "
+                f"The counts (valid tokens, or weights) of the {len(samples)} samples of step {progress.step + 1} "
+                "add up to 0, so their loss cannot be divided by the count.\nLeave such samples out of the "
                 "training split, or use a larger train_batch_size.",
                 agreed=True,
             )
@@ -133,15 +135,16 @@ class GlobalBatches:
         )
 
 
-# Samples are gathered for many micro-batches at a time, up to this many bytes.
+# Samples are gathered for many micro-batches at a time, up to this many bytes: one large gather costs less than many
+# small ones. The limit bounds the memory of a rank with many micro-batches.
 CHUNK_BYTES = 64 << 20
-# Memory from torch's allocators starts at a multiple of this. A piece of a chunk that does too is as good
-# as a fresh tensor; any other is copied, since a math library may choose its kernel by alignment.
+# Memory from torch's allocators starts at a multiple of this. A piece of a chunk that starts at such a multiple is
+# as good as a fresh tensor. Any other piece is copied, since a math library may choose its kernel by alignment.
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}
 
 
 def ignore_phase(phase: str) -> None:
-    """For who does not measure where the time goes."""
+    """The `mark` of a step whose phases are not timed: does nothing."""
 
 
 class Computed(NamedTuple):
@@ -161,14 +164,15 @@ class Computed(NamedTuple):
 class MicroBatches:
     """Computes micro-batches: gather, augment, seed, forward, loss.
 
-    How many micro-batches a rank has depends on the world size, so nothing is computed for several of them at once:
-    a kernel may give an element other bits in a tensor of another size. Only gathers, which move values, are made
-    in chunks, and augmentations that say that they are as harmless (`augment_in_chunks`).
+    The number of a rank's micro-batches depends on the world size. So nothing is computed for several of them at once:
+    a kernel may give an element other bits in a tensor of another size. There are two exceptions: gathers, which only
+    move values, and augmentations of a task that declares them as harmless (`augment_in_chunks`).
 
     Args:
         task: as in `tasks.protocol`.
-        model: what its forward is called with.
+        model: the model that the task's forward is called with.
         split: the training split, on the model's device.
+        device: of the model.
         seed: of the run.
         micro_batch_size: m.
         autocast: makes the precision context of forward and loss.
@@ -193,12 +197,13 @@ class MicroBatches:
         self._alignment = ALIGNMENT_BYTES[device.type]
         sample_bytes = sum(array[0].numel() * array.element_size() for array in split.arrays.values())
         self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * micro_batch_size))
-        # The task's word; the rehearsal looks whether it is true (see `rehearsal.chunks`).
+        # The task claims it; the rehearsal checks the claim (see `rehearsal.chunks`).
         self.augments_in_chunks = bool(getattr(task, "augment_in_chunks", False))
 
     def losses(self, batch: GlobalBatch, block: range) -> Iterator[Tensor]:
         """The summed losses of a block of micro-batches, each with its graph: () on the device."""
         for first in range(block.start, block.stop, self._chunk):
+            # Only the gather is shared by a chunk. Forward and loss are computed for one micro-batch at a time.
             chunk = range(first, min(first + self._chunk, block.stop))
             loaded = self.samples(batch, chunk, self.augments_in_chunks)
             self._mark("data")
@@ -206,12 +211,12 @@ class MicroBatches:
                 yield self.forward(batch, j, arrays).result[0]
 
     def compute(self, batch: GlobalBatch, j: int) -> Computed:
-        """Computes one micro-batch alone, as `losses` does among others. Not for the step: for looking at the task."""
+        """Computes one micro-batch alone, with the same bits as `losses`. For the audit and the rehearsal."""
         (arrays,) = self.samples(batch, range(j, j + 1), self.augments_in_chunks)
         return self.forward(batch, j, arrays)
 
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
-        """What a task's augment() returns for one micro-batch, as it is. For looking at the task."""
+        """What a task's augment() returns for one micro-batch, unchecked. For the rehearsal."""
         start, stop = batch.bounds[j]
         indices = batch.indices[start:stop]
         arrays = self._split.gather(indices)
@@ -219,7 +224,8 @@ class MicroBatches:
 
     def forward(self, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
         """Outputs and loss of samples that have been gathered and augmented: those of a micro-batch, for the step."""
-        # Dropout and the like draw from these: a function of the step and the micro-batch.
+        # Dropout and the like draw from torch's generators. Seeded for each (step, micro-batch), they give the same
+        # numbers whichever rank computes it, and whatever that rank computed before.
         seed_generators(key(self._seed, "forward", batch.step, j), self._device)
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
@@ -232,12 +238,12 @@ class MicroBatches:
             return self._calls.loss(outputs, arrays, batch.progress)
 
     def samples(self, batch: GlobalBatch, chunk: range, together: bool) -> list[Batch]:
-        """The samples of some micro-batches, gathered and augmented: one dictionary each, of fresh tensors.
+        """The samples of some micro-batches, gathered and augmented: a dictionary of fresh tensors for each.
 
         Args:
             batch: their global batch.
             chunk: the micro-batches.
-            together: augment them at once.
+            together: augment all of them in one call.
         """
         bounds = batch.bounds[chunk.start : chunk.stop]
         indices = batch.indices[bounds[0][0] : bounds[-1][1]]
@@ -247,15 +253,16 @@ class MicroBatches:
         pieces = self._cut(arrays, [stop - start for start, stop in bounds])
         if self._calls.augment is not None and not together:
             for k, (start, stop) in enumerate(bounds):
-                # For what draws from torch's generators instead of its `random`.
+                # A task may draw from torch's generators instead of the `random` that it is given.
                 seed_generators(key(self._seed, "augment", batch.step, chunk[k]), self._device)
                 pieces[k] = self._augmented(pieces[k], batch.indices[start:stop], batch.progress)
+        # Cut last: augment() sees all positions, and the forward sees none that is padding in every sample.
         if batch.longest is not None:
             pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
         return pieces
 
     def _cut(self, arrays: Batch, sizes: list[int]) -> list[Batch]:
-        """Cuts gathered samples into micro-batches, each of which is as good as gathered by itself."""
+        """Cuts gathered samples into micro-batches, each laid out in memory as if gathered by itself."""
         pieces: list[Batch] = [{} for _ in sizes]
         for name, array in arrays.items():
             split = array.split(sizes)
@@ -268,6 +275,7 @@ class MicroBatches:
 
     def _augmented(self, arrays: Batch, indices: Tensor, progress: Progress) -> Batch:
         assert self._calls.augment is not None
+        # The tables of random numbers belong to one epoch.
         if progress.epoch != self._random.epoch:
             self._random.start_epoch(progress.epoch)
         return self._calls.augment(arrays, self._random.of(indices), progress)

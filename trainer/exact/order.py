@@ -1,7 +1,7 @@
-"""Sample order and keyed random numbers: every draw is a function of names, never of who draws it.
+"""Sample order and keyed random numbers: a draw depends on what it is for, never on the rank that draws it.
 
-A key is a 64-bit hash of the run's seed and of what the number is for. Nothing is seeded by rank and
-no generator runs on from one micro-batch to the next, so any rank can compute any micro-batch.
+A key is a hash of the run's seed and of what the number is for. Nothing is seeded by rank, and
+no generator carries its state from one micro-batch to the next, so any rank can compute any micro-batch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def key(seed: int, purpose: str, *position: int) -> int:
         purpose: what the numbers are for ("order", "forward", "augmentation", ...).
         position: where in the run, for example (step, micro-batch).
     """
+    # A cryptographic hash, so keys of neighbouring steps or seeds are unrelated, and the same on every machine.
     message = purpose.encode() + struct.pack(f"<{1 + len(position)}Q", seed & _MASK, *position)
+    # 63 bits, so that a key fits an int64: torch has few operations for unsigned numbers of 64 bits.
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 1
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
     """The permutation of the training set for one epoch: (samples,) int64 on the CPU."""
+    # Always on the CPU: a GPU's generator would give another permutation for the same seed.
     generator = torch.Generator().manual_seed(key(seed, "order", epoch))
     return torch.randperm(samples, generator=generator)
 
@@ -45,8 +48,8 @@ def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
 def nested_subset(samples: int, chosen: int) -> Tensor:
     """The same `chosen` of `samples` samples in every run: (chosen,) int64 on the CPU, in their original order.
 
-    The first ones of one pseudo-random order, which knows no seed: a smaller subset is part of a larger one, and
-    seeds of a study have the same data. The order is of the whole split because a prefix of the file may be one class.
+    They are the first ones of a fixed pseudo-random order. So a smaller subset is part of a larger one, and all seeds
+    of a study train on the same data. The first rows of the file would not do: they may all be of one class.
     """
     assert 1 <= chosen <= samples
     generator = torch.Generator().manual_seed(key(0, "train_samples"))
@@ -56,10 +59,10 @@ def nested_subset(samples: int, chosen: int) -> Tensor:
 def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batch_size: int) -> Tensor:
     """The order with each global batch arranged so that samples of about the same length share a micro-batch.
 
-    A step has the same samples as before, and so the same gradient up to rounding, with less padding: of questions of
-    13 tokens on average, in 4 micro-batches of 8, 16 tokens are computed for each instead of 21. Micro-batches come as
-    shortest, longest, second shortest, ...: neighbours together are about as much work as any others, for whichever
-    rank has them.
+    A step has the same samples as before, and so the same gradient up to rounding, with less padding. For example, with
+    questions of 13 tokens on average and 4 micro-batches of 8, a question takes 16 computed tokens instead of 21. The
+    micro-batches come as shortest, longest, second shortest, second longest, ...: every pair of neighbours is about the
+    same amount of work, so ranks with blocks of equal size have about the same amount, too.
 
     Args:
         order: (n,) int64, an epoch's.
@@ -71,13 +74,15 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
     """
     parts = []
     for samples in order.split(global_batch_size):
+        # A stable sort: samples of equal length keep their order, whichever algorithm torch chooses.
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
+        # Number the micro-batches 0, 1, ... by length. `places` pairs the shortest with the longest, and so on inwards.
         places = itertools.zip_longest(
             range((len(bounds) + 1) // 2), reversed(range((len(bounds) + 1) // 2, len(bounds)))
         )
         arranged = [place for pair in places for place in pair if place is not None]
-        # Micro-batches of unequal size keep their places: sizes are those of the plan, j = 0, 1, ...
+        # The sizes stay those of the plan: micro-batch j has sizes[j] samples, whatever their length.
         sizes = [stop - start for start, stop in bounds]
         starts = [0] * len(bounds)
         position = 0
@@ -89,9 +94,9 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
 
 
 def seed_generators(value: int, device: torch.device) -> None:
-    """Seeds the generators that dropout and the like draw from, on the CPU and on `device`.
+    """Seeds torch's generators, from which dropout and the like draw, on the CPU and on `device`.
 
-    Cheaper than torch.manual_seed, which visits every device: this runs once a micro-batch.
+    This runs once a micro-batch, and is cheaper than torch.manual_seed, which visits every device.
     """
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
@@ -99,7 +104,7 @@ def seed_generators(value: int, device: torch.device) -> None:
 
 
 def seed_python(value: int) -> None:
-    """Seeds the global generators of Python and numpy: slower than torch's, so not in the step."""
+    """Seeds the global generators of Python and numpy. This is slower than torch's, so the step does not do it."""
     random.seed(value)
     np.random.seed(value % (1 << 32))
 
@@ -110,15 +115,16 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch's >> on int64 keeps the sign; mask it off for the logical shift that splitmix64 wants.
+    # torch's >> on int64 copies the sign bit downwards. splitmix64 shifts zeros in: the mask makes them.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mixed(x: Tensor) -> Tensor:
     """A number that looks random for each number, elementwise: int64 to int64, one to one.
 
-    The step of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    This is the output function of splitmix64 (see the constants above).
     """
+    # int64 arithmetic wraps modulo 2^64, on every device: these products are meant to overflow.
     x = x * _signed(_GOLDEN)
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
@@ -136,8 +142,10 @@ def hashed_uniform(value: int, indices: Tensor, columns: int) -> Tensor:
     Returns:
         (B, columns) float32 on the device of `indices`, of 24 random bits each.
     """
+    # The multiplier is odd and spreads indices over all 64 bits: 2^64 / x, where x^4 = x + 1 (Roberts 2018, R3).
     column = torch.arange(columns, device=indices.device)
     counter = indices[:, None] * _signed(0xD1B54A32D192ED03) + column[None, :]
+    # The upper 24 bits: float32 holds each such number exactly, and a multiplication by 2^-24 does not round.
     return _shift_right(mixed(counter + _signed(value)), 40).to(torch.float32) * (2.0**-24)
 
 
@@ -145,28 +153,28 @@ def hashed_uniform(value: int, indices: Tensor, columns: int) -> Tensor:
 class SampleRandom:
     """Random numbers for augmentation, keyed by (seed, epoch, sample): what a task's `augment` draws from.
 
-    The n-th draw of an `augment` call is the n-th stream of each of its samples, so the same sample is
-    augmented alike in whatever micro-batch it comes, and differently in every epoch.
+    The n-th draw of an `augment` call takes the n-th stream of numbers of each sample. So a sample is
+    augmented in the same way in any micro-batch, and differently in every epoch.
     """
 
     seed: int
     samples: int
     device: torch.device
     epoch: int = 0
-    # A stream small enough to hold for the whole split is drawn once an epoch and then gathered by
-    # index, which is one operation a micro-batch instead of a dozen. The numbers are the same.
+    # A stream with at most this many numbers for the whole split is drawn once an epoch, and then gathered
+    # by index: one operation a micro-batch instead of a dozen. The numbers are the same either way.
     table_limit: int = 1 << 20
     _indices: Tensor | None = None
     _stream: int = 0
     _tables: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def start_epoch(self, epoch: int) -> None:
-        """Changes to an epoch's numbers."""
+        """Switches to the numbers of an epoch."""
         self.epoch = epoch
         self._tables.clear()
 
     def of(self, indices: Tensor) -> SampleRandom:
-        """Itself, set to the samples of one micro-batch, at their first stream. indices: (B,) int64."""
+        """This object, set to the first stream of one micro-batch's samples. indices: (B,) int64."""
         self._indices = indices
         self._stream = 0
         return self
@@ -176,7 +184,7 @@ class SampleRandom:
         return self._draw(columns, 0)
 
     def integers(self, high: int, columns: int = 1) -> Tensor:
-        """(B, columns) int64 in 0..high-1 (of 24 random bits: for ranges far below 2^24)."""
+        """(B, columns) int64 in 0..high-1. They have 24 random bits, so `high` should be far below 2^24."""
         return self._draw(columns, high)
 
     def _draw(self, columns: int, high: int) -> Tensor:
@@ -197,6 +205,8 @@ class SampleRandom:
 
     def normal(self, columns: int = 1) -> Tensor:
         """(B, columns) float32, standard normal (Box and Muller 1958)."""
+        # log1p and cos may give an element other bits in a tensor of another size. So no table of them is kept:
+        # they are computed for one micro-batch, as everything in `augment` is.
         radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(columns)))
         return radius * torch.cos(2.0 * torch.pi * self.uniform(columns))
 

@@ -1,8 +1,8 @@
 """From a global batch to micro-batches to ranks: pure arithmetic, shared by `plan` and the training loop.
 
-Nothing here knows a tensor. A global batch of B samples is cut into M micro-batches in a way that
-does not depend on the world size W; rank r then takes a contiguous block of them. So W decides only
-who computes a micro-batch, never what is in it.
+This file handles no tensors. A global batch of B samples is cut into M micro-batches in a way that
+does not depend on the world size W. Rank r then takes a contiguous block of them. So W decides only
+which rank computes a micro-batch, never what is in it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from ..errors import UserError
 def micro_batch_bounds(samples: int, micro_batch_size: int) -> list[tuple[int, int]]:
     """The micro-batches of one global batch as [start, stop) positions in it.
 
-    ceil(samples / micro_batch_size) of them, whose sizes differ by one sample at most. A full batch
-    that is a multiple of the micro-batch size gives exactly that size; a ragged one is balanced rather
-    than ending in a tiny remainder, because BatchNorm takes its statistics from a micro-batch and one
-    of a single sample has no variance.
+    There are ceil(samples / micro_batch_size) of them, and their sizes differ by one sample at most. A
+    batch that is a multiple of the micro-batch size is cut into exactly that size. Any other batch is cut
+    into nearly equal parts and has no tiny remainder: BatchNorm takes its statistics from a micro-batch,
+    and a micro-batch of a single sample has no variance.
     """
     assert samples >= 1 and micro_batch_size >= 1
+    # -(-a // b) is a / b rounded up. It stays in whole numbers, so it is exact for any size.
     count = -(-samples // micro_batch_size)
     return [(j * samples // count, (j + 1) * samples // count) for j in range(count)]
 
@@ -29,6 +30,7 @@ def micro_batch_bounds(samples: int, micro_batch_size: int) -> list[tuple[int, i
 def rank_block(micro_batches: int, world_size: int, rank: int) -> range:
     """The micro-batches of `rank`: [floor(r M / W), floor((r+1) M / W)), empty for some ranks if M < W."""
     assert 0 <= rank < world_size
+    # This formula gives contiguous blocks that cover all M, and two blocks differ by one micro-batch at most.
     return range(rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size)
 
 
@@ -60,7 +62,7 @@ class BatchPlan:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-steps of the busiest rank in a step: what the step time follows."""
+        """Micro-steps of the rank that has the most of them in a step. They determine the step time."""
         return -(-self.micro_batches // self.world_size)
 
     def per_rank(self) -> str:
@@ -90,11 +92,12 @@ def resolve(
     """The plan that DeepSpeed's three batch keys mean at this world size.
 
     Raises:
-        UserError: a combination that means nothing exact, keys that contradict one another at this
-            world size, or more ranks than micro-batches; each with its arithmetic and a remedy.
+        UserError: the keys leave the micro-batch size open, contradict one another at this world size, or
+            make fewer micro-batches than ranks. The message shows the arithmetic and a remedy.
     """
     B, m, accumulation = train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps
     W = world_size
+    # Without a micro-batch size, DeepSpeed derives one from W. Then the model would depend on W.
     if m is None:
         if B is None:
             raise UserError(
@@ -105,12 +108,12 @@ def resolve(
         suggestion = max(1, B // 32)
         without = "" if accumulation is None else ", and leave gradient_accumulation_steps out"
         raise UserError(
-            f"train_batch_size ({B}) without train_micro_batch_size_per_gpu lets the micro-batch change with the "
-            "number of ranks, and with it BatchNorm, dropout and every rounding.\n"
-            f"Add train_micro_batch_size_per_gpu, for example {suggestion}{without}: then 1 to "
+            f"train_batch_size ({B}) is given without train_micro_batch_size_per_gpu. The micro-batch would then "
+            "change with the number of ranks, and with it BatchNorm, dropout and all rounding.\n"
+            f"Add train_micro_batch_size_per_gpu, for example {suggestion}{without}. Then 1 to "
             f"{-(-B // suggestion)} ranks give the same model."
         )
-    if B is None:
+    if B is None:  # weak scaling: the global batch grows with W
         return BatchPlan("weak", m * (accumulation or 1) * W, m, W)
     if m > B:
         remedies = [f"train_batch_size={max(m, m * (W - 1) + 1)} or more"]
@@ -121,9 +124,11 @@ def resolve(
             f"train_micro_batch_size_per_gpu ({m}) is larger than train_batch_size ({B}).\n"
             f"Try {', or '.join(remedies)}{at}."
         )
+    # A config that fixes all three keys fits a single world size.
     if accumulation is not None and m * accumulation * W != B:
         raise UserError(_contradiction(B, m, accumulation, W))
     plan = BatchPlan("strong", B, m, W)
+    # A rank that has no micro-batch in any step could not contribute anything.
     if plan.micro_batches < W:
         remedy = f"Use at most {plan.micro_batches} ranks"
         if B >= W:
@@ -154,7 +159,8 @@ def _contradiction(B: int, m: int, accumulation: int, W: int) -> str:
 
 
 def nearest_possible(world_size: int, B: int | None, m: int | None, accumulation: int | None) -> int | None:
-    """The world size closest to `world_size` (the smaller of two) that the batch keys allow, or None."""
+    """The world size closest to `world_size` that the batch keys allow, the smaller of two equally close; or None."""
+    # Strong scaling allows at most M ranks. For weak scaling, any W works, so the search ends at once.
     largest = -(-B // m) if B is not None and m is not None else world_size
     for distance in range(max(world_size, largest) + 1):
         for candidate in (world_size - distance, world_size + distance):

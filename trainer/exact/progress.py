@@ -1,7 +1,7 @@
-"""How far a run is, for tasks that want to know: annealing needs no counter of its own.
+"""How far a run is. A task that anneals something takes it from here, and needs no counter of its own.
 
-A counter in a task or a model counts the calls of one rank, so its value depends on the number of ranks. The step
-does not.
+A counter in a task or a model counts the calls of one rank, so its value depends on the number of ranks. The number
+of the step does not.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps made so far; 0 in the first step.
-        epoch: passes over the training set begun before this one; 0 in the first.
-        total_steps: the length of the run in steps (with AdaScale's own length, its upper bound).
+        epoch: passes over the training set before this one; 0 in the first.
+        total_steps: the length of the run in steps; an upper bound if AdaScale chooses the length.
     """
 
     step: int
@@ -29,11 +29,11 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """The share of the run that is done: 0 in the first step, 1 at the end."""
+        """The fraction of the run that is done: 0 in the first step, 1 at the end."""
         return self.step / self.total_steps
 
 
-# The methods that may ask for it, by a keyword of this name.
+# A task's methods ask for the progress by taking a keyword of this name.
 KEYWORD = "progress"
 _METHODS = ("forward", "loss", "augment")
 
@@ -43,17 +43,17 @@ def _asks(method: Callable[..., Any] | None) -> bool:
 
 
 def takes_progress(task: Any) -> bool:
-    """Whether any of a task's methods asks for the progress of the run."""
+    """Whether any of a task's methods takes the keyword `progress`."""
     return any(_asks(getattr(task, name, None)) for name in _METHODS)
 
 
 class TaskCalls:
-    """A task's forward, loss and augment, called alike whether or not they take the keyword `progress`.
+    """A task's forward, loss and augment, with one way to call them, whether or not they take `progress`.
 
-    Each is called as in `tasks.protocol.Task`, with the progress as one more argument at the end.
+    Call each as in `tasks.protocol.Task`, with the progress as one more argument at the end.
 
     Attributes:
-        augment: None where the task has none.
+        augment: None if the task has none.
     """
 
     def __init__(self, task: Any) -> None:
@@ -64,6 +64,7 @@ class TaskCalls:
 
 
 def _caller(method: Callable[..., Any]) -> Callable[..., Any]:
+    # The signature is read once, when the run is built: reading it costs more than a call.
     if _asks(method):
         return functools.partial(_with_keyword, method)
     return functools.partial(_without, method)

@@ -1,4 +1,7 @@
-"""What a micro-batch hands to all ranks besides its gradient: one row of numbers, whose columns have names."""
+"""What a micro-batch sends to all ranks besides its gradient: one row of numbers, whose columns have names.
+
+All ranks see the losses and statistics of all M micro-batches in order, so whatever is computed from them agrees.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ class RecordLayout:
     """The columns of a record: its loss, its statistics, its gradient's norm if that is measured, and a flag.
 
     Attributes:
-        statistics_size: floats of BatchNorm's statistics.
+        statistics_size: floats of one micro-batch's BatchNorm statistics.
         norms: whether the norm of each micro-batch's gradient is measured.
     """
 
@@ -22,7 +25,7 @@ class RecordLayout:
     @property
     def size(self) -> int:
         """Floats of a record."""
-        return 1 + self.statistics_size + self.norms + 1
+        return 1 + self.statistics_size + self.norms + 1  # loss, statistics, norm (True counts as 1), flag
 
 
 class Records:
@@ -32,7 +35,7 @@ class Records:
         losses: (n,) summed losses.
         statistics: (n, statistics_size).
         norms: (n,) of the micro-batches' gradients; None where they are not measured.
-        flags: (n,) 1 for a micro-batch whose rank has raised its flag, else 0.
+        flags: (n,) 1 for a micro-batch whose rank has raised its flag (it asks to stop), else 0.
 
     Args:
         rows: (n, layout.size) float32; the attributes are views of it.
@@ -49,16 +52,16 @@ class Records:
 class OwnRecords:
     """The records of this rank's block, filled one micro-batch after the other.
 
-    One step: `start()`; for each micro-batch fill `statistics`, then `add(...)`.
+    In a step, call `start()`, then for each micro-batch fill `statistics` and call `add(...)`.
 
     Args:
-        rows: (most micro-batches of a rank, layout.size) float32, in which they are written.
+        rows: (most micro-batches of a rank, layout.size) float32, where the records are written.
         layout: of its columns.
     """
 
     def __init__(self, rows: Tensor, layout: RecordLayout) -> None:
         everything = Records(rows, layout)
-        # Made once: indexing costs more than the copy it is for.
+        # Views of single records are made once: an indexing operation costs more than the copy that follows it.
         self._losses = list(everything.losses.unbind())
         self._statistics = list(everything.statistics.unbind())
         self._norms = None if everything.norms is None else list(everything.norms.unbind())
@@ -84,4 +87,5 @@ class OwnRecords:
 
     def raise_flag(self) -> None:
         """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""
+        # It is never lowered again: this rank keeps asking until the run stops.
         self._flags.fill_(1.0)

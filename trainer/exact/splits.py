@@ -1,7 +1,7 @@
-"""Data in memory on the device: a split is a few tensors, and a micro-batch is a gather by index.
+"""Data in memory on the device: a split is a few tensors, and a micro-batch is gathered from them by index.
 
-A gather, never a slice: its result is a fresh, aligned allocation whatever the position, so a math
-library cannot choose another kernel for it.
+A micro-batch is never a slice. A slice may start at any address, and a math library may choose its kernel
+by alignment. A gather returns a fresh allocation, which is always aligned in the same way.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Split:
     """One split of a dataset.
 
     Attributes:
-        arrays: name -> tensor, all with the same first dimension, the samples.
+        arrays: name -> tensor (samples, ...). All have the same first dimension, the samples.
         counts: what each sample contributes to the loss's count, (samples,); None stands for 1 each.
             A language model gives the valid tokens of each sample here, a weighted loss its weights.
-        lengths: how many places of each sample are not padding, (samples,) int64, for samples of different
-            lengths; None where all are alike.
-        padded: the names of the arrays (samples, places, ...) that `lengths` speaks of: each micro-batch of them is
-            cut to its own longest sample, so padding depends on the micro-batch alone.
+        lengths: for samples of different lengths: the positions of each sample that are not padding,
+            (samples,) int64. None if all samples have one length.
+        padded: the names of the arrays (samples, positions, ...) to which `lengths` applies. Each micro-batch of them
+            is cut to its own longest sample, so padding depends on the micro-batch alone.
     """
 
     arrays: Batch
@@ -60,7 +60,7 @@ class Split:
         return replace(self, arrays={name: array.to(device) for name, array in self.arrays.items()})
 
     def longest(self, indices: Tensor, bounds: Sequence[tuple[int, int]]) -> list[int] | None:
-        """The longest sample of each micro-batch, (M,); None where samples have no lengths.
+        """The length of the longest sample of each micro-batch, (M,); None if samples have no lengths.
 
         Args:
             indices: (n,) int64 on the CPU.
@@ -69,26 +69,29 @@ class Split:
         if self.lengths is None:
             return None
         lengths = self.lengths.index_select(0, indices).numpy()
+        # reduceat: one maximum for each piece, from one start to the next.
         return np.maximum.reduceat(lengths, [start for start, _ in bounds]).tolist()
 
     def tokens(self, indices: Tensor) -> int:
-        """The summed lengths of samples, 0 where they have none: indices (n,) int64 on the CPU."""
+        """The summed lengths of the samples at `indices`, (n,) int64 on the CPU; 0 if samples have no lengths."""
         return 0 if self.lengths is None else int(self.lengths.index_select(0, indices).sum())
 
     def cut(self, batch: Batch, longest: int | None) -> Batch:
-        """A micro-batch without the padding that is behind its longest sample, as fresh tensors."""
+        """A micro-batch without the padding behind its longest sample, as fresh tensors."""
         if longest is None:
             return batch
+        # A copy, since a slice of columns is not contiguous, and kernels may treat it in another way.
         return batch | {name: batch[name][:, :longest].clone() for name in self.padded}
 
     def count_of(self, indices: Tensor) -> float:
-        """The summed count of samples, exact: indices (B,) int64 on the CPU."""
+        """The summed count of the samples at `indices`, (B,) int64 on the CPU."""
         if self.counts is None:
             return float(len(indices))
+        # float64 sums whole counts up to 2^53 without rounding. Other weights round, in an order that only B decides.
         return float(self.counts.index_select(0, indices).to(torch.float64).sum())
 
     def counts_of(self, indices: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
-        """The summed count of each micro-batch, (M,), exact; arguments as in `longest`."""
+        """The summed count of each micro-batch, (M,); arguments as in `longest`."""
         if self.counts is None:
             return [float(stop - start) for start, stop in bounds]
         counts = self.counts.index_select(0, indices).to(torch.float64).numpy()
@@ -97,12 +100,18 @@ class Split:
     def data_hash(self) -> str:
         """SHA-256 over names, types, shapes and bytes."""
         extra = {"counts": self.counts, "lengths": self.lengths}
+        # Sorted, so that the order in which a task lists its arrays does not matter.
         items = sorted(self.arrays.items()) + [(n, v) for n, v in extra.items() if v is not None]
         return tensors_sha256(items)
 
 
 def as_split(value: Any, name: str, task: str) -> Split:
     """A Split from what a task returned: a Split, or a plain dictionary of tensors or arrays.
+
+    Args:
+        value: what the task returned.
+        name: of the split, for messages.
+        task: its name, for messages.
 
     Raises:
         UserError: it is neither, it is empty, its arrays have different lengths, or none of its samples counts.
@@ -120,6 +129,7 @@ def as_split(value: Any, name: str, task: str) -> Split:
         )
     arrays: Batch = {}
     for key, array in value.items():
+        # numpy's kinds: bool, signed and unsigned whole numbers, floats. Texts and Python objects are refused below.
         if isinstance(array, np.ndarray) and array.dtype.kind in "biuf":
             array = torch.from_numpy(np.ascontiguousarray(array))
         if not isinstance(array, Tensor) or array.ndim == 0:
@@ -127,6 +137,7 @@ def as_split(value: Any, name: str, task: str) -> Split:
                 f'{task}.splits()["{name}"]["{key}"] must be a tensor or an array of numbers with one row a sample, '
                 f"not {type(array).__name__}{f' of {array.dtype}' if isinstance(array, np.ndarray) else ''}."
             )
+        # Contiguous, so that a gather gives the same layout however the task built the array.
         arrays[key] = array.detach().contiguous()
     all_arrays = arrays | {n: v for n, v in (("counts", counts), ("lengths", lengths)) if v is not None}
     rows = {key: len(array) for key, array in all_arrays.items()}
@@ -152,25 +163,29 @@ def _check_counts(counts: Tensor | None, where: str) -> None:
 
 def _check_lengths(arrays: Batch, lengths: Tensor | None, padded: tuple[str, ...], where: str) -> None:
     if padded and lengths is None:
-        raise UserError(f"{where} names padded arrays ({', '.join(padded)}), but gives no lengths.")
+        raise UserError(f"{where} names padded arrays ({', '.join(padded)}) but gives no lengths.")
     if lengths is None:
         return
     if lengths.dtype != torch.int64 or int(lengths.min()) < 1:
         raise UserError(
-            f"{where}: lengths must be int64 and at least 1; they are {lengths.dtype} from {lengths.min()}."
+            f"{where}: lengths must be int64 and at least 1; they are {lengths.dtype}, the smallest is {lengths.min()}."
         )
     for name in padded:
         places = arrays[name].shape[1] if name in arrays and arrays[name].ndim > 1 else None
         if places is None:
-            raise UserError(
-                f"{where}: the padded array {name!r} must be there, with a dimension of places after samples."
-            )
+            raise UserError(f"{where}: the padded array {name!r} must be there, with shape (samples, positions, ...).")
         if int(lengths.max()) > places:
-            raise UserError(f"{where}: a sample is {int(lengths.max())} places long, but {name!r} has only {places}.")
+            raise UserError(
+                f"{where}: a sample has the length {int(lengths.max())}, but {name!r} has only {places} positions."
+            )
 
 
 def as_splits(value: Any, task: str) -> dict[str, Split]:
-    """All splits a task returned, checked: "train" at least; "validation" and "test" where it has them."""
+    """All splits that a task returned, checked: "train", and "validation" and "test" if the task has them.
+
+    Raises:
+        UserError: there is no "train" split, or a split is unknown or not valid.
+    """
     if not isinstance(value, Mapping) or "train" not in value:
         has = f"the keys {sorted(value)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
         raise UserError(f'{task}.splits() must return a dictionary with a "train" split; it returned {has}.')

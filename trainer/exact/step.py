@@ -26,19 +26,19 @@ from .record import OwnRecords, RecordLayout
 
 
 class Updates(Protocol):
-    """What applies a gradient: in a run DeepSpeed's engine, see `engine.deepspeed_engine`."""
+    """Applies gradients to the parameters. In a run this is DeepSpeed's engine, see `engine.deepspeed_engine`."""
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """The trained ones, in order."""
+        """The trained parameters, in order."""
         ...
 
     def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
-        """Makes a flat buffer the place where `update` finds gradients: one view a parameter, in order."""
+        """Tells `update` where to read gradients: in a flat buffer, with one view a parameter, in order."""
         ...
 
     def skip_update_where(self, flag: Tensor) -> bool:
-        """Lets updates be skipped on the device wherever `flag`, a scalar, is not 0. False where it cannot."""
+        """From now on skips each update, on the device, if `flag` () is not 0. Returns False if it cannot do that."""
         ...
 
     def set_learning_rate(self, factor: float | None) -> float:
@@ -46,19 +46,19 @@ class Updates(Protocol):
         ...
 
     def update(self, unused: Sequence[int] = ()) -> None:
-        """Updates the parameters, but for those at the places `unused`."""
+        """Updates the parameters, except those at the positions `unused`."""
         ...
 
 
 class StepResult(NamedTuple):
-    """What a step found, the same on every rank.
+    """The results of a step, the same on every rank.
 
     Attributes:
         losses: (M,) the summed loss of each micro-batch in order.
         norm: () of the gradient before clipping.
         learning_rate: of this step.
-        norms: (M,) of the micro-batches' gradients, where they are measured.
-        stop: whether a rank has asked all to stop.
+        norms: (M,) of the micro-batches' gradients; None if they are not measured.
+        stop: whether a rank has asked all ranks to stop.
     """
 
     losses: Tensor
@@ -72,19 +72,19 @@ class ExactStep:
     """The step at ZeRO stage 0.
 
     Attributes:
-        audit: set for a run that is bitwise: then a micro-batch is computed again now and then.
-        broken: () not 0 on the device from the first step on that was not finite, if `deferred`.
+        audit: set in a bitwise run: in an audited step, a micro-batch is computed a second time.
+        broken: () on the device; not 0 after a step whose loss or gradient was not finite. Used if `deferred`.
         deferred: whether the host learns of such a step only later, as on a GPU.
 
     Args:
         optimizer: applies the gradient.
-        micro_batches: computes them.
+        micro_batches: computes the losses of micro-batches.
         statistics: of the model's normalisation layers.
         ranks: this rank, and how many.
         leaves: every M that a step may have.
         device: of the model.
-        max_norm: to which the gradient is clipped; 0 for none.
-        measures_norms: whether the norms of the micro-batches' gradients are wanted.
+        max_norm: the norm to which the gradient is clipped; 0 for no clipping.
+        measures_norms: whether to measure the norm of each micro-batch's gradient.
         mark: called at the end of each phase of the step, so that phases can be timed.
     """
 
@@ -110,17 +110,18 @@ class ExactStep:
         self._sum = GradientSum(
             optimizer.parameters, leaves=leaves, rank=rank, world_size=W, head_size=most * layout.size
         )
-        # Records lie in front of the gradient, and travel with it.
+        # Records lie in front of the gradient and travel with it, so a step needs no collective of its own for them.
         self._own = OwnRecords(self._sum.head[: most * layout.size].view(most, layout.size), layout)
+        # For gloo, messages lie in the CPU's memory; NCCL sends from the GPU's.
         staging = torch.device("cpu") if dist.get_backend() == "gloo" else None
         self._exchange = Exchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, staging=staging)
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
-        self._scale = torch.zeros((), device=device)
+        self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = _Flags(device)
         self._look_for_unused = True
-        # On the CPU the loss is at hand, and a bad one is found before the update. On a GPU the host does
-        # not wait for it: a flag on the device makes the optimizer's kernel skip every update from the
-        # bad step on, and the host reads it at the end of the logging window.
+        # On the CPU the host reads the loss at once, and finds a bad one before the update. On a GPU it does
+        # not wait for the loss: a flag on the device makes the optimizer's kernel skip every update from the
+        # bad step on, and the host reads the flag at the end of the logging window.
         self.broken = torch.zeros((), device=device)
         self.deferred = device.type == "cuda" and optimizer.skip_update_where(self.broken)
 
@@ -128,20 +129,21 @@ class ExactStep:
         """Makes the step. Collective: every rank.
 
         Args:
-            batch: its samples.
-            rate_factor: its learning rate, as a multiple of the configured one; None if the optimizer sets it.
-            asks_to_stop: whether this rank wants all of them to stop after this step.
+            batch: the samples of the step.
+            rate_factor: the learning rate as a multiple of the configured one; None if the optimizer sets it.
+            asks_to_stop: whether this rank asks all ranks to stop after this step.
 
         Raises:
             NonFiniteError: on every rank; the parameters are those before this step.
-            RanksDifferError: likewise, if the audit finds that a micro-batch was computed wrongly.
+            RanksDifferError: likewise, if the audit finds two results for one micro-batch.
         """
         statistics, own = self.statistics, self._own
         if asks_to_stop:
             own.raise_flag()
-        # d(sum / count) = d(sum) * 1 / count: given to autograd as the gradient of the loss, it costs nothing.
+        # The loss is sum / count. Autograd takes 1 / count as the gradient of the result with respect to the sum, so
+        # the division costs nothing. The count is the global batch's: gradients of micro-batches then just add up.
         self._scale.fill_(1.0 / batch.count)
-        M = len(batch.bounds)
+        M = len(batch.bounds)  # smaller in an epoch's last batch, where some ranks may have no micro-batch at all
         block = self._sum.start(M)
         own.start()
         audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
@@ -150,40 +152,47 @@ class ExactStep:
         statistics.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
+            # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
             for j, loss in zip(block, self.micro_batches.losses(batch, block)):
                 gradients = self._gradients(loss)
                 if statistics.size:
                     statistics.collect(own.statistics)
+                # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
                 if audit is not None and j == audit.own:
                     audit.note_summed(loss, own.statistics, gradients)
                 added = self._sum.add(gradients)
                 own.add(loss, norm_of(added) if self._measures_norms else None)
                 self._mark("compute")
+            # After this rank's own block: what the second computation leaves in random generators changes nothing.
             if audit is not None and audit.other is not None:
                 audit.note_again(*self._again(batch, audit.other))
         finally:
-            statistics.settle()
+            statistics.settle()  # after an error, too: the model must not keep the scratch buffers
 
-        # ... the ranks exchange what is left of it ...
-        with meetings:
+        # ... the ranks exchange the nodes of the tree, and finish the sum ...
+        with meetings:  # where a rank waits for others: a watching thread measures for how long
             records = self._exchange(M)
             stop = self._flags.read(records.flags)
         if audit is not None:
-            audit.compare()
+            audit.compare()  # before the update, so that a wrong gradient is never applied
         norm = torch.linalg.vector_norm(self._sum.gradient)
         self._mark("reduce")
 
-        # ... and each makes the same update.
+        # ... and each rank makes the same update.
+        # One number tells whether all are finite: nan and infinity survive every addition.
         health = records.losses.sum() + norm
         if self.deferred:
+            # The maximum keeps the flag set: after a bad step, no later step is applied either.
             torch.maximum(self.broken, (~torch.isfinite(health)).float(), out=self.broken)
         elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
             raise non_finite(batch.step, records.losses.tolist(), float(norm))
         if self._max_norm > 0.0:
-            # As torch.nn.utils.clip_grad_norm_, in two operations on the flat gradient.
+            # As torch.nn.utils.clip_grad_norm_ (from which the 1e-6 comes), on the flat gradient. Unconditional, as
+            # there: asking whether norm > max_norm would wait for the device.
             self._sum.gradient.mul_((self._max_norm / (norm + 1e-6)).clamp_(max=1.0))
         rate = self._optimizer.set_learning_rate(rate_factor)
         self._optimizer.update(self._unused())
+        # After the update: a step that raises must leave the running statistics as they were, too.
         if statistics.size:
             statistics.apply(records.statistics, self.broken if self.deferred else None)
         self._mark("optimizer")
@@ -195,7 +204,8 @@ class ExactStep:
         return self._sum.gradient_views
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """One tensor a parameter, of the loss times the scale; None for a parameter that the loss does not use."""
+        """The gradient of the loss times the scale, one tensor a parameter; None if the loss does not use it."""
+        # Not backward(): it would add to `parameter.grad`, in an order that depends on the rank's own block.
         return torch.autograd.grad(loss, self._optimizer.parameters, self._scale, allow_unused=True)
 
     def _again(self, batch: GlobalBatch, j: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
@@ -209,10 +219,10 @@ class ExactStep:
         return loss, row, gradients
 
     def _unused(self) -> list[int]:
-        """Places of the parameters that no micro-batch of this step used: the optimizer passes over them.
+        """Positions of the parameters that no micro-batch of this step used. The optimizer leaves them alone.
 
-        On a GPU, looking means waiting for it: after the first step only models that had such parameters
-        in it are looked at again.
+        On a GPU, the host has to wait to learn this. So if the first step used all parameters, later steps are
+        not asked.
         """
         if not self._look_for_unused:
             return []
@@ -225,7 +235,7 @@ class ExactStep:
 class _Flags:
     """Whether any rank has raised its flag: the same answer on every rank in the same step.
 
-    A GPU is not waited for: the answer is then that of two steps before, which has long been copied.
+    On a GPU, the host does not wait: it gets the answer of two steps before, which has been copied by then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,8 +250,9 @@ class _Flags:
         host = torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking=True)  # device to host, not waited for
         copied.record()
         self._copies.append((host, copied))
-        if len(self._copies) < 3:
+        if len(self._copies) < 3:  # the first two steps have no earlier answer
             return False
+        # The age is fixed, not "the newest that has arrived": ranks must stop after the same step.
         earlier, event = self._copies.popleft()
         event.synchronize()
         return bool(earlier)

@@ -1,18 +1,18 @@
-"""The tree: in which order the micro-batches of a global batch are added, whatever rank computes which.
+"""The tree: in which order the micro-batches of a global batch are added, whichever rank computes them.
 
-Floating-point addition is not associative, so "sum the gradients" means nothing exact until an order is fixed. Ours is
-a binary tree over the M micro-batches: neighbours are added in pairs, level by level. An odd one out moves up
-unchanged. A rank adds what it can of its own block as a binary counter does. That leaves it with the few nodes of the
-tree that cover the block: exactly one where M and the number of ranks are powers of two. The ranks then exchange nodes,
-and the additions that are left are made in the same tree.
+Floating-point addition is not associative: another order gives other bits. So the order must be fixed. Ours is
+a binary tree over the M micro-batches: neighbours are added in pairs, level by level. At the end of a level, a node
+without a neighbour moves up unchanged. A rank first makes all additions that need only its own block of micro-batches.
+It then holds the few nodes of the tree that cover the block: exactly one if M and the number of ranks are powers of
+two. The ranks exchange these nodes, and make the remaining additions of the same tree.
 
 For example five micro-batches on two ranks: rank 0 adds 0 and 1, rank 1 adds 2 and 3 and keeps 4. They exchange these
-three nodes, and two additions are left:
+three nodes, and two additions remain:
 
     (((0 + 1) + (2 + 3)) + 4)
       rank 0    rank 1    rank 1
 
-This file is arithmetic on whole numbers. `gradient_sum` adds a rank's own micro-batches, `exchange` the ranks' nodes.
+This file only plans, with whole numbers. `gradient_sum` adds a rank's own micro-batches, `exchange` the ranks' nodes.
 """
 
 from __future__ import annotations
@@ -38,17 +38,22 @@ class Merge:
 
 
 def _settle(stack: list[tuple[Node, int]], leaves: int, merges: list[Merge]) -> None:
-    """Adds and lifts the top of a stack of (node, position) as far as its neighbours allow."""
+    """Merges or lifts the top of a stack of (node, position) as often as the nodes on the stack allow.
+
+    This works like carrying in a binary counter: two nodes of one level become one node of the next level.
+    """
     while True:
         (level, index), position = stack[-1]
         last = (leaves - 1) >> level  # index of the last node of this level
-        if last == 0:
+        if last == 0:  # the root
             return
+        # A right-hand node (odd index) is added to its left neighbour, if that one is on the stack, too.
         if index % 2 == 1 and len(stack) > 1 and stack[-2][0] == (level, index - 1):
             target = stack[-2][1]
             merges.append(Merge(target, position))
             del stack[-2:]
             stack.append(((level + 1, index // 2), target))
+        # A left-hand node at the end of its level has no right neighbour: it moves up unchanged.
         elif index % 2 == 0 and index == last:
             stack[-1] = ((level + 1, index // 2), position)
         else:
@@ -57,16 +62,16 @@ def _settle(stack: list[tuple[Node, int]], leaves: int, merges: list[Merge]) -> 
 
 @cache
 def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge, ...], ...], tuple[Node, ...]]:
-    """How a rank adds its block of leaves: pure arithmetic, made once and followed in every step.
+    """How a rank adds its block of leaves. Planned once, and followed in every step.
 
     Args:
         leaves: M, micro-batches of the global batch.
         begin, stop: the rank's block of them.
 
     Returns:
-        Per leaf, the merges that follow its arrival (positions in a stack of buffers: a new leaf
-        takes the first free one, so its first merge is always with the position below), and the
-        nodes that are left at positions 0, 1, ...
+        For each leaf, the merges that follow its arrival, and the nodes that are left at positions 0, 1, ...
+        Positions are those of a stack of buffers: a new leaf takes the first free one, so its first merge
+        is always with the position below.
     """
     stack: list[tuple[Node, int]] = []
     program = []
@@ -80,16 +85,16 @@ def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge
 
 @cache
 def cover(leaves: int, world_size: int, rank: int) -> tuple[Node, ...]:
-    """The nodes of the tree that a rank has after adding its own block."""
+    """The nodes of the tree that a rank holds after adding its own block."""
     block = rank_block(leaves, world_size, rank)
     return local_program(leaves, block.start, block.stop)[1]
 
 
 @cache
 def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], ...]:
-    """The additions over all ranks' nodes (numbered by rank, then position), in rounds of independent ones.
+    """The additions over all ranks' nodes, in rounds; the additions of one round are independent of one another.
 
-    The root of the tree ends at node 0.
+    Nodes are numbered by rank, then position. The root of the tree ends at node 0.
     """
     stack: list[tuple[Node, int]] = []
     merges: list[Merge] = []
@@ -99,7 +104,9 @@ def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], .
             stack.append((node, position))
             _settle(stack, leaves, merges)
             position += 1
-    assert len(stack) == 1 and stack[0][1] == 0, stack
+    assert len(stack) == 1 and stack[0][1] == 0, stack  # all leaves are in the root, in node 0's buffer
+    # A merge belongs to the first round in which both of its nodes are complete. A round can then be made in one
+    # operation, and no order of the additions within it could change a bit.
     ready: dict[int, int] = {}
     rounds: list[list[Merge]] = []
     for merge in merges:
@@ -112,9 +119,12 @@ def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], .
 
 
 def buffers_needed(leaves: int, world_size: int, rank: int) -> int:
-    """Buffers this rank needs: for its own counter, and for the most nodes that any rank sends."""
+    """Buffers that this rank needs: for its own additions, and for as many nodes as any rank sends.
+
+    An all-gather takes pieces of one size, so every rank sends as many buffers as the one with the most nodes.
+    """
     block = rank_block(leaves, world_size, rank)
-    depth = peak = 0
+    depth = peak = 0  # buffers in use, now and at most
     for merges in local_program(leaves, block.start, block.stop)[0]:
         depth += 1 - len(merges)
         peak = max(peak, depth)

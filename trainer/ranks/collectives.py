@@ -1,6 +1,6 @@
-"""What ranks say to one another: objects, rows and tensors, and errors that all of them raise together.
+"""Communication between ranks: objects, rows and tensors, and errors that all ranks raise together.
 
-Everything works with one rank, too: then no message is sent.
+Everything also works with one rank: then no message is sent.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ T = TypeVar("T")
 
 
 class _Meetings:
-    """How many collectives this rank has come to, the same on every rank, and since when it waits in the present one.
+    """Counts the collectives that this rank has entered, and notes since when it waits in the present one.
+
+    Ranks that wait for one another have the same count.
 
     Attributes:
-        count: of the outermost ones.
-        since_s: time.monotonic(); None while the rank works on its own.
+        count: of collectives; one inside another does not count.
+        since_s: time.monotonic() when it entered the present one; None while the rank works on its own.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,7 @@ class _Meetings:
             self.since_s = None
 
 
-# Read by the watching thread: the rank with the lowest count is the one that the others wait for.
+# The watching thread reads it: the others wait for the rank with the lowest count.
 meetings = _Meetings()
 
 
@@ -67,8 +69,8 @@ def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
     import torch.distributed as dist
 
     if dist.get_backend() == "gloo":
-        # gloo's own all-gather goes through two more copies and fresh memory: sending to each rank mostly
-        # takes a quarter to two thirds of its time, less for large pieces (tests/benchmarks/exchange.py).
+        # gloo's own all-gather makes two more copies in fresh memory. Sending to each rank usually takes a quarter to
+        # two thirds of its time, and less for large pieces (tests/benchmarks/exchange.py).
         rank, world_size = dist.get_rank(), dist.get_world_size()
         rows = out.view(world_size, -1)
         sources = [(rank - k) % world_size for k in range(1, world_size)]
@@ -79,7 +81,7 @@ def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
             assert wait is not None
             wait.wait()
         return
-    # torch 2.13 renames the collective and warns of the old name.
+    # torch 2.13 renames the collective and warns about the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, piece)
 
@@ -127,7 +129,7 @@ def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int,
     result = torch.empty(shape, dtype=dtype) if value is None else value.contiguous()
     if result.numel() == 0:
         return result
-    # As bytes: not every backend knows every type.
+    # As bytes, because some backends do not support all types.
     message = result.view(-1).view(torch.uint8)
     if dist.get_backend() != "gloo":
         message = message.cuda()
@@ -137,7 +139,7 @@ def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int,
 
 
 def raise_together(error: TrainerError | None) -> None:
-    """Raises the first rank's error on every rank, so that none goes on or is left waiting.
+    """Raises one rank's error (the lowest rank's) on every rank, so that no rank continues or waits forever.
 
     Collective: every rank, with its own error or None.
     """

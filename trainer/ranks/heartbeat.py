@@ -1,7 +1,7 @@
-"""The heartbeat: what ranks tell one another, every second, through the store at which they met.
+"""The heartbeat: every second, each rank writes a message into the store at which the ranks met.
 
-A rank says how many collectives it has come to. It also reads there whether another one has failed, or has been given
-up as lost.
+The message holds the number of collectives that the rank has entered. A rank also reads there whether another rank has
+failed, or has been given up as lost.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .place import Ranks
 from .rendezvous import side_store
 
 BEAT_S = 1.0
-# How long to wait for the store where there is another way.
+# How long to wait for the store when there is another way to go on.
 _STORE_TIMEOUT_S = 2.0
 
 
 class Heartbeat:
-    """Beats for this rank, and listens to the others. Collective: every rank makes one.
+    """Sends this rank's heartbeat, and reads those of the others. Collective: every rank makes one.
 
     Attributes:
         broken: whether the store can no longer be reached.
@@ -36,17 +36,17 @@ class Heartbeat:
 
     def __init__(self, ranks: Ranks, closing: threading.Event) -> None:
         self._ranks, self._closing = ranks, closing
-        # Nothing is read from it in the run's own thread, so it may take as long as it likes to answer.
+        # The run's own thread reads nothing from it, so a long timeout is harmless.
         self._store = side_store(86400.0)
         self._names = [f"beat/{r}" for r in range(ranks.world_size)]
         self._count = 0
-        self._heard: dict[int, tuple[bytes, float]] = {}  # the last beat of a rank, and when it was heard
+        self._heard: dict[int, tuple[bytes, float]] = {}  # the last beat of a rank, and when it was read
         self._said: dict[str, str] = {}
         self.broken = False
         self.answered_at_s = time.monotonic()
         if self._store is not None:
             self._beat()
-            gather_objects(None)  # everyone's first beat is there
+            gather_objects(None)  # a barrier: afterwards every rank's first beat is in the store
             threading.Thread(target=self._talk, name="beat", daemon=True).start()
 
     @property
@@ -59,7 +59,7 @@ class Heartbeat:
         self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count]))
 
     def _talk(self) -> None:
-        """A thread: beats, and notes what the others say. If it is cut off it waits forever: reads have no limit."""
+        """The thread: beats, and notes the others' messages. Its reads have no limit: cut off, it waits forever."""
         while not self._closing.is_set():
             try:
                 self._beat()
@@ -78,21 +78,21 @@ class Heartbeat:
     # ---- what the others have said ---------------------------------------------------------------------------
 
     def silent(self, silent_s: float) -> list[int]:
-        """The other ranks that have not been heard for so long."""
+        """The other ranks that have sent no beat for `silent_s` seconds."""
         found = [r for r, (_, heard_s) in list(self._heard.items()) if self.answered_at_s - heard_s > silent_s]
         return [r for r in found if r != self._ranks.rank]
 
     def behind(self, count: int) -> list[int]:
-        """The ranks that have come to fewer than `count` collectives."""
+        """The ranks that have entered fewer than `count` collectives."""
         return [rank for rank, (beat, _) in sorted(self._heard.items()) if json.loads(beat)[1] < count]
 
     def forgive(self, now_s: float) -> None:
-        """Counts everyone as heard now: this process was stopped for a while, and nobody else was silent."""
+        """Counts every rank as heard now: this process itself was stopped for a while, the others were not silent."""
         self._heard = {rank: (beat, now_s) for rank, (beat, _) in self._heard.items()}
 
     @property
     def lost(self) -> str | None:
-        """What another rank has said of a rank that is lost."""
+        """Another rank's sentence on a rank that is lost; None if there is none."""
         return self._said.get("lost")
 
     @property
@@ -117,7 +117,7 @@ class Heartbeat:
         _within(_STORE_TIMEOUT_S, lambda: self._store.compare_set("lost", "", sentence))
 
     def first_to_report(self) -> bool:
-        """Whether this rank is the first to ask: the one that reports the loss. Raises if the store is gone."""
+        """Whether this rank asks first and so reports the loss. Raises if the store is gone."""
         return bool(_within(_STORE_TIMEOUT_S, lambda: self._store.add("spoken", 1)) == 1)
 
 

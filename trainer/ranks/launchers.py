@@ -11,9 +11,10 @@ _at_start: Launchers | None = None
 
 
 class Launchers:
-    """The launcher of this rank, and DeepSpeed's runner above it, as they are now.
+    """The launcher of this rank, and DeepSpeed's runner above it, as they are when this object is made.
 
-    DeepSpeed's runner forgets its ranks on SIGTERM. A process that has lost its parent gets another one.
+    On SIGTERM, DeepSpeed's runner ends without ending its ranks. A process whose parent has ended gets another parent:
+    that is how a lost launcher is noticed.
     """
 
     def __init__(self) -> None:
@@ -32,13 +33,13 @@ class Launchers:
 
 
 def remember_launchers() -> None:
-    """Notes who started this rank. Called early: a launcher that ends before the first step shall be missed, too."""
+    """Notes which process started this rank. Call it early, so that a launcher that ends soon is noticed, too."""
     global _at_start
     _at_start = Launchers()
 
 
 def remembered_launchers() -> Launchers:
-    """Those that were noted, else those of now."""
+    """The launchers that `remember_launchers` noted, else the present ones."""
     return Launchers() if _at_start is None else _at_start
 
 

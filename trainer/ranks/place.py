@@ -1,4 +1,4 @@
-"""Who this process is among the ranks."""
+"""Which rank this process is, and of how many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: global rank and world size, and the same within its machine."""
+    """This process's global rank and world size, and the same within its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -24,7 +24,7 @@ class Ranks:
 
     @staticmethod
     def from_environment(local_rank: int | None = None) -> Ranks:
-        """From what the deepspeed launcher or torchrun set; one rank where neither did.
+        """From the variables that the deepspeed launcher or torchrun set; one rank if there are none.
 
         Args:
             local_rank: the launcher's --local_rank flag, which only fills in for a missing LOCAL_RANK.
@@ -41,7 +41,7 @@ class Ranks:
 
         world_size, rank = read("WORLD_SIZE", 1), read("RANK", 0)
         local = read("LOCAL_RANK", local_rank if local_rank is not None and local_rank >= 0 else 0)
-        # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+        # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher sets LOCAL_SIZE.
         local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", world_size))
         if world_size < 1 or rank >= world_size or local >= local_size:
             raise UserError(

@@ -32,7 +32,7 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
 
     if dist.is_initialized():
         return
-    # DeepSpeed insists on this variable, which plain python does not set.
+    # DeepSpeed needs this variable. With plain python, nobody has set it.
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)
     timeout = timedelta(seconds=timeout_s)
     if ranks.world_size == 1:
@@ -44,9 +44,10 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set: start them with a launcher.")
+        raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set. Start them with a launcher.")
     if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo asks for the address of this machine's name, which on Debian is one that no other machine can reach.
+        # gloo looks up the address of this machine's name. On Debian this is a loopback address (127.0.1.1), which no
+        # other machine can reach.
         interface = _interface_to(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -63,7 +64,7 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
 
 
 def _interface_to(host: str) -> str | None:
-    """The network interface over which a host is reached; None if that cannot be told. Sends nothing."""
+    """The network interface over which a host is reached; None if that is unknown. Sends nothing."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -92,12 +93,12 @@ _server: Any = None
 
 
 def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta) -> None:
-    """The ranks meet at a port of the loopback interface that rank 0 chooses, so a taken MASTER_PORT harms nobody."""
+    """The ranks meet at a loopback port that rank 0 chooses, so a MASTER_PORT that is in use does not matter."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     global _address, _server
-    # Nothing has to listen beyond this machine.
+    # No other machine needs to reach these ranks, so nothing listens on the network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     notice = _notice_path()
     if ranks.first:
@@ -129,14 +130,14 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta) -> Non
     )
     dist.barrier()
     if ranks.first:
-        notice.unlink(missing_ok=True)  # everyone is here
+        notice.unlink(missing_ok=True)  # every rank has read it
 
 
 def _notice_path() -> Path:
-    """Where rank 0 leaves the port: a name that only the ranks of one launch share, in a folder of this user's own."""
+    """The file in which rank 0 leaves the port. Only the ranks of one launch share its name. The folder is private."""
     launcher = os.getppid()
     try:
-        # A process's number comes again; its number with its start time does not.
+        # Process numbers are reused. A number together with the start time is unique.
         began = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         began = ""
@@ -149,7 +150,7 @@ def _notice_path() -> Path:
 
 
 def side_store(timeout_s: float) -> Any:
-    """A connection of its own to the store at which the ranks met, for another thread; None with one rank.
+    """A second connection to the store at which the ranks met, for another thread; None with one rank.
 
     Collective: every rank.
     """
@@ -160,7 +161,8 @@ def side_store(timeout_s: float) -> Any:
         return None
     host, port = _address or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
-    # torchrun's store may outlive a restart of the ranks, which need not raise its count of restarts.
+    # torchrun's store may survive a restart of the ranks, and its restart count may stay the same. So each start uses
+    # a prefix of its own, and cannot read old messages.
     return PrefixStore(f"watch-{broadcast_object(uuid.uuid4().hex)}", store)
 
 

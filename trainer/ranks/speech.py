@@ -1,4 +1,4 @@
-"""Which rank reports an error: a person sees one message, whichever ranks have found it."""
+"""Which rank reports an error: the user sees one message, even if several ranks have found the error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _claim: socket.socket | None = None
 def first_to_speak(ranks: Ranks) -> bool:
     """Whether this process is the first of its launch, on this machine, to report an error.
 
-    For errors before there is a process group: every rank finds the same one, and one should say it.
-    The claim is a name in Linux's abstract socket namespace: atomic, private, gone with the process.
+    This is for errors before there is a process group: every rank finds the same error, and one should report it.
+    The claim is a name in Linux's abstract socket namespace: it is atomic, and disappears with the process.
     """
     global _claim
     if ranks.world_size == 1 or not sys.platform.startswith("linux"):
@@ -33,10 +33,10 @@ def first_to_speak(ranks: Ranks) -> bool:
 
 
 def report(error: TrainerError, ranks: Ranks) -> None:
-    """Prints an error once over all ranks, and keeps the process that printed it alive for its peers.
+    """Prints an error on one rank only, and keeps the process that printed it alive for a moment.
 
-    A launcher ends the other ranks as soon as one has ended, so the speaker waits until the others
-    have come to the same end; they do within moments, and the launcher then ends the wait.
+    A launcher ends all ranks as soon as one has ended. So the rank that prints waits until the others have found the
+    error, too. They do within moments, and then the launcher ends this rank.
     """
     speaks = error.speaks
     if speaks is None:
@@ -45,8 +45,8 @@ def report(error: TrainerError, ranks: Ranks) -> None:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"\n{kind}{error}", file=sys.stderr, flush=True)
     if isinstance(error, LostRankError) and (speaks or ranks.first):
-        # The others may notice some seconds later: by then this one still holds the claim to speak, and rank 0 the
-        # store at which they learn of it.
+        # The others may notice the loss some seconds later. Until then this rank must hold its claim to report, and
+        # rank 0 must hold the store in which they read about it.
         time.sleep(4.5)
     elif ranks.world_size > 1 and speaks != error.agreed:
         time.sleep(3.0 if speaks else 2.0)

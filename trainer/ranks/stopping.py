@@ -1,4 +1,4 @@
-"""A wish to stop: a signal, the wall-time budget, or a launcher that is gone."""
+"""Requests to stop: a signal, the wall-time budget, or a launcher that has ended."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A launcher passes a signal on to ranks that have had it from the terminal or the scheduler already: within so
-# long, it is the same one. Afterwards it means "at once".
+# A rank may get a signal twice: from the terminal or the scheduler, and from its launcher. Within this time the second
+# one counts as the same signal. Later it means "stop at once".
 _SAME_SIGNAL_S = 2.0
 
 
@@ -20,7 +20,7 @@ class StopWish:
     """Whether this rank has been asked to stop, and why.
 
     Args:
-        deadline_s: time.time() at which the run shall stop by itself; None for never.
+        deadline_s: time.time() at which the run stops by itself; None for never.
     """
 
     def __init__(self, deadline_s: float | None) -> None:
@@ -30,27 +30,27 @@ class StopWish:
 
     @property
     def reason(self) -> str | None:
-        """Why this rank shall stop; None if it shall not."""
+        """Why this rank has to stop; None if it does not."""
         if self._asked is None and self._deadline_s is not None and time.time() >= self._deadline_s:
             return "the wall-time budget (trainer.max_wall_time_s) is used up"
         return self._asked
 
     def ask(self, reason: str) -> None:
-        """Asks it to stop. The first reason counts."""
+        """Requests a stop. The first reason counts."""
         if self._asked is None:
             self._asked, self._asked_at_s = reason, time.monotonic()
 
     def means_at_once(self) -> bool:
-        """Whether a signal that comes now is a second one, which ends the process at once."""
+        """Whether a signal that arrives now is a second one, which ends the process at once."""
         return self._asked is not None and time.monotonic() - self._asked_at_s > _SAME_SIGNAL_S
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Python must have a handler, or the signal would have its usual effect. The watching thread does the work."""
+    """Does nothing. Without a Python handler the signal would end the process; the watching thread handles it."""
 
 
 class SignalPipe:
-    """Signals as bytes in a pipe, where a thread can read them even while Python waits inside of a collective."""
+    """Signals as bytes in a pipe. A thread can read them even while the main thread waits inside a collective."""
 
     def __init__(self) -> None:
         self._handlers: dict[signal.Signals, Any] = {}
@@ -59,14 +59,14 @@ class SignalPipe:
         os.set_blocking(self._write_end, False)
 
     def install(self) -> None:
-        """From now on, signals no longer end the process. Only in the main thread, as Python wants it."""
+        """From now on, signals no longer end the process. Works only in the main thread (a rule of Python)."""
         if threading.current_thread() is threading.main_thread():
-            # The number of every signal is written here at once.
+            # Python writes the number of each signal into this pipe at once.
             self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
             self._handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
 
     def read(self, wait_s: float) -> list[signal.Signals]:
-        """The signals that have come; waits so long for the first."""
+        """The signals that have arrived. Waits up to `wait_s` seconds for the first."""
         ready, _, _ = select.select([self._read_end], [], [], wait_s)
         numbers = os.read(self._read_end, 64) if ready else b""
         return [signal.Signals(number) for number in numbers if number in SIGNALS]
@@ -80,6 +80,6 @@ class SignalPipe:
         os.write(self._write_end, b"\0")
 
     def close(self) -> None:
-        """Closes the pipe, which nobody may read from any more."""
+        """Closes the pipe. No thread may read from it any more."""
         os.close(self._read_end)
         os.close(self._write_end)

@@ -1,8 +1,8 @@
-"""What can end a run from outside: signals, time, a launcher that is gone, ranks that no longer answer.
+"""Watches everything outside that can end a run: signals, time, a lost launcher, ranks that no longer answer.
 
-One thread per rank watches, beside the step. A wish to stop is noted here and travels with the next gradient exchange,
-so that all ranks stop after the same step. A rank that falls silent, or for which all others wait, is named, and the
-others leave.
+One thread of each rank watches beside the step. A request to stop is noted here and travels with the next gradient
+exchange, so that all ranks stop after the same step. A rank that no longer answers, or for which all others wait, is
+named, and the others leave.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from .place import Ranks
 from .speech import first_to_speak
 from .stopping import SignalPipe, StopWish
 
-# How long the run's own thread may take to notice what this one has noticed.
+# The time for the run's own thread to notice a failure that this thread has noticed.
 _MOMENT_S = 1.5
 # From the moment that a rank is given up until all have left.
 _LEAVING_S = 12.0
-# With a broken connection as evidence, a rank that is silent for so long is gone.
+# After a broken connection, a rank that is silent for this long is lost.
 _SILENT_S = 3.5 * BEAT_S
 
 
 class Watch:
-    """Watches over one run: over its ranks from their meeting on, over signals from `begin` on.
+    """Watches one run: its ranks from the start, signals from `begin` on.
 
     Collective: every rank makes one.
 
     Attributes:
-        step: in which this rank is, for messages; the run sets it.
+        step: the present step of this rank, for messages; the run sets it.
         way_on: says what to do after a rank is lost; the run sets it.
 
     Args:
         ranks: this rank, and how many.
         hang_timeout_s: how long a rank may not answer.
-        deadline_s: time.time() at which the run shall stop by itself; None for never.
+        deadline_s: time.time() at which the run stops by itself; None for never.
     """
 
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
@@ -57,7 +57,7 @@ class Watch:
         self._launchers = remembered_launchers()
         self._hosts = gather_objects(socket.gethostname())
         self._heartbeat = Heartbeat(ranks, self._closing)
-        self._lost: str | None = None  # what this rank has found of a rank that is lost
+        self._lost: str | None = None  # this rank's sentence on a rank that is lost
         self._looked_at_s = time.monotonic()
         self._woke_at_s = -math.inf
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -66,7 +66,7 @@ class Watch:
     # ---- what the run's own thread says and asks -------------------------------------------------------------
 
     def begin(self) -> None:
-        """The run can be stopped from now on: signals no longer end the process, and steps are waited for."""
+        """From now on, a signal stops the run after a step instead of ending the process."""
         self._signals.install()
         self._begun = True
 
@@ -81,18 +81,18 @@ class Watch:
             return
         self._heartbeat.say_failed(error.exit_code if isinstance(error, TrainerError) else 1)
         if self._ranks.first:
-            # Its process holds the store: the others must have read it there before this one ends.
+            # Rank 0's process holds the store. The others must read the failure before this process ends.
             self._closing.wait(2 * BEAT_S)
 
     def explain(self, error: BaseException) -> TrainerError | None:
-        """Why a collective failed: another rank's error, which that rank reports, or a rank that is gone; else None."""
+        """Why a collective failed: another rank's error, which that rank reports, or a lost rank; else None."""
         if self._heartbeat.alone:
             return None
         deadline_s = time.monotonic() + 3 * _SILENT_S
         while time.monotonic() < deadline_s:
-            time.sleep(0.2)  # first: the thread may have something to read
+            time.sleep(0.2)  # gives the heartbeat's thread time to read
             if time.monotonic() - self._looked_at_s > 2 * BEAT_S:
-                continue  # it has not looked since this process was stopped
+                continue  # this process was stopped for a while, and its thread has not looked since
             failed = self._failed_elsewhere()
             if failed is not None:
                 return failed
@@ -125,7 +125,7 @@ class Watch:
                 self._heartbeat.forgive(now_s)
             self._looked_at_s = now_s
             if self._launchers.gone():
-                self._wish.ask("the launcher is gone")  # heard of in the first step, where it has not begun
+                self._wish.ask("the launcher is gone")  # before the first step, the request counts from that step on
             if not self._heartbeat.alone:
                 self._look_after_ranks()
 
@@ -133,8 +133,8 @@ class Watch:
         """Leaves if a rank has failed or is lost, unless the run's own thread does so first."""
         failed = self._failed_elsewhere()
         if failed is None and self._heartbeat.lost is not None:
-            # Another rank says it. Those that leave break the connections on which the others wait, so at once;
-            # rank 0, whose store this comes from, a little later.
+            # Another rank has reported the loss. Leave at once: a rank that leaves breaks the connections on which
+            # others wait. Rank 0 leaves a little later, because it holds the store.
             self._closing.wait(4 * BEAT_S if self._ranks.first else 0.5)
             os._exit(LostRankError.exit_code)
         lost = None if failed else self._judge()
@@ -142,7 +142,7 @@ class Watch:
             return
         if lost is not None:
             self._lost = lost
-        # The run's own thread may be stuck in a collective: give it a moment to find out for itself.
+        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself.
         if self._closing.wait(_MOMENT_S):
             return
         if failed is not None:
@@ -151,8 +151,8 @@ class Watch:
         if error.speaks:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         if error.speaks or self._ranks.first:
-            # A launcher ends the others, who come to the same end, as soon as one has ended; and from rank 0's
-            # store they learn of it.
+            # The others come to the same end, but a launcher ends them as soon as one rank has ended. They also
+            # read about the loss in rank 0's store. So this rank waits.
             time.sleep(3.0)
         os._exit(error.exit_code)
 
@@ -160,8 +160,8 @@ class Watch:
         """A sentence on ranks that are lost, or None."""
         limit_s = max(0.4 * self._timeout_s, self._timeout_s - _LEAVING_S)
         lost = self._unreachable(limit_s)
-        # Everyone answers, but the others may wait for one. (Before the first step, that may be work: rank 0 alone
-        # builds a cache or compiles DeepSpeed's kernel.)
+        # All ranks answer, but one of them may hang while the others wait for it. Before the first step, a wait is no
+        # sign of that: rank 0 may build a cache or compile DeepSpeed's kernel.
         if lost is not None or not self._begun:
             return lost
         count, since_s = meetings.count, meetings.since_s
@@ -172,7 +172,7 @@ class Watch:
         return None
 
     def _unreachable(self, silent_s: float) -> str | None:
-        """A sentence on ranks that have not answered for so long, or None."""
+        """A sentence on ranks that have not answered for `silent_s` seconds, or None."""
         answered_at_s = max(self._heartbeat.answered_at_s, self._woke_at_s)
         if self._heartbeat.broken or time.monotonic() - answered_at_s > silent_s:
             return self._sentence([0], "cannot be reached")
@@ -198,16 +198,16 @@ class Watch:
         return error
 
     def _lost_error(self, sentence: str) -> LostRankError:
-        """The error, which one rank reports."""
+        """The error for a lost rank; `speaks` is true on one rank only."""
         error = LostRankError(sentence)
-        # A rank that was stopped finds the others gone: they have said why.
+        # A rank that was stopped for a while finds that the others have left. They have already reported the reason.
         asleep = time.monotonic() - self._woke_at_s < 2 * self._timeout_s
         try:
-            # The others leave with this one, before they miss the ranks that have left already.
+            # Told now, the others leave together with this rank, and do not report the ranks that left first.
             self._heartbeat.say_lost(sentence)
             speaks = not asleep and self._heartbeat.first_to_report()
             if speaks:
-                # A rank of this machine that finds the store gone asks here, and learns that someone has spoken.
+                # A rank of this machine that can no longer reach the store asks here instead.
                 first_to_speak(self._ranks)
         except Exception:  # the store went down with its rank
             speaks = not asleep and first_to_speak(self._ranks)

@@ -1,8 +1,8 @@
 """Starts the ranks of a run as processes of this program, for `verify` and the tests.
 
-On the CPU they are forked from a server that has torch and DeepSpeed imported already, so a run of W
-ranks starts in tenths of a second instead of W imports. On a GPU they are fresh processes: CUDA does
-not survive a fork.
+On the CPU they are forked from a server that has already imported torch and DeepSpeed. So a run starts
+in tenths of a second, without W imports. On a GPU they are new processes, because CUDA does not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..errors import BY_EXIT_CODE, TrainerError
 from .place import Ranks
 
 _PRELOAD = ["trainer.engine.deepspeed_engine", "trainer.run.run", "trainer.run.evaluate", "torch._dynamo"]
-# What DeepSpeed imports when an engine is made, a fifth of a second in each rank; and optional packages. What is not
-# installed is passed over.
+# DeepSpeed imports these when an engine is made, which takes a fifth of a second in each rank. Some are optional: the
+# server ignores what is not installed.
 _PRELOAD += ["setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori", "deepspeed.moe.ep_repack"]
 _PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_router", "peft", "pytorch_optimizer"]
-# What the tasks of trainer/tasks import late.
+# The tasks of trainer/tasks import these late.
 _PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
-# How long the other ranks may take to end by themselves once one has failed.
+# After a rank has failed, the others have this time to end by themselves.
 _GRACE_S = 10.0
 
 
@@ -47,7 +47,7 @@ def _free_port() -> int:
 
 
 def jobs_from(pipe: multiprocessing.connection.Connection) -> queue.SimpleQueue[Any]:
-    """What comes through a pipe. When its other end is gone, this process ends at once, whatever it does."""
+    """The objects that arrive through a pipe. When its other end is closed, this process ends at once."""
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -62,10 +62,10 @@ def jobs_from(pipe: multiprocessing.connection.Connection) -> queue.SimpleQueue[
 
 
 def worker_context(cuda: bool) -> BaseContext:
-    """How processes are started here: forked from a server that has everything imported, or, for CUDA, anew."""
+    """How to start processes: forked from a server that has imported everything, or, for CUDA, new ones."""
     if cuda:
         return multiprocessing.get_context("spawn")
-    # The server inherits this environment once; DeepSpeed then neither looks for a GPU nor says so.
+    # The server inherits this environment. With the variable, DeepSpeed does not look for a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -84,12 +84,12 @@ def _rank_main(
 
     os.environ.update(environment)
     if ranks.world_size > 1:
-        # As launchers do: a task that asks the environment finds there what it would find in a run.
+        # Launchers set these variables, too. A task that reads the environment finds what it would find in a run.
         places = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
         os.environ.update(
             {name: str(value) for name, value in (places | {"LOCAL_SIZE": ranks.local_world_size}).items()}
         )
-    # tqdm's own lock is a semaphore between processes, which ours leave behind when they end at once.
+    # tqdm's own lock is a semaphore between processes. It would be left behind, because these processes end at once.
     tqdm.set_lock(threading.RLock())
     console: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if quiet:
@@ -103,7 +103,7 @@ def _rank_main(
         result = ("traceback", traceback.format_exc())
     pipe.send(result)
     pipe.close()
-    # Without the interpreter's and DeepSpeed's clean-up, which costs seconds and which nobody waits for.
+    # Skips the clean-up of the interpreter and of DeepSpeed, which takes seconds.
     os._exit(0)
 
 
@@ -119,12 +119,12 @@ def run_ranks(
     """Calls `function(ranks, *arguments)` in `world_size` processes that can join one process group.
 
     Args:
-        function: importable by name in a new process, as are its arguments and result.
+        function: importable by name in a new process; its arguments and result must be picklable.
         world_size: how many ranks, all on this machine.
         cuda: whether they use GPUs.
-        quiet: whether what they print is dropped.
+        quiet: whether to drop what they print.
         environment: variables set in every rank.
-        timeout_s: after so long they are ended.
+        timeout_s: after this time they are ended.
 
     Returns:
         The results, by rank.
@@ -162,7 +162,7 @@ def run_ranks(
                 try:
                     kind, value = pipes[rank].recv()
                 except EOFError:
-                    failures[rank] = WorkerError(f"rank {rank} died without a word")
+                    failures[rank] = WorkerError(f"rank {rank} died without a message")
                 else:
                     if kind == "result":
                         results[rank] = value
@@ -180,7 +180,7 @@ def run_ranks(
                 process.kill()
             process.join()
     if failures:
-        # Who speaks for all, else the lowest rank that did not leave because of another.
+        # The error of the rank that reports for all; else of the lowest rank that did not leave because of another one.
         silence = {True: 0, None: 1, False: 2}
         raise failures[min(failures, key=lambda rank: (silence[getattr(failures[rank], "speaks", None)], rank))]
     if len(results) < world_size:

@@ -1,11 +1,11 @@
-"""Checkpoints: what a run goes on from, on any number of ranks, to the same bits.
+"""Checkpoints: a run continues from one on any number of ranks, to the same bits.
 
-A checkpoint knows nothing of the world size: parameters, buffers, optimizer state, the step, and what the logging
-window and the best model hold. It is a folder of safetensors files and one JSON manifest with a checksum of each,
-the manifest's own included; nothing is unpickled. It is written beside its final place, synced and renamed,
-so a run that is killed at any moment leaves the checkpoint before.
+A checkpoint does not depend on the world size. It holds parameters, buffers, optimizer state, the step, the logging
+window and the best model. It is a folder of safetensors files and one JSON manifest, each with a checksum; nothing is
+unpickled. It is written under another name, synced and renamed. So if a run is killed at any moment, the previous
+checkpoint is still there.
 
-Training goes on while rank 0 writes: the state is copied, and a thread does the rest.
+Training continues while rank 0 writes: the state is copied, and a thread does the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 
 
 class DamagedError(Exception):
-    """A checkpoint whose files are not what was written."""
+    """The files of a checkpoint are not as they were written."""
 
     def __init__(self, message: str) -> None:
         super().__init__(readable(message))
@@ -41,10 +41,10 @@ class DamagedError(Exception):
 
 @dataclass
 class Snapshot:
-    """One checkpoint's content, on the CPU.
+    """The content of one checkpoint, on the CPU.
 
     Attributes:
-        step: optimizer steps made.
+        step: optimizer steps made so far.
         tensors: file name without suffix -> name -> tensor.
         facts: JSON values.
     """
@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors into memory that is kept from one checkpoint to the next. Waits for the device."""
+    """Copies tensors into memory that is reused for each checkpoint. Device to host; waits for the device."""
     for name in set(into) - set(tensors):
         del into[name]
     cuda = False
@@ -75,7 +75,7 @@ class Checkpoints:
 
     Args:
         folder: <output_dir>/checkpoints.
-        keep: how many of the newest to keep.
+        keep: the number of newest checkpoints to keep.
         fault: called with a name at each moment of writing, for tests that end the process there.
     """
 
@@ -83,12 +83,12 @@ class Checkpoints:
         self._folder, self._keep, self._fault = folder, keep, fault
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
-        # What a run that was killed while it wrote has left here.
+        # Removes what a run that was killed during writing has left here.
         for rubbish in folder.glob(".step-*.*"):
             shutil.rmtree(rubbish, ignore_errors=True)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts writing; the snapshot's memory belongs to the writer until `wait`."""
+        """Starts writing. Until `wait`, nobody may change the snapshot's memory."""
         self.wait()
         self._thread = threading.Thread(target=self._write_safely, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -106,7 +106,7 @@ class Checkpoints:
             error, self._error = self._error, None
             raise TrainerError(
                 f"The checkpoint folder {self._folder} cannot be written: {error.strerror or error}. Earlier "
-                "checkpoints are as they were.\nMake room, or make the folder writable again. "
+                "checkpoints are unchanged.\nFree some space, or make the folder writable again. "
                 f"{way_on(self._folder.parent)}"
             ) from error
 
@@ -115,7 +115,7 @@ class Checkpoints:
             self._write(snapshot)
         except OSError as error:
             self._error = error
-        except BaseException as error:  # safetensors has its own kind for a full disk
+        except BaseException as error:  # safetensors raises its own error for a full disk
             self._error = OSError(None, str(error))
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -149,8 +149,8 @@ _DTYPES = {
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
     """Writes tensors on the CPU as a safetensors file, synced. Returns its sha256 and its size in bytes.
 
-    Straight from their memory: the library's own writer makes two copies first, which takes five times the processor's
-    time, and that time is taken from the rank beside which this runs.
+    It writes straight from the tensors' memory. The library's own writer first makes two copies and takes five times
+    the processor time, and rank 0 needs that time for training.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -159,14 +159,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         data: Iterator[Any] = (bytes_of(t) for t in tensors.values() if t.numel())
         for part in itertools.chain((len(text).to_bytes(8, "little"), text), data):
             left = memoryview(part)
             digest.update(left)
-            while left:  # an unbuffered file may take less than it is given
+            while left:  # an unbuffered write may write only a part
                 left = left[file.write(left) :]
         os.fsync(file.fileno())
     return digest.hexdigest(), 8 + len(text) + offset
@@ -179,7 +179,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints in a folder, the newest first; damaged ones among them."""
+    """The finished checkpoints in a folder, the newest first, damaged ones included."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
@@ -217,9 +217,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path} is no manifest of a checkpoint") from error
+        raise DamagedError(f"{path} is not a checkpoint's manifest") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("files"), dict):
-        raise DamagedError(f"{path} is of another format than this version's ({_FORMAT})")
+        raise DamagedError(f"{path} has another format than this version's ({_FORMAT})")
     step = content.get("step")
     if not isinstance(step, int) or step < 0:
         raise DamagedError(f"{path} has no number of steps")
@@ -236,11 +236,13 @@ def read(folder: Path) -> Snapshot:
     for name, expected in manifest["files"].items():
         path = folder / name
         if Path(name).name != name or not isinstance(expected, dict):
-            raise DamagedError(f"{folder / MANIFEST} names a file outside of its folder: {name}")
+            raise DamagedError(f"{folder / MANIFEST} names a file outside its folder: {name}")
         try:
             size = path.stat().st_size
             if size != expected.get("bytes"):
-                raise DamagedError(f"{path} has {size:,} bytes and had {expected.get('bytes')}: it is truncated")
+                raise DamagedError(
+                    f"{path} has {size:,} bytes, but {expected.get('bytes')} were written: it is truncated"
+                )
             data = path.read_bytes()
         except OSError as error:
             raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -251,19 +253,19 @@ def read(folder: Path) -> Snapshot:
         try:
             tensors[path.stem] = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise DamagedError(f"{path} is no safetensors file: {error}") from error
+            raise DamagedError(f"{path} is not a safetensors file: {error}") from error
     return Snapshot(manifest["step"], tensors, manifest)
 
 
 def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Snapshot] | None:
-    """The newest checkpoint that is whole; None where there is none at all.
+    """The newest checkpoint that is not damaged; None if there is no checkpoint at all.
 
     Args:
         folder: <output_dir>/checkpoints.
-        say: takes a sentence on each damaged checkpoint that is passed over.
+        say: takes a sentence on each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     damaged = []
     for path in list_checkpoints(folder):
@@ -275,6 +277,6 @@ def read_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Snapsho
     if damaged:
         raise UserError(
             f"All checkpoints in {folder} are damaged: {'; '.join(damaged)}.\n"
-            "Start anew with another --output_dir, or give one that is whole with --resume DIR."
+            "Start a new run with another --output_dir, or give an undamaged checkpoint with --resume DIR."
         )
     return None

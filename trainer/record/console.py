@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on. Rank 0 only.
+"""What the user sees during a run. Rank 0 only.
 
-DeepSpeed's own messages are kept from the console and go to a log file.
+DeepSpeed's own messages do not go to the console but to a log file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 def say(*lines: str) -> None:
-    """Prints lines at once. A run goes on when nobody listens any more (a closed pipe or terminal)."""
+    """Prints lines at once. If the pipe or terminal has been closed, the run continues without output."""
     try:
         for line in lines:
             print(line, flush=True)
@@ -25,10 +25,10 @@ def say(*lines: str) -> None:
 
 
 class DeepSpeedLog(logging.Filter):
-    """Catches what DeepSpeed logs and prints, in memory until there is a file for it.
+    """Catches what DeepSpeed logs and prints. It keeps it in memory until there is a file for it.
 
-    `install` before deepspeed is imported: it attaches a console handler to its logger on import, and a
-    filter on the logger itself comes first.
+    Call `install` before deepspeed is imported. On import, DeepSpeed attaches a console handler to its logger, but a
+    filter on the logger itself is asked first.
     """
 
     def __init__(self, keep: bool) -> None:
@@ -42,14 +42,14 @@ class DeepSpeedLog(logging.Filter):
         logging.getLogger("DeepSpeed").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Takes the record; logging's name for the hook."""
+        """Takes the record. The name of this hook is given by logging."""
         if self._keep:
             print(self._formatter.format(record), file=self._sink)
         return False
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Also catches what is printed in this context, and from now on what DeepSpeed would only tell if asked."""
+        """Also catches what is printed in this context, and from now on DeepSpeed's messages of level INFO."""
         if self._keep:
             logging.getLogger("DeepSpeed").setLevel(logging.INFO)
         with contextlib.redirect_stdout(self._sink), contextlib.redirect_stderr(self._sink):
@@ -64,18 +64,18 @@ class DeepSpeedLog(logging.Filter):
         self._sink.write(caught)
 
     def close(self) -> None:
-        """Ends the catching."""
+        """Stops catching."""
         logging.getLogger("DeepSpeed").removeFilter(self)
         self._sink.close()
 
 
 class ProgressBar:
-    """A bar on a terminal, a plain line every tenth of the run elsewhere.
+    """A progress bar on a terminal; elsewhere a plain line every tenth of the run.
 
     Args:
         total: steps of the run.
-        visible: False on every rank but 0.
-        done: steps made before.
+        visible: True only on rank 0.
+        done: steps made before this process began.
     """
 
     def __init__(self, total: int, visible: bool, done: int = 0) -> None:
@@ -117,7 +117,7 @@ class ProgressBar:
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:
-    """Aligned columns; the first is flush left, the others flush right where a header is given."""
+    """Aligned columns. The first is aligned left; with a header, the others are aligned right."""
     cells = [list(row) for row in rows]
     every = [list(header), *cells] if header else cells
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]

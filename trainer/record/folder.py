@@ -1,4 +1,4 @@
-"""The output folder of a run: claimed before anything is computed, never overwritten, written whole files at a time."""
+"""The output folder of a run: claimed before anything is computed, never overwritten; files appear whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# What a run writes. A folder that has one of these holds a run already, or something of the user's own.
+# What a run writes. A folder with one of these already holds a run, or files of the user's own.
 _NAMES = (
     "manifest.json",
     "summary.json",
@@ -28,7 +28,7 @@ _NAMES = (
     "tensorboard",
     "logs/deepspeed.log",
 )
-# How long a run may take to leave.
+# The time in which a run that is ending must release its folder.
 _LEAVING_S = 20.0
 
 
@@ -47,10 +47,10 @@ class OutputFolder:
 
         Args:
             wanted: the folder; None for a new one, runs/<config_name>-<number>.
-            again: the folder's run goes on.
+            again: continue the run in this folder.
 
         Raises:
-            UserError: it holds a run already, or cannot be written.
+            UserError: the folder already holds a run, or cannot be written.
         """
         created: list[Path] = []
         if wanted == "":
@@ -97,7 +97,7 @@ class OutputFolder:
             self._lock = None
 
     def _clean(self) -> None:
-        """Removes what a process that was killed had begun to write."""
+        """Removes the unfinished files of a process that was killed."""
         for pattern in (".model.*", ".adapter.*", ".*.json.*"):
             for leftover in self.path.glob(pattern):
                 if leftover.is_dir():
@@ -106,11 +106,11 @@ class OutputFolder:
                     leftover.unlink()
 
     def inherit(self, run: Path) -> None:
-        """Notes another run, from whose checkpoint this one goes on: `begin` takes its log over."""
+        """Notes the run from whose checkpoint this one continues: `begin` copies its log."""
         self._inherited_from = run
 
     def begin(self) -> None:
-        """The run's first files are about to be written."""
+        """Prepares the folder for the run's first files."""
         lines = None if self._inherited_from is None else self._inherited_from / "metrics.jsonl"
         if lines is not None and lines.exists():
             shutil.copyfile(lines, self.path / "metrics.jsonl")
@@ -120,7 +120,7 @@ class OutputFolder:
         write_json(self.path / name, value)
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
-        """Calls `write` with an empty folder, which then appears under its name, whole, in place of an older one."""
+        """Calls `write` with an empty folder, which then replaces the folder `name` in one step."""
         with whole_folder(self.path / name, synced=True) as temporary:
             write(temporary)
 
@@ -129,7 +129,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes tensors by name to a safetensors file."""
     from safetensors.torch import save_file
 
-    # Clones: tied weights and statistics in one buffer share memory, which the format refuses.
+    # Clones, because tied weights and statistics in one buffer share memory, and the format refuses that.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, str(path))
 
 
@@ -140,19 +140,19 @@ def _make(path: Path, created: list[Path]) -> None:
             created.append(folder)
     if not path.is_dir():
         raise NotADirectoryError(None, "it is a file")
-    # Permission bits do not tell (root, read-only mounts, quotas): write and see.
+    # Permission bits are not enough (root, read-only mounts, quotas), so a file is written to find out.
     probe = path / f".probe-{os.getpid()}"
     probe.write_bytes(b"")
     probe.unlink()
 
 
 def _lock(path: Path) -> int | None:
-    """Keeps other runs out of a folder; None where the file system has no locks.
+    """Locks a folder against other runs; None if the file system has no locks.
 
-    A run that is gone for its user may need some seconds to leave (its ranks look for the one that is lost).
+    A run that has just been ended may need some seconds to leave: its ranks look for the lost one. So this waits.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     deadline_s = time.monotonic() + _LEAVING_S
     descriptor = os.open(path, os.O_RDONLY)

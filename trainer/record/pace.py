@@ -1,4 +1,4 @@
-"""Where the time of a run goes: the phases of its steps, and its pace as a whole."""
+"""Measures time: the phases of the steps, and the speed of the whole run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PHASES = ("data", "compute", "reduce", "optimizer")
 
 
 class PhaseTimer:
-    """Adds up the time of a step's phases: `begin` a step, then `mark(phase)` at each phase's end.
+    """Sums the time of each phase: call `begin` at the start of a step, and `mark(phase)` at the end of each phase.
 
-    On a GPU, marks are CUDA events, read long after; on the CPU they are the clock.
+    On a GPU a mark is a CUDA event, which is read much later. On the CPU it reads the clock.
 
     Args:
-        device: where the work happens.
+        device: the device that computes.
         clock: seconds, replaceable for tests.
     """
 
@@ -39,7 +39,7 @@ class PhaseTimer:
             self._last = self._clock()
 
     def mark(self, phase: str) -> None:
-        """Books the time since the last mark to `phase`."""
+        """Adds the time since the last mark to `phase`."""
         if self._cuda:
             self._record(phase)
         else:
@@ -53,7 +53,7 @@ class PhaseTimer:
         self._events.append((phase, event))
 
     def take(self) -> Callable[[], dict[str, float]]:
-        """Ends a window. Returns a function that gives its seconds by phase, waiting for the device if it must."""
+        """Ends a window. Returns a function that returns its seconds by phase, and may wait for the device."""
         totals, self._totals = self._totals, dict.fromkeys(PHASES, 0.0)
         events, self._events = self._events, []
 
@@ -70,7 +70,7 @@ class PhaseTimer:
 
 
 class Pace:
-    """Samples and seconds of the whole run, without evaluation and without the first steps, which warm up.
+    """Samples and seconds of the whole run, without evaluations and without the first steps (warm-up).
 
     Args:
         total_steps: of the run; a tenth of them, at most ten and at least one, are warm-up.
@@ -85,7 +85,7 @@ class Pace:
         self._steps = self._samples = self._tokens = 0
 
     def step(self, done: int, samples: int, tokens: int = 0) -> None:
-        """Counts a step: `done` so far, with this one, of `samples`."""
+        """Counts a step of `samples` samples. `done`: the steps so far, this one included."""
         if done == self._warmup:
             self._began_s = self._clock()
         elif done > self._warmup:
@@ -94,11 +94,11 @@ class Pace:
             self._tokens += tokens
 
     def pause(self, seconds: float) -> None:
-        """Leaves time out: an evaluation's."""
+        """Leaves the seconds of an evaluation out."""
         self._began_s += seconds
 
     def stop(self) -> None:
-        """Ends the run's time, once the device has finished."""
+        """Ends the measured time. Call it when the device has finished."""
         self._seconds = self._clock() - self._began_s
 
     @property

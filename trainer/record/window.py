@@ -1,8 +1,8 @@
-"""The logging window: what the steps since the last record found, kept on the device until the window ends.
+"""The logging window: the numbers of the steps since the last record, kept on the device until the window ends.
 
-A value is a mean over the window. The step never waits for one: on a GPU a window's numbers are copied away when it
-ends and read a window later. Losses are sums of what every rank has in the same order (math.fsum rounds once), so the
-curves of several world sizes lie on one another bit for bit.
+A logged value is a mean over the window. No step waits for it: on a GPU a window's numbers are copied when it ends, and
+read one window later. Every rank has the same losses, and math.fsum rounds only once. So the curves of several world
+sizes are identical bit for bit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .pace import PHASES, PhaseTimer
 
 
 class StepNumbers(NamedTuple):
-    """What the host knows of a step.
+    """The numbers of a step that the host knows.
 
     Attributes:
         micro_batches: M.
-        loss_count: what its summed loss is divided by.
+        loss_count: the count by which its summed loss is divided.
         samples: of its global batch.
         learning_rate: of its update.
-        tokens: of its samples; 0 where they have none.
+        tokens: of its samples; 0 if they have no lengths.
     """
 
     micro_batches: int
@@ -46,7 +46,7 @@ class Window:
         micro_batches: the largest M.
         device: where losses and norms are.
         clock: seconds, replaceable for tests.
-        noise: the run's gradient noise, to which the window adds its steps when it is read; None to measure none.
+        noise: the run's gradient noise scale. The window adds its steps when it is read. None: it is not measured.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Window:
         self._before = 0  # steps of the window that were made before this process began
 
     def begin_step(self) -> None:
-        """Starts a step's time."""
+        """Starts the time of a step."""
         if len(self._filled) == self._before:
             self._started_at_s, self._paused_s = self._clock(), 0.0
         self.timer.begin()
@@ -91,7 +91,7 @@ class Window:
             losses: (M,) sums of the micro-batches.
             norm: () of the gradient.
             micro_norms: (M,) of the micro-batches' gradients, if noise is measured.
-            counts: (M,) what `numbers.loss_count` is the sum of, if noise is measured.
+            counts: (M,) of the micro-batches, whose sum is `numbers.loss_count`, if noise is measured.
         """
         i = len(self._filled)
         self._losses[i, : len(losses)].copy_(losses)
@@ -104,7 +104,7 @@ class Window:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves what happens in this context out of the window's time."""
+        """A context whose time does not count for the window."""
         began_s = self._clock()
         try:
             yield
@@ -122,7 +122,7 @@ class Window:
         return len(self._filled) == self._capacity
 
     def first_non_finite(self) -> tuple[int, list[float], float] | None:
-        """The first step of the window whose numbers are not finite: (its place, its losses, its norm)."""
+        """The first step of the window whose numbers are not finite: (its position, losses and norm); None if none."""
         losses, norms = self._losses[: self.filled].tolist(), self._norms[: self.filled].tolist()  # device to host
         for i, (row, norm) in enumerate(zip(losses, norms)):
             own = row[: self._filled[i].micro_batches]
@@ -131,13 +131,13 @@ class Window:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of a window that has begun: JSON values. Waits for the device."""
+        """JSON values of a window that has begun, for a checkpoint. Waits for the device."""
         n = self.filled
         values = {"filled": list(self._filled), "losses": self._losses[:n].tolist(), "norms": self._norms[:n].tolist()}
         if self._noise is None or self._micro_norms is None:
             return values
         micro_norms = self._micro_norms[:n].tolist()
-        # The run's noise with that of the window's steps: these are there even if the window will not fit.
+        # The run's noise, with the window's steps added. So they count even if a resumed run cannot use the window.
         total = self._noise.copy()
         samples = [numbers.samples for numbers in self._filled]
         for noise in estimates(micro_norms, self._counts, values["norms"], samples)[self._before :]:
@@ -145,10 +145,10 @@ class Window:
         return values | {"micro_norms": micro_norms, "counts": list(self._counts), "noise": total.state_dict()}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave, if it fits; its steps count for loss and norm, and not for the time."""
+        """Restores what `state_dict` returned, if it fits. Its steps count for loss and norm, but not for the time."""
         if self._noise is not None and self._micro_norms is not None:
             if "noise" not in values:
-                return  # it was not measured then
+                return  # the earlier process did not measure it
             self._noise.load_state_dict(values["noise"])
         filled = [StepNumbers(int(m), float(c), int(s), float(r), int(t)) for m, c, s, r, t in values["filled"]]
         if not filled or len(filled) >= self._capacity:
@@ -162,7 +162,7 @@ class Window:
         self._before = len(filled)
 
     def close(self, step: int, epoch: int) -> Callable[[], dict[str, float]] | None:
-        """Ends the window after `step`. Returns a function that gives its record, or None if it is empty."""
+        """Ends the window after `step`. Returns a function that returns its record; None if the window is empty."""
         steps, filled = len(self._filled), self._filled
         if steps == 0:
             return None
@@ -180,7 +180,7 @@ class Window:
             record: dict[str, float] = {
                 "step": step,
                 "epoch": epoch,
-                # fsum rounds once: the mean does not depend on how the sums were made.
+                # fsum rounds once, at the end, so the order of adding does not matter.
                 "train/loss": math.fsum(v for row, numbers in zip(sums, filled) for v in row[: numbers.micro_batches])
                 / math.fsum(numbers.loss_count for numbers in filled),
                 "train/learning_rate": math.fsum(numbers.learning_rate for numbers in filled) / steps,
@@ -190,7 +190,7 @@ class Window:
                 own, samples = NoiseScale(), [numbers.samples for numbers in filled]
                 for i, noise in enumerate(estimates(micro_norms.tolist(), counts, norms.tolist(), samples)):
                     own.add(noise)
-                    if i >= before:  # the others are in the checkpoint's
+                    if i >= before:  # the checkpoint's total already includes the others
                         self._noise.add(noise)
                 record.update({f"noise/{name}": value for name, value in own.means().items() if value is not None})
             if not timed:

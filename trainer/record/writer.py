@@ -13,7 +13,7 @@ from ..files import to_json, whole_file
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """The records of a metrics.jsonl up to a step; a last line that was cut off is dropped."""
+    """The records of a metrics.jsonl up to a step, without a last line that was cut off."""
     kept = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -29,12 +29,12 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 class Writer:
-    """Rank 0's files: TensorBoard events and one JSON line a record.
+    """Rank 0's files: TensorBoard events, and one JSON line for each record.
 
     Args:
         folder: the run's output folder.
         tensorboard: whether to write events.
-        after_step: go on with the files of a run, without what they hold of later steps; 0 for new ones.
+        after_step: continue the files of a run, without their records of later steps; 0 for new files.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, after_step: int = 0) -> None:
@@ -49,14 +49,14 @@ class Writer:
 
             self._events = FileWriter(str(folder / "tensorboard"))
             if after_step:
-                # TensorBoard then drops what earlier files hold of later steps.
+                # TensorBoard then ignores the records of later steps in earlier files.
                 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
                 self._events.add_event(Event(file_version="brain.Event:2"), after_step + 1)
                 self._events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), after_step + 1)
 
     def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float], step: int = 0) -> None:
-        """Writes what holds for the run from a step on."""
+        """Writes facts about the run that hold from a step on."""
         if self._events is not None:
             from torch.utils.tensorboard.summary import text
 
@@ -81,7 +81,7 @@ class Writer:
                 self._events.add_summary(image(name, picture, dataformats="CHW"), step)
 
     def _add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        # All in one event: SummaryWriter.add_scalar for each takes four times as long.
+        # All in one event: a SummaryWriter.add_scalar for each would take four times as long.
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]

@@ -1,7 +1,7 @@
-"""Why micro-batches differ, when a rehearsal has found that they do: the cause is looked for, and named.
+"""Why micro-batches differ, if a rehearsal has found that they do: finds the cause and names it.
 
-Everything here is computed by one rank alone, from a state that is put back before each attempt. Time matters little:
-it is spent only where a run would have been called exact wrongly.
+Each rank computes all of this by itself, and restores the same state before each attempt. Time matters little here: it
+is spent only if the run would otherwise be called exact by mistake.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from .python_state import NUMPYS, PYTHONS, Key, State, changes, is_generator
 from .results import Calls, Finding, differs, source_of
 from .stage import Stage, another_rank
 
-# Values that are tried one by one.
+# At most this many values are tried one by one.
 _MOST_CAUSES = 16
 
 
 def explain(stage: Stage) -> Finding | None:
-    """The cause of a difference, as far as this rank sees one; None if it agrees with itself."""
+    """The cause of a difference that this rank can find alone; None if it agrees with itself."""
+    # In this order: without repeatable results, the later searches could blame anything.
     return _unseen(stage) or _state(stage) or _rank(stage)
 
 
 def _unseen(stage: Stage) -> Finding | None:
-    """Randomness that no seed reaches, or state that is out of sight."""
+    """Random numbers that are not seeded, or hidden state."""
     for number in stage.numbers:
         (one, calls), (other, again) = stage.from_the_start(number), stage.from_the_start(number)
         part = differs(one, other)
@@ -30,7 +31,7 @@ def _unseen(stage: Stage) -> Finding | None:
             return Finding(
                 f"{_culprit(stage.model, part, calls, again)} gives another result when the same micro-batch "
                 "is computed again from the same state and seed",
-                "It draws from a source that no seed reaches, keeps state out of sight (in a closure, a cache, "
+                "It draws from a source that no seed reaches, keeps hidden state (in a closure, a cache, "
                 "another package), or uses a kernel that is not deterministic. Draw from torch's default "
                 "generator, which is seeded for each micro-batch, and keep no state.",
             )
@@ -38,9 +39,9 @@ def _unseen(stage: Stage) -> Finding | None:
 
 
 def _state(stage: Stage) -> Finding | None:
-    """State in Python that a micro-batch changes and a later one depends on."""
+    """State in Python that one micro-batch changes and a later one depends on."""
     for number in stage.numbers:
-        # Itself among them: what it counts or draws may be its own affair.
+        # The others, then itself once more: it may change state that only micro-batches like itself change.
         before = [*(n for n in stage.numbers if n != number), number]
         alone, calls = stage.from_the_start(number)
         later, calls_later = stage.from_the_start(*before, number, stirred=True)
@@ -49,6 +50,7 @@ def _state(stage: Stage) -> Finding | None:
             continue
         source = _culprit(stage.model, part, calls, calls_later)
         evolved = _evolved(stage, before)
+        # One value at a time stays as the others left it. If the result then differs, this value is the cause.
         for key in changes(stage.before, evolved)[:_MOST_CAUSES]:
             _evolved(stage, before)
             if differs(alone, stage.from_the_start(number, leave=key)[0]) is not None:
@@ -62,7 +64,7 @@ def _state(stage: Stage) -> Finding | None:
 
 
 def _evolved(stage: Stage, numbers: list[int]) -> State:
-    """Computes some micro-batches, draws from every generator, and leaves it at that. Returns the state now."""
+    """Computes some micro-batches, and draws from every generator. Restores nothing. Returns the state then."""
     stage.from_the_start(*numbers)
     stage.python.stir(1)
     return stage.python.take()
@@ -78,7 +80,7 @@ def finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:
         )
     if is_generator(key, stage.before, evolved):
         return Finding(
-            f"{source} draws from a generator of its own ({called}), which runs on from one micro-batch to the next",
+            f"{source} draws from a generator of its own ({called}), which continues from one micro-batch to the next",
             "Draw from torch's default generator (torch.rand and the like), which is seeded for each micro-batch.",
         )
     return Finding(
@@ -88,12 +90,12 @@ def finding_of(stage: Stage, key: Key, source: str, evolved: State) -> Finding:
 
 
 def _rank(stage: Stage) -> Finding | None:
-    """Numbers that would be others on another rank."""
+    """Numbers that would differ on another rank."""
     here, calls = stage.from_the_start(0)
     try:
         with another_rank():
             there, calls_there = stage.from_the_start(0)
-    except Exception:  # as in the rehearsal
+    except Exception:  # the task may need the true rank, for example to find a file
         return None
     part = differs(here, there)
     if part is None:
@@ -102,12 +104,12 @@ def _rank(stage: Stage) -> Finding | None:
     return Finding(
         f"{source} depends on the rank: torch.distributed.get_rank(), get_world_size() or the variables RANK and "
         "WORLD_SIZE change its numbers",
-        "Numbers may depend on samples, parameters, seed and progress alone.",
+        "Numbers may depend only on samples, parameters, seed and progress.",
     )
 
 
 _NO_STATE = (
-    "Each rank computes other micro-batches, so state between them depends on the number of ranks. For annealing, take "
+    "Each rank computes other micro-batches, so state between them depends on the number of ranks. For annealing, use "
     "the keyword `progress` in forward, loss or augment (step, epoch, total_steps, fraction): it is the same on every "
     "rank."
 )
@@ -115,10 +117,11 @@ _NO_STATE = (
 
 def _culprit(model: nn.Module, part: str, one: Calls, other: Calls) -> str:
     """The innermost module with equal inputs and different outputs, else the task's function that made a part."""
+    # Calls are in the order in which they end, so an inner module comes before the module that contains it.
     if not part.startswith("data"):
         for (name, inputs, outputs), (name_there, inputs_there, outputs_there) in zip(one, other):
             if name != name_there:
-                break  # other modules were called: nothing can be said of them
+                break  # the two forwards called different modules, so the rest cannot be compared
             if inputs == inputs_there and outputs != outputs_there:
                 module = model.get_submodule(name)
                 return (

@@ -1,9 +1,9 @@
-"""Whether an augmentation may see several micro-batches at once: how many, depends on the number of ranks.
+"""Whether an augmentation may see several micro-batches at once. How many it sees depends on the number of ranks.
 
-On the CPU, torch's vectorised kernels compute the last elements of a tensor with other code than the rest: sigmoid,
-pow, gelu and others then give an element other bits in a tensor of another size. Matrix products choose their kernel by
-the number of rows. Comparing values finds that only where chance puts a difference into the sample. So what counts is
-which operators are called: those that move values, and arithmetic that IEEE 754 rounds correctly, element by element.
+On the CPU, torch's vectorised kernels compute the last elements of a tensor with different code from the rest. So in
+sigmoid, pow, gelu and others an element can have other bits in a tensor of another size. Matrix products choose their
+kernel by the number of rows. Comparing values would find this only by chance. So the operators that are called decide.
+Allowed are operators that move values, and elementwise arithmetic that IEEE 754 rounds correctly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ARITHMETIC = """
     clamp_min div eq floor ge gt isfinite isinf isnan le logical_and logical_not logical_or logical_xor lt maximum
     minimum mul ne neg reciprocal round rsub sign sqrt sub trunc __and__ __lshift__ __or__ __rshift__ __xor__
 """
-# Exact for an element whatever the size of its tensor. Not addcmul and the like, which may round once or twice.
+# An element's result is the same in a tensor of any size. addcmul and the like are left out: they may round twice.
 EXACT_OPERATORS = frozenset(f"{_VIEWS} {_MOVES} {_ARITHMETIC}".split())
 
 
@@ -48,7 +48,7 @@ class _Listener(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.rpartition("::")[2]
         plain = name if name.startswith("__") else name.removesuffix("_")
-        scaled = kwargs is not None and kwargs.get("alpha", 1) != 1  # x + alpha y, which may round once or twice
+        scaled = kwargs is not None and kwargs.get("alpha", 1) != 1  # x + alpha y may round once or twice
         if (plain not in EXACT_OPERATORS and not func.is_view) or scaled:
             self.others[f"{plain} with alpha" if scaled else plain] = None
         return func(*args, **(kwargs or {}))
@@ -59,7 +59,7 @@ def objection(load: Callable[[range, bool], list[dict[str, Tensor]]], micro_batc
 
     Args:
         load: (micro-batches, whether augmented together) -> their samples.
-        micro_batches: some to try it with.
+        micro_batches: the micro-batches to try it with.
     """
     with _Listener() as listener:
         together = load(micro_batches, True)
@@ -71,7 +71,7 @@ def objection(load: Callable[[range, bool], list[dict[str, Tensor]]], micro_batc
         (alone,) = load(range(j, j + 1), False)
         for name, array in alone.items():
             if not _same_bits(array, arrays[name]):
-                return f"it gives other values for {name!r} when the same samples come among more samples"
+                return f"it gives other values for {name!r} when it gets the same samples together with more samples"
     return None
 
 

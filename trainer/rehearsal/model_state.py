@@ -1,4 +1,4 @@
-"""The tensors that a step depends on: taken down before a rehearsal, compared and put back after it."""
+"""The tensors that a step depends on: saved before a rehearsal, compared and restored after it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 
 class ModelState:
-    """A model's parameters, buffers and optimizer state as they are now.
+    """A model's parameters, buffers and optimizer state, saved when this object is made.
 
     Args:
-        engine: has them.
-        whole: whether this rank holds all of them. With ZeRO it does not: then it is the model's buffers alone, but
-            for those that are updated in the order of the micro-batches.
+        engine: holds them.
+        whole: whether this rank holds all of them. With ZeRO it does not. Then only the model's buffers are saved,
+            without the running statistics, which are updated in the order of the micro-batches.
     """
 
     def __init__(self, engine: Engine, whole: bool) -> None:
         self._engine, self._whole = engine, whole
         self._tensors = self._now()
         self._hashes = hash_each(self._tensors)
-        # To the host, as a GPU may have no room for them twice.
+        # On the host, because a GPU may not have enough memory for two copies.
         self._copies = {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in self._tensors.items()
             if not name.startswith("optimizer ")
         }
-        # Buffers, hooks and children; parameters where DeepSpeed has not put something of its own in their place.
+        # Buffers, hooks and children. Parameters only without ZeRO: at stage 3 DeepSpeed replaces that dictionary.
         kept = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name != "_parameters"]
         kept += ["_parameters"] if whole else []
         self._objects: list[tuple[Any, dict[Any, Any]]] = [
@@ -53,13 +53,13 @@ class ModelState:
         """Restores parameters and buffers.
 
         Returns:
-            What had changed, been added or taken away: ("parameter", "buffer" or "optimizer", name). The optimizer's
-            is not restored.
+            What had been changed, added or removed: ("parameter", "buffer" or "optimizer", name). The optimizer's
+            state is not restored.
         """
         now = self._now()
         hashes = hash_each(now)
         for names, objects in self._objects:
-            # Also what was assigned anew, as in `self.average = 0.9 * self.average + ...`.
+            # A forward may also assign a new tensor, as in `self.average = 0.9 * self.average + ...`.
             names.clear()
             names.update(objects)
         changed = []

@@ -1,7 +1,7 @@
-"""What a rehearsal looks at besides comparing: slips that make a run inexact only later, or that spoil it.
+"""Probes: a rehearsal also looks for mistakes that make a run inexact, or break it, only later.
 
-Each probe computes single micro-batches forward, without a backward, and asks one question. They end before the
-comparison begins, and leave its state as they found it.
+Each probe computes forwards of single micro-batches, without a backward, and answers one question. The probes end
+before the comparison begins, and restore the state for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .python_state import Key, State, is_generator, is_number
 from .results import Finding, differs, source_of
 from .stage import Stage
 
-# By how much counters are moved: whatever happens every 16 calls or more often is met, wherever a counter stands. Then
-# round numbers and powers of two.
+# The amounts that are added to a counter. 1 to 16 meet everything that happens at least every 16 calls, whatever the
+# counter's value. The others are round numbers and powers of two, as people choose them.
 _MOVES = (*range(1, 17), 20, 24, 25, 32, 50, 64, 100, 128, 256, 1000)
 
 
@@ -43,24 +43,26 @@ class _Collectives(TorchDispatchMode):
 
 
 def refuse_collectives(stage: Stage) -> Computed:
-    """Raises UserError if a task's forward or loss talks to other ranks. Returns the micro-batch that it looked at."""
+    """Raises UserError if a task's forward or loss communicates with other ranks. Returns the first micro-batch."""
     with _Collectives() as heard:
         computed = stage.compute(0)
     # A SyncBatchNorm is labelled.
     if heard.names and not any(isinstance(module, nn.SyncBatchNorm) for module in stage.model.modules()):
         raise UserError(
-            f"{stage.name} calls torch.distributed ({heard.names[0]}) in its forward or loss. Ranks compute other "
-            "micro-batches at the same time, and not equally many of them: the call would mix them in a way that "
-            "depends on the number of ranks, or wait forever.\nCompute with the samples of the micro-batch alone."
+            f"{stage.name} calls torch.distributed ({heard.names[0]}) in its forward or loss. At that time, the ranks "
+            "compute different micro-batches, and some compute fewer of them. The call would mix them in a way that "
+            "depends on the number of ranks, or wait forever.\nUse only the samples of the micro-batch."
         )
     return computed
 
 
 def refuse_use_of_running_statistics(stage: Stage) -> None:
-    """Raises UserError if a training forward reads what normalisation layers collect; it holds no average then."""
+    """Raises UserError if a training forward reads the buffers of running statistics, which hold no average then."""
+    # If the result follows what the buffers were filled with, the forward reads them.
     if differs(stage.forward(0, 0.25), stage.forward(0, 0.5)) is None:
         return
-    # Or the forward changes something of its own, such as the vectors of a spectral norm: from one state, then.
+    # Another cause: the forward changes something itself, such as the vectors of a spectral norm. So each forward now
+    # begins from the same state.
     stage.put_back()
     one = stage.forward(0, 0.25)
     stage.put_back()
@@ -69,17 +71,17 @@ def refuse_use_of_running_statistics(stage: Stage) -> None:
     if differs(one, same) is None and differs(one, stage.forward(0, 0.5)) is not None:
         raise UserError(
             f"{stage.name} reads the running statistics of a normalisation layer in its training forward. During a "
-            "step they are not there: each micro-batch leaves its own statistics, which all ranks apply together after "
+            "step they are not available: each micro-batch leaves its own statistics, and all ranks apply them after "
             "the step.\nFor frozen statistics give the layer a train() that keeps it in evaluation mode: its eval(), "
             "called in model(), does not last, as the trainer calls the model's train()."
         )
 
 
 def under_moved_weights(stage: Stage, numbers: Sequence[int], parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    """Computes micro-batches with all weights moved by about a per cent, and leaves it at that.
+    """Computes micro-batches with all weights moved by about 1 %. Restores nothing.
 
-    What a forward writes may follow the weights: a power iteration that has converged, or an average that equals
-    them, stands still until they move.
+    A forward may write values that follow the weights. A converged power iteration, or an average that equals the
+    weights, does not change until the weights do.
 
     Returns:
         The names of the parameters that a forward has changed.
@@ -89,18 +91,18 @@ def under_moved_weights(stage: Stage, numbers: Sequence[int], parameters: Mappin
             parameter.add_(torch.randn_like(parameter) * (0.01 * (parameter.abs().mean() + 0.01)))
     moved = hash_each(parameters)
     for number in numbers:
-        with contextlib.suppress(Exception):  # it may not be made for such weights
+        with contextlib.suppress(Exception):  # the task may reject such weights
             stage.forward(number)
     now = hash_each(parameters)
     return [name for name in now if now[name] != moved[name]]
 
 
 def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | None:
-    """Whether a number changes when a counter or a generator, which micro-batches move, stands elsewhere.
+    """A finding if a result depends on a counter or a generator that micro-batches change; else None.
 
     Args:
-        stage: computes.
-        moved: what some micro-batches have changed of Python's state.
+        stage: computes the micro-batches.
+        moved: the values of Python's state that some micro-batches have changed.
         after: the state after them.
     """
     counters = [k for k in moved if is_number(k, stage.before, after)]
@@ -110,6 +112,7 @@ def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | 
     stage.python.put_back(stage.before)
     base = stage.forward(0)
     for amount in _MOVES:
+        # All at once first, as usually none matters. Only if the result changes, one by one.
         for suspects in ([*counters, *generators], *([key] for key in (*counters, *generators))):
             stage.python.put_back(stage.before)
             for key in suspects:
@@ -118,10 +121,10 @@ def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | 
             if set(suspects) & set(generators):
                 stage.python.stir(amount)
             part = None
-            with contextlib.suppress(Exception):  # a value that cannot be
+            with contextlib.suppress(Exception):  # the task may reject such a value
                 part = differs(base, stage.forward(0))
             if part is None and len(suspects) > 1:
-                break  # none of them
+                break  # no suspect matters at this amount
             if part is not None and len(suspects) == 1:
                 stage.python.put_back(stage.before)
                 return finding_of(stage, suspects[0], source_of(part), after)

@@ -1,11 +1,11 @@
-"""The state that a task's Python code keeps: taken down, compared, put back.
+"""The state that a task's Python code keeps: saves, compares and restores it.
 
-A model's parameters and buffers are the trainer's business. What else a forward may change lies in Python: attributes
-of the task and of the model's modules, of their classes, globals of the user's own files, and the generators of
-Python's `random` and of numpy. The rehearsal puts all of it back, so that it changes nothing, and names what of it
-the numbers follow.
+`model_state` handles a model's parameters and buffers. A forward may also change state in Python: attributes of the
+task, of the model's modules and of their classes, globals of the user's own files, and the generators of Python's
+`random` and of numpy. The rehearsal restores all of it, so that it changes nothing, and names the values on which the
+numbers depend.
 
-Not seen: closures, caches of decorators, objects of other packages, and what lies outside of the process.
+It does not see closures, caches of decorators, objects of other packages, or anything outside the process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..exact.hashes import bytes_of
 
-# Larger tensors and arrays, such as a task's dataset, are not copied. Longer lists and dictionaries are not looked
-# into, and of many small things not more than so many values and bytes.
+# Limits, so that looking stays cheap. Larger tensors and arrays (elements), such as a task's dataset, are not copied.
+# Longer lists and dictionaries, and what is nested deeper, are not searched. All values together have a limit, too.
 _LARGEST = 1 << 16
 _LONGEST = 4096
 _DEEPEST = 4
@@ -40,7 +40,7 @@ _ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 
 
 class _Budget:
-    """How much may still be looked at; and the generators seen so far, as functions that draw from them."""
+    """How much may still be saved, and the generators seen so far, as functions that draw from them."""
 
     def __init__(self) -> None:
         self._values, self._bytes = _MOST_VALUES, _MOST_BYTES
@@ -53,7 +53,7 @@ class _Budget:
 
 
 class _Saved:
-    """A value as it was: `same_as` another one taken later, and `back`, which restores and returns it."""
+    """A saved value. `same_as` compares it with one that was saved later; `back` restores and returns it."""
 
     def __init__(self, value: Any, content: Any, back: Callable[[], Any], generator: bool = False) -> None:
         self.value, self.content, self.back, self.generator = value, content, back, generator
@@ -73,7 +73,7 @@ def _save(value: Any, budget: _Budget, depth: int = 0) -> _Saved:
         return _Saved(value, id(value), lambda: value)
     if isinstance(value, _ATOMS):
         return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # those are the trainer's business
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # parameters are in `model_state`
         return _save_tensor(value, budget)
     for kind in _GENERATORS:
         if isinstance(value, kind.type):
@@ -116,7 +116,7 @@ def _plain(state: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Generators:
-    """A kind of generators of random numbers: how its state is read and set, and one number drawn."""
+    """A kind of random generator: how to read its state, set it, and draw one number."""
 
     type: type
     read: Callable[[Any], Any]
@@ -150,6 +150,7 @@ _GENERATORS = (
 def _save_tensor(value: Tensor, budget: _Budget) -> _Saved:
     small = value.layout == torch.strided and value.numel() <= _LARGEST and not value.is_meta
     if not small or not budget.allows(2 * value.numel() * value.element_size()):
+        # No copy, but a change is seen: torch counts the writes to a tensor in `_version`.
         return _Saved(value, (id(value), value._version), lambda: value)
     return _Saved(value, _bits(value), functools.partial(_restored, value, _write_tensor, value.detach().clone()))
 
@@ -166,7 +167,7 @@ def _write_array(value: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> 
 
 
 def _save_container(value: Any, budget: _Budget, depth: int) -> _Saved | None:
-    """A list, tuple, set, dictionary or object of the user's own, with what is in it; None for anything else."""
+    """A list, tuple, set, dictionary or object of the user's own classes, with its content; None for others."""
     if isinstance(value, (list, tuple, collections.deque)) and len(value) <= _LONGEST:
         items = [_save(item, budget, depth) for item in value]
 
@@ -216,7 +217,7 @@ _TRAINER = str(Path(__file__).resolve().parents[1])
 
 
 def _own(cls: type) -> bool:
-    """Whether a class is the user's: from no installed package, and not from here."""
+    """Whether a class is the user's: neither from an installed package nor from the trainer."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None:
         return False
@@ -229,9 +230,9 @@ class _Namespace:
     """Names and values that code can change.
 
     Attributes:
-        label: what a value is called in messages, its name in place of {}.
-        names: the names and values as they are now.
-        put, remove: set and delete one.
+        label: the description of a value in messages; {} stands for its name.
+        names: the names and their present values.
+        put, remove: set and delete one name.
     """
 
     label: str
@@ -240,7 +241,7 @@ class _Namespace:
     remove: Callable[[str], None]
 
 
-# A value: the number of its namespace, and its name there. The two generators of the process have no namespace.
+# Identifies a value: the number of its namespace, and its name there. The two global generators have no namespace.
 Key = tuple[int, str]
 PYTHONS: Key = (-1, "Python's random module")
 NUMPYS: Key = (-1, "numpy's global generator")
@@ -278,7 +279,7 @@ class PythonState:
         classes |= {cls: None for cls in type(value).__mro__ if _own(cls)}
 
     def take(self) -> State:
-        """Takes the state down."""
+        """Saves the state."""
         budget = _Budget()
         saved = {
             (number, name): _save(value, budget)
@@ -294,13 +295,13 @@ class PythonState:
         return saved
 
     def stir(self, times: int) -> None:
-        """Draws from every generator of the state taken last, as other micro-batches would have done."""
+        """Draws from every generator that `take` found last, as other micro-batches would have done."""
         for draw in self._generators:
             for _ in range(times):
                 draw()
 
     def put_back(self, saved: State, leave: Key | None = None) -> None:
-        """Restores a state, but for the value `leave`."""
+        """Restores a state, except the value `leave`."""
         for number, namespace in enumerate(self._namespaces):
             for name, value in list(namespace.names.items()):
                 if (number, name) not in saved and (number, name) != leave and _is_state(name, value):
@@ -315,17 +316,17 @@ class PythonState:
                     namespace.put(key[1], restored)
 
     def add(self, key: Key, amount: int) -> None:
-        """Adds to a number, as further calls might have done. One that the first call makes begins at 0."""
+        """Adds to a number, as more calls might have done. A number that does not exist yet begins at 0."""
         namespace = self._namespaces[key[0]]
         namespace.put(key[1], namespace.names.get(key[1], 0) + amount)
 
     def name_of(self, key: Key) -> str:
-        """What a value is called in messages."""
+        """The description of a value in messages."""
         return key[1] if key in (PYTHONS, NUMPYS) else self._namespaces[key[0]].label.format(key[1])
 
 
 def changes(before: State, after: State) -> list[Key]:
-    """The values that differ between two states, are new or are gone."""
+    """The values that differ between two states, are new or are missing."""
     keys = [*before, *(key for key in after if key not in before)]
     return [k for k in keys if k not in before or k not in after or not before[k].same_as(after[k])]
 
@@ -342,7 +343,7 @@ def is_generator(key: Key, *states: State) -> bool:
 
 
 def _is_state(name: str, value: Any) -> bool:
-    """Whether a name in a namespace may hold state: not torch's own, not code."""
+    """Whether a name in a namespace may hold state: torch's own names and code do not."""
     if name in _OF_TORCH or (name.startswith("__") and name.endswith("__")):
         return False
     code = (type, ModuleType, FunctionType, BuiltinFunctionType, staticmethod, classmethod, property, nn.Module)

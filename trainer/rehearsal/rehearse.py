@@ -1,13 +1,13 @@
-"""The rehearsal: before its first step a run shows that its micro-batches do not depend on who computes them, or when.
+"""The rehearsal: before its first step, a run checks that its micro-batches do not depend on rank or order.
 
-The same bits at every number of ranks need one thing of a task: a micro-batch's loss, gradient and statistics follow
-from its samples, its seed and the parameters, and from nothing else. So a few micro-batches of this very run, one of
-each size, are computed twice, in another order the second time (where there are several ranks: once on each, each
-beginning with another one), and every bit is compared. What changes in between, or with the order or the rank, is
-looked for and named. Afterwards everything is as it was: parameters, buffers, random numbers and Python's state.
+To give the same bits at every number of ranks, a task must do one thing: a micro-batch's loss, gradient and statistics
+must depend only on its samples, its seed and the parameters. So a few micro-batches of this very run, one of each
+size, are computed twice, the second time in another order. With several ranks, each rank computes them once, and each
+begins with another one. Every bit is compared. If anything differs, the cause is looked for and named. Afterwards
+everything is restored: parameters, buffers, random numbers and Python's state.
 
-What a rehearsal cannot see: what begins later (a penalty that sets in at step 1,000), and with one rank what depends
-on the rank through anything but torch.distributed. The audit looks for that while the run goes on.
+A rehearsal cannot see what begins later, such as a penalty from step 1,000 on. With one rank, it cannot see a
+dependence on the rank other than through torch.distributed. The audit looks for both during the run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .sums import refuse_means
 
 @dataclass
 class Found:
-    """What a rehearsal found, the same on every rank.
+    """The results of a rehearsal, the same on every rank.
 
     Attributes:
         findings: why the run is not bitwise; empty if nothing differed.
-        notes: for the person who starts the run.
+        notes: messages for the person who starts the run.
         changing: parameters and buffers that the task's forward changes by itself.
-        kept: what micro-batches change of Python's state, whether or not anything depends on it.
-        counters: the numbers among it.
+        kept: values of Python's state that micro-batches change, whether or not anything depends on them.
+        counters: those of them that are numbers.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -63,7 +63,7 @@ def rehearse(subject: Subject, first_step: int) -> Found:
     found, error = Found(), None
     hashes: dict[int, list[Hashes]] = {}
     stage = Stage(subject, first_step)
-    # First, as it decides how the micro-batches are computed, here and later.
+    # This comes first because it decides how micro-batches are computed, here and in the run.
     objections = [reason for reason in gather_objects(stage.objection_to_chunks()) if reason is not None]
     if objections:
         subject.micro_batches.augments_in_chunks = False
@@ -83,7 +83,7 @@ def rehearse(subject: Subject, first_step: int) -> Found:
         views = [hashes for hashes, _ in everyone] if subject.alike else [hashes]
         difference = _first_difference(views)
         if any(gather_objects(difference is not None)):
-            # Only now is time spent on causes: on every rank by itself, then together.
+            # Only now time is spent on causes: first on every rank by itself, then the findings are gathered.
             own_finding = _explain_difference(stage)
             found.findings = _agreed(gather_objects((own_finding, difference)))
     return found
@@ -111,7 +111,7 @@ def _first_difference(views: list[dict[int, list[Hashes]]]) -> str | None:
 
 
 def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
-    """The findings of all ranks: those with a cause, else that ranks differ from one another."""
+    """The causes that ranks have found. If there is none: that the ranks differ from one another."""
     causes = {finding: None for finding, _ in everyone if finding is not None}
     if causes:
         return list(causes)
@@ -119,8 +119,8 @@ def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
     if len(everyone) == 1:
         return [
             Finding(
-                f"{source_of(part)} gave another result the second time, though not each time that it was tried",
-                "It draws from a source that no seed reaches, or keeps state out of sight. Draw from torch's default "
+                f"{source_of(part)} gave another result the second time, but not in every attempt",
+                "It draws from a source that no seed reaches, or keeps hidden state. Draw from torch's default "
                 "generator, which is seeded for each micro-batch, and keep no state.",
             )
         ]
@@ -128,14 +128,14 @@ def _agreed(everyone: list[tuple[Finding | None, str | None]]) -> list[Finding]:
         Finding(
             f"{source_of(part)} depends on the rank: each rank agrees with itself, but for the same micro-batch ranks "
             "find different numbers",
-            "Look for torch.distributed.get_rank(), variables of the environment, files, names of hosts and the clock. "
+            "Look for torch.distributed.get_rank(), environment variables, files, host names and the clock. "
             "If there are none, the ranks' devices compute differently.",
         )
     ]
 
 
 def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
-    """This rank's part. Returns number of the micro-batch -> its results, and what else it found."""
+    """This rank's part. Returns the results by number of the micro-batch, and what else it found."""
     ranks, found = stage.subject.ranks, Found()
     results: dict[int, list[Hashes]] = {}
     if not stage.exact:
@@ -157,6 +157,7 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
         for turn in turns:
             order = _order(stage, turn)
             stage.python.stir(turn)
+            # The second turn begins with other generators, so a draw from one of them changes the result.
             began = stage.python.take() if turn else stage.before
             elsewhere = turn > 0 and ranks.world_size == 1
             visited = _in_turn(stage, order[:1], elsewhere)
@@ -167,12 +168,12 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
             after = stage.python.take()
             found.note_changes(stage.put_back())
             if stage.exact and ranks.world_size > 1:
-                # Each rank sees itself as the next one of one more, besides.
+                # Each rank also computes one micro-batch while it believes to be another rank of a larger world.
                 results[order[0]] += _in_turn(stage, order[:1], elsewhere=True, instead=False)
                 found.note_changes(stage.put_back())
             if turn == turns[0]:
                 moved = changes(began, after)
-                # What only the first micro-batch changes is made once and kept, as a table of constants is.
+                # A value that only the first micro-batch changes is no counter: it may be a table, made when needed.
                 kept = changes(early, after)
                 found.kept = [stage.python.name_of(key) for key in kept]
                 found.counters = [stage.python.name_of(key) for key in kept if is_number(key, began, after)]
@@ -185,20 +186,20 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
 
 
 def _order(stage: Stage, turn: int) -> list[int]:
-    """In which order a rank computes the micro-batches: each turn begins with another one."""
+    """The order in which a rank computes the micro-batches: each turn begins with another one."""
     count, items = len(stage.items), stage.items
     order = [(k + turn) % count for k in range(count)]
-    # Of the first two sizes are alike. What only another size counts or draws shows when it comes again.
+    # The first two have the same size. Each other size comes twice, so that state which only this size changes shows.
     return order + [number for number in order if items[number].samples != items[0].samples]
 
 
 def _in_turn(stage: Stage, order: list[int], elsewhere: bool, instead: bool = True) -> list[Hashes]:
-    """Computes some micro-batches; `elsewhere`, as on another rank, or as on this one `instead` if that fails."""
+    """Computes micro-batches. `elsewhere`: as on another rank; if that fails, `instead` as on this one, else none."""
     if elsewhere:
         try:
             with another_rank():
                 return [stage.visit(stage.items[number]) for number in order]
-        except Exception:  # it may need the rank for something else
+        except Exception:  # the task may need the true rank, for example to find a file
             stage.put_back()
         if not instead:
             return []
@@ -217,7 +218,7 @@ def _probe(stage: Stage, found: Found) -> None:
 
 
 def _explain_difference(stage: Stage) -> Finding | None:
-    """The cause of a difference that this rank sees by itself; None if it agrees with itself."""
+    """The cause of a difference that this rank can find alone; None if it agrees with itself."""
     with generators_kept(stage.subject.device):
         try:
             return explain(stage)

@@ -1,4 +1,4 @@
-"""What comes of a micro-batch, as hashes; and what is said of a difference."""
+"""The results of a micro-batch, as hashes, and the messages for differences."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 
 class Finding(NamedTuple):
-    """Something that is not exact: what, as a clause after "because"; and what to do, as a sentence."""
+    """Something that is not exact: what, as a clause after "because", and the remedy, as a sentence."""
 
     what: str
     remedy: str
 
 
-# What is compared of a micro-batch, in the order in which it comes to be: name -> hash.
+# What is compared of a micro-batch, in the order in which it is computed: name -> hash.
 Hashes = dict[str, int]
-# Of each call of a module, in the order in which calls end: (name, hash of the inputs, hash of the outputs).
+# The calls of modules, in the order in which they end: (name, hash of the inputs, hash of the outputs).
 Calls = list[tuple[str, int, int]]
 
 
@@ -42,19 +42,19 @@ def changed_tensor(model: nn.Module, kind: str, name: str) -> Finding:
     if kind == "buffer":
         return Finding(
             f"the model's buffer {name} changes in its forward, so micro-batches depend on one another",
-            "After each step every rank takes over rank 0's, which is saved. Of such buffers only the running "
+            "After each step every rank takes over rank 0's buffer, and this one is saved. Only the running "
             "statistics of BatchNorm and InstanceNorm layers are the same at every number of ranks.",
         )
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.max_norm is not None:
         return Finding(
             f"the parameter {name} changes in the forward: {type(owner).__name__} with max_norm rescales the rows "
-            "that it looks up, and each rank looks up others",
+            "that it looks up, and each rank looks up other rows",
             "Leave max_norm out, and scale the embedded vectors in the forward instead. As it is, every rank takes "
-            "over rank 0's after each step.",
+            "over rank 0's parameter after each step.",
         )
     return Finding(
         f"the parameter {name} changes in the forward, before the gradients of all micro-batches are there",
-        "Leave it to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's after "
-        "each step.",
+        "Leave the change to the optimizer, or compute with a changed copy. As it is, every rank takes over rank 0's "
+        "parameter after each step.",
     )

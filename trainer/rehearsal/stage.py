@@ -1,4 +1,4 @@
-"""Where a rehearsal takes place: computes single micro-batches of a run, and puts back whatever they change."""
+"""The stage of a rehearsal: computes single micro-batches of a run, and restores what they change."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Subject:
 
 
 class Item(NamedTuple):
-    """A micro-batch to rehearse, and whether it belongs to the run's first step (whose loss has to be finite)."""
+    """A micro-batch to rehearse, and whether it belongs to the run's first step (its loss must be finite)."""
 
     batch: GlobalBatch
     j: int
@@ -70,7 +70,7 @@ class Item(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """How many samples it has."""
+        """The number of its samples."""
         start, stop = self.batch.bounds[self.j]
         return stop - start
 
@@ -78,8 +78,8 @@ class Item(NamedTuple):
 def items_of(batches: GlobalBatches, first_step: int) -> list[Item]:
     """The micro-batches that are rehearsed: two of full size, and one of each smaller size that the run has.
 
-    The second is one of the run's last steps, for what sets in with the progress of the run. With samples in the order
-    of their lengths, the first is the shortest of its step and the second the longest.
+    The second is from one of the run's last steps, because some code depends on the progress of the run. If samples
+    are sorted by length, the first is the shortest of its step and the second the longest.
     """
     every, total = batches.steps_per_epoch, batches.total_steps
     batch = batches.at(first_step)
@@ -108,7 +108,7 @@ class Stage:
         python: the state that the task's Python code keeps.
         before: that state before the rehearsal.
         items: the micro-batches that are rehearsed.
-        exact: whether gradients are looked at, which with ZeRO are in one piece on no rank.
+        exact: whether gradients are compared. With ZeRO they are not: no rank holds a whole gradient.
 
     Args:
         subject: what is rehearsed; its state is that of `first_step` steps.
@@ -131,7 +131,7 @@ class Stage:
         return [array._version for split in splits for array in split.arrays.values()]
 
     def visit(self, item: Item, calls: Calls | None = None) -> Hashes:
-        """Computes one micro-batch and hashes what comes of it."""
+        """Computes one micro-batch and hashes its results."""
         self._scale.fill_(1.0 / item.batch.count)
         row = torch.empty(self.statistics.size, device=self.subject.device)
         gradients: tuple[Tensor | None, ...] = ()
@@ -171,7 +171,7 @@ class Stage:
         return hash_each(parts)
 
     def check_augmented(self) -> None:
-        """Raises UserError if augment() does not return what it was given, changed: before a forward trips over it."""
+        """Raises UserError if augment() does not return a changed batch. It would fail later, less clearly."""
         item = self.items[0]
         check_augmented(self.name, self.micro_batches.augmented(item.batch, item.j), item.samples)
 
@@ -179,15 +179,15 @@ class Stage:
         frozen = [name for parameter, name in self.engine.names.items() if not parameter.requires_grad]
         if frozen:
             raise UserError(
-                f"{self.name} freezes the parameter {frozen[0]} in its forward or loss. Which parameters are trained "
-                "is settled at the start: use trainer.freeze, or multiply what they do by 0 or 1, as progress says."
+                f"{self.name} freezes the parameter {frozen[0]} in its forward or loss. The trained parameters are "
+                "chosen at the start: use trainer.freeze, or multiply their effect by 0 or 1, depending on progress."
             )
 
     def _check_dense(self, gradients: tuple[Tensor | None, ...]) -> None:
         for name, gradient in zip(self.engine.names.values(), gradients):
             if gradient is not None and gradient.layout != torch.strided:
                 raise UserError(
-                    f"The gradient of {name} is sparse, and the ranks add dense ones. Leave out its sparse=True."
+                    f"The gradient of {name} is sparse, but the ranks add dense gradients. Leave out its sparse=True."
                 )
 
     def _compute(self, item: Item) -> Computed:
@@ -219,8 +219,8 @@ class Stage:
             computed = self._compute(item)
             if self.statistics.momentum_assigned():
                 raise UserError(
-                    f"{self.name} sets the momentum of a normalisation layer in its forward, where its statistics are "
-                    "being collected: they would be lost. Set it in model()."
+                    f"{self.name} sets the momentum of a normalisation layer in its forward. The layer's statistics "
+                    "are collected there, and would be lost. Set the momentum in model()."
                 )
         finally:
             self.statistics.settle()
@@ -239,10 +239,10 @@ class Stage:
         """Restores everything.
 
         Returns:
-            Name -> finding, of the parameters and buffers that the task's code has changed meanwhile.
+            Name -> finding, for the parameters and buffers that the task's code has changed since.
 
         Raises:
-            UserError: it has changed the optimizer's state.
+            UserError: the task has changed the optimizer's state.
         """
         self.python.put_back(self.before)
         changed: dict[str, Finding] = {}
@@ -263,18 +263,18 @@ class Stage:
         """Raises UserError if the task has changed its data, or the gradients that the trainer sums."""
         if self._data_versions() != self._versions:
             raise UserError(
-                f"{self.name} changes its training data while it trains. Copy what augment(), forward() or loss() "
+                f"{self.name} changes its training data during training. Copy what augment(), forward() or loss() "
                 "writes to, for example with clone()."
             )
         gradients = [p.grad.any() for p in self.engine.parameters if p.grad is not None]
         if self.exact and gradients and bool(torch.stack(gradients).any()):  # device to host
             raise UserError(
                 f"{self.name} calls backward() in its forward or loss, which adds to the gradients that the trainer "
-                "sums. Return the loss, and take gradients of your own with torch.autograd.grad()."
+                "sums. Return the loss. For other gradients, use torch.autograd.grad()."
             )
 
     def objection_to_chunks(self) -> str | None:
-        """Why the task's augment() may not see several micro-batches at once, though it says so; None if it may."""
+        """Why the task's augment() may not see several micro-batches at once, as it claims; None if it may."""
         if not self.micro_batches.augments_in_chunks:
             return None
         first = self.items[0].batch
@@ -289,16 +289,16 @@ class Stage:
 
     @property
     def numbers(self) -> range:
-        """The numbers of the micro-batches, their places in `items`."""
+        """The numbers of the micro-batches: their positions in `items`."""
         return range(len(self.items))
 
     @property
     def model(self) -> nn.Module:
-        """Whose modules may be the cause."""
+        """The model, whose modules may be the cause."""
         return self.engine.model
 
     def from_the_start(self, *numbers: int, leave: Key | None = None, stirred: bool = False) -> tuple[Hashes, Calls]:
-        """The last of some micro-batches, computed in turn from the state before the rehearsal, but for `leave`.
+        """Computes micro-batches in turn, from the state before the rehearsal except `leave`. Returns the last result.
 
         With `stirred`, generators are advanced before the last one.
         """
@@ -315,7 +315,7 @@ class Stage:
 
 @contextlib.contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Torch's generators are afterwards as they were."""
+    """A context after which torch's generators have the state from before it."""
     state = torch.get_rng_state()
     of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
@@ -328,7 +328,7 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def another_rank() -> Iterator[None]:
-    """What asks torch.distributed or the environment is told that this is the next rank, of one more than there are."""
+    """A context in which torch.distributed and the environment report the next rank, in a world larger by one."""
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank, dist.get_world_size

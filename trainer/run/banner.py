@@ -1,4 +1,4 @@
-"""What a run says of itself on the console: the start-up lines, and the table at its end."""
+"""What a run prints about itself on the console: the start-up lines, and the table at its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     epochs = p.total_steps / p.steps_per_epoch
     precision = "bfloat16 autocast" if p.config.torch_autocast.enabled else "float32"
     clipping = p.config.gradient_clipping
-    # AdaScale's gains end the run, which is then shorter.
+    # With AdaScale, the gains decide when the run ends, and this is the most steps that it can take.
     most = "at most " if trainer.learning_rate.adascale_steps is not None else ""
     begins = f"step {first_step + 1:,}" if first_step else "the first step"
     lines = [
@@ -38,7 +38,7 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     ]
     warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
     if warmup_steps >= p.total_steps:
-        lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, which never reaches the full rate")
+        lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, so it never reaches the full rate")
     trained, total = frozen_share(p.engine.model)
     if trained < total:
         lines.append(f"{trained:,} of {total:,} parameters are trained, the others are frozen")
@@ -61,7 +61,7 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
 
 
 def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
-    """The end of a run: metrics on test (or what there is), speed, and where things lie."""
+    """The table at the end of a run: metrics on test (or on another split), speed, and where the files are."""
     metrics = summary["metrics"]
     measured = "test" if "test" in metrics else next(iter(metrics), None)
     rows = [(f"{measured} {name}", f"{value:.4f}") for name, value in metrics.get(measured, {}).items()]

@@ -1,4 +1,4 @@
-"""The best model so far on validation, kept in memory; and when a run has seen enough."""
+"""The best model so far on validation, kept in memory, and early stopping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BestModel:
     Every rank keeps its own: the metric and the model are the same everywhere, so nothing is sent.
 
     Args:
-        config: `trainer.best` says which metric.
+        config: `trainer.best` names the metric.
         own_choice: the task's `best_metric`, (name, "min" or "max"), or None for the loss.
     """
 
@@ -43,11 +43,11 @@ class BestModel:
 
     @property
     def enough(self) -> bool:
-        """Whether the run may stop: so many validations without a better model."""
+        """Whether the run may stop: `patience_evaluations` validations have brought no better model."""
         return self._patience > 0 and self._waited >= self._patience
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Raises UserError, on every rank, unless the metric is there and it is known which way is better."""
+        """Raises UserError, on every rank, unless the metric exists and it is known whether low or high is better."""
         if self.metric not in metrics:
             raise UserError(
                 f'"trainer.best.metric": validation has no metric "{self.metric}". {near(self.metric, metrics)}',
@@ -55,14 +55,15 @@ class BestModel:
             )
         if self._guess_mode:
             raise UserError(
-                f'"trainer.best.mode" is needed: is less or more of {self.metric} better? It is "min" or "max".',
+                f'"trainer.best.mode" is needed: is a low or a high {self.metric} better? Set it to "min" or "max".',
                 agreed=True,
             )
 
     def offer(self, engine: Engine, metrics: Mapping[str, float], step: int) -> None:
-        """Takes the model as it is now if its metrics on validation are the best so far.
+        """Keeps the present model if its metrics on validation are the best so far.
 
-        Among equals the loss decides, and then the first: on a small validation set many models are equally accurate.
+        If the metric is equal, the lower loss decides, then the earlier model: on a small validation set, many models
+        have the same accuracy.
 
         Collective at ZeRO stage 3: every rank.
         """
@@ -84,13 +85,13 @@ class BestModel:
                     kept.copy_(tensor)
 
     def restore(self, engine: Engine) -> None:
-        """Gives the model its best parameters and buffers back. Collective at ZeRO stage 3: every rank."""
+        """Restores the best parameters and buffers into the model. Collective at ZeRO stage 3: every rank."""
         with engine.whole_parameters(change=True):
             for name, tensor in engine.model_state().items():
                 tensor.copy_(self._state[name])
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds of it: tensors, and JSON values."""
+        """Tensors and JSON values for a checkpoint."""
         return self._state, {
             "step": self.step,
             "value": self.value,
@@ -99,7 +100,7 @@ class BestModel:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], engine: Engine) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.step, self.value, self._waited = int(values["step"]), float(values["value"]), int(values["waited"])
         self.metrics = dict(values["metrics"])
         self._state = {name: tensor.to(engine.device) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Builds what a run is made of, in one explicit order, and refuses what cannot be trained exactly or at all."""
+"""Builds the pieces of a run in one explicit order, and refuses what cannot be trained exactly, or at all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 
 @dataclass
 class Pieces:
-    """What a run is made of.
+    """The pieces of a run.
 
     Attributes:
         host_splits, splits: the data on the CPU and on the device.
@@ -47,10 +47,10 @@ class Pieces:
         rates: the learning rate of each step.
         inexact: why the run is not bitwise; empty if it is.
         facts: what the bits depend on besides config and data.
-        hosts: of each rank, its host and device.
+        hosts: the host and device of each rank.
         alike: whether all ranks have the same device model.
-        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them; found
-            by the rehearsal.
+        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them. The
+            rehearsal finds them.
     """
 
     config: Config
@@ -72,26 +72,26 @@ class Pieces:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the run."""
+        """Optimizer steps in one epoch."""
         return self.batches.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        """The length of the run."""
+        """The length of the run, in optimizer steps."""
         return self.batches.total_steps
 
     @property
     def exactness(self) -> str:
-        """The run's label: bitwise, or tolerance where something cannot be exact."""
+        """The run's label: bitwise, or tolerance if something cannot be exact."""
         return "tolerance" if self.inexact else "bitwise"
 
     def common_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name: what every rank must hold alike."""
+        """Parameters and buffers by name that must be the same on every rank."""
         state = self.engine.model_state()
         return {name: tensor for name, tensor in state.items() if name not in self.changing}
 
     def follow_first(self) -> None:
-        """Takes over rank 0's values of what each rank's forward has changed in its own way. Collective: every rank."""
+        """Copies rank 0's values of `changing` to every rank. Collective: every rank."""
         state = self.engine.model_state() if self.changing else {}
         for name in self.changing:
             own = state[name]
@@ -104,7 +104,7 @@ class Pieces:
         return self._data_sha256
 
     def manifest(self) -> dict[str, Any]:
-        """Everything that the result follows from, for manifest.json."""
+        """Everything that determines the result, for manifest.json."""
         return {
             "config": self.config.as_dict(),
             "batch_plan": asdict(self.plan) | {"micro_batches": self.plan.micro_batches},
@@ -125,11 +125,11 @@ def build(
 
     Args:
         config, ranks, plan: of the run.
-        log: takes what DeepSpeed says.
-        met: called when the ranks have met, before anything slow.
+        log: takes DeepSpeed's messages.
+        met: called when the ranks have joined the process group, before anything slow.
 
     Raises:
-        UserError: something has to change first; before anything is computed.
+        UserError: something must change first. Nothing has been computed then.
     """
     _check_noise(config, plan)
     device, backend = devices.choose(config, ranks)
@@ -137,13 +137,13 @@ def build(
     with log.capture():
         from ..engine import deepspeed_engine as engines
     check_optimizer(config)
-    # Weights or splits drawn from these are then the same on every rank and in every run.
+    # A task may draw splits or weights from these generators. They then agree on every rank and in every run.
     seed_python(key(config.trainer.seed, "task"))
     task = load_task(config.trainer.task, config.trainer.task_options)
     rendezvous.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
     met()
 
-    # From here on ranks wait for one another, so an error of one is raised on all.
+    # From here on ranks wait for one another, so an error on one rank must be raised on all of them.
     error: TrainerError | None = None
     host_splits: dict[str, Split] = {}
     model, total_steps = nn.Module(), 0
@@ -168,8 +168,8 @@ def build(
 
     if engines.builds_an_op(config) and ranks.first:
         say(
-            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine: one to three "
-            'minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
+            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine. This takes one "
+            'to three minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
         )
     model.to(device).train()
     try:
@@ -219,7 +219,7 @@ def _model(task: Task, config: Config) -> nn.Module:
     lazy = [n for n, q in model.named_parameters() if isinstance(q, nn.parameter.UninitializedParameter)]
     if lazy:
         raise UserError(
-            f"The parameter {lazy[0]} has no shape yet. Call the model once in model(): a lazy layer takes it "
+            f"The parameter {lazy[0]} has no shape yet. Call the model once in model(): a lazy layer takes its shape "
             "from its first input."
         )
     model = adapt(model, config)
@@ -234,13 +234,13 @@ def refuse_inexact(config: Config, reasons: Sequence[str], remedies: Sequence[st
     Args:
         config: of the run.
         reasons: clauses.
-        remedies: sentences that say what to do.
+        remedies: sentences on what to do.
     """
     if reasons and config.trainer.exactness == "bitwise":
         advice = "".join(f"{remedy}\n" for remedy in remedies)
         raise UserError(
             f'trainer.exactness is "bitwise", but {"; ".join(reasons)}.\n{advice}'
-            'With "auto" the run goes on and is labelled tolerance.',
+            'With "auto" the run continues and is labelled tolerance.',
             agreed=True,
         )
 
@@ -250,7 +250,7 @@ def _check_noise(config: Config, plan: BatchPlan) -> None:
         growth(config, plan)
     if config.trainer.gradient_noise and plan.micro_batches == 1:
         raise UserError(
-            '"trainer.gradient_noise" compares the gradients of micro-batches, and the global batch of '
+            '"trainer.gradient_noise" compares the gradients of micro-batches, but the global batch of '
             f"{plan.global_batch_size} samples is a single one (train_micro_batch_size_per_gpu "
             f"{plan.micro_batch_size}).\nLeave it out, or use a smaller micro-batch (which is another model)."
         )
@@ -293,7 +293,7 @@ def _zero_reason(config: Config) -> list[str]:
 def _normalisation_reason(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
-            return [f"{name} is a SyncBatchNorm, whose statistics are those of whichever micro-batches run at once"]
+            return [f"{name} is a SyncBatchNorm, whose statistics depend on which micro-batches run at the same time"]
         if (
             isinstance(module, _BatchNorm)
             and module.running_mean is not None
@@ -304,13 +304,13 @@ def _normalisation_reason(model: nn.Module) -> list[str]:
 
 
 def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Split]) -> list[str]:
-    """Compares what the bits depend on over the ranks. Collective: every rank.
+    """Compares over the ranks everything that the bits depend on. Collective: every rank.
 
     Returns:
         A reason against bitwise if the device models differ.
 
     Raises:
-        UserError: on every rank, if anything else differs, also where device models do.
+        UserError: on every rank, if anything else differs.
     """
     own: dict[str, Any] = {**facts, "config": repr(config.as_dict())}
     own.update({f"data of {name}": split.data_hash() for name, split in splits.items()})
@@ -331,5 +331,6 @@ def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Spli
     return unlike[:1]
 
 
-# Facts in which ranks may differ, at the price of the label. Whatever else differs, the run would be nobody's.
+# Facts in which ranks may differ; the run is then labelled tolerance. Any other difference is an error: the ranks would
+# not train the same thing.
 _OF_THE_DEVICE = ("device_model", "cpu_capability")

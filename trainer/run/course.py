@@ -1,4 +1,4 @@
-"""A run under way: what its loop works with, made ready for the first step."""
+"""A run under way: everything that its loop works with, prepared for the first step."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from .resume import Saver
 if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine
 
-# Called after every step with (steps made, engine, loss sums of all micro-batches): how `verify` and the
-# benchmarks watch a run.
+# Called after every step with (steps made, engine, loss sums of all micro-batches). `verify` and the benchmarks use it
+# to watch a run.
 Trace = Callable[[int, "Engine", Tensor], None]
 
 
@@ -44,19 +44,19 @@ class Course:
     """A run under way.
 
     Attributes:
-        pieces: what it is made of.
+        pieces: the parts of the run.
         step: makes a step.
-        window, record: what the steps found, and where it goes.
+        window, record: the numbers of the latest steps, and the files that they go to.
         saver: writes checkpoints.
         best: the best model on validation; None if the last one is kept.
-        noise: the gradient's noise; None if it is not measured.
-        watch: over the ranks and the signals.
+        noise: the gradient noise scale; None if it is not measured.
+        watch: watches the ranks and the signals.
         folder: rank 0's; None on the others.
         first_step: steps made before this process began.
         done: steps made so far, those of earlier processes included.
         trace: called after every step.
         started_at_s: time.time() at which this process began.
-        time_to_first_step_s: from then on; nan before it.
+        time_to_first_step_s: seconds from then to the end of the first step; nan before that.
         rehearsal_s: the seconds that the rehearsal took.
     """
 
@@ -77,7 +77,7 @@ class Course:
     rehearsal_s: float = 0.0
 
     def check_window(self) -> None:
-        """Raises NonFiniteError for the window's first bad step, where the host has not seen it yet."""
+        """Raises NonFiniteError for the window's first step that is not finite, if the host learns of it only now."""
         if not self.step.deferred:
             return
         bad = self.window.first_non_finite()  # waits for the device
@@ -91,14 +91,14 @@ class Course:
             compare_ranks(self.pieces.common_state(), self.done)
 
     def checkpoint(self) -> None:
-        """Writes a checkpoint, while training goes on. Collective: every rank."""
+        """Starts a checkpoint; training continues while it is written. Collective: every rank."""
         self.check_window()
         self.record.flush()
         self.record.checkpointed(self.saver.save(self.done))
 
 
 def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactStep | ZeroStep:
-    """What makes the steps of a run: exact, or DeepSpeed's with ZeRO. `mark` is called at the end of each phase."""
+    """The object that makes the steps: exact, or DeepSpeed's with ZeRO. `mark` is called at the end of each phase."""
     micro_batches = MicroBatches(
         p.task,
         p.engine.forward_module,
@@ -126,7 +126,7 @@ def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactSte
 
 
 def subject_of(p: Pieces, step: ExactStep | ZeroStep) -> Subject:
-    """What a rehearsal needs of a run."""
+    """The parts of a run that a rehearsal needs."""
     return Subject(
         task=p.task,
         engine=p.engine,
@@ -151,19 +151,19 @@ def set_out(
     trace: Trace | None,
     started_at_s: float,
 ) -> Course:
-    """Makes a run ready for its first step: restores, rehearses, says what it is. Collective: every rank.
+    """Prepares the first step of a run: restores, rehearses, prints the banner. Collective: every rank.
 
     Args:
         p: of the run.
         folder: rank 0's.
-        log: takes what DeepSpeed says.
-        watch: over the ranks.
-        snapshot: the checkpoint from which it goes on, put back into the engine already.
+        log: takes DeepSpeed's messages.
+        watch: watches the ranks.
+        snapshot: the checkpoint from which it continues. The engine has its state already.
         trace: called after every step.
         started_at_s: time.time() at which this process began.
 
     Raises:
-        UserError: the task does not keep the protocol, or is not exact where the config insists.
+        UserError: the task does not keep the protocol, or is not exact although the config asks for "bitwise".
     """
     options = p.config.trainer
     noise = NoiseScale() if options.gradient_noise else None
@@ -183,9 +183,9 @@ def set_out(
         say(*banner(p, step.audit, rate, first_step), *(f"note: {note}" for note in notes))
         if first_step:
             before = history[-2]["world_size"]
-            say(f"going on after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")
+            say(f"continuing after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")
     if best is not None and options.best.metric != "auto":
-        best.check(record.evaluate("validation", 0, quiet=True))  # a misspelt metric, found before any training
+        best.check(record.evaluate("validation", 0, quiet=True))  # finds a misspelt metric before any training
     if folder is not None:
         record.open(folder, log)  # only now: the rehearsal has shown that the task works
     return Course(
@@ -207,7 +207,7 @@ def set_out(
 
 
 def _restore(p: Pieces, window: Window, best: BestModel | None, snapshot: Snapshot) -> None:
-    """Puts back what a checkpoint holds besides the engine's state."""
+    """Restores what a checkpoint holds besides the engine's state."""
     window.load_state_dict(snapshot.facts["window"])
     if p.rates.adascale is not None and snapshot.facts["adascale"] is not None:
         p.rates.adascale.load_state_dict(snapshot.facts["adascale"])
@@ -262,7 +262,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(
-            f"{found.kept[0]} changes with micro-batches, and checkpoints do not hold it. If numbers depend on it, the "
-            "run that goes on here is not the one that was interrupted."
+            f"{found.kept[0]} changes with micro-batches, and checkpoints do not hold it. If numbers depend on it, "
+            "this run will differ from one that was never interrupted."
         )
     return time.perf_counter() - began_s, notes

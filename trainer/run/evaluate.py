@@ -1,7 +1,7 @@
 """Evaluation: outputs gathered in sample order, metrics computed once, sums in a fixed order.
 
-A split is cut into micro-batches of `trainer.evaluate_micro_batch_size` that know nothing of the world
-size; ranks take contiguous blocks of them, as in training.
+A split is cut into micro-batches of `trainer.evaluate_micro_batch_size`, which do not depend on the world
+size. Ranks take contiguous blocks of them, as in training.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def evaluate(
 
     Args:
         task: gives forward, loss and metrics.
-        engine: whose model is measured, in evaluation mode.
+        engine: holds the model, which is put into evaluation mode meanwhile.
         split, host_split: the same data on the device and on the CPU.
-        ranks: who computes which micro-batches.
+        ranks: decides which micro-batches this rank computes.
         micro_batch_size: samples of one forward.
         seed: for models that draw random numbers in evaluation too.
         progress: of the run, for tasks that ask for it.
@@ -57,14 +57,14 @@ def evaluate(
     bounds = micro_batch_bounds(len(split), micro_batch_size)
     longest = None if engine.compiled else host_split.longest(torch.arange(len(split)), bounds)
     block = list(rank_block(len(bounds), ranks.world_size, ranks.rank))
-    # At ZeRO stage 3 a forward is collective, so ranks with less to do repeat a micro-batch and drop it.
+    # At ZeRO stage 3 a forward is collective. So ranks with fewer micro-batches repeat one, and drop its result.
     most = -(-len(bounds) // ranks.world_size)
     repeats = [0] * (most - len(block)) if engine.zero_stage == 3 else []
     sums: list[Tensor] = []
     pieces: dict[str, list[Tensor]] = {}
     calls, model = TaskCalls(task), engine.forward_module
     model.eval()
-    # Not inference_mode: a table that a model makes here and keeps, of positions for example, is used in training, too.
+    # Not inference_mode: a model may keep a table that it makes here (of positions, say), and use it in training.
     with torch.no_grad(), engine.autocast():
         for position, j in enumerate(block + repeats):
             start, stop = bounds[j]
@@ -80,7 +80,7 @@ def evaluate(
             for name, value in check_outputs(outputs, stop - start).items():
                 pieces.setdefault(name, []).append(value.detach())
     model.train()
-    # The one wait for the device.
+    # Device to host: the only place where this rank waits for the device.
     local_sums = torch.stack(sums).tolist() if sums else []
     parts = {name: torch.cat(values) for name, values in pieces.items()}
     described = {name: (value.dtype, tuple(value.shape[1:])) for name, value in parts.items()}
@@ -92,7 +92,7 @@ def evaluate(
         name: _gather_rows(parts.get(name), dtype, shape, rows, engine.device)
         for name, (dtype, shape) in description.items()
     }
-    result: dict[str, float] | str | None = None  # a text is what is wrong with the task's metrics
+    result: dict[str, float] | str | None = None  # a text describes a problem with the task's metrics
     if ranks.first:
         whole = outputs_in_order.get("") if list(outputs_in_order) == [""] else outputs_in_order
         metrics = task.metrics(whole, host_split.arrays)

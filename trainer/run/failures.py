@@ -1,4 +1,4 @@
-"""What a person is told when the machine fails a run: no memory, no disk, a rank that is gone."""
+"""Messages for failures of the machine: no memory, no disk, a lost rank."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..exact.plan import BatchPlan
 from ..record.checkpoints import way_on
 from ..record.folder import OutputFolder
 
-# Where an exception of gloo or NCCL comes from. Most are plain RuntimeErrors, so their type does not tell.
+# The modules from which exceptions of gloo or NCCL come. Most are plain RuntimeErrors, so their type does not tell.
 _COLLECTIVES = ("torch.distributed.", "trainer.ranks.collectives", "deepspeed.comm.")
 
 
 def of_a_collective(error: BaseException) -> bool:
-    """Whether an exception was raised in a collective, as when another rank is gone."""
+    """Whether an exception was raised in a collective, as happens when another rank is gone."""
     return isinstance(error, RuntimeError) and any(place.startswith(_COLLECTIVES) for place in _places(error))
 
 
 def _places(error: BaseException) -> list[str]:
-    """The functions through which an exception has come, as "module.function"."""
+    """The functions in an exception's traceback, as "module.function"."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return [f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}" for frame in frames]
 
@@ -30,18 +30,20 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
     """The message for an error of the machine; None for any other."""
     if _is_out_of_memory(error):
         m = plan.micro_batch_size
-        advice = f"The next smaller micro-batch that halves it is {m // 2}" if m > 1 else "It is 1 sample already"
+        advice = (
+            f"Try half of it, {m // 2} (train_micro_batch_size_per_gpu), or" if m > 1 else "It is the smallest. Try"
+        )
         return TrainerError(
             f"A micro-batch of {m} samples does not fit into the memory of this device: "
             f"{str(error).splitlines()[0][:200]}\n"
-            f"{advice} (train_micro_batch_size_per_gpu, or trainer.gradient_checkpointing=true, which keeps the bits). "
-            "Another micro-batch is another model: its size changes the bits."
+            f"{advice} trainer.gradient_checkpointing=true, which keeps the bits. "
+            "Another micro-batch size changes the bits: it is another model."
         )
     return of_the_folder(error, folder)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # Torch's allocator for the CPU raises a plain RuntimeError, which only its text tells from others.
+    # Torch's allocator for the CPU raises a plain RuntimeError. Only its text tells it from others.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -59,5 +61,5 @@ def of_the_folder(error: BaseException, folder: OutputFolder | None) -> TrainerE
         return None
     return TrainerError(
         f"The output folder {folder.path} cannot be written: {what}{f' ({where})' if where else ''}.\n"
-        f"Make room, or make the folder writable again. {way_on(folder.path)}"
+        f"Free some space, or make the folder writable again. {way_on(folder.path)}"
     )

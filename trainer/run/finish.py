@@ -1,4 +1,4 @@
-"""The end of a run: the model that is kept, its last evaluations, the summary."""
+"""The end of a run: keeps a model, makes the last evaluations, writes the summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .saving import save_card, save_model
 
 
 def finish(c: Course) -> dict[str, Any]:
-    """Ends a run: keeps its best model, measures it, writes the last files. Collective: every rank.
+    """Ends a run: restores its best model, evaluates it, writes the last files. Collective: every rank.
 
     Returns:
         The summary, on every rank.
@@ -24,10 +24,10 @@ def finish(c: Course) -> dict[str, Any]:
     p, engine, best, done = c.pieces, c.pieces.engine, c.best, c.done
     summary: dict[str, Any] = {}
     with engine.whole_parameters():
-        # Of the last step, whichever model is kept.
+        # The hashes are of the last step, even if an earlier model is kept.
         summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
         summary["model_sha256"] = state_sha256(engine.model_state())
-    _save(c)  # before the last evaluations: whatever fails in a task's metrics, the trained model is there
+    _save(c)  # before the last evaluations: if a task's metrics fail, the trained model is saved already
     stopped_early = best is not None and best.enough
     metrics: dict[str, dict[str, float]] = {}
     if "validation" in p.splits and not stopped_early:
@@ -45,7 +45,7 @@ def finish(c: Course) -> dict[str, Any]:
     if p.rates.adascale is not None:
         summary["adascale"] = p.rates.adascale.summary()
     if "test" in p.splits:
-        metrics["test"] = c.record.evaluate("test", done)  # once, on the model that is kept
+        metrics["test"] = c.record.evaluate("test", done)  # only once, and on the model that is kept
     pace = c.record.pace
     summary |= {
         "status": "stopped early" if stopped_early else "finished",

@@ -21,17 +21,18 @@ def train(c: Course) -> None:
     Raises:
         NonFiniteError: on every rank: a loss or a gradient is not finite.
         RanksDifferError: on every rank: the guard or the audit found a difference.
-        Stopped: on every rank: a signal or the wall-time budget has ended the run, with a checkpoint.
+        Stopped: on every rank: a signal or the wall-time budget has ended the run, after a checkpoint.
     """
     p, options = c.pieces, c.pieces.config.trainer
     adascale = p.rates.adascale
     validation_steps = options.evaluate_every_epochs * p.steps_per_epoch if "validation" in p.splits else 0
     checkpoint_steps = options.checkpoint.every_steps
     for batch in p.batches.starting_at(c.first_step):
-        if c.best is not None and c.best.enough:
+        if c.best is not None and c.best.enough:  # early stopping
             break
         c.watch.step = batch.step
         c.window.begin_step()
+        # A signal may reach one rank only. Its request travels with the step, so all ranks stop after the same one.
         result = c.step(batch, p.rates.factor(batch.step), c.watch.stop_reason is not None)
         c.done = batch.step + 1
         if adascale is not None:
@@ -42,13 +43,14 @@ def train(c: Course) -> None:
         numbers = StepNumbers(len(batch.bounds), batch.count, samples, result.learning_rate, batch.tokens)
         c.window.end_step(numbers, result.losses, result.norm, result.norms, batch.counts)
         c.record.pace.step(c.done - c.first_step, samples, batch.tokens)
-        if p.changing:
+        if p.changing:  # each rank's forward has changed these in its own way: rank 0's replace them
             p.follow_first()
         if c.done == c.first_step + 1:
             c.time_to_first_step_s = time.time() - c.started_at_s
         if c.trace is not None:
             c.trace(c.done, p.engine, result.losses)
 
+        # First compare, then write: a checkpoint or a log line of a step comes after its checks.
         if options.guard_every_steps and c.done % options.guard_every_steps == 0:
             c.compare_ranks()
         if c.window.full:
@@ -58,7 +60,7 @@ def train(c: Course) -> None:
             validation = c.record.evaluate("validation", c.done)
             if c.best is not None:
                 c.best.offer(p.engine, validation, c.done)
-        stops = result.stop and not ends
+        stops = result.stop and not ends  # after the last step there is nothing left to stop
         if stops or (checkpoint_steps and c.done % checkpoint_steps == 0 and not ends):
             c.checkpoint()
         if stops:
@@ -77,7 +79,7 @@ def _noise(batch: GlobalBatch, result: StepResult) -> Noise | None:
 
 
 def _stop(c: Course) -> None:
-    """Leaves with a checkpoint, all ranks together. Collective: every rank."""
+    """Raises Stopped on all ranks, once the checkpoint is written. Collective: every rank."""
     error: TrainerError | None = None
     try:
         c.saver.wait()
@@ -88,6 +90,6 @@ def _stop(c: Course) -> None:
     where = broadcast_object(str(c.folder.path) if c.folder is not None else None)
     raise Stopped(
         f"stopped after step {c.done:,} of {c.pieces.total_steps:,}: {reasons[0] if reasons else 'asked to'}. Nothing "
-        f"is lost: to go on, on any number of ranks, start the same command with --resume auto --output_dir {where}",
+        f"is lost. To continue on any number of ranks, start the same command with --resume auto --output_dir {where}",
         agreed=True,
     )

@@ -1,4 +1,4 @@
-"""Sends what is measured to its readers: files and console on rank 0, nowhere on the others."""
+"""Writes what is measured to files and the console. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Recorder:
     Args:
         pieces: of the run.
         window: the steps since the last record.
-        first_step: steps made before this process began; records of later ones are made anew.
-        history: one entry for each process that has carried the run, for the manifest.
+        first_step: steps made before this process began. Records of later steps are written again.
+        history: one entry for each process that has worked on this run, for the manifest.
     """
 
     def __init__(self, pieces: Pieces, window: Window, first_step: int, history: list[dict[str, Any]]) -> None:
@@ -40,7 +40,7 @@ class Recorder:
         self.pace = Pace(pieces.total_steps - first_step)
 
     def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
-        """Begins the files, or goes on with those of a run that was interrupted. Rank 0."""
+        """Begins the files, or continues those of an interrupted run. Rank 0."""
         p = self._pieces
         folder.begin()
         self.write_manifest(folder)
@@ -59,7 +59,7 @@ class Recorder:
         )
 
     def window(self, step: int, last: bool = False) -> None:
-        """Ends the logging window. On a GPU it is read when the next one ends, so that nothing waits for it."""
+        """Ends the logging window. On a GPU it is read when the next one ends, so that the host need not wait."""
         closed = self._window.close(step, -(-step // self._pieces.steps_per_epoch))
         lagging = self._pieces.device.type == "cuda" and not last
         self._write_window(self._pending)
@@ -70,7 +70,7 @@ class Recorder:
             self.pace.stop()
 
     def flush(self) -> None:
-        """Writes what lags behind, before a checkpoint says that all until its step is written."""
+        """Writes a window that is still pending: a checkpoint promises that everything up to its step is written."""
         self._write_window(self._pending)
         self._pending = None
 
@@ -88,7 +88,7 @@ class Recorder:
         self._checkpoint_s = seconds
 
     def evaluate(self, name: str, step: int, quiet: bool = False) -> dict[str, float]:
-        """Measures a split and writes it down, unless `quiet`. Collective: every rank."""
+        """Evaluates a split, and records the result unless `quiet`. Collective: every rank."""
         p = self._pieces
         pictures = getattr(p.task, "pictures", None)
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: what goes into one, where the newest is, whether it belongs to this run, putting it back."""
+"""A run's checkpoints: what goes into one, where the newest is, whether it belongs to this run, restoring it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from ..record.window import Window
 from .best import BestModel
 from .build import Pieces, refuse_inexact
 
-# Keys that may change between a checkpoint and going on from it: they change no bit of the model.
+# Keys that may change before a run continues from a checkpoint: they change no bit of the model.
 _HARMLESS = (
     "trainer.output_dir", "trainer.log_every_steps", "trainer.guard_every_steps", "trainer.audit_every_steps",
     "trainer.checkpoint",
     "trainer.hang_timeout_s", "trainer.max_wall_time_s", "trainer.ranks_per_gpu", "trainer.exactness",
     "trainer.gradient_noise",
     "tensorboard", "steps_per_print", "memory_breakdown", "dump_state", "disable_python_gc",
-    # Compared by what follows from them: the batch plan, the number of steps, the hash of the data.
+    # Their effects are compared instead: the batch plan, the number of steps, the hash of the data.
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "trainer.epochs", "trainer.max_steps", "trainer.task_options.data",
 )  # fmt: skip
@@ -59,13 +59,13 @@ _LABELLED += ("cpu_capability", "cuda", "cudnn", "tf32")
 
 
 class Saver:
-    """Writes a run's checkpoints: `save` is collective, the files are rank 0's.
+    """Writes a run's checkpoints. `save` is collective; only rank 0 writes files.
 
     Attributes:
         began: whether a checkpoint has been begun, on every rank alike.
 
     Args:
-        pieces, window, best, history: what a checkpoint holds.
+        pieces, window, best, history: the content of a checkpoint.
         folder: rank 0's output folder, None on the other ranks.
     """
 
@@ -92,8 +92,8 @@ class Saver:
             Seconds that this took from the run.
 
         Raises:
-            RanksDifferError: the ranks are not alike, so nothing is written.
-            TrainerError: the checkpoint before could not be written.
+            RanksDifferError: the ranks differ, so nothing is written.
+            TrainerError: the previous checkpoint could not be written.
         """
         p, began_s = self._pieces, time.perf_counter()
         if p.engine.zero_stage == 0:
@@ -102,7 +102,7 @@ class Saver:
         optimizer, values = p.engine.optimizer_state()
         with p.engine.whole_parameters():
             if self._files is not None:
-                self._files.wait()  # its memory is ours again
+                self._files.wait()  # the copies below reuse the memory of the previous checkpoint
                 tensors = {
                     "model": copy_to_host(p.engine.model_state(), self._memory["model"]),
                     "optimizer": copy_to_host(optimizer, self._memory["optimizer"]),
@@ -111,8 +111,8 @@ class Saver:
                 if self._best is not None:
                     kept, best = self._best.state_dict()
                     if kept:
-                        # Copied when it changes, written each time: in one file that checkpoints share by links, a
-                        # damaged block would damage them all.
+                        # Copied only when it changes, but written each time. If checkpoints shared one file by links,
+                        # a damaged block would damage all of them.
                         if best["step"] != self._best_step:
                             copy_to_host(kept, self._memory["best"])
                         tensors["best"] = self._memory["best"]
@@ -121,9 +121,9 @@ class Saver:
         return time.perf_counter() - began_s
 
     def _common_state(self) -> dict[str, Tensor]:
-        """What every rank must hold alike, by kind and name: `Pieces.common_state` and the optimizer's tensors.
+        """What must be the same on every rank, by kind and name: `Pieces.common_state` and the optimizer's tensors.
 
-        Rank 0's are written, so that a wrong moment of its own would be trained on from after every resume.
+        Rank 0's tensors are written. A wrong optimizer state on rank 0 would spread to all ranks with the next resume.
         """
         common, state = self._pieces.common_state(), self._pieces.engine.state()
         return {n: t for n, t in state.items() if n.startswith("optimizer ") or n.partition(" ")[2] in common}
@@ -152,22 +152,22 @@ class Saver:
 
 @dataclass(frozen=True)
 class Resume:
-    """What the command line says: `mode` is "none", "auto", or a run's or checkpoint's folder."""
+    """The command line's wish: `mode` is "none", "auto", or a run's or checkpoint's folder."""
 
     mode: str = "none"
     allow_changed_config: bool = False
 
     @property
     def wanted(self) -> bool:
-        """Whether a checkpoint shall be looked for."""
+        """Whether to look for a checkpoint."""
         return self.mode != "none"
 
 
 def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolder, Path | None]:
-    """Rank 0's output folder, and the folder of checkpoints (or the one checkpoint) to go on from, if any.
+    """Rank 0's output folder, and the folder of checkpoints (or the one checkpoint) to continue from, if any.
 
     Raises:
-        UserError: there is nothing to go on from, or the output folder holds another run.
+        UserError: there is nothing to continue from, or the output folder holds another run.
     """
     wanted = config.trainer.output_dir
     if not resume.wanted:
@@ -175,7 +175,7 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
     if resume.mode == "auto":
         path = Path(wanted) if wanted is not None else _newest_unfinished(config_name)
         if path is None or not _has_run(path):
-            say("--resume auto: there is no run to go on from here, so a new one begins")
+            say("--resume auto: there is no run to continue here, so a new one begins")
             return OutputFolder.claim(wanted, config_name), None
         return OutputFolder.claim(str(path), config_name, again=True), path / "checkpoints"
     source = Path(resume.mode)
@@ -184,7 +184,7 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
         newest = list_checkpoints(source.parent)[0]
         if (wanted is None or Path(wanted).resolve() == run.resolve()) and newest.name != source.name:
             raise UserError(
-                f"--resume {source}: {newest.name} in the same folder is newer. To go on from the older one, choose "
+                f"--resume {source}: {newest.name} in the same folder is newer. To continue from the older one, choose "
                 "another --output_dir."
             )
     else:
@@ -221,18 +221,18 @@ def finished_summary(run: Path) -> dict[str, Any] | None:
 
 
 def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
-    """Puts the state of a checkpoint into the engine. Collective: every rank.
+    """Loads the state of a checkpoint into the engine. Collective: every rank.
 
     Args:
         p: freshly built.
-        source: rank 0's, from `claim`; a folder of checkpoints, or one.
-        resume: what the command line says.
+        source: rank 0's, from `claim`: a folder of checkpoints, or a single checkpoint.
+        resume: the command line's wish.
 
     Returns:
-        The snapshot, its tensors on every rank, or None if there is nothing to go on from.
+        The snapshot, its tensors on every rank, or None if there is nothing to continue from.
 
     Raises:
-        UserError: on every rank: all checkpoints are damaged, or of a run that this one may not continue.
+        UserError: on every rank: all checkpoints are damaged, or belong to a run that this one may not continue.
     """
     snapshot: Snapshot | None = None
     error: TrainerError | None = None
@@ -276,13 +276,13 @@ def _read(source: Path) -> Snapshot | None:
     return None if found is None else found[1]
 
 
-# What a run writes into a checkpoint's manifest, see Saver.
+# What `Saver` writes into a checkpoint's manifest.
 _PARTS = {"config": dict, "plan": dict, "total_steps": int, "data_sha256": dict, "facts": dict, "inexact": list}
 _PARTS |= {"engine": dict, "window": dict, "history": list}
 
 
 def _check_parts(source: Path, snapshot: Snapshot) -> None:
-    """Raises UserError for a checkpoint that is whole by its checksums, but was written by something else."""
+    """Raises UserError for a checkpoint whose checksums are right, but that no run of ours has written."""
     wrong = [name for name, kind in _PARTS.items() if not isinstance(snapshot.facts.get(name), kind)]
     wrong += [name for name in ("model", "optimizer") if name not in snapshot.tensors]
     if wrong:
@@ -299,8 +299,8 @@ def _check_shapes(p: Pieces, snapshot: Snapshot) -> None:
     if saved != own:
         name = next(n for n in [*own, *saved] if own.get(n) != saved.get(n))
         raise UserError(
-            f"The checkpoint is of another model: {name} is {saved.get(name, 'not there')} in it and "
-            f"{own.get(name, 'not there')} here."
+            f"The checkpoint is of another model: {name} has the shape {saved.get(name, 'missing')} in it and "
+            f"{own.get(name, 'missing')} here."
         )
 
 
@@ -315,7 +315,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None:
-    """Compares with the checkpoint's run, key by key; labels what only may change bits. On every rank alike."""
+    """Compares with the checkpoint's run, key by key. Every rank comes to the same result.
+
+    Refuses changes that change the bits, and labels the run tolerance for those that may change them.
+    """
     before = _flat(facts["config"])
     now = _flat(json.loads(json.dumps(p.config.as_dict())))
     changes = [
@@ -337,7 +340,7 @@ def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None
             changes.append(f"the data of {split}")
     if changes and not resume.allow_changed_config:
         raise UserError(
-            "The checkpoint is of another run; these differ and change the model's bits:\n  "
+            "The checkpoint is of another run. These settings differ, and they change the model's bits:\n  "
             + "\n  ".join(changes)
             + "\nUndo the change, or add --allow_changed_config to continue with it. The manifest records the change.",
             agreed=True,
@@ -346,7 +349,7 @@ def _check_same_run(p: Pieces, facts: Mapping[str, Any], resume: Resume) -> None
     for name in _LABELLED:
         old, new = facts["facts"].get(name), p.facts.get(name)
         if old != new:
-            reasons.append(f"the checkpoint was made with {name} {old}, and this is {new}")
+            reasons.append(f"the checkpoint was made with {name} {old}, but this is {new}")
     reasons += [reason for reason in facts["inexact"] if reason not in p.inexact + reasons]
     refuse_inexact(p.config, reasons)
     p.inexact += [reason for reason in reasons if reason not in p.inexact]

@@ -1,7 +1,7 @@
 """One run from top to bottom: claim a folder, build, restore, rehearse, train, finish.
 
-`run` is called by every rank with the same config. The loop is `loop.train`; a step of it is `exact.step.ExactStep`,
-where the promise is kept.
+Every rank calls `run` with the same config. The loop is `loop.train`. Its step is `exact.step.ExactStep`: there the
+promise is kept.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def run(
     Args:
         config: checked already.
         ranks: this rank's place.
-        config_name: names the output folder where the config names none.
+        config_name: names the output folder if the config does not.
         started_at_s: time.time() at which this process began.
         trace: called after every step.
-        resume: whether to go on from a checkpoint.
+        resume: whether to continue from a checkpoint.
 
     Returns:
-        The summary, as in summary.json, on every rank (files are rank 0's alone).
+        The summary, as in summary.json, on every rank (only rank 0 writes files).
 
     Raises:
-        TrainerError: for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
+        TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
     plan = config.plan(ranks.world_size)
     folder, source = claim(resume, config, config_name) if ranks.first else (None, None)
@@ -68,7 +68,7 @@ def run(
         done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
         if done is not None:
             if folder is not None:
-                say(f"The run in {folder.path} has finished already: there is nothing to do.")
+                say(f"The run in {folder.path} has finished already, so there is nothing to do.")
             return done
         snapshot = restore(pieces, source, resume)
         watch.begin()
@@ -84,7 +84,7 @@ def run(
         _release(folder)
         raise
     except BaseException as error:
-        # A run that ends before its first step leaves nothing behind; later, the folder is not empty.
+        # Removes the folder of a run that ends before its first step. Later it is not empty, and stays.
         _release(folder)
         known = explained(error, plan, folder)
         if known is None and watch is not None and of_a_collective(error):

@@ -1,4 +1,4 @@
-"""The trained model as its ecosystem expects it, with what is needed to use it again, and a model card."""
+"""Saves the trained model in its library's own format, with all that is needed to use it, and a model card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..files import to_json
 from ..record.folder import OutputFolder, write_tensors
 from .build import Pieces
 
-# Beside the weights: which task made them.
+# The file beside the weights that names their task.
 ORIGIN = "trainer.json"
 
 
@@ -30,7 +30,7 @@ def save_model(p: Pieces, folder: OutputFolder) -> None:
 
     folder.write_folder("model", write)
     if model is not p.engine.model:
-        # save_embedding_layers would ask the hub whether the vocabulary has grown.
+        # With save_embedding_layers, peft would ask the hub whether the vocabulary has grown.
         folder.write_folder(
             "adapter",
             lambda target: p.engine.model.save_pretrained(str(target), save_embedding_layers=False),  # type: ignore[operator]
@@ -38,7 +38,7 @@ def save_model(p: Pieces, folder: OutputFolder) -> None:
 
 
 def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
-    """Writes the model card, model/README.md: what the model is, how good, and how it came about. Rank 0."""
+    """Writes the model card, model/README.md: the model, its metrics, and how it was trained. Rank 0."""
     trainer, plan = p.config.trainer, p.plan
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
     splits = list(summary["metrics"])
@@ -67,7 +67,7 @@ def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
         f"|---|{'---|' * len(splits)}",
         *rows,
         "",
-        "## How it came about",
+        "## How it was trained",
         "",
         f"Exactness: {p.exactness}. "
         + (

@@ -23,7 +23,7 @@ Rule = Literal["none", "linear", "sqrt", "adascale"]
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm does on W ranks to a config whose hyper-parameters were chosen for one.
+    """The changes of one arm, on W ranks, to a config whose hyper-parameters were chosen for one rank.
 
     Attributes:
         title: for people.
@@ -51,24 +51,24 @@ WEAK = {
     # Goyal et al. 2017, arXiv 1706.02677, sections 2.1 and 2.2.
     "weak_linear": Arm("weak, linear rule", "linear"),
     "weak_linear_warmup": Arm("weak, linear rule, warm-up over 5 epochs", "linear", warmup_epochs=5.0),
-    # Krizhevsky 2014, arXiv 1404.5997; Hoffer et al. 2017, arXiv 1705.08741. The rate alone.
+    # Krizhevsky 2014, arXiv 1404.5997; Hoffer et al. 2017, arXiv 1705.08741. Only the rate changes.
     "weak_sqrt": Arm("weak, square-root rule", "sqrt"),
     # Malladi et al. 2022, arXiv 2205.10287.
     "weak_sqrt_adam": Arm("weak, square-root rule with Adam's betas and eps", "sqrt", scales_adam=True),
-    # You et al. 2017, arXiv 1708.03888, and 2020, arXiv 1904.00962, with the rules that their authors use. Neither
-    # knows a rate of the base's optimizer, so each has its own searched, with the batch of one rank.
+    # You et al. 2017, arXiv 1708.03888, and 2020, arXiv 1904.00962, with the rules that their authors use. The rate of
+    # the base's optimizer does not suit them, so a rate is searched for each, with the batch of one rank.
     "weak_lars": Arm("weak, LARS", "linear", warmup_epochs=5.0, optimizer="LARS", centre=4.0, tuned="base"),
     "weak_lamb": Arm("weak, LAMB", "sqrt", warmup_epochs=5.0, optimizer="LAMB", centre=0.01, tuned="base"),
     # Johnson et al. 2020, arXiv 2007.05105.
     "weak_adascale": Arm("weak, AdaScale", "adascale"),
-    # Shallue et al. 2019, arXiv 1811.03600: a batch is judged fairly at its own best rate only.
+    # Shallue et al. 2019, arXiv 1811.03600: a fair comparison gives each batch size its own best rate.
     "weak_tuned": Arm("weak, learning rate tuned at each W", tuned="own"),
 }
 NAMES = (SEQUENTIAL, STRONG, *WEAK)
 
 
 def reference_of(arm: str) -> str:
-    """The sequential arm that a weak one is compared with: tuned against tuned, by equally many trials."""
+    """The sequential arm to compare a weak arm with. A tuned arm is compared with one tuned by as many trials."""
     return SEQUENTIAL_TUNED if arm in WEAK and WEAK[arm].tuned == "own" else SEQUENTIAL
 
 
@@ -80,7 +80,7 @@ def title_of(arm: str) -> str:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where runs stand in a study, but for their seed.
+    """The place of runs in a study: everything but the seed.
 
     Attributes:
         variant: of the base config; "" for the base itself.
@@ -104,7 +104,7 @@ class Place:
 
 
 class ImpossibleError(UserError):
-    """This arm cannot be run on so many ranks; the message says why. The study reports it and goes on."""
+    """This arm cannot be run at this W; the message says why. The study reports it and continues."""
 
 
 def check_base(base: Mapping[str, Any], source: str) -> Config:
@@ -118,7 +118,7 @@ def check_base(base: Mapping[str, Any], source: str) -> Config:
     rate, trainer = config.trainer.learning_rate, config.trainer
     for key, is_set, why in (
         ("trainer.learning_rate.scaling_rule", rate.scaling_rule != "none", "each arm sets it"),
-        ("scheduler", config.scheduler is not None, "arms scale the rate by trainer.learning_rate, its other way"),
+        ("scheduler", config.scheduler is not None, "arms set the rate with trainer.learning_rate, its alternative"),
         ("trainer.max_steps", trainer.max_steps is not None, "a study gives runs equal epochs or equal updates"),
         ("trainer.max_wall_time_s", trainer.max_wall_time_s is not None, "every run must have its whole budget"),
         ("trainer.output_dir", trainer.output_dir is not None, "results go to study.output_dir"),
@@ -244,7 +244,7 @@ _LARS = {"momentum": 0.9, "weight_decay": 0.0005}
 
 
 def _params_for(optimizer: str, base: OptimizerOptions) -> dict[str, Any]:
-    """What LARS and LAMB take over from the base's optimizer; the rate is searched.
+    """The arguments that LARS and LAMB take from the base's optimizer. Their rate is searched.
 
     LAMB is built like Adam. LARS is built like SGD: Adam's decay, which acts beside the gradient, means nothing to it.
     """
@@ -254,7 +254,7 @@ def _params_for(optimizer: str, base: OptimizerOptions) -> dict[str, Any]:
 
 
 def run_id(config: Config) -> str:
-    """16 hexadecimal digits that follow from everything a run is configured by: equal configs are one run."""
+    """16 hexadecimal digits of a hash over a run's config: runs with equal configs are the same run."""
     values = config.as_dict()
     del values["trainer"]["output_dir"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

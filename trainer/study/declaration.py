@@ -1,4 +1,4 @@
-"""What a study declares, and the runs that follow from it: before any of them is made."""
+"""The declaration of a study, and the runs that follow from it, all known before the first run."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from .arms import (
 from .inference import Rules, seeds_needed
 from .tuning import FIRST_SEED, Tuning
 
-# What a run of a study does without: it is alone, short, and its files are not kept. Inexact runs are refused,
-# because only an exact run on one rank is the run on W.
+# Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
+# exact run on one rank equals the run on W ranks.
 OPERATION = {
     "tensorboard.enabled": False,
     "trainer.guard_every_steps": 0,
@@ -45,43 +45,47 @@ _SYNCHRONISED = "synchronised_batch_norm"
 
 @dataclass(frozen=True)
 class Timing:
-    """`study.timing`: real ranks, for speed-up and for the bits; after all other runs, alone on the machine."""
+    """`study.timing`: runs on real ranks, to measure speed-up and compare bits; made last, one at a time."""
 
     world_sizes: list[int] = option([], "W to run; without any, powers of two up to the devices there are")
     max_steps: int | None = option(None, "optimizer steps of a timed run; null for whole runs", minimum=20)
     repeats: int = option(3, "runs at each W, in turn", minimum=1)
-    latency_us: float | None = option(None, "of one message, for predictions; null to measure it", above=0)
+    latency_us: float | None = option(None, "latency of one message, for predictions; null to measure it", above=0)
     bandwidth_gb_per_s: float | None = option(None, "1e9 bytes a second, for predictions; null to measure it", above=0)
 
 
 @dataclass(frozen=True)
 class Study:
-    """`study`: what is compared, and by which rules it is judged. Declared before the runs, and then fixed."""
+    """`study`: what is compared, and the rules of judgement. Declared before the runs, and then fixed."""
 
     output_dir: str = option("", "the folder of this study")
-    arms: list[str] = option(list(NAMES), "what is compared; sequential is always part of it")
+    arms: list[str] = option(list(NAMES), "the arms to compare; sequential is always one of them")
     world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
-    seeds: list[int] = option([], "of every arm; in the file also a count n, for 0 to n - 1")
-    budgets: list[str] = option(["epochs"], "what a weak run has in common with the sequential: epochs, updates")
+    seeds: list[int] = option([], "seeds of every arm; a count n in the file stands for 0 to n - 1")
+    budgets: list[str] = option(["epochs"], "what a weak run shares with the sequential run: epochs, updates")
     max_epochs: int | None = option(None, "the most epochs that equal updates may take", minimum=1)
-    dataset_sizes: list[int] = option(
-        [], "training samples of nested subsets, each a study of its own beside the whole"
+    dataset_sizes: list[int] = option([], "training samples of nested subsets; each is studied like the whole")
+    variants: dict[str, Any] = option(
+        {}, "name -> dotted keys and values that change the base config; studied beside the base"
     )
-    variants: dict[str, Any] = option({}, "name -> dotted keys of the base config and their values, beside the base")
     tuning: Tuning = option(Tuning, "how learning rates are searched for arms that are tuned")
-    timing: Timing | None = option(Timing, "real ranks, for speed-up; null for none")
+    timing: Timing | None = option(Timing, "runs on real ranks, to measure speed-up; null for none")
     metric: str = option("test/accuracy", "<split>/<metric> of the model that a run keeps")
-    direction: Literal["max", "min"] = option("max", "whether more or less of it is better")
+    direction: Literal["max", "min"] = option("max", "whether a high (max) or a low (min) value is better")
     margin: float = option(0.01, "the smallest loss of the metric that matters", above=0)
-    target: float | None = option(None, "what a run must reach to have converged; null for one made of sequential")
-    target_deviations: float = option(3.0, "the target lies so many standard deviations from its mean", above=0)
-    deviation_floor: float = option(0.005, "none of them taken as smaller than this", above=0)
+    target: float | None = option(
+        None, "the metric that a converged run must reach; null derives it from the sequential runs"
+    )
+    target_deviations: float = option(
+        3.0, "a derived target lies this many standard deviations from the sequential mean", above=0
+    )
+    deviation_floor: float = option(0.005, "the smallest standard deviation to use for that", above=0)
     alpha: float = option(0.05, "family-wise error rate; intervals have level 1 - alpha", above=0, below=1)
     max_parallel: int | None = option(None, "runs at a time; null for one a GPU, or one a core", minimum=1)
 
     @property
     def rules(self) -> Rules:
-        """What `inference.judge` goes by."""
+        """The rules for `inference.judge`."""
         return Rules(
             self.direction == "max", self.alpha, self.margin, self.target, self.target_deviations, self.deviation_floor
         )
@@ -93,7 +97,7 @@ class Study:
 
     @property
     def timed_apart(self) -> tuple[str, ...]:
-        """Keys of this block that change no result: a study may go on with others."""
+        """Keys of this block that change no result: a study may continue with other values of them."""
         return ("output_dir", "max_parallel", "timing")
 
 
@@ -132,7 +136,7 @@ class Cell:
 
     @property
     def place(self) -> Place:
-        """Where it stands, but for the seed."""
+        """Its place in the study, without the seed."""
         return Place(self.variant, self.arm, self.budget, self.world_size)
 
 
@@ -170,7 +174,7 @@ class Plan:
     strong: list[tuple[int, int | str]] = field(default_factory=list)
 
     def comparisons(self) -> int:
-        """Places that are compared with sequential runs."""
+        """The places that are compared with sequential runs."""
         return len({cell.place for cell in self.cells if cell.arm in WEAK})
 
     def runs(self) -> int:
@@ -197,7 +201,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
 
     Args:
         path: the JSON file.
-        overrides: dotted key -> value, of the base config or of the study ("study.seeds" -> 5); they win over the file.
+        overrides: dotted key -> value, of the base config or of the study ("study.seeds" -> 5); they override the file.
 
     Raises:
         UserError: anything in it is wrong.
@@ -244,7 +248,7 @@ def _checked(block: Mapping[str, Any]) -> Study:
         block = {**block, "seeds": list(range(min(count, 10_000)))}
     study: Study = build(Study, dict(block), "study.")
     if len(study.seeds) < 2:
-        raise UserError('"study.seeds" must be at least 2: one run says nothing of what another seed would give.')
+        raise UserError('"study.seeds" must be at least 2: one seed tells nothing about the variation over seeds.')
     for name, given, known in (("arms", study.arms, NAMES), ("budgets", study.budgets, ("epochs", "updates"))):
         for value in given:
             if value not in known:
@@ -287,7 +291,9 @@ def _checked(block: Mapping[str, Any]) -> Study:
             "test meaningless. Use validation."
         )
     if not study.output_dir:
-        raise UserError('"study.output_dir" is missing: the folder for the results, where a stopped study goes on.')
+        raise UserError(
+            '"study.output_dir" is missing: the folder for the results, in which a stopped study continues.'
+        )
     return study
 
 
@@ -340,7 +346,7 @@ def _search_of(place: Place, base: Config) -> SearchPlan | None:
         return None
     at = place if tuned == "own" else Place(place.variant, place.arm, "epochs", 1)
     centre = arm.centre if arm is not None and arm.centre else float(base.optimizer.params["lr"])
-    # Of a variant's name, which is anybody's text, what a file's name may hold; its hash tells it from a similar one.
+    # A variant's name is free text. Only characters that suit a file name are kept; a hash tells similar names apart.
     variant = re.sub(r"[^a-zA-Z0-9_]+", "-", at.variant) if at.variant else "base"
     if at.variant:
         variant += f"-{hashlib.sha256(at.variant.encode()).hexdigest()[:6]}"
@@ -349,7 +355,7 @@ def _search_of(place: Place, base: Config) -> SearchPlan | None:
 
 
 def work(config: Config, samples: int) -> int:
-    """Samples that a run goes through: what its time follows, as all runs have the same micro-batches."""
+    """The samples that a run processes. All runs have the same micro-batches, so its time is proportional to them."""
     trainer = config.trainer
     whole = trainer.epochs * samples
     return whole if trainer.max_steps is None else min(whole, trainer.max_steps * config.plan(1).global_batch_size)
@@ -384,7 +390,7 @@ def plan_text(plan: Plan) -> str:
     lines = [table(rows, header)]
     for W, answer in plan.strong:
         if isinstance(answer, int):
-            lines.append(f"strong, W = {W}: the sequential run; its {answer} micro-batches are dealt to {W} ranks")
+            lines.append(f"strong, W = {W}: the sequential run; its {answer} micro-batches are split over {W} ranks")
         else:
             lines.append(f"strong, W = {W}: impossible, {answer}")
     lines += [f"{place}: impossible, {why}" for place, why in plan.impossible]

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Inches: the width of a page's text. A figure of one column is read at half of that, hence no text below 8 points.
+# Inches: the width of a page's text. A figure of one column is read at half of that, so no text is below 8 points.
 _WIDTH, _HEIGHT = 6.5, 3.6
 
 BLACK, GREY = "#000000", "#6e6e6e"
-# Okabe and Ito's palette without its yellow, which white paper swallows.
+# Okabe and Ito's palette without its yellow, which is hard to see on white.
 _ORANGE, _SKY, _GREEN, BLUE, _VERMILLION, _PURPLE = "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7"
 
 _RC: dict[str, Any] = {
@@ -162,7 +162,7 @@ _Made = TypeVar("_Made")
 
 
 def drawn(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Runs a function with our settings in matplotlib's place, for as long as it takes."""
+    """Runs a function with our settings of matplotlib instead of the user's."""
 
     @functools.wraps(make)
     def within(*arguments: _Given.args, **named: _Given.kwargs) -> _Made:
@@ -203,7 +203,7 @@ def empty_figure(title: str, label: str, x_label: str = "", panels: int = 1) -> 
 
 
 def styles_of(names: Iterable[tuple[str, str]]) -> list[_Style]:
-    """The style of each (name, arm); who is no arm gets one by its place among the others."""
+    """The style of each (name, arm). A name that is no arm gets a style by its position among the others."""
     others: dict[str, int] = {}
     styles = []
     for name, arm in names:
@@ -291,7 +291,7 @@ def shifts(count: int, xs: Iterable[float]) -> list[float]:
 
 
 def view_of(points: Iterable[Point], levels: Iterable[Level]) -> tuple[float, float]:
-    """The range to show. What is a thousand times off would make a line of all the rest, and is left outside."""
+    """The range to show. Values a thousand times off are left out: all others would be squeezed into one line."""
     fixed = [v for level in levels for v in (level.value, level.low, level.high) if math.isfinite(v)]
     values = [p.y for p in points if math.isfinite(p.y)]
     ends = [v for p in points for v in (p.low, p.high) if math.isfinite(v) and math.isfinite(p.y)]
@@ -361,7 +361,7 @@ def curve_view(lines: Sequence[Line]) -> tuple[float, float, bool]:
 
 
 def log_view(values: Iterable[float]) -> tuple[float, float]:
-    """The range to show on a logarithmic axis: what is above 0, but for what is a million times off."""
+    """The range to show on a logarithmic axis: values above 0, without those that are a million times off."""
     known = sorted(v for v in values if math.isfinite(v) and v > 0)
     shown = [v for v in known if known[len(known) // 2] / 1e6 <= v <= known[len(known) // 2] * 1e6] or [1.0]
     return shown[0] / 1.4, min(shown[-1], 1e200) * 1.4
@@ -385,7 +385,7 @@ def world_size_axis(axes: Axes, sizes: Iterable[float]) -> None:
 
 
 def plain_numbers(axis: Axis, ticks: Sequence[float] | None = None) -> None:
-    """Numbers as people write them, in place of powers, on a logarithmic axis; at `ticks`, if given."""
+    """Plain numbers instead of powers on a logarithmic axis; at `ticks`, if given."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if ticks is not None:

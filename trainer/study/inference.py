@@ -17,7 +17,7 @@ import numpy as np
 
 from .arms import Place
 
-# Up to so many seeds every assignment of signs is counted; beyond, so many random ones are.
+# Up to this many seeds every assignment of signs is counted. With more seeds, this many random ones are drawn.
 EXACT_UP_TO = 16
 DRAWS = 100_000
 

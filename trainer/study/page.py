@@ -1,4 +1,4 @@
-"""`python -m trainer report`: what a study's folder says, as tables, figures and one page that opens anywhere.
+"""`python -m trainer report`: the results of a study as tables, figures and one page that opens in any browser.
 
 Made of `study.json`, `runs/`, `tuning/` and `timing/` alone. The page has no script and asks nobody for anything; its
 figures are part of it, and lie beside it as SVG and PDF.
@@ -291,7 +291,7 @@ def _origin(results: Results) -> str:
 
 
 def _trials_table(results: Results) -> str:
-    """One run on all devices at a time, or as many runs as devices: which search ends first."""
+    """The section on searches: one run at a time on all devices, or as many runs as devices."""
     measured, predicted = speed_ups(results)
     known = predicted | measured
     if results.timings is None or len(known) < 2:

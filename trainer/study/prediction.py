@@ -1,4 +1,4 @@
-"""Times on ranks that are not there: pure arithmetic on what was measured on those that are.
+"""Predicts times on more ranks than there are: pure arithmetic on measured times.
 
 A step on W ranks takes as long as the rank with most micro-batches computes, plus what every rank does once (the
 optimizer and the rest), plus the exchange: its messages' latency, growing with log2 W, and the bytes that a rank
@@ -65,7 +65,7 @@ def speed_up(m: Measured, W: int) -> float:
 
 @dataclass(frozen=True)
 class SearchTimes:
-    """Seconds until so many trials of equal length have ended, on the same W devices.
+    """Seconds until a number of trials of equal length have ended, on the same W devices.
 
     Attributes:
         strong: one after the other, each on all W devices.

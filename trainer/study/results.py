@@ -1,4 +1,4 @@
-"""What a study's folder holds, read and judged: verdicts as sentences, runs as rows. All that the report is made of."""
+"""Reads and judges a study's folder: verdicts as sentences, runs as rows. The report is made of these."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLAIMS = {"loses": "loses against its sequential runs", "fails": "fails to conve
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> result, of all runs that have come to their end."""
+    """Run id -> result, of all finished runs."""
     results = {}
     for file in sorted((folder / "runs").glob("*.json")):
         result = read_json(file)
@@ -28,7 +28,7 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a result, as <split>/<metric>; None where the run stopped being finite."""
+    """A metric of a result, named <split>/<metric>; None if the run stopped being finite."""
     split, name = metric.split("/")
     value = result["metrics"].get(split, {}).get(name)
     return None if value is None else float(value)
@@ -49,7 +49,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "study.json").is_file():
-            raise UserError(f"{folder} holds no study: there is no study.json in it.")
+            raise UserError(f"{folder} is not a study's folder: it has no study.json.")
         self.declared = read_json(folder / "study.json")
         self.study: Study = build(Study, self.declared["study"], "study.")
         self.runs = finished(folder)
@@ -150,7 +150,7 @@ def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
 
 
 def sequential_sentences(results: Results) -> list[str]:
-    """What the sequential runs of each variant came to."""
+    """The results of the sequential runs of each variant."""
     return [
         reference_sentence(results, place, reference)
         for place, reference in results.judgement.references.items()

@@ -1,4 +1,4 @@
-"""`python -m trainer study`: the runs of a study, many in one process, finished ones never again.
+"""`python -m trainer study`: makes the runs of a study, many in one process; finished runs are not repeated.
 
 The output folder holds `study.json`, which is what was declared and planned, one file a finished run in `runs/`, the
 searches for learning rates in `tuning/`, and the runs on real ranks in `timing/`. Everything else is made of these
@@ -38,7 +38,7 @@ from .tuning import Search
 
 
 class _Display:
-    """A bar on a terminal, a plain line every tenth of the runs elsewhere."""
+    """A progress bar on a terminal; elsewhere a plain line every tenth of the runs."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total, self._next = total, 0
@@ -63,14 +63,14 @@ class _Display:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3.5 h."""
+    """A readable time: 40 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None = None) -> int:
-    """Plans and runs a study, or goes on with it, and writes its report. Overrides as in `declaration.load_study`.
+    """Plans and runs a study, or continues it, and writes its report. Overrides as in `declaration.load_study`.
 
     Returns:
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.
@@ -100,7 +100,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
                 return _make(plan, probe, folder, slots, parallel, cuda)
     except KeyboardInterrupt:
         done = len(finished(folder))
-        say("", f"stopped: {done:,} of {total:,} runs are finished and kept. The same command goes on from there.")
+        say("", f"stopped: {done:,} of {total:,} runs are finished and kept. The same command continues from there.")
         return Stopped.exit_code
     finally:
         slots.close()
@@ -146,7 +146,7 @@ def _parallel(config: Config, wanted: int | None) -> tuple[bool, int]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM then means what Ctrl-C does."""
+    """A context in which SIGTERM has the effect of Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,7 +159,7 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made and held against a second study. Raises UserError."""
+    """The folder, created and locked against a second study. Raises UserError."""
     from filelock import FileLock, Timeout
 
     try:
@@ -198,7 +198,7 @@ def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
-    """Writes study.json, or finds that it says the same. Raises UserError if a study was declared otherwise."""
+    """Writes study.json, or compares with it. Raises UserError if the study was declared in another way."""
     values = declaration(plan, probe)
     file = folder / "study.json"
     if not file.exists():
@@ -220,7 +220,7 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
 
 
 class _Agenda:
-    """What is left to run. Trials come first: each has to wait for the one before."""
+    """The runs that are left. Trials come first, because each has to wait for the previous one."""
 
     def __init__(self, plan: Plan, folder: Path, results: dict[str, dict[str, Any]]) -> None:
         self._plan, self._file, self._results = plan, folder / "tuning" / "found.json", results
@@ -260,7 +260,7 @@ class _Agenda:
             queue.append(this)
 
     def _advance(self, name: str) -> None:
-        """Goes on with a search as far as there are results."""
+        """Continues a search as far as there are results."""
         search, at = self._searches[name], self._plan.searches[name].place
         while wanted := search.next_runs():
             for this in wanted:
@@ -284,12 +284,12 @@ class _Agenda:
             write_json(self._file, self._found)
 
     def next(self) -> str | None:
-        """The next run to start; None if all that is left waits for others."""
+        """The next run to start; None if all remaining runs wait for others."""
         queue = self._trials or self._fixed
         return queue.popleft() if queue else None
 
     def take(self, this: str) -> None:
-        """A run has come to its end, and is in the results."""
+        """Notes that a run has ended and is in the results."""
         for name, search in self._searches.items():
             if this in search.configs:
                 self._advance(name)
@@ -362,14 +362,14 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                 break
     except WorkerError as error:
         done = agenda.done()
-        say("", f"{error}. {done:,} of {total:,} runs are finished and kept; the same command goes on from there.")
+        say("", f"{error}. {done:,} of {total:,} runs are finished and kept; the same command continues from there.")
         return 1
     finally:
         display.close()
         slots.close()
         shutil.rmtree(folder / "running", ignore_errors=True)
     if failed:
-        say(f"{len(failed):,} runs could not be made, and are tried again by the same command. The first:")
+        say(f"{len(failed):,} runs could not be made. The same command tries them again. The first:")
         say(next(iter(failed.values())))
         return 1
     if declared.timing is not None:

@@ -1,4 +1,4 @@
-"""Long-lived processes that make one run after the other: what a study spends on starting, it spends once a process."""
+"""Long-lived processes that make one run after the other, so a study pays for imports once a process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..ranks.workers import WorkerError, jobs_from, worker_context
 
 
 def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
-    """A process that does what the pipe says until the other end is gone; then it ends at once, run or not."""
+    """A process that does the jobs from a pipe. When the other end is closed, it ends at once, even inside a run."""
     import gc
     import traceback
 
@@ -30,7 +30,7 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
     os.setsid()  # Ctrl-C is for the study, which then ends its slots
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
     jobs = jobs_from(pipe)
-    # What is imported already stays: the collection after each run then looks at that run alone.
+    # Imported objects stay for ever. Frozen, they are not searched by the garbage collection after each run.
     gc.freeze()
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout = sys.stderr = nowhere
@@ -147,7 +147,7 @@ class Slots:
         return WorkerError(f"a process of the study died (exit code {self._processes[slot].exitcode})")
 
     def close(self) -> None:
-        """Ends all processes at once, whatever they do."""
+        """Ends all processes at once, even inside a run."""
         for process, pipe in zip(self._processes, self._pipes):
             process.kill()
             process.join()

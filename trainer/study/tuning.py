@@ -20,13 +20,13 @@ from ..errors import UserError
 from ..files import write_json
 from .arms import run_id
 
-# Trials draw their randomness from seeds that no study has reason to declare for judged runs.
+# The seeds of trials. They are so large that no study would declare them for judged runs.
 FIRST_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """`study.tuning`: how learning rates are searched, alike for every arm that is tuned."""
+    """`study.tuning`: how learning rates are searched, in the same way for every tuned arm."""
 
     trials: int = option(9, "learning rates tried in each search", minimum=3)
     seeds: int = option(1, "runs of each of them, whose mean decides", minimum=1)

@@ -35,10 +35,10 @@ AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
-# A model that takes 100,000 tokens is not trained on so many unless somebody says so.
+# A model that takes 100,000 tokens is trained on that many only if the config says so.
 USUAL_LENGTH = 1024
 _NOT_CUT = '"trainer.task_options.truncate" has no effect on packed rows: texts of any length go into them.'
-# Counts up when the arrays of a cache file change their meaning.
+# Increase it when the arrays of a cache file change their meaning.
 _VERSION = 1
 
 

@@ -1,4 +1,4 @@
-"""Options that tasks on data and models of the user's own have in common."""
+"""Options shared by the tasks on a user's own data and model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..config.schema import option
 class HubOptions:
     """Data and a model, local or from the hub."""
 
-    config_name: str | None = option(None, "which configuration of a hub dataset")
+    config_name: str | None = option(None, "the configuration of a hub dataset")
     split_column: str | None = option(None, "the column of a single table that names each row's split")
     pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
     trust_remote_code: bool = option(False, "run Python code that comes with a model")
-    split_seed: int = option(0, "which samples are held out, the same whatever the run's seed", minimum=0)
+    split_seed: int = option(0, "chooses the samples that are held out, independently of the run's seed", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a task is, and how one is found: a name of this folder, or `path/to/file.py:ClassName`."""
+"""What a task is, and how it is found: a name in this folder, or `path/to/file.py:ClassName`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Task(Protocol):
       micro-batch.
     - `augment_in_chunks = True`: `augment` may be called with several micro-batches at once, which is faster. It must
       treat each sample on its own, and only move values, or add, multiply or divide them: other operations may give
-      an element other bits in a tensor of another size. The rehearsal looks whether it is true.
+      an element other bits in a tensor of another size. The rehearsal checks this.
     - `forward`, `loss` and `augment` may take a keyword `progress`, an `exact.progress.Progress` (step, epoch,
       total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend on the rank.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
-      `splits` and `model` fill; said once, before the first step.
-    - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: which of the metrics on validation tells the
+      `splits` and `model` fill; they are printed once, before the first step.
+    - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: the metric on validation that chooses the
       best model; without it the loss.
-    - `save(self, model, folder) -> None`: writes the trained model as its ecosystem expects it, into a folder that
-      exists and is empty; on rank 0. Without it, `model.safetensors` holds its parameters and buffers.
+    - `save(self, model, folder) -> None`: writes the trained model in its library's own format, into an empty folder
+      that exists; on rank 0. Without it, `model.safetensors` holds its parameters and buffers.
     - `load(self, folder) -> nn.Module`: the model that `save` wrote, in a process that never calls `splits`. Without
       it, `model()` with the contents of `model.safetensors`.
     - `predict(self, model, source, batch_size) -> Iterator[dict]`: for `python -m trainer predict`: one dictionary of

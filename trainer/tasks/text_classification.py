@@ -31,7 +31,7 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question",
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# Counts up when the arrays of a cache file change their meaning.
+# Increase it when the arrays of a cache file change their meaning.
 _VERSION = 1
 
 
@@ -82,7 +82,7 @@ class TextClassification:
             )
         self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.WORDS, (text.WORDS,))
         if o.vocabulary is not None and self._tokenizer_name != text.WORDS:
-            raise UserError('"trainer.task_options.vocabulary" has an effect on the tokenizer "words" only.')
+            raise UserError('"trainer.task_options.vocabulary" has an effect only on the tokenizer "words".')
         tables.check_data(o.data, o.config_name)
         self.notes: list[str] = []
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
