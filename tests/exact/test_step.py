@@ -35,20 +35,13 @@ def group() -> Iterator[None]:
 
 
 class Task:
-    """Regression; notes what augment is called with."""
+    """Regression."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
-        self.seen: list[int] = []
-        self.drawn: list[float] = []
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"])
-
-    def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
-        self.seen.append(len(batch["x"]))
-        self.drawn.append(float(torch.rand(())))
-        return batch
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         return self.scale * F.mse_loss(outputs[:, 0], batch["y"], reduction="sum"), len(outputs)
@@ -246,42 +239,6 @@ def test_a_gradient_alone_may_be_the_bad_one() -> None:
     step, parts = made(task=Steep())
     with pytest.raises(NonFiniteError, match="the losses are finite, but the gradient's norm is nan"):
         step(parts["batches"].at(0))
-
-
-def test_augmentation_is_called_for_one_micro_batch_at_a_time() -> None:
-    """And torch's generator is seeded for each, so that its numbers do not depend on who computes what before."""
-    step, parts = made()
-    batch = parts["batches"].at(0)
-    step(batch)
-    assert parts["task"].seen == [4, 4, 4]
-    assert len(set(parts["task"].drawn)) == 3
-    again, others = made()
-    torch.manual_seed(123)
-    again.micro_batches.compute(others["batches"].at(0), 2)
-    assert others["task"].drawn == parts["task"].drawn[2:]
-
-
-def test_augmentation_that_says_so_is_called_for_a_chunk() -> None:
-    task = Task()
-    task.augment_in_chunks = True  # type: ignore[attr-defined]
-    step, parts = made(task=task)
-    step(parts["batches"].at(0))
-    assert task.seen == [12]
-
-
-def test_samples_after_augmentation_are_what_forward_gets() -> None:
-    class Doubles(Task):
-        def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
-            return {**batch, "x": batch["x"] * 2}
-
-    for chunks in (False, True):
-        task = Doubles()
-        task.augment_in_chunks = chunks  # type: ignore[attr-defined]
-        step, parts = made(task=task)
-        batch = parts["batches"].at(0)
-        arrays = step.micro_batches.samples(batch, range(1, 3), chunks)
-        for piece, (start, stop) in zip(arrays, batch.bounds[1:]):
-            assert torch.equal(piece["x"], 2 * parts["split"].arrays["x"][batch.indices[start:stop]])
 
 
 class Wrong(ExactStep):
