@@ -224,3 +224,7 @@ def test_messages_lie_where_collectives_run(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(Sent) as sent:
             ranks(2)
         assert sent.value.args == (wanted, wanted)
+
+
+def test_the_most_micro_batches_of_a_rank() -> None:
+    assert [most_local([13, 7], W) for W in (1, 2, 3, 13, 20)] == [13, 7, 5, 1, 1]

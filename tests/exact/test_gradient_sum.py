@@ -114,6 +114,11 @@ def test_what_lies_between_parameters_stays_zero() -> None:
     assert total.gradient.tolist() == [5.0] * 3 + [0.0] * 13 + [5.0] * 20 + [0.0] * 12
 
 
+def test_a_model_of_a_single_parameter() -> None:
+    gradients = random_gradients(3, 0, [(5,)])
+    check_sum(added(made([3], [(5,)]), gradients), gradients)
+
+
 def test_the_gradient_lives_in_one_place() -> None:
     """The optimizer is given the views once; every step writes to the same memory."""
     total = made([3, 5])
@@ -197,6 +202,8 @@ def test_rounding_up(value: int, wanted: int) -> None:
         torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last),
         torch.zeros(4, 1, 3, 3).to(memory_format=torch.channels_last),
         torch.zeros(2, 3, 2, 2, 2).to(memory_format=torch.channels_last_3d),
+        torch.zeros(5, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.empty_strided((3, 1, 5), (1, 77, 3)),  # the stride of a single row is any number
         torch.zeros(3, 7).t(),
         torch.zeros(5),
         torch.zeros(()),

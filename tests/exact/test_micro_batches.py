@@ -166,7 +166,8 @@ class Augments(Task):
 
     def __init__(self, in_chunks: bool = False) -> None:
         super().__init__()
-        self.augment_in_chunks = in_chunks
+        if in_chunks:
+            self.augment_in_chunks = True
         self.augmented: list[int] = []
         self.noise: list[float] = []
 
@@ -359,3 +360,15 @@ def test_a_batch_knows_its_step() -> None:
     batch = GlobalBatch(Progress(4, 1, 9), torch.arange(3), [(0, 3)], 3.0)
     assert batch.step == 4
     assert batch.tokens == 0
+
+
+def test_a_split_of_a_single_sample() -> None:
+    split = Split({"x": torch.randn(1, 5), "y": torch.arange(1)})
+    batch = batches_of(split, total_steps=2).at(1)
+    (loss,) = made(Task(), split).losses(batch, range(1))
+    assert torch.isfinite(loss)
+
+
+def test_no_batch_is_left_behind_the_end() -> None:
+    batches = batches_of(split_of())
+    assert list(batches.starting_at(8)) == list(batches.starting_at(9)) == list(batches.starting_at(20)) == []

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+import random as python_random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainer.exact.order import SampleRandom, by_length, epoch_order, hashed_uniform, key, seed_generators
+from trainer.exact.order import (
+    SampleRandom,
+    by_length,
+    epoch_order,
+    hashed_uniform,
+    key,
+    nested_subset,
+    seed_generators,
+    seed_python,
+)
 from trainer.exact.plan import micro_batch_bounds
 
 CPU = torch.device("cpu")
@@ -19,6 +30,7 @@ CPU = torch.device("cpu")
 # Made with hashlib and Python's integers, not with the code under test.
 GOLDEN_KEYS = [5196463127434771566, 3401104845953914624, 7852627002861757409]
 GOLDEN_UNIFORM = [[306148, 4944402], [14674780, 10398967], [13092353, 9709681]]
+GOLDEN_SUBSET = [1, 3, 6, 7]  # as torch 2.13 gives it
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=60)
@@ -93,6 +105,32 @@ def test_seed_generators_is_manual_seed() -> None:
     torch.rand(100)
     seed_generators(77, CPU)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_seed_generators_seeds_the_generator_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    untouched = generators[0].initial_seed()
+    seed_generators(78, torch.device("cuda", 1))
+    assert [generator.initial_seed() for generator in generators] == [untouched, 78]
+    assert torch.default_generator.initial_seed() == 78
+
+
+@pytest.mark.parametrize(
+    ("value", "of_numpy"), [(5, 5), (2**32 - 1, 2**32 - 1), (2**32 + 7, 7), (2**63 - 1, 2**32 - 1)]
+)
+def test_seed_python_takes_any_key(value: int, of_numpy: int) -> None:
+    expected = python_random.Random(value).random(), np.random.RandomState(of_numpy).random_sample()
+    seed_python(value)
+    assert (python_random.random(), np.random.random_sample()) == expected
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one() -> None:
+    """Golden values, so that a study can go on with the data it began with."""
+    assert nested_subset(10, 4).tolist() == GOLDEN_SUBSET
+    subsets = [set(nested_subset(10, chosen).tolist()) for chosen in range(1, 11)]
+    assert all(small < large for small, large in itertools.pairwise(subsets))
+    assert [len(subset) for subset in subsets] == list(range(1, 11))
 
 
 # Numbers by index
