@@ -54,11 +54,86 @@ RANKS = [
     "tests/distributed/test_exactness.py::test_large_gradients_take_another_exchange_to_the_same_bits",
 ]
 
-# name of a mutant, as the script prints it -> why no test can see it.
-EQUIVALENT: dict[str, str] = {}
+# fmt: off
+# ruff: noqa: E501
+# Why no test can see them -> names of mutants, as --list prints them.
+EQUIVALENT: dict[str, tuple[str, ...]] = {
+    "choose() sets it before anyone reads it": (
+        "audit Audit.__init__: self._leaves = 0  ->  self._leaves = 1",
+        "audit Audit.__init__: self._shift = 0  ->  self._shift = 1",
+        "audit Audit.__init__: self._step = 0  ->  self._step = 1",
+    ),
+    "any negative number says that a layer was not called": (
+        "batch_norm : _NOT_CALLED = -1.0  ->  _NOT_CALLED = -2.0",
+    ),
+    "the number stands for a momentum that a cumulative average does not use": (
+        "batch_norm RunningStatistics.__init__: momenta = [0.5 if momentum is None else momentum  ->  momenta = [1.5 if momentum is None else momentum",
+    ),
+    "how large gradients may be before they are exchanged in shards: both ways give the same bits, and the limit is measured": (
+        "exchange : DIRECT_LIMIT_BYTES = 6 << 20  ->  DIRECT_LIMIT_BYTES = 6 >> 20",
+        "exchange : DIRECT_LIMIT_BYTES = 6 << 20  ->  DIRECT_LIMIT_BYTES = 7 << 20",
+        "exchange : DIRECT_LIMIT_BYTES = 6 << 20  ->  DIRECT_LIMIT_BYTES = 6 << 21",
+    ),
+    "start() sets it before anyone reads it": (
+        "gradient_sum GradientSum.__init__: self._leaves = self._leaf = self._top = 0  ->  self._leaves = self._leaf = self._top = 1",
+        "record OwnRecords.__init__: self._next = 0  ->  self._next = 1",
+    ),
+    "how many weights are made ahead changes none of them": (
+        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count  ->  length = max(_CHUNK, max(1 << 12, 1 << (count",
+        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 >> 12, 1 << (count - 1).bit_length",
+        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(2 << 12, 1 << (count - 1).bit_length",
+        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 << 13, 1 << (count - 1).bit_length",
+        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length()  ->  length = min(_CHUNK, max(1 << 12, 2 << (count - 1).bit_length()",
+        "hashes _first_weights: _CHUNK, max(1 << 12, 1 << (count - 1).bit_length()))  ->  _CHUNK, max(1 << 12, 1 << (count + 1).bit_length()))",
+        "hashes _first_weights: mixed(torch.arange(1, length + 1, device=device)) | 1  ->  mixed(torch.arange(1, length + 2, device=device)) | 1",
+        "hashes _first_weights: weights is None or len(weights) < count:  ->  weights is None or len(weights) <= count:",
+    ),
+    "both give one round for a tensor of at most one word": (
+        "hashes hash64: for start in range(0, max(1, len(words)), _CHUNK):  ->  for start in range(0, max(2, len(words)), _CHUNK):",
+    ),
+    "how many micro-batches are gathered at once changes no bit: it bounds the memory": (
+        "micro_batches : CHUNK_BYTES = 64 << 20  ->  CHUNK_BYTES = 64 >> 20",
+        "micro_batches : CHUNK_BYTES = 64 << 20  ->  CHUNK_BYTES = 65 << 20",
+        "micro_batches : CHUNK_BYTES = 64 << 20  ->  CHUNK_BYTES = 64 << 21",
+        "micro_batches MicroBatches.__init__: = max(1, CHUNK_BYTES // max(1, sample_bytes * micro_batch_size  ->  = max(1, CHUNK_BYTES // max(2, sample_bytes * micro_batch_size",
+    ),
+    "no mean of whole numbers is exactly 0.98 (a float32) of the largest": (
+        "micro_batches GlobalBatches.starting_at: and lengths.double().mean() < 0.98 * lengths.max() else None  ->  and lengths.double().mean() <= 0.98 * lengths.max() else None",
+    ),
+    "numbers from a table and numbers drawn directly are the same: the limit bounds the memory": (
+        "order SampleRandom: table_limit: int = 1 << 20  ->  table_limit: int = 1 >> 20",
+        "order SampleRandom: table_limit: int = 1 << 20  ->  table_limit: int = 2 << 20",
+        "order SampleRandom: table_limit: int = 1 << 20  ->  table_limit: int = 1 << 21",
+        "order SampleRandom._draw: few = self.samples * columns <= self.table_limit  ->  few = self.samples * columns < self.table_limit",
+        "order SampleRandom._draw: few = self.samples * columns <= self.table_limit  ->  few = self.samples // columns <= self.table_limit",
+    ),
+    "of() sets it before anyone reads it": (
+        "order SampleRandom: _stream: int = 0  ->  _stream: int = 1",
+    ),
+    "torch sorts in a stable way on the CPU whatever is asked for": (
+        "order by_length: torch.argsort(lengths[samples], stable=True)]  ->  torch.argsort(lengths[samples], stable=False)]",
+    ),
+    "a sum is finite where a difference is, up to an overflow": (
+        "step ExactStep.__call__: health = records.losses.sum() + norm  ->  health = records.losses.sum() - norm",
+    ),
+}
 
-# name -> what of a GPU it needs. These count as survived.
-NEEDS_A_GPU: dict[str, str] = {}
+# What of a GPU they need -> names. These count as survived.
+NEEDS_A_GPU: dict[str, tuple[str, ...]] = {
+    "a GPU's tensors over gloo": (
+        "step ExactStep.__init__: cpu') if dist.get_backend() == 'gloo' else None  ->  cpu') if dist.get_backend() != 'gloo' else None",
+    ),
+    "a copy that nobody waits for": (
+        "step _Flags.read:  torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking  ->   torch.empty((), pin_memory=False).copy_(flags.max(), non_blocking",
+        "step _Flags.read: .copy_(flags.max(), non_blocking=True)  ->  .copy_(flags.max(), non_blocking=False)",
+    ),
+    "the alignment of its memory": (
+        "micro_batches : ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 512}  ->  ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 513}",
+    ),
+}
+# fmt: on
+SAID_EQUIVALENT = {name for names in EQUIVALENT.values() for name in names}
+SAID_GPU = {name for names in NEEDS_A_GPU.values() for name in names}
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -360,9 +435,9 @@ def run(chosen: list[Mutant], jobs: int, own_only: bool, ranks: bool) -> dict[st
             ends["survived" if killer is None else "killed"].append(mutant)
             word = "SURVIVED" if killer is None else "killed  "
             said = f"    [{killer}]" if killer else ""
-            if killer is None and (mutant.name in EQUIVALENT or mutant.name in NEEDS_A_GPU):
+            if killer is None and (mutant.name in SAID_EQUIVALENT or mutant.name in SAID_GPU):
                 word = "as said "
-            if killer and mutant.name in EQUIVALENT:
+            if killer and mutant.name in SAID_EQUIVALENT:
                 word = "KILLED, but said to be equivalent"
             print(f"{word} {mutant.module}.py:{mutant.line} {mutant.name.partition(' ')[2]}{said}", flush=True)
     return ends
@@ -370,8 +445,8 @@ def run(chosen: list[Mutant], jobs: int, own_only: bool, ranks: bool) -> dict[st
 
 def report(chosen: list[Mutant], ends: dict[str, list[Mutant]]) -> None:
     """Prints a row for each module, and the score."""
-    equivalent = {m.name for m in ends["survived"]} & set(EQUIVALENT)
-    gpu = {m.name for m in ends["survived"]} & set(NEEDS_A_GPU)
+    equivalent = {m.name for m in ends["survived"]} & SAID_EQUIVALENT
+    gpu = {m.name for m in ends["survived"]} & SAID_GPU
     print("\n| module | mutants | killed | equivalent | need a GPU | survived |\n|---|---|---|---|---|---|")
     for module in [*sorted({m.module for m in chosen}), "all"]:
         of = [m for m in chosen if module in (m.module, "all")]
@@ -388,6 +463,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--module", nargs="+", help="only of these modules, for example tree")
     parser.add_argument("--match", default="", help="only mutants whose name holds this text")
+    parser.add_argument("--names", type=Path, help="only those in this file, one a line as --list prints them")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at a time")
     parser.add_argument("--own", action="store_true", help="run only the tests of the mutant's module")
     parser.add_argument("--ranks", action="store_true", help="survivors go through a few whole runs, too")
@@ -396,10 +472,13 @@ def main() -> None:
     modules = options.module or sorted(p.stem for p in (ROOT / PACKAGE).glob("*.py") if p.stem != "__init__")
     every = [m for name in modules for m in mutants_of(name, (ROOT / PACKAGE / f"{name}.py").read_text())]
     names = {m.name for m in every}
-    gone = [n for n in [*EQUIVALENT, *NEEDS_A_GPU] if n.partition(" ")[0] in modules and n not in names]
+    gone = [n for n in sorted(SAID_EQUIVALENT | SAID_GPU) if n.partition(" ")[0] in modules and n not in names]
     if gone:
         sys.exit("Listed as equivalent, but no mutant any more:\n" + "\n".join(gone))
     chosen = [m for m in every if options.match in m.name]
+    if options.names is not None:
+        wanted = set(options.names.read_text().splitlines())
+        chosen = [m for m in chosen if m.name in wanted]
     if options.number is not None and options.number < len(chosen):
         drawn = set(random.Random(options.seed).sample(range(len(chosen)), options.number))
         chosen = [m for i, m in enumerate(chosen) if i in drawn]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainer.exact import hashes
 from trainer.exact.hashes import digest, hash64, hash_each, state_sha256
 
 # Without a deadline: on a busy machine any example can take long.
@@ -57,8 +58,8 @@ def test_one_flipped_bit_changes_the_hash(data: st.DataObject, dtype: torch.dtyp
 def test_every_bit_of_a_few_words(dtype: torch.dtype) -> None:
     tensor = random_bytes(dtype, 4)
     bits = 8 * tensor.numel() * tensor.element_size()
-    hashes = {int(hash64([flipped(tensor, bit)])) for bit in range(bits)}
-    assert len(hashes | {int(hash64([tensor]))}) == bits + 1
+    found = {int(hash64([flipped(tensor, bit)])) for bit in range(bits)}
+    assert len(found | {int(hash64([tensor]))}) == bits + 1
 
 
 @pytest.mark.parametrize("place", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 6])
@@ -108,11 +109,11 @@ def test_scalars_empty_and_boolean_tensors() -> None:
 
 
 def test_hashes_of_random_tensors_do_not_collide() -> None:
-    hashes = {int(hash64([random_bytes(torch.float32, 3, seed)])) for seed in range(3000)}
-    assert len(hashes) == 3000
+    found = {int(hash64([random_bytes(torch.float32, 3, seed)])) for seed in range(3000)}
+    assert len(found) == 3000
     # All 64 bits of it are used.
-    assert min(hashes) < -(1 << 62)
-    assert max(hashes) > 1 << 62
+    assert min(found) < -(1 << 62)
+    assert max(found) > 1 << 62
 
 
 def by_definition(*tensors: Tensor) -> int:
@@ -132,8 +133,9 @@ def by_definition(*tensors: Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("numel", [1, 5, 4096, 4097, 9000])
-def test_the_hash_is_that_of_its_definition(dtype: torch.dtype, numel: int) -> None:
+@pytest.mark.parametrize("numel", [1, 4096, 4097, 9000])
+def test_the_hash_is_that_of_its_definition(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, numel: int) -> None:
+    monkeypatch.setattr(hashes, "_weights", {})  # weights that no earlier test has made
     tensor = random_bytes(dtype, numel)
     assert int(hash64([tensor])) == by_definition(tensor)
 

@@ -284,7 +284,7 @@ def test_a_step_that_computes_alike_passes_its_audit() -> None:
     step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=1, total_steps=9, seed=0, alike=True)
     plain, others = made(model)
     chosen = set()
-    for number in range(6):
+    for number in range(9):
         step(parts["batches"].at(number))
         plain(others["batches"].at(number))
         chosen.add(step.audit.own)
