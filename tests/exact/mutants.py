@@ -29,6 +29,8 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
+import io
 import os
 import random
 import re
@@ -301,6 +303,8 @@ class Trial:
     began_s: float = 0.0
 
 
+PYTEST = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+PYTEST += ["-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin"]
 CPU_LIMIT_S, WALL_LIMIT_S = 100, 900
 
 
@@ -323,7 +327,7 @@ def start(trial: Trial) -> None:
 
         import pytest
 
-        code = pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *trial.stages[0]])
+        code = pytest.main([*PYTEST, *trial.stages[0]])
         assert str(sys.modules["trainer"].__file__).startswith(str(trial.folder))
         sys.stdout.flush()
         os._exit(int(code))
@@ -357,8 +361,12 @@ def wait_for_one(running: dict[int, Trial]) -> tuple[Trial, str | None]:
 def import_all() -> None:
     """Imports what the tests need, but nothing of the trainer."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Of pytest's plugins only those that the tests use.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    import _hypothesis_pytestplugin  # noqa: F401
     import hypothesis
-    import pytest  # noqa: F401
+    import pytest
+    import pytest_timeout  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch
     import torch.distributed
@@ -375,7 +383,11 @@ def import_all() -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     hypothesis.settings.load_profile("mutants")
+    # pytest imports some of itself late.
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*PYTEST, "--version"])
     assert "trainer" not in sys.modules
+    gc.freeze()  # the forks need not look at what was made here
 
 
 @contextlib.contextmanager
