@@ -323,6 +323,15 @@ def test_every_micro_batch_starts_where_a_fresh_tensor_would(columns: int, step:
     assert all(piece["x"].is_contiguous() for piece in pieces)
 
 
+def test_one_micro_batch_that_starts_badly_is_enough_to_copy() -> None:
+    """Of 3, 4 and 4 samples of 16 bytes: the first ends at no multiple of 64, the second is one."""
+    split = Split({"x": torch.randn(SAMPLES, 4), "y": torch.arange(SAMPLES)})
+    batch = batches_of(split, global_batch_size=11).at(0)
+    assert batch.bounds == [(0, 3), (3, 7), (7, 11)]
+    pieces = made(Task(), split).samples(batch, range(3), False)
+    assert all(piece["x"].data_ptr() % 64 == 0 for piece in pieces)
+
+
 def test_a_chunk_that_augmentation_transposed_is_made_contiguous() -> None:
     class Transposes(Task):
         augment_in_chunks = True

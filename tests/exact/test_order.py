@@ -15,10 +15,12 @@ from scipy import stats
 
 from trainer.exact.order import (
     SampleRandom,
+    _signed,
     by_length,
     epoch_order,
     hashed_uniform,
     key,
+    mixed,
     nested_subset,
     seed_generators,
     seed_python,
@@ -51,6 +53,12 @@ def test_keys_are_63_bits_so_that_every_generator_takes_them() -> None:
     assert all(0 <= value < 2**63 for value in values)
     assert max(values) > 2**62  # and use all of them
     torch.Generator().manual_seed(max(values))
+
+
+def test_a_seed_counts_modulo_2_to_the_64() -> None:
+    assert key(2**64 + 5, "order", 1) == key(5, "order", 1)
+    assert key(-1, "order") == key(2**64 - 1, "order")
+    assert key(2**63, "order") != key(0, "order")
 
 
 def test_keys_differ_wherever_a_name_does() -> None:
@@ -142,14 +150,27 @@ def test_hashed_uniform_is_that_of_earlier_versions() -> None:
     assert values.tolist() == GOLDEN_UNIFORM
 
 
-def splitmix_reference(value: int, index: int, column: int) -> float:
-    """The same number in Python's integers: splitmix64's finaliser over a counter."""
+def splitmix64(x: int) -> int:
+    """In Python's integers, which neither overflow nor shift in signs."""
     mask = (1 << 64) - 1
-    x = (index * 0xD1B54A32D192ED03 + column + value) * 0x9E3779B97F4A7C15 & mask
+    x = x * 0x9E3779B97F4A7C15 & mask
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
     x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-    x ^= x >> 31
-    return (x >> 40) / 2**24
+    return x ^ x >> 31
+
+
+def splitmix_reference(value: int, index: int, column: int) -> float:
+    """The same number: splitmix64's finaliser over a counter."""
+    return (splitmix64(index * 0xD1B54A32D192ED03 + column + value) >> 40) / 2**24
+
+
+def test_all_64_bits_are_those_of_splitmix64() -> None:
+    numbers = [0, 1, 2, 12345, 2**40, 2**63 - 1, -1, -(2**63)]
+    assert mixed(torch.tensor(numbers)).tolist() == [_signed(splitmix64(x)) for x in numbers]
+
+
+def test_unsigned_numbers_are_given_to_torch_as_signed_ones() -> None:
+    assert [_signed(x) for x in (0, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 3)] == [0, 2**63 - 1, -(2**63), -1, 3]
 
 
 @checked
@@ -159,7 +180,6 @@ def splitmix_reference(value: int, index: int, column: int) -> float:
     columns=st.integers(1, 5),
 )
 def test_hashed_uniform_is_splitmix64(value: int, indices: list[int], columns: int) -> None:
-    """Against Python's integers, which neither overflow nor shift in signs."""
     numbers = hashed_uniform(value, torch.tensor(indices), columns)
     assert numbers.dtype == torch.float32
     assert numbers.tolist() == [[splitmix_reference(value, i, c) for c in range(columns)] for i in indices]
@@ -268,6 +288,21 @@ def test_streams_epochs_and_seeds_differ(table_limit: int) -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_the_streams_of_a_sample_are_those_of_earlier_versions() -> None:
+    """The n-th draw has the key (seed, epoch, n): other bits mean that no earlier run can be repeated."""
+    rows = torch.tensor([4, 2])
+    random = SampleRandom(9, 5, CPU)
+    for epoch in (0, 3):  # epoch 0 without being told
+        if epoch:
+            random.start_epoch(epoch)
+        streams = [hashed_uniform(key(9, "augmentation", epoch, n), rows, 1) for n in range(4)]
+        random.of(rows)
+        assert torch.equal(random.uniform(), streams[0])
+        assert torch.equal(random.integers(10), (10 * streams[1]).long())
+        normal = torch.sqrt(-2.0 * torch.log1p(-streams[2])) * torch.cos(2.0 * torch.pi * streams[3])
+        assert torch.equal(random.normal(), normal)
+
+
 def test_an_epoch_can_be_gone_back_to() -> None:
     """Resuming: epoch 1 is epoch 1, whether epoch 0 came before it or 2 did."""
     rows = torch.arange(50)
@@ -338,6 +373,26 @@ def test_by_length_keeps_the_samples_of_each_batch(samples: int, batch: int, mic
         for part in of_micro_batches:  # what lies between its shortest and longest is in it
             inside = (lengths[after] > part.min()) & (lengths[after] < part.max())
             assert int(inside.sum()) == int(((part > part.min()) & (part < part.max())).sum())
+
+
+@pytest.mark.parametrize(
+    ("samples", "wanted"),
+    [
+        (4, [[0, 1, 2, 3]]),
+        (8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (12, [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7]]),
+        (11, [[0, 1, 2], [7, 8, 9, 10], [3, 4, 5, 6]]),  # sizes are those of the plan
+        (16, [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [8, 9, 10, 11]]),
+    ],
+)
+def test_by_length_by_hand(samples: int, wanted: list[list[int]]) -> None:
+    order = torch.arange(samples).flip(0)
+    assert by_length(order, torch.arange(samples), 100, 4).tolist() == [i for part in wanted for i in part]
+
+
+def test_samples_of_one_length_keep_their_order() -> None:
+    order = epoch_order(0, 0, 6)
+    assert torch.equal(by_length(order, torch.ones(6, dtype=torch.int64), 6, 6), order)
 
 
 def test_by_length_gives_every_rank_short_and_long_ones() -> None:

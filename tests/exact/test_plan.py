@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.commands.show_plan import plan_table
 from trainer.config.keys import parse
 from trainer.errors import UserError
-from trainer.exact.plan import BatchPlan, micro_batch_bounds, nearest_possible, rank_block, resolve
+from trainer.exact.plan import BatchPlan, micro_batch_bounds, nearest_possible, rank_block, resolve, steps_per_epoch
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None)
@@ -47,6 +47,12 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batch_bounds(12, 4) == [(0, 4), (4, 8), (8, 12)]
     assert [b - a for a, b in micro_batch_bounds(9, 8)] == [4, 5]  # not 8 and 1: BatchNorm needs two samples
     assert micro_batch_bounds(3, 8) == [(0, 3)]
+
+
+@pytest.mark.parametrize(("samples", "whole", "all_of_them"), [(30, 2, 3), (24, 2, 2), (25, 2, 3), (5, 0, 1)])
+def test_steps_of_an_epoch(samples: int, whole: int, all_of_them: int) -> None:
+    assert steps_per_epoch(samples, 12, drop_last=True) == whole
+    assert steps_per_epoch(samples, 12, drop_last=False) == all_of_them
 
 
 # Ranks

@@ -7,7 +7,6 @@ no generator runs on from one micro-batch to the next, so any rank can compute a
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 import struct
 from dataclasses import dataclass, field
@@ -73,10 +72,8 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
     for samples in order.split(global_batch_size):
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
-        places = itertools.zip_longest(
-            range((len(bounds) + 1) // 2), reversed(range((len(bounds) + 1) // 2, len(bounds)))
-        )
-        arranged = [place for pair in places for place in pair if place is not None]
+        # The place of micro-batch j by length: shortest, longest, second shortest, ...
+        arranged = [j // 2 if j % 2 == 0 else len(bounds) - 1 - j // 2 for j in range(len(bounds))]
         # Micro-batches of unequal size keep their places: sizes are those of the plan, j = 0, 1, ...
         sizes = [stop - start for start, stop in bounds]
         starts = [0] * len(bounds)
