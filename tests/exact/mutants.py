@@ -118,6 +118,13 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "a sum is finite where a difference is, up to an overflow": (
         "step ExactStep.__call__: health = records.losses.sum() + norm  ->  health = records.losses.sum() - norm",
     ),
+    "every place is set before it is read": (
+        "order by_length: starts = [0] * len(bounds)  ->  starts = [1] * len(bounds)",
+    ),
+    "a longer search finds nothing more": (
+        "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
+        "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
+    ),
 }
 
 # What of a GPU they need -> names. These count as survived.
