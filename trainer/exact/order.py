@@ -72,13 +72,12 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
     for samples in order.split(global_batch_size):
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
-        # The place of micro-batch j by length: shortest, longest, second shortest, ...
-        arranged = [j // 2 if j % 2 == 0 else len(bounds) - 1 - j // 2 for j in range(len(bounds))]
         # Micro-batches of unequal size keep their places: sizes are those of the plan, j = 0, 1, ...
         sizes = [stop - start for start, stop in bounds]
         starts = [0] * len(bounds)
         position = 0
-        for place in sorted(range(len(bounds)), key=lambda j: arranged[j]):
+        # From the shortest samples to the longest: micro-batches 0, 2, 4, ..., and back over 5, 3, 1.
+        for place in (*range(0, len(bounds), 2), *reversed(range(1, len(bounds), 2))):
             starts[place] = position
             position += sizes[place]
         parts += [samples[start : start + size] for start, size in zip(starts, sizes)]
