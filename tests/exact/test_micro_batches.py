@@ -132,6 +132,15 @@ def test_samples_of_nearly_one_length_keep_their_order(shorter: int, arranged: b
     assert batches.at(0).longest is not None
 
 
+@pytest.mark.parametrize(("shorter", "arranged"), [(15, False), (16, True)])
+def test_lengths_of_98_percent_on_average_are_nearly_one_length(shorter: int, arranged: bool) -> None:
+    lengths = torch.full((SAMPLES,), 50)
+    lengths[:shorter] = 48  # a mean of 49
+    split = Split({"x": torch.zeros(SAMPLES, 50), "y": torch.arange(SAMPLES)}, lengths=lengths, padded=("x",))
+    plain = epoch_order(3, 0, SAMPLES)[:B]
+    assert torch.equal(batches_of(split).at(0).indices, plain) != arranged
+
+
 def test_one_shape_leaves_samples_as_long_as_they_are() -> None:
     batch = batches_of(padded_split(), one_shape=True).at(0)
     assert batch.longest is None

@@ -390,9 +390,13 @@ def test_by_length_by_hand(samples: int, wanted: list[list[int]]) -> None:
     assert by_length(order, torch.arange(samples), 100, 4).tolist() == [i for part in wanted for i in part]
 
 
-def test_samples_of_one_length_keep_their_order() -> None:
-    order = epoch_order(0, 0, 6)
-    assert torch.equal(by_length(order, torch.ones(6, dtype=torch.int64), 6, 6), order)
+@pytest.mark.parametrize("kinds", [1, 2, 7])
+def test_samples_of_one_length_keep_their_order(kinds: int) -> None:
+    """A sort that is not stable orders equal lengths as its kernel likes, from some size on."""
+    order = epoch_order(0, 0, 300)
+    lengths = torch.arange(300) % kinds
+    wanted = sorted(order.tolist(), key=lambda sample: int(lengths[sample]))
+    assert by_length(order, lengths, 300, 300).tolist() == wanted
 
 
 def test_by_length_gives_every_rank_short_and_long_ones() -> None:
