@@ -356,3 +356,49 @@ def test_a_momentum_that_a_forward_has_set_is_noticed() -> None:
     assert not statistics.momentum_assigned()  # whose statistics nobody collects
     statistics.settle()
     assert layer.momentum == 0.1
+
+
+def test_one_of_several_momenta_that_was_set_is_noticed() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    model[1].momentum = 0.5
+    assert statistics.momentum_assigned()
+
+
+def test_layers_of_one_channel() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1), nn.BatchNorm2d(1), nn.BatchNorm2d(1))
+    steps = [micro_batches(count, seed) for seed, count in enumerate(STEPS)]
+    reference = sequential(model, steps)
+    run_ranks([model], steps)
+    check_against(model, reference)
+
+
+def test_a_channel_without_any_variance_counts() -> None:
+    """A dead channel, say: its variance of 0 is not taken for that of a layer that was not called."""
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    steps = [micro_batches(3, 0)]
+    for batch in steps[0]:
+        batch[:, 0] = 7.0
+    reference = sequential(model, steps)
+    run_ranks([model], steps)
+    check_against(model, reference)
+    assert int(model[0].num_batches_tracked) == 3
+
+
+def test_what_an_abandoned_micro_batch_left_is_not_taken_for_the_next_ones() -> None:
+    """Its forward failed half-way, and the step is begun again."""
+    model = SometimesSkipped(0.1)
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    model(micro_batches(1, 0)[0])
+    statistics.settle()
+    statistics.begin()
+    model(micro_batches(2, 1)[1])  # does not call the second layer
+    row = torch.empty(statistics.size)
+    statistics.collect(row)
+    statistics.settle()
+    assert (row[:4] > -1.0).all() and (row[6:] < 0.0).all()
+    statistics.begin(5.0)
+    statistics.collect(row)
+    assert row.tolist() == [5.0] * 8

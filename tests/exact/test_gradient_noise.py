@@ -96,3 +96,8 @@ def test_the_ratio_of_means() -> None:
     again = NoiseScale()
     again.load_state_dict(scale.state_dict())
     assert again.summary() == scale.summary() == scale.copy().summary()
+
+
+def test_a_count_for_each_norm_is_needed() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        estimate([0.3, 0.4], [8.0, 8.0, 8.0], 0.6, 24)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.exact.hashes import digest, hash64, state_sha256
+from trainer.exact import hashes
+from trainer.exact.hashes import digest, hash64, hash_each, state_sha256
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=150)
@@ -56,8 +58,8 @@ def test_one_flipped_bit_changes_the_hash(data: st.DataObject, dtype: torch.dtyp
 def test_every_bit_of_a_few_words(dtype: torch.dtype) -> None:
     tensor = random_bytes(dtype, 4)
     bits = 8 * tensor.numel() * tensor.element_size()
-    hashes = {int(hash64([flipped(tensor, bit)])) for bit in range(bits)}
-    assert len(hashes | {int(hash64([tensor]))}) == bits + 1
+    found = {int(hash64([flipped(tensor, bit)])) for bit in range(bits)}
+    assert len(found | {int(hash64([tensor]))}) == bits + 1
 
 
 @pytest.mark.parametrize("place", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 6])
@@ -107,11 +109,47 @@ def test_scalars_empty_and_boolean_tensors() -> None:
 
 
 def test_hashes_of_random_tensors_do_not_collide() -> None:
-    hashes = {int(hash64([random_bytes(torch.float32, 3, seed)])) for seed in range(3000)}
-    assert len(hashes) == 3000
+    found = {int(hash64([random_bytes(torch.float32, 3, seed)])) for seed in range(3000)}
+    assert len(found) == 3000
     # All 64 bits of it are used.
-    assert min(hashes) < -(1 << 62)
-    assert max(hashes) > 1 << 62
+    assert min(found) < -(1 << 62)
+    assert max(found) > 1 << 62
+
+
+def by_definition(*tensors: Tensor) -> int:
+    """The hash in numpy: words times odd weights, which splitmix64 makes of 1, 2, 3, ...; chunk after chunk."""
+    x = np.arange(1, CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    weights = (x ^ x >> np.uint64(31)) | np.uint64(1)
+    total = 0
+    for tensor in tensors:
+        kind = {1: np.uint8, 2: np.int16}.get(tensor.element_size(), np.int32)
+        words = tensor.view(torch.uint8).numpy().view(kind).astype(np.int64).view(np.uint64)
+        for start in range(0, len(words), CHUNK):
+            part = words[start : start + CHUNK]
+            total = (total * 6364136223846793005 + int((part * weights[: len(part)]).sum())) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [1, 4096, 4097, 9000])
+def test_the_hash_is_that_of_its_definition(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, numel: int) -> None:
+    monkeypatch.setattr(hashes, "_weights", {})  # weights that no earlier test has made
+    tensor = random_bytes(dtype, numel)
+    assert int(hash64([tensor])) == by_definition(tensor)
+
+
+def test_the_hash_of_several_chunks_and_tensors_is_that_of_its_definition() -> None:
+    tensors = [random_bytes(torch.float32, size, size) for size in (3, CHUNK + 5, 7)]
+    assert int(hash64(tensors)) == by_definition(*tensors)
+
+
+def test_hash_each_is_the_hash_of_each_in_order() -> None:
+    tensors = {"b": torch.ones(3), "empty": torch.zeros(0), "a": torch.tensor(2)}
+    found = hash_each(tensors)
+    assert list(found.items()) == [("b", int(hash64([tensors["b"]]))), ("a", int(hash64([tensors["a"]])))]
+    assert hash_each({"empty": torch.zeros(0)}) == hash_each({}) == {}
 
 
 # Hashes for the record

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
+import random as python_random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainer.exact.order import SampleRandom, by_length, epoch_order, hashed_uniform, key, seed_generators
+from trainer.exact.order import (
+    SampleRandom,
+    _signed,
+    by_length,
+    epoch_order,
+    hashed_uniform,
+    key,
+    mixed,
+    nested_subset,
+    seed_generators,
+    seed_python,
+)
 from trainer.exact.plan import micro_batch_bounds
 
 CPU = torch.device("cpu")
@@ -19,6 +32,7 @@ CPU = torch.device("cpu")
 # Made with hashlib and Python's integers, not with the code under test.
 GOLDEN_KEYS = [5196463127434771566, 3401104845953914624, 7852627002861757409]
 GOLDEN_UNIFORM = [[306148, 4944402], [14674780, 10398967], [13092353, 9709681]]
+GOLDEN_SUBSET = [1, 3, 6, 7]  # as torch 2.13 gives it
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=60)
@@ -39,6 +53,12 @@ def test_keys_are_63_bits_so_that_every_generator_takes_them() -> None:
     assert all(0 <= value < 2**63 for value in values)
     assert max(values) > 2**62  # and use all of them
     torch.Generator().manual_seed(max(values))
+
+
+def test_a_seed_counts_modulo_2_to_the_64() -> None:
+    assert key(2**64 + 5, "order", 1) == key(5, "order", 1)
+    assert key(-1, "order") == key(2**64 - 1, "order")
+    assert key(2**63, "order") != key(0, "order")
 
 
 def test_keys_differ_wherever_a_name_does() -> None:
@@ -95,6 +115,32 @@ def test_seed_generators_is_manual_seed() -> None:
     assert torch.equal(torch.rand(5), expected)
 
 
+def test_seed_generators_seeds_the_generator_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    untouched = generators[0].initial_seed()
+    seed_generators(78, torch.device("cuda", 1))
+    assert [generator.initial_seed() for generator in generators] == [untouched, 78]
+    assert torch.default_generator.initial_seed() == 78
+
+
+@pytest.mark.parametrize(
+    ("value", "of_numpy"), [(5, 5), (2**32 - 1, 2**32 - 1), (2**32 + 7, 7), (2**63 - 1, 2**32 - 1)]
+)
+def test_seed_python_takes_any_key(value: int, of_numpy: int) -> None:
+    expected = python_random.Random(value).random(), np.random.RandomState(of_numpy).random_sample()
+    seed_python(value)
+    assert (python_random.random(), np.random.random_sample()) == expected
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one() -> None:
+    """Golden values, so that a study can go on with the data it began with."""
+    assert nested_subset(10, 4).tolist() == GOLDEN_SUBSET
+    subsets = [set(nested_subset(10, chosen).tolist()) for chosen in range(1, 11)]
+    assert all(small < large for small, large in itertools.pairwise(subsets))
+    assert [len(subset) for subset in subsets] == list(range(1, 11))
+
+
 # Numbers by index
 
 
@@ -104,14 +150,27 @@ def test_hashed_uniform_is_that_of_earlier_versions() -> None:
     assert values.tolist() == GOLDEN_UNIFORM
 
 
-def splitmix_reference(value: int, index: int, column: int) -> float:
-    """The same number in Python's integers: splitmix64's finaliser over a counter."""
+def splitmix64(x: int) -> int:
+    """In Python's integers, which neither overflow nor shift in signs."""
     mask = (1 << 64) - 1
-    x = (index * 0xD1B54A32D192ED03 + column + value) * 0x9E3779B97F4A7C15 & mask
+    x = x * 0x9E3779B97F4A7C15 & mask
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
     x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-    x ^= x >> 31
-    return (x >> 40) / 2**24
+    return x ^ x >> 31
+
+
+def splitmix_reference(value: int, index: int, column: int) -> float:
+    """The same number: splitmix64's finaliser over a counter."""
+    return (splitmix64(index * 0xD1B54A32D192ED03 + column + value) >> 40) / 2**24
+
+
+def test_all_64_bits_are_those_of_splitmix64() -> None:
+    numbers = [0, 1, 2, 12345, 2**40, 2**63 - 1, -1, -(2**63)]
+    assert mixed(torch.tensor(numbers)).tolist() == [_signed(splitmix64(x)) for x in numbers]
+
+
+def test_unsigned_numbers_are_given_to_torch_as_signed_ones() -> None:
+    assert [_signed(x) for x in (0, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 3)] == [0, 2**63 - 1, -(2**63), -1, 3]
 
 
 @checked
@@ -121,7 +180,6 @@ def splitmix_reference(value: int, index: int, column: int) -> float:
     columns=st.integers(1, 5),
 )
 def test_hashed_uniform_is_splitmix64(value: int, indices: list[int], columns: int) -> None:
-    """Against Python's integers, which neither overflow nor shift in signs."""
     numbers = hashed_uniform(value, torch.tensor(indices), columns)
     assert numbers.dtype == torch.float32
     assert numbers.tolist() == [[splitmix_reference(value, i, c) for c in range(columns)] for i in indices]
@@ -230,6 +288,21 @@ def test_streams_epochs_and_seeds_differ(table_limit: int) -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_the_streams_of_a_sample_are_those_of_earlier_versions() -> None:
+    """The n-th draw has the key (seed, epoch, n): other bits mean that no earlier run can be repeated."""
+    rows = torch.tensor([4, 2])
+    random = SampleRandom(9, 5, CPU)
+    for epoch in (0, 3):  # epoch 0 without being told
+        if epoch:
+            random.start_epoch(epoch)
+        streams = [hashed_uniform(key(9, "augmentation", epoch, n), rows, 1) for n in range(4)]
+        random.of(rows)
+        assert torch.equal(random.uniform(), streams[0])
+        assert torch.equal(random.integers(10), (10 * streams[1]).long())
+        normal = torch.sqrt(-2.0 * torch.log1p(-streams[2])) * torch.cos(2.0 * torch.pi * streams[3])
+        assert torch.equal(random.normal(), normal)
+
+
 def test_an_epoch_can_be_gone_back_to() -> None:
     """Resuming: epoch 1 is epoch 1, whether epoch 0 came before it or 2 did."""
     rows = torch.arange(50)
@@ -300,6 +373,30 @@ def test_by_length_keeps_the_samples_of_each_batch(samples: int, batch: int, mic
         for part in of_micro_batches:  # what lies between its shortest and longest is in it
             inside = (lengths[after] > part.min()) & (lengths[after] < part.max())
             assert int(inside.sum()) == int(((part > part.min()) & (part < part.max())).sum())
+
+
+@pytest.mark.parametrize(
+    ("samples", "wanted"),
+    [
+        (4, [[0, 1, 2, 3]]),
+        (8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (12, [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7]]),
+        (11, [[0, 1, 2], [7, 8, 9, 10], [3, 4, 5, 6]]),  # sizes are those of the plan
+        (16, [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [8, 9, 10, 11]]),
+    ],
+)
+def test_by_length_by_hand(samples: int, wanted: list[list[int]]) -> None:
+    order = torch.arange(samples).flip(0)
+    assert by_length(order, torch.arange(samples), 100, 4).tolist() == [i for part in wanted for i in part]
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 7])
+def test_samples_of_one_length_keep_their_order(kinds: int) -> None:
+    """A sort that is not stable orders equal lengths as its kernel likes, from some size on."""
+    order = epoch_order(0, 0, 300)
+    lengths = torch.arange(300) % kinds
+    wanted = sorted(order.tolist(), key=lambda sample: int(lengths[sample]))
+    assert by_length(order, lengths, 300, 300).tolist() == wanted
 
 
 def test_by_length_gives_every_rank_short_and_long_ones() -> None:

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import UserError
-from trainer.exact.plan import BatchPlan, micro_batch_bounds, nearest_possible, rank_block, resolve
+from trainer.exact.plan import BatchPlan, micro_batch_bounds, nearest_possible, rank_block, resolve, steps_per_epoch
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None)
@@ -44,6 +44,12 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batch_bounds(12, 4) == [(0, 4), (4, 8), (8, 12)]
     assert [b - a for a, b in micro_batch_bounds(9, 8)] == [4, 5]  # not 8 and 1: BatchNorm needs two samples
     assert micro_batch_bounds(3, 8) == [(0, 3)]
+
+
+@pytest.mark.parametrize(("samples", "whole", "all_of_them"), [(30, 2, 3), (24, 2, 2), (25, 2, 3), (5, 0, 1)])
+def test_steps_of_an_epoch(samples: int, whole: int, all_of_them: int) -> None:
+    assert steps_per_epoch(samples, 12, drop_last=True) == whole
+    assert steps_per_epoch(samples, 12, drop_last=False) == all_of_them
 
 
 # Ranks
@@ -126,6 +132,7 @@ def test_all_three_keys_where_they_agree(m: int, accumulation: int, W: int) -> N
         ((32, 256, 8, None), "global batch 256 samples = 32 micro-batches x 8 samples; 32 ranks x 1 micro-batch"),
         ((1, 8, 8, None), "global batch 8 samples = 1 micro-batch x 8 samples; 1 rank x 1 micro-batch"),
         ((2, 4, 1, None), "global batch 4 samples = 4 micro-batches x 1 sample; 2 ranks x 2 micro-batches"),
+        ((2, 4, 2, None), "global batch 4 samples = 2 micro-batches x 2 samples; 2 ranks x 1 micro-batch"),
         ((4, 4096, 8, None), "global batch 4,096 samples = 512 micro-batches x 8 samples; 4 ranks x 128 micro-batches"),
         (
             (3, 256, 8, None),
@@ -249,6 +256,24 @@ def test_three_keys_that_contradict_one_another(B: int, m: int, accumulation: in
         assert works(W, B, m, other_accumulation)
     if -(-B // m) >= W:  # with fewer micro-batches than ranks see the next test
         assert "leave gradient_accumulation_steps out" in message and works(W, B, m, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedies"),
+    [
+        ((1, 8, 16), "Try train_micro_batch_size_per_gpu=8 or less, or train_batch_size=16 or more."),
+        ((2, 8, 16), "Try train_micro_batch_size_per_gpu=4 or less, or train_batch_size=17 or more, on 2 ranks."),
+        ((4, 8, 16), "Try train_micro_batch_size_per_gpu=2 or less, or train_batch_size=49 or more, on 4 ranks."),
+        ((8, 8, 16), "Try train_micro_batch_size_per_gpu=1 or less, or train_batch_size=113 or more, on 8 ranks."),
+        ((9, 8, 16), "Try train_batch_size=129 or more, on 9 ranks."),
+        ((8, 8, 2), "Use at most 4 ranks, or train_micro_batch_size_per_gpu=1 or less (a smaller micro-batch is"),
+        ((9, 8, 2), "Use at most 4 ranks."),
+        ((1, 256, None), "for example 8: then 1 to 32 ranks give the same model."),
+        ((1, 20, None), "for example 1: then 1 to 20 ranks give the same model."),
+    ],
+)
+def test_remedies_by_hand(keys: tuple[int, int, int | None], remedies: str) -> None:
+    assert remedies in refusal(*keys)
 
 
 def test_leaving_accumulation_out_is_only_suggested_where_it_helps() -> None:

@@ -231,3 +231,29 @@ def test_lengths_that_do_not_fit(lengths: torch.Tensor | None, padded: tuple[str
 def test_counts_by_which_no_loss_can_be_divided(counts: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         as_split(Split({"x": torch.zeros(3, 1)}, torch.tensor(counts)), "test", "MyTask")
+
+
+def test_lengths_of_samples_give_the_longest_and_the_tokens() -> None:
+    indices, bounds = torch.tensor([4, 0, 2, 3, 1]), [(0, 2), (2, 3), (3, 5)]
+    split = Split({"x": torch.zeros(5, 9)}, lengths=torch.tensor([3, 9, 1, 4, 2]), padded=("x",))
+    assert split.longest(indices, bounds) == [3, 1, 9]
+    assert split.tokens(indices) == 19 and split.tokens(indices[:2]) == 5
+    plain = Split({"x": torch.zeros(5, 9)})
+    assert plain.longest(indices, bounds) is None
+    assert plain.tokens(indices) == 0
+
+
+def test_only_padded_arrays_are_cut() -> None:
+    batch = {"x": torch.arange(12.0).view(2, 6), "mask": torch.ones(2, 6, 2), "other": torch.zeros(2, 6)}
+    split = Split(batch, lengths=torch.tensor([3, 4]), padded=("x", "mask"))
+    part = split.cut(batch, 4)
+    assert list(part) == ["x", "mask", "other"]
+    assert part["x"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    assert part["mask"].shape == (2, 4, 2) and part["other"].shape == (2, 6)
+    assert part["x"].is_contiguous()
+    assert split.cut(batch, None) is batch
+
+
+def test_a_sample_may_fill_all_places() -> None:
+    split = as_split(Split({"x": torch.zeros(2, 3)}, lengths=torch.tensor([1, 3]), padded=("x",)), "train", "T")
+    assert split.lengths is not None and split.lengths.tolist() == [1, 3]

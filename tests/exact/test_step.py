@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from trainer.exact.audit import Audit
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
 from trainer.exact.splits import Split
-from trainer.exact.step import ExactStep, StepResult
+from trainer.exact.step import ExactStep, StepResult, _Flags, non_finite
 from trainer.ranks.place import Ranks
 
 CPU = torch.device("cpu")
@@ -35,20 +36,13 @@ def group() -> Iterator[None]:
 
 
 class Task:
-    """Regression; notes what augment is called with."""
+    """Regression."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
-        self.seen: list[int] = []
-        self.drawn: list[float] = []
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"])
-
-    def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
-        self.seen.append(len(batch["x"]))
-        self.drawn.append(float(torch.rand(())))
-        return batch
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         return self.scale * F.mse_loss(outputs[:, 0], batch["y"], reduction="sum"), len(outputs)
@@ -62,6 +56,7 @@ class PlainSGD:
         self._optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=0.5)
         self.parameters = list(model.parameters())
         self.unused: list[int] = []
+        self.skips: Tensor | None = None
 
     def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
         self._views = views
@@ -69,7 +64,8 @@ class PlainSGD:
             parameter.grad = view
 
     def skip_update_where(self, flag: Tensor) -> bool:
-        return False
+        self.skips = flag
+        return True
 
     def set_learning_rate(self, factor: float | None) -> float:
         for group in self._optimizer.param_groups:
@@ -78,6 +74,8 @@ class PlainSGD:
 
     def update(self, unused: Sequence[int] = ()) -> None:
         self.unused = list(unused)
+        if self.skips is not None and bool(self.skips):
+            return
         for i in unused:
             self.parameters[i].grad = None
         self._optimizer.step()
@@ -248,42 +246,6 @@ def test_a_gradient_alone_may_be_the_bad_one() -> None:
         step(parts["batches"].at(0))
 
 
-def test_augmentation_is_called_for_one_micro_batch_at_a_time() -> None:
-    """And torch's generator is seeded for each, so that its numbers do not depend on who computes what before."""
-    step, parts = made()
-    batch = parts["batches"].at(0)
-    step(batch)
-    assert parts["task"].seen == [4, 4, 4]
-    assert len(set(parts["task"].drawn)) == 3
-    again, others = made()
-    torch.manual_seed(123)
-    again.micro_batches.compute(others["batches"].at(0), 2)
-    assert others["task"].drawn == parts["task"].drawn[2:]
-
-
-def test_augmentation_that_says_so_is_called_for_a_chunk() -> None:
-    task = Task()
-    task.augment_in_chunks = True  # type: ignore[attr-defined]
-    step, parts = made(task=task)
-    step(parts["batches"].at(0))
-    assert task.seen == [12]
-
-
-def test_samples_after_augmentation_are_what_forward_gets() -> None:
-    class Doubles(Task):
-        def augment(self, batch: dict[str, Tensor], random: Any) -> dict[str, Tensor]:
-            return {**batch, "x": batch["x"] * 2}
-
-    for chunks in (False, True):
-        task = Doubles()
-        task.augment_in_chunks = chunks  # type: ignore[attr-defined]
-        step, parts = made(task=task)
-        batch = parts["batches"].at(0)
-        arrays = step.micro_batches.samples(batch, range(1, 3), chunks)
-        for piece, (start, stop) in zip(arrays, batch.bounds[1:]):
-            assert torch.equal(piece["x"], 2 * parts["split"].arrays["x"][batch.indices[start:stop]])
-
-
 class Wrong(ExactStep):
     """Every gradient that is summed is wrong, from a step on."""
 
@@ -312,3 +274,146 @@ def test_an_audited_step_is_compared_before_it_is_applied(monkeypatch: pytest.Mo
     with pytest.raises(RanksDifferError, match=r"The audit of step 4 found two results for micro-batch \d"):
         step(parts["batches"].at(3))
     assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+
+
+def test_a_step_that_computes_alike_passes_its_audit() -> None:
+    """With statistics, and whichever micro-batch is chosen."""
+    torch.manual_seed(5)
+    model = Partly()
+    step, parts = made(copy.deepcopy(model))
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=1, total_steps=9, seed=0, alike=True)
+    plain, others = made(model)
+    chosen = set()
+    for number in range(9):
+        step(parts["batches"].at(number))
+        plain(others["batches"].at(number))
+        chosen.add(step.audit.own)
+        assert all(torch.equal(a, b) for a, b in zip(parts["model"].buffers(), others["model"].buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(others["model"])))
+    assert chosen == {0, 1, 2}
+
+
+def test_an_audit_compares_statistics_too() -> None:
+    class Drifts(nn.BatchNorm1d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.calls += 1
+            self.running_mean.data.mul_(1.0 + self.calls)
+            return y
+
+    model = nn.Sequential(nn.Linear(5, 4), Drifts(4), nn.Linear(4, 1))
+    step, parts = made(model)
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 6, every_steps=1, total_steps=9, seed=0, alike=True)
+    with pytest.raises(RanksDifferError, match="first in BatchNorm's statistics"):
+        step(parts["batches"].at(0))
+
+
+def test_nothing_is_clipped_without_a_limit() -> None:
+    step, parts = made(task=Task(scale=50.0))
+    batch = parts["batches"].at(0)
+    expected = mean_gradient(parts, batch)
+    assert float(step(batch).norm) > 5.0
+    for view, gradient in zip(step.gradient_views, expected):
+        torch.testing.assert_close(view, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_small_gradients_are_clipped_as_torch_does() -> None:
+    """It adds 1e-6 to the norm, which shows here."""
+    step, parts = made(task=Task(scale=1e-6), max_norm=1e-7)
+    batch = parts["batches"].at(0)
+    for parameter, gradient in zip(parts["optimizer"].parameters, mean_gradient(parts, batch)):
+        parameter.grad = gradient.clone()
+    norm = float(nn.utils.clip_grad_norm_(parts["optimizer"].parameters, 1e-7))
+    assert 1e-7 < norm < 1e-5
+    expected = [parameter.grad.clone() for parameter in parts["optimizer"].parameters]
+    for parameter, view in zip(parts["optimizer"].parameters, step.gradient_views):
+        parameter.grad = view
+    step(batch)
+    for view, gradient in zip(step.gradient_views, expected):
+        torch.testing.assert_close(view, gradient, rtol=1e-4, atol=0.0)
+
+
+def test_each_phase_is_marked_when_it_ends() -> None:
+    marks: list[str] = []
+    step, parts = made(mark=marks.append)
+    step(parts["batches"].at(0))
+    assert marks == ["compute"] * 3 + ["reduce", "optimizer"]
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 4, every_steps=1, total_steps=9, seed=0, alike=True)
+    marks.clear()
+    step(parts["batches"].at(1))
+    assert marks == ["compute"] * 4 + ["reduce", "optimizer"]
+
+
+def test_an_error_in_a_forward_leaves_the_model_as_anyone_expects() -> None:
+    class Fails(Task):
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            raise RuntimeError("mine")
+
+    step, parts = made(Partly(), Fails())
+    with pytest.raises(RuntimeError, match="mine"):
+        step(parts["batches"].at(0))
+    norm = parts["model"].norm
+    assert norm.momentum == 0.1 and norm.running_mean.tolist() == [0.0] * 4 and norm.num_batches_tracked is not None
+
+
+# As on a GPU, where the host does not wait for a loss
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_the_device_and_all_later_ones_too() -> None:
+    task = Task()
+    step, parts = made(Partly(), task)
+    assert parts["optimizer"].skips is None  # on the CPU nobody asks for it
+    step.deferred = parts["optimizer"].skip_update_where(step.broken)
+    step(parts["batches"].at(0))
+    assert float(step.broken) == 0.0
+    before, buffers = copies(parts["model"]), [b.clone() for b in parts["model"].buffers()]
+    assert int(parts["model"].norm.num_batches_tracked) == 3
+    for number, scale in ((1, math.inf), (2, 1.0)):
+        task.scale = scale
+        step(parts["batches"].at(number))  # raises nothing
+        assert float(step.broken) == 1.0
+        assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+        assert all(torch.equal(a, b) for a, b in zip(buffers, parts["model"].buffers()))
+
+
+def test_flags_of_a_gpu_are_read_two_steps_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When their copy has long arrived; it is waited for nevertheless."""
+    happened: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            happened.append("recorded")
+
+        def synchronize(self) -> None:
+            happened.append("waited")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: empty(shape))
+    flags = _Flags(torch.device("cuda"))
+    raised = [torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)]
+    asked = [1, 0, 1, 1, 1, 1]  # the second step's flag is raised
+    assert [flags.read(raised[i]) for i in asked] == [False, False, False, True, False, False]
+    assert happened == ["recorded"] * 3 + ["waited", "recorded"] * 3 + ["waited"]
+
+
+def test_flags_of_the_cpu_are_read_at_once() -> None:
+    flags = _Flags(CPU)
+    assert [flags.read(torch.tensor(row)) for row in ([0.0, 0.0], [0.0, 1.0], [0.0, 0.0])] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "words"),
+    [
+        ([1.0, math.nan, math.inf], 2.0, "the loss of micro-batch 1 is nan"),
+        ([1.0, 2.0], math.inf, "the losses are finite, but the gradient's norm is inf"),
+    ],
+)
+def test_what_is_not_finite_is_named(losses: list[float], norm: float, words: str) -> None:
+    kept, other = non_finite(4, losses, norm), non_finite(4, losses, norm, kept=False)
+    assert f"Step 5 is not finite: {words}. The parameters are kept as they were before it." in str(kept)
+    assert f"Step 5 is not finite: {words}. The parameters may have been updated with it." in str(other)
+    assert kept.good_steps == other.good_steps == 4
+    assert kept.agreed and other.agreed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.exact.plan import rank_block
-from trainer.exact.tree import cover, exchange_program, local_program, run_rounds
+from trainer.exact.tree import buffers_needed, cover, exchange_program, local_program, run_rounds
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=150)
@@ -130,6 +130,18 @@ def test_few_buffers_are_alive(world: tuple[int, int], seed: int) -> None:
     for rank in range(W):
         block = rank_block(M, W, rank)
         assert run_local_program(leaves, block.start, block.stop)[1] <= 2 * M.bit_length()
+
+
+@checked
+@given(world=any_worlds)
+def test_as_many_buffers_as_are_used(world: tuple[int, int]) -> None:
+    """By the rank's own counter, or for the nodes of the rank that sends most."""
+    M, W = world
+    leaves = random_leaves(M, 0, 1)
+    blocks = [rank_block(M, W, rank) for rank in range(W)]
+    sent = max(len(cover(M, W, rank)) for rank in range(W))
+    for rank, block in enumerate(blocks):
+        assert buffers_needed(M, W, rank) == max(sent, run_local_program(leaves, block.start, block.stop)[1])
 
 
 @checked

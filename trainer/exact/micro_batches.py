@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,14 +100,14 @@ class GlobalBatches:
         # Sorting by length saves padding. Rows that are nearly all full, such as packed text, have none to save.
         uneven = lengths if lengths is not None and lengths.double().mean() < 0.98 * lengths.max() else None
         step = first_step
-        for epoch in range(first_step // self.steps_per_epoch, -(-self.total_steps // self.steps_per_epoch)):
+        for epoch in itertools.count(first_step // self.steps_per_epoch):
             order = epoch_order(self._seed, epoch, len(split))  # the same on every rank: the seed is the run's
             if uneven is not None:
                 order = by_length(order, uneven, B, self._m)
             on_device = order.to(self._device)
             # A resumed run starts inside an epoch: the permutation is made anew, and its used part is passed over.
             for start in range(step % self.steps_per_epoch * B, self.steps_per_epoch * B, B):
-                if step == self.total_steps:
+                if step >= self.total_steps:
                     return
                 progress = Progress(step, epoch, self.total_steps)
                 yield self._batch(progress, order[start : start + B], on_device[start : start + B])

@@ -7,7 +7,6 @@ no generator carries its state from one micro-batch to the next, so any rank can
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 import struct
 from dataclasses import dataclass, field
@@ -77,16 +76,12 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
         # A stable sort: samples of equal length keep their order, whichever algorithm torch chooses.
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
-        # Number the micro-batches 0, 1, ... by length. `places` pairs the shortest with the longest, and so on inwards.
-        places = itertools.zip_longest(
-            range((len(bounds) + 1) // 2), reversed(range((len(bounds) + 1) // 2, len(bounds)))
-        )
-        arranged = [place for pair in places for place in pair if place is not None]
         # The sizes stay those of the plan: micro-batch j has sizes[j] samples, whatever their length.
         sizes = [stop - start for start, stop in bounds]
         starts = [0] * len(bounds)
         position = 0
-        for place in sorted(range(len(bounds)), key=lambda j: arranged[j]):
+        # From the shortest samples to the longest: micro-batches 0, 2, 4, ..., and back over 5, 3, 1.
+        for place in (*range(0, len(bounds), 2), *reversed(range(1, len(bounds), 2))):
             starts[place] = position
             position += sizes[place]
         parts += [samples[start : start + size] for start, size in zip(starts, sizes)]
