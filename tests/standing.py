@@ -123,13 +123,19 @@ def _end() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 300.0,
+) -> list[Any]:
     """As `trainer.ranks.workers.run_ranks`, in ranks that stand ready. One caller at a time.
 
-    A function that is marked `fresh` gets processes of its own.
+    A function that is marked `fresh`, or that needs an environment, gets processes of its own.
     """
-    if getattr(function, "is_fresh", False):
-        return workers.run_ranks(function, world_size, *arguments, timeout_s=timeout_s)
+    if environment is not None or getattr(function, "is_fresh", False):
+        return workers.run_ranks(function, world_size, *arguments, environment=environment, timeout_s=timeout_s)
     if not _logs:
         _logs.append(Path(tempfile.mkdtemp(prefix="standing-")))
         atexit.register(_end)
