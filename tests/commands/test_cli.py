@@ -188,7 +188,7 @@ def test_plan_and_verify_get_the_config_and_the_world_sizes(tmp_path: Path, call
         ("paln", ("paln", "plan", "usage: ")),
         ("plan", ("--ds_config", "usage: python -m trainer plan")),
         ("plan --ds_config no.json", ("no.json does not exist", "run.json")),
-        ("plan --ds_config run.json --world_sizes 2 0", ("--world_sizes 0: a world size is at least 1",)),
+        ("plan --ds_config run.json --world_sizes 2 0", ("--world_sizes 0: a world size must be at least 1",)),
         ("verify --ds_config run.json --world_sizes two", ("--world_sizes", "two")),
         ("plan --ds_config run.json --set trainer.epoch=3", ('unknown key "trainer.epoch". Did you mean "epochs"?',)),
         ("plan --ds_config run.json --epoch 3", ("--epoch", "usage: ")),

@@ -138,7 +138,8 @@ def test_a_models_folder_does_not_choose_which_code_runs(folder: Path, capsys: p
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n" + TASK)
     say_origin(folder, task="evil.py:Doubles", task_options={})
     assert predict(task=None) == 2
-    assert "This model belongs to a task of its own, evil.py:Doubles. Say --task" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "This model belongs to a user's task, evil.py:Doubles. Add --task path/to/file.py:ClassName." in said
     assert predict() == 0
     assert not (folder / "ran").exists()
 

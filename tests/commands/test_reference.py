@@ -18,7 +18,10 @@ def test_tables_of_keys_are_those_of_the_schema(page: str) -> None:
 def test_every_table_has_its_page() -> None:
     pages = "".join((reference.ROOT / page).read_text() for page in reference.PAGES)
     assert set(re.findall(r"<!-- keys: (\w+) -->", pages)) == set(reference.tables())
-    assert "`trainer.checkpoint.keep` | `2` | whole number, at least 1 | how many of the newest to keep |" in pages
+    assert (
+        "`trainer.checkpoint.keep` | `2` | whole number, at least 1 | the number of newest checkpoints to keep |"
+        in pages
+    )
 
 
 def test_only_what_lies_between_the_marks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

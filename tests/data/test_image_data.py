@@ -63,7 +63,7 @@ def test_parquet_and_save_to_disk_with_labels_as_strings(tmp_path: Path) -> None
         read_images(str(tmp_path / "table.parquet"), label_column="kind")
     with pytest.raises(UserError, match="have no labels, only the columns photo, kind, n"):
         read_images(str(tmp_path / "table.parquet"), image_column="photo")
-    with pytest.raises(UserError, match=r'The column "n" holds .*int64.*, no images'):
+    with pytest.raises(UserError, match=r'The column "n" holds .*int64.*, not images\. Name the right one'):
         read_images(str(tmp_path / "table.parquet"), image_column="n", label_column="kind")
 
 
@@ -258,7 +258,7 @@ def test_npz_files_that_must_change(tmp_path: Path) -> None:
         ({"x": x, "y": y / 2}, "A label in train is 0.0. Labels are whole numbers or strings"),
         ({"x": x, "y": np.array([0, None, 1, 0], dtype=object)}, "(?s)Python objects.*not loaded"),
         ({"x": x[:0], "y": y[:0]}, "the split train of .* is empty"),
-        ({"x": x, "y": y, "test_x": x, "test_y": y + 1}, "(?s)label 2 comes 2 times in test, but never in train"),
+        ({"x": x, "y": y, "test_x": x, "test_y": y + 1}, "The label 2 occurs 2 times in test, but never in train"),
         ({"x": x, "y": y * 0}, "at least two classes"),
         ({"x": x, "y": y, "test_x": x[:, 1:], "test_y": y}, r"(?s)differ in size.*5 x 5.*4 x 5.*Set image_size"),
     ]

@@ -136,7 +136,7 @@ def test_gradient_checkpointing_is_of_the_kind_that_gradients_can_be_taken_of() 
 
 
 def test_a_model_that_cannot_checkpoint_is_refused_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"Net has no gradient_checkpointing_enable\(\).*Leave it out"):
+    with pytest.raises(UserError, match=r"Net has no method gradient_checkpointing_enable\(\).*Leave the key out"):
         adapt(Net(), config(gradient_checkpointing=True))
 
     def refuses(self: Any, gradient_checkpointing_kwargs: Any) -> None:

@@ -180,7 +180,7 @@ def test_models_and_checkpoints_that_cannot_be_trained(found: dict[str, Any]) ->
     refused = found["refused"]
     assert "no parameter that requires a gradient" in refused["frozen"]
     assert "The parameter scale is float64. Trained parameters must be float32" in refused["double"]
-    assert "The checkpoint has 1 parameter groups, this run 3." in refused["groups"]
+    assert "The checkpoint has 1 parameter groups, this run has 3." in refused["groups"]
 
 
 def one_step(ranks: Ranks, config: Config) -> dict[str, Any]:

@@ -131,6 +131,18 @@ def test_training_goes_on_from_what_the_model_has(momentum: float | None) -> Non
     assert int(model[1].num_batches_tracked) == 6 + 3 + 5
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_synchronised_layer_runs_and_counts_once(momentum: float | None) -> None:
+    """It refuses to run without a counter of its own. In a process of its own it is a BatchNorm."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model(momentum))
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    steps = [micro_batches(3, 1), micro_batches(5, 2)]
+    reference = sequential(model, steps)
+    run_ranks([model], steps)
+    check_against(model, reference)
+    assert int(model[1].num_batches_tracked) == 3 + 5
+
+
 def test_mixed_momenta() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2, momentum=0.3), nn.BatchNorm2d(2, momentum=None), nn.BatchNorm2d(2))
     steps = [micro_batches(count, seed) for seed, count in enumerate(STEPS)]

@@ -96,7 +96,8 @@ def test_a_batch_that_counts_nothing_is_an_error_with_its_step() -> None:
     counts[epoch_order(3, 0, SAMPLES)[12:24]] = 0.0
     batches = batches_of(split_of(counts=counts))
     assert batches.at(0).count == 12.0
-    with pytest.raises(UserError, match=r"None of the 12 samples of step 2 counts") as caught:
+    said = r"^The counts \(valid tokens, or weights\) of the 12 samples of step 2 add up to 0, so"
+    with pytest.raises(UserError, match=said) as caught:
         batches.at(1)
     assert caught.value.agreed
 

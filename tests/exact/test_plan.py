@@ -268,8 +268,8 @@ def test_three_keys_that_contradict_one_another(B: int, m: int, accumulation: in
         ((9, 8, 16), "Try train_batch_size=129 or more, on 9 ranks."),
         ((8, 8, 2), "Use at most 4 ranks, or train_micro_batch_size_per_gpu=1 or less (a smaller micro-batch is"),
         ((9, 8, 2), "Use at most 4 ranks."),
-        ((1, 256, None), "for example 8: then 1 to 32 ranks give the same model."),
-        ((1, 20, None), "for example 1: then 1 to 20 ranks give the same model."),
+        ((1, 256, None), "for example 8. Then 1 to 32 ranks give the same model."),
+        ((1, 20, None), "for example 1. Then 1 to 20 ranks give the same model."),
     ],
 )
 def test_remedies_by_hand(keys: tuple[int, int, int | None], remedies: str) -> None:

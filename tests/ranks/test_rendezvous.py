@@ -132,7 +132,7 @@ def test_the_folder_of_notices_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ({}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({}, "but MASTER_ADDR and MASTER_PORT not set"),
         ({"MASTER_ADDR": "127.0.0.1"}, "but MASTER_PORT not set"),
         ({"MASTER_ADDR": "", "MASTER_PORT": "29500"}, "but MASTER_ADDR not set"),
     ],
@@ -142,14 +142,14 @@ def test_an_address_that_is_missing_is_named(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"4 ranks, .*{missing}: start them with a launcher"):
+    with pytest.raises(UserError, match=rf"^4 ranks, .*{missing}\. Start them with a launcher\."):
         start(Ranks(2, 4, 0, 2), "gloo", 1.0)
 
 
 def test_under_torchrun_ranks_meet_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even on one machine: its store is there before them."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set"):
+    with pytest.raises(UserError, match="but MASTER_ADDR and MASTER_PORT not set"):
         start(Ranks(0, 2, 0, 2), "gloo", 1.0)
 
 

@@ -88,7 +88,7 @@ def test_a_slip_comes_with_its_traceback() -> None:
 
 def test_a_rank_that_dies_is_named_and_the_others_do_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(workers, "_GRACE_S", 0.5)
-    with pytest.raises(WorkerError, match="rank 1 died without a word"):
+    with pytest.raises(WorkerError, match="rank 1 died without a message"):
         run_ranks(fail, 3, {1: 9, 2: 300.0}, tmp_path)
     for process in tmp_path.iterdir():
         assert not Path(f"/proc/{process.name}").exists()

@@ -159,7 +159,7 @@ def test_numbers_that_depend_on_the_rank(how: str, monkeypatch: pytest.MonkeyPat
 
     found = cause(Asks())
     assert found.what.startswith("forward() depends on the rank: torch.distributed.get_rank()")
-    assert "samples, parameters, seed and progress alone" in found.remedy
+    assert "may depend only on samples, parameters, seed and progress." in found.remedy
 
 
 def test_a_rank_that_is_needed_for_something_else_is_no_cause() -> None:

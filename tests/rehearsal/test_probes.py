@@ -47,7 +47,8 @@ def test_a_task_that_talks_to_other_ranks_is_refused(group: None) -> None:
 
 
 def test_a_layer_that_talks_by_itself_is_labelled_elsewhere(group: None) -> None:
-    refuse_collectives(staged(Talks(), nn.Sequential(nn.Linear(5, 1), nn.SyncBatchNorm(1))))
+    frozen = nn.SyncBatchNorm(1).eval()  # on a processor it runs in evaluation mode only
+    refuse_collectives(staged(Talks(), nn.Sequential(nn.Linear(5, 1), frozen)))
 
 
 class Reads(Task):

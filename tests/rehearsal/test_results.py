@@ -56,7 +56,7 @@ def test_a_tensor_that_a_forward_changes_is_named_with_what_to_do() -> None:
     for name in ("plain.weight", "free.weight"):
         finding = changed_tensor(model, "parameter", name)
         assert finding.what.startswith(f"the parameter {name} changes in the forward, before")
-        assert "Leave it to the optimizer" in finding.remedy
+        assert "Leave the change to the optimizer, or compute with a changed copy." in finding.remedy
     for name, kind in (("table.weight", "Embedding"), ("bag.weight", "EmbeddingBag")):
         finding = changed_tensor(model, "parameter", name)
         assert f"the parameter {name} changes in the forward: {kind} with max_norm" in finding.what

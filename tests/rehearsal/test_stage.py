@@ -206,7 +206,7 @@ def test_data_that_a_task_writes_to_and_gradients_that_it_adds_to() -> None:
     stage = staged(writes)
     writes.kept = stage.subject.split.arrays["x"]  # type: ignore[attr-defined]
     stage.visit(stage.items[0])
-    with pytest.raises(UserError, match="Writes changes its training data while it trains"):
+    with pytest.raises(UserError, match="Writes changes its training data during training"):
         stage.check_what_is_not_the_tasks()
     assert "GoesBackward calls backward() in its forward or loss" in refused(GoesBackward())
 
@@ -243,7 +243,7 @@ def test_a_task_that_goes_backward_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_that_writes_to_its_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="WritesToItsData changes its training data while it trains"):
+    with pytest.raises(UserError, match="WritesToItsData changes its training data during training"):
         run_ranks(train, 1, small_config(tmp_path / "run", task=f"{INEXACT}:WritesToItsData"))
 
 

@@ -43,7 +43,7 @@ def test_no_clipping_and_bfloat16() -> None:
 
 
 def test_a_warm_up_that_never_ends_is_noted() -> None:
-    note = "note: warm-up (12 steps) is as long as the run, which never reaches the full rate"
+    note = "note: warm-up (12 steps) is as long as the run, so it never reaches the full rate"
     assert note in said(learning_rate={"warmup_epochs": 3})
     assert "warm-up" not in said(learning_rate={"warmup_epochs": 2})
 

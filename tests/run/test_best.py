@@ -107,7 +107,7 @@ def test_a_metric_that_is_not_there_is_named_with_its_neighbour() -> None:
 
 def test_whether_more_or_less_is_better_is_asked_where_it_is_not_known() -> None:
     """Of the loss and of the task's own metric it is."""
-    with pytest.raises(UserError, match="is less or more of f1 better"):
+    with pytest.raises(UserError, match=r'"trainer\.best\.mode" is needed: is a low or a high f1 better\?'):
         best_of(metric="f1").check({"f1": 0.5, "loss": 1.0})
     for known in (best_of(metric="f1", mode="max"), best_of(metric="loss"), best_of(metric="error")):
         known.check({"f1": 0.5, "error": 0.5, "loss": 1.0})

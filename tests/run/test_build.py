@@ -116,7 +116,7 @@ def test_what_cannot_be_trained_is_refused(
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.SyncBatchNorm(3), "1 is a SyncBatchNorm, whose statistics are those of whichever micro-batches"),
+        (nn.SyncBatchNorm(3), "1 is a SyncBatchNorm, whose statistics depend on which micro-batches run"),
         (nn.BatchNorm1d(3).double(), r"1 keeps its running statistics in torch\.float64"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_refusal_gives_all_reasons_and_what_to_do() -> None:
         refuse_inexact(config_of(exactness="bitwise"), ["a differs", "b counts"], ["Leave a out.", "Mend b."])
     assert str(caught.value) == (
         'trainer.exactness is "bitwise", but a differs; b counts.\nLeave a out.\nMend b.\n'
-        'With "auto" the run goes on and is labelled tolerance.'
+        'With "auto" the run continues and is labelled tolerance.'
     )
     assert caught.value.agreed, "every rank raises it"
     refuse_inexact(config_of(exactness="bitwise"), [])

@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_says_from_where(tmp_path: Path, capsys: pytest.Captu
     course = course_of(tmp_path / "second", snapshot=snapshot)
     assert (course.first_step, course.done) == (10, 10)
     said = capsys.readouterr().out
-    assert "going on after step 10 from a checkpoint of 1 rank" in said
+    assert "continuing after step 10 from a checkpoint of 1 rank" in said
     assert "of 1 ranks" not in said
     assert course.best is not None
     assert course.best.step == snapshot.facts["best"]["step"] > 0

@@ -118,7 +118,7 @@ def test_the_table_says_what_is_impossible_and_what_no_seeds_can_decide(tmp_path
         ({"arms": ["weak_lineer"]}, "holds 'weak_lineer'. Did you mean \"weak_linear\""),
         ({"seeds": 1}, '"study.seeds" must be at least 2'),
         ({"seeds": [1, 1]}, "each of them once"),
-        ({"seeds": ["a", "b"]}, "whole numbers"),
+        ({"seeds": ["a", "b"]}, '"study.seeds[0]" must be a whole number, not "a"'),
         ({"seeds": "ten"}, "must be a list"),
         ({"world_sizes": [0]}, "whole numbers of at least 1"),
         ({"world_sizes": []}, "at least one"),

@@ -99,7 +99,7 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert report(str(folder)) == 0
     assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nothing")]) == 2
-    assert "holds no study" in capsys.readouterr().err
+    assert "nothing is not a study's folder: it has no study.json." in capsys.readouterr().err
     for file in (folder / "runs").iterdir():
         file.unlink()
     with pytest.raises(UserError, match="no finished run yet"):

@@ -40,7 +40,7 @@ def test_the_noise_scale_speaks_of_equal_epochs(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no study: there is no study\.json in it"):
+    with pytest.raises(UserError, match=r"is not a study's folder: it has no study\.json"):
         Results(tmp_path)
 
 

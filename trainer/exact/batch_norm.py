@@ -68,8 +68,10 @@ class RunningStatistics:
                 own["num_batches_tracked"] = self._counters[i]
             self._own.append(own)
             # Without a counter, a layer saves the operation that increases it. `apply` counts for all ranks.
+            # A SyncBatchNorm refuses to run without one, and gets a scratch counter.
+            spare = torch.zeros_like(counter) if isinstance(module, nn.SyncBatchNorm) and counter is not None else None
             temporary = {"running_mean": scratch[2 * i], "running_var": scratch[2 * i + 1]}
-            self._temporary.append({**temporary, "num_batches_tracked": None})
+            self._temporary.append({**temporary, "num_batches_tracked": spare})
             # Straight into `_buffers`, here and in each step: setattr on a module would do the same, but slowly.
             module._buffers.update(own)
         starts = torch.tensor([0, *lengths]).cumsum(0)
