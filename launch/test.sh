@@ -13,4 +13,5 @@ check() {
 check ruff format --check trainer tests
 check ruff check trainer tests
 check mypy
-check python -m pytest "$@"
+# Two tests at a time, or more on a larger machine: most of a run's start-up keeps one core busy.
+check python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
