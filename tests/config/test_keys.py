@@ -319,6 +319,8 @@ def test_an_integer_beyond_any_float_is_an_error_too(values: dict[str, Any]) -> 
 
 
 CONTRADICTIONS = [
+    (base(trainer={"pack": "fast"}), ('"trainer.pack" is "fast"', '"auto", or a whole number of at least 1')),
+    (base(trainer={"pack": 0}), ('"trainer.pack" is 0',)),
     (
         base(zero_optimization={"reduce_scatter": True}),
         ('"reduce_scatter" has no effect at ZeRO stage 0', "stage to 1, 2 or 3"),

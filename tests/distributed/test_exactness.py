@@ -43,6 +43,14 @@ def digits(path: Path, model: str, **extra: Any) -> Config:
     return small_config(path, **options, **extra)
 
 
+def test_packs_change_no_bit(tmp_path: Path) -> None:
+    """Each number of ranks has packs of another size; some fewer micro-batches than a pack."""
+    packs = {1: 8, 2: "auto", 3: 1}
+    same_everywhere(lambda W: digits(tmp_path / str(W), "cnn", pack=packs[W]), [1, 2, 3])
+    summary = json.loads((tmp_path / "1" / "summary.json").read_text())
+    assert summary["pack"] == {"size": 8}, "they were used, and nothing refused"
+
+
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["cnn", "mlp"])
 def test_digits(tmp_path: Path, model: str, precision: dict[str, Any]) -> None:

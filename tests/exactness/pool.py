@@ -47,9 +47,11 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
 
     from trainer.config.keys import parse
     from trainer.errors import TrainerError
+    from trainer.exact import packs
     from trainer.exact.hashes import digest
     from trainer.run.run import run
 
+    packs.TRIALS = 1  # runs are short: packs are used from the second step on
     trace: list[dict[str, str]] = []
 
     def watch(step: int, engine: Any, losses: Any) -> None:

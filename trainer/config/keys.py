@@ -8,6 +8,7 @@ group exists or a device is claimed.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,9 @@ class TrainerOptions:
         "steps between audits, in which each rank computes a micro-batch of another rank again; 0 for none; default: "
         "as often as the guard, and less often if a rank has fewer than four micro-batches",
         minimum=0,
+    )
+    pack: int | str = option(
+        1, 'micro-batches that one forward computes; no bit depends on it. "auto": each rank finds what is fastest'
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
@@ -291,6 +295,10 @@ def _check_model_options(config: Config) -> None:
     if best.patience_evaluations and (best.metric is None or not options.evaluate_every_epochs):
         cause = "trainer.best.metric is null" if best.metric is None else "trainer.evaluate_every_epochs is 0"
         raise UserError(f"trainer.best.patience_evaluations has no effect, because {cause}.")
+    if options.pack != "auto" and (not isinstance(options.pack, int) or options.pack < 1):
+        raise UserError(
+            f'"trainer.pack" is {json.dumps(options.pack)}. It must be "auto", or a whole number of at least 1.'
+        )
     for pattern in options.freeze:
         if not isinstance(pattern, str):
             raise UserError(f'"trainer.freeze" holds {pattern!r}. It must be a list of parameter names or patterns.')

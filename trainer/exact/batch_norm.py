@@ -100,6 +100,23 @@ class RunningStatistics:
         out.copy_(self._scratch)
         self._scratch.fill_(_NOT_CALLED)
 
+    def scratch_rows(self, g: int) -> Tensor:
+        """Scratch memory for several micro-batches: (g, size) float32."""
+        if not self.size:
+            return torch.empty(g, 0)
+        return self._scratch.new_full((g, self.size), _NOT_CALLED)
+
+    def scratch_piece(self, buffer: Tensor, rows: Tensor) -> Tensor | None:
+        """The columns of `scratch_rows` for a layer's buffer: (g, features). None if it is not in scratch."""
+        if not self.size or buffer.dim() != 1:
+            return None
+        base = self._scratch
+        place = buffer.data_ptr() - base.data_ptr()
+        if not 0 <= place < base.numel() * base.element_size() or buffer.device != base.device:
+            return None
+        place //= base.element_size()
+        return rows[:, place : place + buffer.numel()]
+
     def momentum_assigned(self) -> bool:
         """Between `begin` and `settle`: whether a forward has set a layer's momentum: this spoils what is collected."""
         return any(module.training and module.momentum != 1.0 for module in self._modules)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .order import SampleRandom, by_length, epoch_order, key, seed_generators
 from .plan import micro_batch_bounds, steps_per_epoch
 from .progress import Progress, TaskCalls
 from .splits import Batch, Split
+
+if TYPE_CHECKING:
+    from .pack import Pack
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,35 @@ class MicroBatches:
         (arrays,) = self.samples(batch, range(j, j + 1), self.augments_in_chunks)
         return self.forward(batch, j, arrays)
 
+    def forward_key(self, batch: GlobalBatch, j: int) -> int:
+        """Seeds what a micro-batch's forward and loss draw."""
+        return key(self._seed, "forward", batch.step, j)
+
+    def pack_samples(self, batch: GlobalBatch, part: range) -> tuple[Batch, list[Batch]]:
+        """The samples of a pack: together, (g m, ...) each, and each micro-batch's own."""
+        pieces = self.samples(batch, part, self.augments_in_chunks)
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}, pieces
+
+    def pack_losses(
+        self, batch: GlobalBatch, pack: Pack, arrays: Batch, pieces: list[Batch], random: bool
+    ) -> list[Tensor]:
+        """The summed losses of a pack's micro-batches, while the pack is active: () each.
+
+        Args:
+            batch: their global batch.
+            pack: takes micro-batches apart.
+            arrays, pieces: as from `pack_samples`.
+            random: whether losses draw random numbers.
+        """
+        with self._autocast():
+            outputs = self._calls.forward(self._model, arrays, batch.progress)
+            losses = []
+            for k, piece in enumerate(pieces):
+                own = pack.outputs_of(outputs, k)
+                with pack.now(k, random):
+                    losses.append(self._calls.loss(own, piece, batch.progress)[0])
+            return losses
+
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
         """What a task's augment() returns for one micro-batch, unchecked. For the rehearsal."""
         start, stop = batch.bounds[j]
@@ -227,7 +259,7 @@ class MicroBatches:
         """Outputs and loss of samples that have been gathered and augmented: those of a micro-batch, for the step."""
         # Dropout and the like draw from torch's generators. Seeded for each (step, micro-batch), they give the same
         # numbers whichever rank computes it, and whatever that rank computed before.
-        seed_generators(key(self._seed, "forward", batch.step, j), self._device)
+        seed_generators(self.forward_key(batch, j), self._device)
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
             return Computed(arrays, outputs, self._calls.loss(outputs, arrays, batch.progress))

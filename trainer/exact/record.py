@@ -5,8 +5,10 @@ All ranks see the losses and statistics of all M micro-batches in order, so what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -60,7 +62,7 @@ class OwnRecords:
     """
 
     def __init__(self, rows: Tensor, layout: RecordLayout) -> None:
-        everything = Records(rows, layout)
+        self._all = everything = Records(rows, layout)
         # Views of single records are made once: an indexing operation costs more than the copy that follows it.
         self._losses = list(everything.losses.unbind())
         self._statistics = list(everything.statistics.unbind())
@@ -84,6 +86,16 @@ class OwnRecords:
             assert norm is not None
             self._norms[self._next].copy_(norm)
         self._next += 1
+
+    def add_pack(self, losses: Tensor, statistics: Tensor, norms: Sequence[Tensor]) -> None:
+        """Notes the next micro-batches: losses (g,), statistics (g, statistics_size), and norms where measured."""
+        begin, end = self._next, self._next + len(losses)
+        self._all.losses[begin:end].copy_(losses)
+        if statistics.numel():
+            self._all.statistics[begin:end].copy_(statistics)
+        if self._all.norms is not None:
+            self._all.norms[begin:end].copy_(torch.stack(list(norms)))
+        self._next = end
 
     def raise_flag(self) -> None:
         """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""

@@ -21,7 +21,10 @@ from .audit import Audit
 from .batch_norm import RunningStatistics
 from .exchange import Exchange, most_local
 from .gradient_sum import GradientSum, norm_of
+from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
+from .pack import RefusedError
+from .packs import Packs, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
 
 
@@ -75,6 +78,7 @@ class ExactStep:
         audit: set in a bitwise run: in an audited step, a micro-batch is computed a second time.
         broken: () on the device; not 0 after a step whose loss or gradient was not finite. Used if `deferred`.
         deferred: whether the host learns of such a step only later, as on a GPU.
+        packs: set where several micro-batches may be computed in one forward; None to compute them one by one.
 
     Args:
         optimizer: applies the gradient.
@@ -118,6 +122,8 @@ class ExactStep:
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = _Flags(device)
+        self.packs: Packs | None = None
+        self._look: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], None] | None = None
         self._look_for_unused = True
         # On the CPU the host reads the loss at once, and finds a bad one before the update. On a GPU it does
         # not wait for the loss: a flag on the device makes the optimizer's kernel skip every update from the
@@ -152,17 +158,15 @@ class ExactStep:
         statistics.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
-            # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
-            for j, loss in zip(block, self.micro_batches.losses(batch, block)):
-                gradients = self._gradients(loss)
-                if statistics.size:
-                    statistics.collect(own.statistics)
-                # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
-                if audit is not None and j == audit.own:
-                    audit.note_summed(loss, own.statistics, gradients)
-                added = self._sum.add(gradients)
-                own.add(loss, norm_of(added) if self._measures_norms else None)
-                self._mark("compute")
+            packs = self.packs
+            if packs is None or packs.begin(len(block)) == 1:
+                self._add_singly(batch, block, audit)
+            else:
+                for part in packs.parts(batch, block):
+                    if len(part) == 1 or not self._add_pack(packs, batch, part, audit):
+                        self._add_singly(batch, part, audit)
+            if packs is not None:
+                packs.end()
             # After this rank's own block: what the second computation leaves in random generators changes nothing.
             if audit is not None and audit.other is not None:
                 audit.note_again(*self._again(batch, audit.other))
@@ -197,6 +201,77 @@ class ExactStep:
             statistics.apply(records.statistics, self.broken if self.deferred else None)
         self._mark("optimizer")
         return StepResult(records.losses, norm, rate, records.norms, stop)
+
+    def _add_singly(self, batch: GlobalBatch, part: range, audit: Audit | None) -> None:
+        """Computes and adds micro-batches one by one."""
+        statistics, own = self.statistics, self._own
+        # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
+        for j, loss in zip(part, self.micro_batches.losses(batch, part)):
+            gradients = self._gradients(loss)
+            if statistics.size:
+                statistics.collect(own.statistics)
+            # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
+            if audit is not None and j == audit.own:
+                audit.note_summed(loss, own.statistics, gradients)
+            if self._look is not None:
+                self._look(j, loss, own.statistics, gradients)
+            added = self._sum.add(gradients)
+            own.add(loss, norm_of(added) if self._measures_norms else None)
+            self._mark("compute")
+
+    def _add_pack(self, packs: Packs, batch: GlobalBatch, part: range, audit: Audit | None) -> bool:
+        """Computes and adds micro-batches as a pack. False if that cannot be done: then nothing has changed."""
+        known = packs.known(batch, part)
+        if known is None:
+            packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, own, audit))
+            return True
+        if not known:
+            return False
+        try:
+            return self._add_known_pack(packs, batch, part, audit)
+        except RefusedError as error:  # of these values; others may do
+            packs.refuse(batch, part, error)
+        except Exception as error:  # whatever a task's code does with more samples than in a trial
+            if out_of_memory(error):
+                packs.shrink(len(part) // 2)
+            else:
+                packs.refuse(batch, part, RefusedError(f"{type(error).__name__}: {error}"))
+        return False
+
+    def _add_known_pack(self, packs: Packs, batch: GlobalBatch, part: range, audit: Audit | None) -> bool:
+        audited = audit.own - part.start if audit is not None and audit.own is not None and audit.own in part else None
+        added = self._sum.pack(len(part), self._measures_norms, audited)
+        packed = packs.compute(batch, part, self._scale, added)
+        added.close()
+        if audit is not None and audited is not None:
+            audit.note_summed(packed.losses[audited], packed.statistics[audited], added.audited)
+        self._own.add_pack(packed.losses, packed.statistics, added.norms)
+        self._mark("compute")
+        return True
+
+    def _add_noted(self, batch: GlobalBatch, part: range, audit: Audit | None) -> list[Single]:
+        """As `_add_singly`; returns hashes of what was computed."""
+        found: list[Single] = []
+        generator = torch.default_generator
+
+        def look(j: int, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
+            drawn = generator.get_state()
+            generator.manual_seed(self.micro_batches.forward_key(batch, j))
+            found.append(
+                Single(
+                    hash64([loss.float()]),
+                    hash64([statistics]) if statistics.numel() else None,
+                    [None if g is None else hash64([g]) for g in gradients],
+                    not torch.equal(drawn, generator.get_state()),
+                )
+            )
+
+        self._look = look
+        try:
+            self._add_singly(batch, part, audit)
+        finally:
+            self._look = None
+        return found
 
     @property
     def gradient_views(self) -> list[Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,76 @@ def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge
         _settle(stack, leaves, merges)
         program.append(tuple(merges))
     return tuple(program), tuple(node for node, _ in stack)
+
+
+class Level(NamedTuple):
+    """Additions inside a pack: leaves first, first + stride, ... (`number`) each take that `distance` behind them."""
+
+    first: int
+    stride: int
+    distance: int
+    number: int
+
+
+class PackProgram(NamedTuple):
+    """How a pack of neighbouring leaves is added.
+
+    Attributes:
+        levels: additions inside the pack; a node lies where its first leaf lay.
+        nodes: the leaves at which nodes are left, in order.
+        sizes: how many leaves each of these covers.
+        merges: additions to and among the rank's buffers: the pack's nodes lie in the first free ones.
+        moves: (to, from): buffers that have to be moved together afterwards.
+        top: buffers in use then.
+    """
+
+    levels: tuple[Level, ...]
+    nodes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    merges: tuple[Merge, ...]
+    moves: tuple[tuple[int, int], ...]
+    top: int
+
+
+@cache
+def pack_program(leaves: int, begin: int, first: int, stop: int) -> PackProgram:
+    """How a rank adds the leaves first ... stop - 1 at once, after those from `begin` on.
+
+    The additions are those of `local_program`, in another order: a node is the sum of its two halves either way.
+
+    Args:
+        leaves: M.
+        begin: where the rank's block begins.
+        first, stop: the pack's leaves.
+    """
+    levels = []
+    for level in range((stop - first).bit_length()):
+        half, stride = 1 << level, 2 << level
+        start = -(-first // stride) * stride
+        count = 0
+        # A node is complete if all its leaves are here; the last of a level may be cut off at M.
+        while start + count * stride + half < stop and min(start + (count + 1) * stride, leaves) <= stop:
+            count += 1
+        if count:
+            levels.append(Level(start - first, stride, half, count))
+    own = local_program(leaves, first, stop)[1]
+    starts = [index << level for level, index in own]
+    ends = [min((index + 1) << level, leaves) for level, index in own]
+    stack = [(node, position) for position, node in enumerate(local_program(leaves, begin, first)[1])]
+    top = len(stack)
+    merges: list[Merge] = []
+    for k, node in enumerate(own):
+        stack.append((node, top + k))
+        _settle(stack, leaves, merges)
+    moves = tuple((to, position) for to, (_, position) in enumerate(stack) if to != position)
+    return PackProgram(
+        tuple(levels),
+        tuple(start - first for start in starts),
+        tuple(end - start for start, end in zip(starts, ends)),
+        tuple(merges),
+        moves,
+        len(stack),
+    )
 
 
 @cache

@@ -17,6 +17,7 @@ from ..exact.batch_norm import RunningStatistics
 from ..exact.gradient_noise import NoiseScale
 from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
+from ..exact.packs import Packs
 from ..exact.step import ExactStep, non_finite
 from ..ranks.watch import Watch
 from ..record.checkpoints import Snapshot
@@ -259,6 +260,10 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
             seed=p.config.trainer.seed,
             alike=p.alike,
         )
+    if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and p.config.trainer.pack != 1:
+        size = None if p.config.trainer.pack == "auto" else int(p.config.trainer.pack)
+        assert isinstance(step, ExactStep)
+        step.packs = Packs(step.micro_batches, p.engine.parameters, p.engine.model, step.statistics, p.device, size)
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(

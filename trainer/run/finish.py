@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import NonFiniteError, TrainerError
 from ..exact.hashes import state_sha256
+from ..exact.step import ExactStep
 from ..ranks.collectives import raise_together
 from ..record.console import say
 from .banner import result_table
@@ -63,6 +64,8 @@ def finish(c: Course) -> dict[str, Any]:
         "time_to_first_step_s": c.time_to_first_step_s,
         "rehearsal_s": c.rehearsal_s,
     }
+    if isinstance(c.step, ExactStep) and c.step.packs is not None:
+        summary["pack"] = c.step.packs.summary()
     _leave(c, summary)
     if c.folder is not None:
         say("", result_table(summary, c.folder.path, p.config.tensorboard.enabled))

@@ -1,0 +1,925 @@
+"""A pack: several micro-batches in one forward and one backward, each with the bits of being computed alone.
+
+A micro-batch belongs to the model: its gradient is a leaf of the tree, its statistics are BatchNorm's, its key seeds
+dropout. How many of them one forward carries belongs to the machine, and must not change a bit. `Pack` is active
+during the forward and the losses. It sees every function of torch that is called, and takes part where a micro-batch
+has something of its own:
+
+- a trained parameter: layers with a rule (`pack_rules`) leave one gradient a micro-batch; any other function is
+  called for one micro-batch at a time, with an alias of the parameter for each;
+- random numbers: drawn for one micro-batch at a time, each from its own stream, as when it is computed alone;
+- BatchNorm's statistics;
+- a value that the host reads (`if mask.all():`): it has to be the same for all micro-batches of the pack.
+
+What cannot be taken apart raises `RefusedError`. `packs` then tries another way, and computes single micro-batches in
+the end. It also compares: no pack is used before its bits were those of single micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .batch_norm import RunningStatistics
+from .pack_leaves import Leaves
+from .pack_rules import (
+    ADDMM,
+    BATCH_NORM,
+    CONVOLUTION,
+    EMBEDDING,
+    ENOUGH_VALUES,
+    LAYER_NORM,
+    LINEAR,
+    MOST_DRAWS,
+    Layer,
+    Rule,
+    Site,
+    drawn_like,
+    same_bits,
+)
+
+Key = tuple[Any, ...]
+
+
+class RefusedError(Exception):
+    """This pack cannot be computed as one.
+
+    Attributes:
+        parameters: of the function that refuses; their module may be computed one micro-batch at a time instead.
+        once: only this pack: the next may have no such trouble.
+    """
+
+    def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False) -> None:
+        super().__init__(what)
+        self.parameters, self.once = tuple(parameters), once
+
+
+class Streams:
+    """The random numbers of a pack's micro-batches: one stream each, as if it were computed alone.
+
+    Args:
+        keys: of the micro-batches.
+        device: of the model.
+    """
+
+    def __init__(self, keys: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
+        self._keys = keys
+        self._states: list[list[Tensor] | None] = [None] * len(keys)
+        # A function that draws without its stream is found by this state, which nothing else moves.
+        for generator in self._generators:
+            generator.manual_seed(0)
+        self._resting = [generator.get_state() for generator in self._generators]
+        self._disturbed = False
+
+    @contextlib.contextmanager
+    def of(self, k: int) -> Iterator[None]:
+        """Torch's generators are those of micro-batch k."""
+        self._look()
+        states = self._states[k]
+        for i, generator in enumerate(self._generators):
+            if states is None:
+                generator.manual_seed(self._keys[k])
+            else:
+                generator.set_state(states[i])
+        try:
+            yield
+        finally:
+            self._states[k] = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, self._resting):
+                generator.set_state(state)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn meanwhile is no micro-batch's."""
+        self._look()
+        try:
+            yield
+        finally:
+            for generator, state in zip(self._generators, self._resting):
+                generator.set_state(state)
+
+    def _look(self) -> None:
+        self._disturbed |= any(
+            not torch.equal(generator.get_state(), state) for generator, state in zip(self._generators, self._resting)
+        )
+
+    def disturbed(self) -> bool:
+        """Whether something drew random numbers that were no micro-batch's."""
+        self._look()
+        return self._disturbed
+
+
+class Alias(torch.autograd.Function):
+    """A parameter as one micro-batch sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, pack: Pack, index: int, k: int) -> Tensor:
+        """The parameter itself."""
+        ctx.pack, ctx.index, ctx.k = pack, index, k
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        """The pack takes the gradient."""
+        ctx.pack.leaves.put_one(ctx.index, ctx.k, grad)
+        return None, None, None, None
+
+
+class Pack(TorchFunctionMode):
+    """Active during the forward and the losses of a pack.
+
+    Attributes:
+        g: micro-batches in it.
+        leaves: takes the gradients.
+        checks: in a trial: compares each layer with the layer applied to one micro-batch at a time.
+        used: whether random numbers were drawn, if `streams` is there.
+
+    Args:
+        parameters: id of a trained parameter -> its place.
+        constants: ids of the model's other tensors, which no micro-batch has a part of.
+        statistics: of normalisation layers.
+        rows: samples of the pack.
+        g: micro-batches; rows / g samples each.
+        leaves: takes the gradients.
+        streams: random numbers.
+        alone: keys of the sites that are computed one micro-batch at a time; a trial adds to them.
+        checks: whether this is a trial.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[int, int],
+        constants: frozenset[int],
+        statistics: RunningStatistics,
+        *,
+        rows: int,
+        g: int,
+        leaves: Leaves,
+        streams: Streams,
+        alone: set[Key],
+        checks: bool,
+    ) -> None:
+        super().__init__()
+        self._parameters, self._constants, self._statistics = parameters, constants, statistics
+        self._rows, self.g, self.leaves, self._streams, self.checks = rows, g, leaves, streams, checks
+        self._alone_sites = alone
+        self.scratch = statistics.scratch_rows(g)
+        self._aliases: dict[tuple[int, int], Tensor] = {}
+        self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
+        self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
+        self._reductions: dict[int, tuple[Tensor, Callable[[int], Any]]] = {}
+        self._now: int | None = None  # the micro-batch that is computed alone
+        self._checked: set[Key] = set()
+
+    # ---- what is called ------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch instead of each of its functions."""
+        kwargs = kwargs or {}
+        if self._now is not None:
+            k = self._now
+            return func(*self._own(args, k), **self._own(kwargs, k))
+        rule = _RULES.get(func)
+        if rule is not None:
+            found = rule(self, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        used = self._used(args) | self._used(kwargs.values()) if kwargs else self._used(args)
+        if used:
+            return self._with_parameters(func, args, kwargs, used)
+        if self.checks or self._alone_sites:
+            key = self._function_key(func, args, kwargs)
+            if key is not None and self._is_alone(key, func, args, kwargs):
+                return self.apart(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _function_key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
+        """Names a function of samples by its shapes; None for one that only looks at tensors or moves values."""
+        name = _name(func)
+        if name in _MOVES:
+            return None
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
+        if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
+            return None
+        return (name, *(tuple(t.shape) for t in tensors), str(tensors[0].dtype))
+
+    def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
+        if key in self._alone_sites:
+            return True
+        if not self.checks or key in self._checked:
+            return False
+        self._checked.add(key)
+        with self._aside():
+            differs = self._differs(func, args, kwargs)
+        if differs and (key[0].endswith("_") or kwargs.get("inplace")):
+            raise RefusedError(f"{key[0]}, which gives other bits in a pack, in place")
+        if differs:
+            self._alone_sites.add(key)
+        return differs
+
+    def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
+        compared = 0
+        for _ in range(MOST_DRAWS):
+            inputs: list[Tensor] = []
+            own = self._drawn((args, kwargs), inputs)
+            try:
+                with torch.enable_grad():
+                    together = func(*_cloned(own[0]), **_cloned(own[1]))
+                    if not isinstance(together, Tensor) or not together.is_floating_point():
+                        return False
+                    pieces = [
+                        func(*_cloned(self.part(own[0], k)), **_cloned(self.part(own[1], k))) for k in range(self.g)
+                    ]
+                    if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
+                        return False  # it mixes samples: the comparison of the whole tells
+                    joined = torch.cat(pieces)
+                    if joined.shape != together.shape:
+                        return False
+                    if not same_bits(together, joined):
+                        return True
+                    if together.requires_grad:
+                        grad = torch.randn_like(together)
+                        one = torch.autograd.grad(together, inputs, grad, allow_unused=True)
+                        other = torch.autograd.grad(joined, inputs, grad, allow_unused=True)
+                        parted = [(a, b) for a, b, i in zip(one, other, inputs) if self.has_part(i)]
+                        if not all(same_bits(a, b) for a, b in parted):
+                            return True
+            except RuntimeError:
+                return False  # not a function of these shapes alone: the comparison of the whole tells
+            compared += together.numel()
+            if compared > ENOUGH_VALUES:
+                break
+        return False
+
+    def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                return value
+            drawn = drawn_like(value.detach())
+            if value.requires_grad:
+                inputs.append(drawn.requires_grad_())
+            return drawn
+        return _mapped(value, lambda v: self._drawn(v, inputs))
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is drawn meanwhile is nobody's."""
+        with self._streams.aside():
+            yield
+
+    def place(self, tensor: Any) -> int | None:
+        """The place of a trained parameter, or of what follows from parameters alone; None for any other."""
+        found = self._parameters.get(id(tensor))
+        return self._derived.get(id(tensor)) if found is None else found
+
+    def _used(self, values: Any) -> set[int]:
+        used = set()
+        for value in values:
+            if isinstance(value, Tensor):
+                place = self.place(value)
+                if place is not None:
+                    used.add(place)
+            elif isinstance(value, (list, tuple)):
+                used |= self._used(value)
+        return used
+
+    def _with_parameters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> Any:
+        """A function without a rule that is given trained parameters."""
+        if self._has_part((args, kwargs)):
+            return self.apart(func, args, kwargs)
+        graphs = self._graphs((args, kwargs))
+        found = func(*graphs[0], **graphs[1])
+        if not isinstance(found, Tensor):
+            if isinstance(found, (list, tuple)) and any(isinstance(f, Tensor) and f.requires_grad for f in found):
+                self.leaves.hold({i for i in used if i >= 0})
+                return type(found)(self._derive(f) if isinstance(f, Tensor) and f.requires_grad else f for f in found)
+            return found
+        if not found.requires_grad:
+            return found
+        if self._touches_graph((args, kwargs)):
+            raise RefusedError(f"{_name(func)} with parameters", tuple(i for i in used if i >= 0))
+        self.leaves.hold({i for i in used if i >= 0})
+        return self._derive(found)
+
+    def _derive(self, graph: Tensor) -> Tensor:
+        """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
+        leaf = graph.detach().requires_grad_()
+        self.derived.append((graph, leaf))
+        self._derived[id(leaf)] = -len(self.derived)
+        self.leaves.expect_shape(-len(self.derived), leaf)
+        return leaf
+
+    def _graphs(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            place = self._derived.get(id(value))
+            return value if place is None else self.derived[-place - 1][0]
+        return _mapped(value, self._graphs)
+
+    def _touches_graph(self, value: Any) -> bool:
+        """Whether a tensor that follows from samples and parameters is among the arguments."""
+        if isinstance(value, Tensor):
+            return value.requires_grad and self.place(value) is None
+        return any(self._touches_graph(v) for v in _parts(value))
+
+    # ---- one micro-batch at a time -------------------------------------------------------------------------------
+
+    def has_part(self, tensor: Tensor) -> bool:
+        """Whether each micro-batch has its own part of a tensor: it lies along the first dimension."""
+        return (
+            tensor.dim() > 0
+            and tensor.size(0) > 0
+            and tensor.size(0) % self._rows == 0
+            and id(tensor) not in self._constants
+            and self.place(tensor) is None
+            and self._statistics.scratch_piece(tensor, self.scratch) is None
+        )
+
+    def _has_part(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return self.has_part(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value == self._rows
+        return any(self._has_part(v) for v in _parts(value))
+
+    def part(self, value: Any, k: int, same: dict[int, Tensor] | None = None) -> Any:
+        """What micro-batch k sees of an argument; an argument that is given twice is one tensor here, too."""
+        same = {} if same is None else same
+        if isinstance(value, Tensor):
+            if self.has_part(value):
+                size = value.size(0) // self.g
+                if id(value) not in same:
+                    same[id(value)] = value.narrow(0, k * size, size)
+                return same[id(value)]
+            return self._own(value, k)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value // self.g if value == self._rows else value
+        return _mapped(value, lambda v: self.part(v, k, same))
+
+    def _own(self, value: Any, k: int) -> Any:
+        """An argument with micro-batch k's own parameters and scratch memory."""
+        if isinstance(value, Tensor):
+            place = self.place(value)
+            if place is not None:
+                return self._alias(value, place, k)
+            own = self._statistics.scratch_piece(value, self.scratch)
+            return value if own is None else own[k].data
+        if isinstance(value, (list, tuple, dict)):
+            return _mapped(value, lambda v: self._own(v, k))
+        return value
+
+    def _alias(self, value: Tensor, place: int, k: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return value
+        alias = self._aliases.get((place, k))
+        if alias is None:
+            self.leaves.expect(place)
+            alias = self._aliases[place, k] = Alias.apply(value, self, place, k)
+        return alias
+
+    def apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], random: bool = False) -> Any:
+        """Calls a function for one micro-batch at a time, and joins what it returns."""
+        found = []
+        for k in range(self.g):
+            with self._streams.of(k) if random else contextlib.nullcontext():
+                found.append(func(*self.part(args, k), **self.part(kwargs, k)))
+        return self.joined(found, func)
+
+    def joined(self, found: Sequence[Any], what: Any) -> Any:
+        """One value of those of all micro-batches."""
+        first = found[0]
+        if isinstance(first, Tensor):
+            if first.dim() == 0:
+                raise RefusedError(f"{_name(what)} mixes samples")
+            return torch.cat(list(found))
+        if isinstance(first, tuple) and hasattr(first, "_fields"):
+            return type(first)(*(self.joined(column, what) for column in zip(*found)))
+        if isinstance(first, (list, tuple)):
+            return type(first)(self.joined(column, what) for column in zip(*found))
+        if isinstance(first, Mapping):
+            return type(first)({name: self.joined([f[name] for f in found], what) for name in first})  # type: ignore[call-arg]
+        if any(f != first for f in found[1:]):
+            raise RefusedError(f"{_name(what)} differs among micro-batches", once=True)
+        return first
+
+    @contextlib.contextmanager
+    def now(self, k: int, random: bool = True) -> Iterator[None]:
+        """What is called meanwhile is called for micro-batch k alone."""
+        assert self._now is None
+        self._now = k
+        try:
+            with self._streams.of(k) if random else contextlib.nullcontext():
+                yield
+        finally:
+            self._now = None
+
+    @contextlib.contextmanager
+    def modules_apart(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Modules are called for one micro-batch at a time."""
+        for module in modules:
+            module.forward = self._apart_forward(module, module.forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own is behind it
+
+    def _apart_forward(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._now is not None:
+                return forward(*args, **kwargs)
+            found = []
+            for k in range(self.g):
+                with self.now(k):
+                    with torch._C.DisableTorchFunction():
+                        own = self.part((args, kwargs), k)
+                    found.append(forward(*own[0], **own[1]))
+            self._now = 0  # what is joined is nobody's
+            try:
+                return self.joined(found, type(module).__name__)
+            finally:
+                self._now = None
+
+        return call
+
+    def outputs_of(self, outputs: Any, k: int) -> Any:
+        """Micro-batch k's part of what a task's forward returned."""
+        with torch._C.DisableTorchFunction():
+            tensors = [outputs] if isinstance(outputs, Tensor) else list(_parts(outputs))
+            if not tensors or not all(isinstance(t, Tensor) and self.has_part(t) for t in tensors):
+                raise RefusedError("an output that does not have one row a sample")
+            return self.part(outputs, k)
+
+    # ---- random numbers, statistics, values that the host reads ---------------------------------------------------
+
+    def stream(self, k: int) -> contextlib.AbstractContextManager[None]:
+        """Torch's generators are those of micro-batch k."""
+        return self._streams.of(k)
+
+    def scratch_of(self, running: Tensor | None) -> Tensor | None:
+        """Where the micro-batches' statistics of a layer go: (g, features)."""
+        return None if running is None else self._statistics.scratch_piece(running, self.scratch)
+
+    def has_parts(self, value: Any) -> bool:
+        """Whether each micro-batch has its own part of one of some arguments."""
+        return self._has_part(value)
+
+    def reduced(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A number of a whole tensor; each micro-batch has its own, in case that the host reads it."""
+        found = func(*args, **kwargs)
+        self._reductions[id(found)] = (found, lambda k: func(*self.part(args, k), **kwargs))
+        return found
+
+    def read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the host reads of a tensor, if it is the same for all micro-batches."""
+        if id(args[0]) in self._constants or self.place(args[0]) is not None:
+            return func(*args, **kwargs)
+        known = self._reductions.get(id(args[0]))
+        if known is None:
+            raise RefusedError(f"{_name(func)}: what is done next depends on values")
+        values = [func(known[1](k), *args[1:], **kwargs) for k in range(self.g)]
+        if any(value != values[0] for value in values[1:]):
+            raise RefusedError(f"{_name(func)} gives micro-batches different values", once=True)
+        return values[0]
+
+    # ---- layers --------------------------------------------------------------------------------------------------
+
+    def layer(
+        self,
+        rule: Rule,
+        name: str,
+        call: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        casts: bool = True,
+        **options: Any,
+    ) -> Any:
+        """A layer by its rule; NotImplemented where it has to be computed one micro-batch at a time."""
+        places = [None if p is None else self.place(p) for p in (weight, bias)]
+        key = (name, *places, tuple(x.shape))
+        if key in self._alone_sites or not torch.is_grad_enabled():
+            return NotImplemented
+        tensors = [x, weight, bias]
+        if casts and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            # The casts are made here, so that the layer's backward meets what its forward used.
+            tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+        site = Site(self, rule, call, key, *places, **options)
+        if self.checks and key not in self._checked:
+            with torch.no_grad(), self._aside():
+                if site.differs(*tensors):  # type: ignore[arg-type]
+                    self._alone_sites.add(key)
+                    return NotImplemented
+            self._checked.add(key)
+        for place in places:
+            if place is not None:
+                self.leaves.expect(place)
+        return Layer.apply(site, *tensors)
+
+
+# Functions that look at a tensor or move its values: never another bit.
+_MOVES = frozenset(
+    (
+        *("__get__", "size", "dim", "numel", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "to"),
+        *("contiguous", "unsqueeze", "squeeze", "expand", "detach", "float", "clone", "cat", "stack", "chunk", "split"),
+        *(
+            "narrow",
+            "select",
+            "__getitem__",
+            "index_select",
+            "type_as",
+            "is_floating_point",
+            "is_contiguous",
+            "view_as",
+        ),
+        *("requires_grad_", "expand_as", "movedim", "t", "swapaxes", "data_ptr", "stride", "element_size", "__len__"),
+        *("zero_", "fill_", "copy_", "relu", "masked_fill", "gather"),
+    )
+)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else _mapped(value, _cloned)
+
+
+def _name(func: Any) -> str:
+    return func if isinstance(func, str) else getattr(func, "__name__", str(func))
+
+
+def _parts(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value
+    return value.values() if isinstance(value, Mapping) else ()
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(function(v) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(v) for v in value)
+    if isinstance(value, dict):
+        return {name: function(v) for name, v in value.items()}
+    return value
+
+
+# ---- what torch's functions mean for a pack -----------------------------------------------------------------------
+
+
+def _tuple(value: Any, n: int) -> list[int] | None:
+    if isinstance(value, int):
+        return [value] * n
+    return list(value) if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value) else None
+
+
+def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and pack.has_part(x)
+        and any(p is not None and pack.place(p) is not None for p in parameters)
+    )
+
+
+def _linear(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call_linear(pack, *args, **kwargs)
+
+
+def _call_linear(pack: Pack, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not _concerns(pack, input, weight, bias):
+        return NotImplemented
+
+    def call(x: Tensor, w: Tensor, b: Tensor | None, place: int = 0) -> Tensor:
+        return F.linear(x, w, b)
+
+    return pack.layer(LINEAR, "linear", call, input, weight, bias)
+
+
+def _addmm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """GPT-2's Conv1D: bias + x @ weight."""
+    if kwargs or len(args) != 3:
+        return NotImplemented
+    bias, x, weight = args
+    if not _concerns(pack, x, weight, bias) or bias.dim() != 1:
+        return NotImplemented
+
+    def call(x: Tensor, w: Tensor, b: Tensor, place: int = 0) -> Tensor:
+        return torch.addmm(b, x, w)
+
+    return pack.layer(ADDMM, "addmm", call, x, weight, bias)
+
+
+def _convolution(n: int, transposed: bool) -> Callable[..., Any]:
+    def plain(
+        pack: Pack, func: Any, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        dilation: Any = 1, groups: int = 1,
+    ) -> Any:  # fmt: skip
+        return both(pack, func, x, weight, bias, stride, padding, 0, groups, dilation)
+
+    def both(
+        pack: Pack, func: Any, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> Any:  # fmt: skip
+        names = ("stride", "padding", "output_padding", "dilation")
+        options: dict[str, Any] = dict(zip(names, (_tuple(v, n) for v in (stride, padding, output_padding, dilation))))
+        if None in options.values() or not _concerns(pack, x, weight, bias) or x.dim() != n + 2:
+            return NotImplemented
+        o = options
+
+        def call(x: Tensor, w: Tensor, b: Tensor | None, place: int = 0) -> Tensor:
+            rest = (o["stride"], o["padding"], o["dilation"], transposed, o["output_padding"], groups)
+            return torch.convolution(x, w, b, *rest)
+
+        options |= {"groups": groups, "transposed": transposed}
+        return pack.layer(CONVOLUTION, _name(func), call, x, weight, bias, **options)
+
+    def rule(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "input" in kwargs:
+            return NotImplemented
+        return (both if transposed else plain)(pack, func, *args, **kwargs)
+
+    return rule
+
+
+def _embedding(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call_embedding(pack, *args, **kwargs)
+
+
+def _call_embedding(
+    pack: Pack,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or sparse or not _concerns(pack, input, weight):
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.size(0)
+
+    def call(x: Tensor, w: Tensor, b: None, place: int = 0) -> Tensor:
+        return F.embedding(x, w, padding_idx, None, norm_type, scale_grad_by_freq)
+
+    options = {"padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
+    return pack.layer(EMBEDDING, "embedding", call, input, weight, None, casts=False, **options)
+
+
+def _layer_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call_layer_norm(pack, *args, **kwargs)
+
+
+def _call_layer_norm(
+    pack: Pack,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if not _concerns(pack, input, weight, bias):
+        return NotImplemented
+
+    def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
+        return F.layer_norm(x, normalized_shape, w, b, eps)
+
+    return pack.layer(
+        LAYER_NORM, "layer_norm", call, input, weight, bias, casts=False, shape=list(normalized_shape), eps=eps
+    )
+
+
+def _batch_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call_batch_norm(pack, *args, **kwargs)
+
+
+def _call_batch_norm(
+    pack: Pack,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not training:
+        return NotImplemented
+    mean, var = pack.scratch_of(running_mean), pack.scratch_of(running_var)
+    if not pack.has_part(input) or (running_mean is not None and mean is None):
+        raise RefusedError("a BatchNorm whose samples or statistics are not those of a micro-batch")
+
+    def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
+        own = [None if r is None else r[place].data for r in (mean, var)]
+        return F.batch_norm(x, own[0], own[1], w, b, True, momentum, eps)
+
+    options: dict[str, Any] = {"mean": mean, "var": var, "momentum": momentum, "eps": eps}
+    found = pack.layer(BATCH_NORM, "batch_norm", call, input, weight, bias, casts=False, **options)
+    if found is NotImplemented:
+        return pack.apart(F.batch_norm, (input, running_mean, running_var, weight, bias, True, momentum, eps), {})
+    return found
+
+
+def _instance_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return pack.apart(func, args, kwargs)
+
+
+def _dropout(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _call_dropout(pack, func, *args, **kwargs)
+
+
+def _call_dropout(
+    pack: Pack, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    if not training or p == 0.0:
+        return NotImplemented
+    _needs_part(pack, func, input)
+    if input.device.type != "cpu" or p == 1.0:
+        return pack.apart(F.dropout, (input, p, True), {}, random=True)
+    # As torch's dropout on the CPU: only the draws are one micro-batch at a time.
+    noise = torch.empty_like(input)
+    for k in range(pack.g):
+        with pack.stream(k):
+            pack.part(noise, k).bernoulli_(1 - p)
+    return input * noise.div_(1 - p)
+
+
+def _other_dropout(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    training = kwargs.get("training", args[2] if len(args) > 2 else func is not F.alpha_dropout)
+    if not training:
+        return NotImplemented
+    _needs_part(pack, func, args[0])
+    return pack.apart(func, args, kwargs, random=True)
+
+
+def _attention(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) == 0.0:
+        return NotImplemented
+    return pack.apart(func, args, kwargs, random=True)
+
+
+def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Random numbers of the shape of an argument, or of a shape whose first number is that of the samples."""
+    if kwargs.get("generator") is not None:
+        raise RefusedError(f"{_name(func)} with a generator of its own")
+    return pack.apart(func, args, kwargs, random=True) if pack.has_parts((args, kwargs)) else NotImplemented
+
+
+def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("generator") is not None or not pack.has_part(args[0]):
+        raise RefusedError(f"{_name(func)}, whose numbers are not those of a micro-batch")
+    for k in range(pack.g):
+        with pack.stream(k):
+            func(*pack.part(args, k), **pack.part(kwargs, k))
+    return args[0]
+
+
+def _needs_part(pack: Pack, func: Any, x: Any) -> None:
+    if not (isinstance(x, Tensor) and pack.has_part(x)):
+        raise RefusedError(f"{_name(func)} of something that no micro-batch has a part of")
+
+
+def _reduction(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A whole tensor's number, which the host may read."""
+    if len(args) != 1 or set(kwargs) - {"dtype"} or not isinstance(args[0], Tensor) or not pack.has_part(args[0]):
+        return NotImplemented
+    return pack.reduced(func, args, kwargs)
+
+
+def _read(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return pack.read(func, args, kwargs)
+
+
+def _shape_follows_values(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise RefusedError(f"{_name(func)}: the shape of what it returns depends on values")
+
+
+def _where(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return NotImplemented if len(args) + len(kwargs) > 1 else _shape_follows_values(pack, func, args, kwargs)
+
+
+def _index(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    places = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if any(isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8) for p in places):
+        raise RefusedError("an index of booleans: the shape of what it gives depends on values")
+    return NotImplemented
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
+    Tensor.__getitem__: _index,
+    torch.where: _where,
+}
+_RULES |= {
+    function: _convolution(n, transposed)
+    for n, transposed, function in (
+        (1, False, F.conv1d),
+        (2, False, F.conv2d),
+        (3, False, F.conv3d),
+        (1, True, F.conv_transpose1d),
+        (2, True, F.conv_transpose2d),
+        (3, True, F.conv_transpose3d),
+    )
+}
+_RULES |= dict.fromkeys(
+    (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), _other_dropout
+)
+_RULES |= dict.fromkeys(
+    (
+        torch.rand,
+        torch.randn,
+        torch.randint,
+        torch.rand_like,
+        torch.randn_like,
+        torch.randint_like,
+        torch.bernoulli,
+        torch.normal,
+        torch.poisson,
+        Tensor.bernoulli,
+        torch.multinomial,
+        Tensor.multinomial,
+    ),
+    _drawn,
+)
+_RULES |= dict.fromkeys(
+    (Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.random_, Tensor.log_normal_),
+    _drawn_in_place,
+)
+_RULES |= dict.fromkeys(
+    (
+        torch.all,
+        Tensor.all,
+        torch.any,
+        Tensor.any,
+        torch.max,
+        Tensor.max,
+        torch.min,
+        Tensor.min,
+        torch.sum,
+        Tensor.sum,
+        torch.amax,
+        Tensor.amax,
+        torch.count_nonzero,
+        Tensor.count_nonzero,
+    ),
+    _reduction,
+)
+_RULES |= dict.fromkeys(
+    (
+        Tensor.__bool__,
+        Tensor.item,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__array__,
+        torch.equal,
+        Tensor.equal,
+        torch.allclose,
+        Tensor.allclose,
+        Tensor.__contains__,
+    ),
+    _read,
+)
+_RULES |= dict.fromkeys(
+    (
+        torch.nonzero,
+        Tensor.nonzero,
+        torch.argwhere,
+        Tensor.argwhere,
+        torch.masked_select,
+        Tensor.masked_select,
+        torch.unique,
+        Tensor.unique,
+        torch.unique_consecutive,
+        Tensor.unique_consecutive,
+        torch.bincount,
+        Tensor.bincount,
+        torch.repeat_interleave,
+        Tensor.repeat_interleave,
+    ),
+    _shape_follows_values,
+)

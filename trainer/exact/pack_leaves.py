@@ -1,0 +1,111 @@
+"""The gradients that a pack's backward leaves behind: one a micro-batch and parameter, until a sink takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Sink(Protocol):
+    """Takes the gradients of a pack."""
+
+    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
+        """Takes one parameter's gradients.
+
+        Args:
+            place: of the parameter.
+            rows: (g, *shape) float32, one a micro-batch; the sink may change them.
+            present: which micro-batches used the parameter; None for all. Other rows have no meaning.
+        """
+        ...
+
+
+class Leaves:
+    """Collects gradients while the backward of a pack goes through it.
+
+    A parameter goes to the sink as soon as all its uses have been met, so that memory is needed for the layers under
+    way and not for the whole model g times. Gradients of several uses are added in the order in which they come, as
+    autograd does.
+
+    Args:
+        parameters: the trained ones, in order.
+        g: micro-batches in the pack.
+        sink: takes what is complete.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], g: int, sink: Sink) -> None:
+        self._shapes = {place: parameter.shape for place, parameter in enumerate(parameters)}
+        self._like, self._g, self._sink = parameters[0], g, sink
+        self._rows: dict[int, Tensor] = {}
+        self._present: dict[int, list[bool] | None] = {}
+        self._expected: dict[int, int] = {}
+        self._held: set[int] = set()
+        self._done: set[int] = set()
+
+    def expect(self, place: int) -> None:
+        """One more gradient of a parameter will come, unless its use leads to no loss."""
+        self._expected[place] = self._expected.get(place, 0) + 1
+
+    def expect_shape(self, place: int, like: Tensor) -> None:
+        """Something that follows from parameters gets a place, below 0."""
+        self._shapes[place] = like.shape
+
+    def hold(self, places: set[int]) -> None:
+        """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
+        self._held |= places
+
+    def put(self, place: int, rows: Tensor) -> None:
+        """Adds gradients of all micro-batches: (g, *shape), fresh."""
+        rows = rows.to(torch.float32).view(self._g, *self._shapes[place])
+        if place not in self._rows:
+            self._rows[place], self._present[place] = rows, None
+        elif self._present[place] is None:
+            self._rows[place].add_(rows)
+        else:
+            for k in range(self._g):
+                self._add(place, k, rows[k])
+        self._count(place)
+
+    def put_one(self, place: int, k: int, gradient: Tensor) -> None:
+        """Adds the gradient of micro-batch k."""
+        if place not in self._rows:
+            self._rows[place] = torch.empty(self._g, *self._shapes[place], device=gradient.device)
+            self._present[place] = [False] * self._g
+        self._add(place, k, gradient)
+        self._count(place)
+
+    def _add(self, place: int, k: int, gradient: Tensor) -> None:
+        present = self._present[place]
+        if present is None or present[k]:
+            self._rows[place][k].add_(gradient)
+        else:
+            self._rows[place][k].copy_(gradient)
+            present[k] = True
+
+    def _count(self, place: int) -> None:
+        if place < 0 or place in self._held:
+            return
+        self._expected[place] -= 1
+        if self._expected[place] == 0:
+            self._pass_on(place)
+
+    def _pass_on(self, place: int) -> None:
+        assert place not in self._done, "a gradient came after its parameter was complete"
+        self._done.add(place)
+        present = self._present.pop(place)
+        self._sink.take(place, self._rows.pop(place), None if present is None or all(present) else present)
+
+    def of(self, place: int) -> list[Tensor | None] | None:
+        """The gradients so far, one a micro-batch; None where nothing came."""
+        rows, present = self._rows.pop(place, None), self._present.pop(place, None)
+        if rows is None:
+            return None
+        return [row if present is None or present[k] else None for k, row in enumerate(rows)]
+
+    def finish(self) -> None:
+        """Passes on what is left."""
+        for place in sorted(self._rows):
+            self._pass_on(place)

@@ -1,0 +1,288 @@
+"""How layers are computed for several micro-batches at once, so that each keeps the bits of being computed alone.
+
+A pack lays g micro-batches of one shape one after the other along the first dimension. Whatever treats each sample by
+itself needs no rule. What adds over samples does: the gradients of parameters, and BatchNorm. A rule's forward and its
+gradient for the input are one operation for the pack. Its gradients for parameters are one a micro-batch, (g, *shape).
+
+Nothing here is assumed to be exact. In a trial each rule is compared with its layer applied to one micro-batch at a
+time, on the same inputs (`Site.check_*`), and what differs is computed one at a time from then on. See `pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .pack import Pack
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the input; of weight and bias, (g, *shape)
+
+
+class Rule(NamedTuple):
+    """How a kind of layer is computed for a pack.
+
+    Attributes:
+        forward: (site, x, weight, bias) -> (output, tensors that backward needs).
+        backward: (site, gradient of the output, x, weight, bias, those tensors) -> gradients.
+        needs_input: whether backward looks at x.
+    """
+
+    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    backward: Callable[..., Gradients]
+    needs_input: bool = True
+
+
+class Site:
+    """One use of a layer's function in a packed forward.
+
+    Args:
+        pack: under way.
+        rule: of the function.
+        call: the plain function of (x, weight, bias), of a pack or of one micro-batch.
+        key: names the place, for what trials find out.
+        weight, bias: their numbers among the parameters; None for one that is not trained or not there.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        rule: Rule,
+        call: Callable[..., Tensor],
+        key: tuple[Any, ...],
+        weight: int | None,
+        bias: int | None,
+        **options: Any,
+    ) -> None:
+        self.pack, self.rule, self.call, self.key = pack, rule, call, key
+        self.weight, self.bias, self.options = weight, bias, options
+
+    @property
+    def g(self) -> int:
+        """Micro-batches in the pack."""
+        return self.pack.g
+
+    def alone(self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """The gradients by plain autograd, one micro-batch at a time."""
+        dx, rows = [], ([], [])  # type: ignore[var-annotated]
+        wanted = (self.weight is not None, self.bias is not None)
+        for k, (d, i) in enumerate(zip(grad.chunk(self.g), x.chunk(self.g))):
+            with torch.enable_grad():
+                i = i.detach().requires_grad_(i.is_floating_point())
+                own = [p if p is None else p.detach().requires_grad_(w) for p, w in zip((weight, bias), wanted)]
+                y = self.call(i, *own, place=k)
+                inputs = ([i] if i.requires_grad else []) + [p for p, w in zip(own, wanted) if w and p is not None]
+                found = list(torch.autograd.grad(y, inputs, d))
+            if i.requires_grad:
+                dx.append(found.pop(0))
+            for list_, w in zip(rows, wanted):
+                if w:
+                    list_.append(found.pop(0))
+        stacked = [torch.stack(r) if r else None for r in rows]
+        return (torch.cat(dx) if dx else None), stacked[0], stacked[1]
+
+    def differs(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether the rule gives other bits than one micro-batch at a time, of random values of these shapes."""
+        compared = 0
+        for _ in range(MOST_DRAWS):
+            own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
+            y, saved = self.rule.forward(self, *own)
+            if not same_bits(
+                y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(own[0].chunk(self.g))])
+            ):
+                return True
+            grad = torch.randn_like(y)
+            found = self.rule.backward(self, grad, *own, *saved)
+            if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
+                return True
+            compared += y.numel()
+            if compared > ENOUGH_VALUES:
+                break
+        return False
+
+
+# A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
+# small.
+ENOUGH_VALUES, MOST_DRAWS = 4096, 32
+
+
+def drawn_like(tensor: Tensor) -> Tensor:
+    """Random values of a tensor's shape, layout and type; itself if it holds no floating-point numbers."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn_like(tensor, requires_grad=False).requires_grad_(tensor.requires_grad)
+
+
+class Layer(torch.autograd.Function):
+    """A layer in a pack: leaves the parameters' gradients with the pack, one a micro-batch."""
+
+    @staticmethod
+    def forward(ctx: Any, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The pack's output."""
+        y, saved = site.rule.forward(site, x, weight, bias)
+        ctx.site = site
+        kept = x if site.rule.needs_input else None
+        ctx.save_for_backward(kept, weight, bias, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+        """The input's gradient; none for the parameters, whose gradients the pack has taken."""
+        site: Site = ctx.site
+        x, weight, bias, *saved = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
+            for index, row in zip((site.weight, site.bias), rows):
+                if index is not None:
+                    assert row is not None
+                    site.pack.leaves.put(index, row)
+        return None, dx if ctx.needs_input_grad[1] else None, None, None
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same bits; waits for the device."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def cut(tensor: Tensor, g: int) -> tuple[Tensor, ...]:
+    """The pieces of a pack's micro-batches."""
+    return tensor.chunk(g)
+
+
+# ---- dense layers -------------------------------------------------------------------------------------------------
+
+
+def _linear_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return site.call(x, weight, bias), ()
+
+
+def _linear_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    out, into = grad.shape[-1], x.shape[-1]
+    d, i = grad.reshape(site.g, -1, out), x.reshape(site.g, -1, into)
+    dx = grad.reshape(-1, out).mm(weight).view(x.shape) if x.requires_grad else None
+    dw = torch.bmm(d.transpose(1, 2), i) if site.weight is not None else None
+    return dx, dw, d.sum(1) if site.bias is not None else None
+
+
+def _addmm_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    d, i = grad.reshape(site.g, -1, grad.shape[-1]), x.reshape(site.g, -1, x.shape[-1])
+    dx = grad.mm(weight.t()) if x.requires_grad else None
+    dw = torch.bmm(i.transpose(1, 2), d) if site.weight is not None else None
+    return dx, dw, d.sum(1) if site.bias is not None else None
+
+
+# ---- convolutions: the weight's gradient one micro-batch at a time, by plain's own kernel --------------------------
+
+
+def _convolution_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    o = site.options
+    sizes = None if bias is None else [bias.numel()]
+    rest = (sizes, o["stride"], o["padding"], o["dilation"], o["transposed"], o["output_padding"], o["groups"])
+    back = torch.ops.aten.convolution_backward
+    dx = back(grad, x, weight, *rest, [True, False, False])[0] if x.requires_grad else None
+    mask = [False, site.weight is not None, site.bias is not None]
+    if not any(mask):
+        return dx, None, None
+    parts = [back(d, i, weight, *rest, mask) for d, i in zip(cut(grad, site.g), cut(x, site.g))]
+    dw = torch.stack([part[1] for part in parts]) if mask[1] else None
+    return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
+
+
+# ---- embeddings ----------------------------------------------------------------------------------------------------
+
+
+def _embedding_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
+    (V, _), g, o = weight.shape, site.g, site.options
+    # A table g times as long, of which each micro-batch has its own part.
+    rows = x.reshape(g, -1) + torch.arange(g, device=x.device)[:, None] * V
+    wide = torch.ops.aten.embedding_dense_backward(
+        grad.reshape(g, -1, grad.shape[-1]), rows, g * V, -1, o["scale_grad_by_freq"]
+    ).view(g, *weight.shape)
+    if o["padding_idx"] is not None:
+        wide[:, o["padding_idx"]].zero_()
+    return None, wide, None
+
+
+# ---- normalisation -------------------------------------------------------------------------------------------------
+
+
+def _layer_norm_forward(
+    site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, mean, rstd = torch.ops.aten.native_layer_norm(x, site.options["shape"], weight, bias, site.options["eps"])
+    return y, (mean, rstd)
+
+
+def _layer_norm_backward(
+    site: Site, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Gradients:
+    back, shape, g = torch.ops.aten.native_layer_norm_backward, site.options["shape"], site.g
+    dx = back(grad, x, shape, mean, rstd, weight, bias, [True, False, False])[0] if x.requires_grad else None
+    mask = [False, site.weight is not None, site.bias is not None]
+    pieces = zip(cut(grad, g), cut(x, g), cut(mean, g), cut(rstd, g))
+    parts = [back(d, i, shape, mu, r, weight, bias, mask) for d, i, mu, r in pieces]
+    dw = torch.stack([part[1] for part in parts]) if mask[1] else None
+    return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
+
+
+def _beside(x: Tensor, g: int) -> Tensor:
+    """(g m, C, ...) -> (m, g C, ...): the channels of a micro-batch lie beside another's, as channels of their own."""
+    return x.view(g, -1, *x.shape[1:]).transpose(0, 1).reshape(len(x) // g, -1, *x.shape[2:])
+
+
+def _apart(y: Tensor, g: int) -> Tensor:
+    """(m, g C, ...) -> (g m, C, ...)."""
+    return y.view(len(y), g, -1, *y.shape[2:]).transpose(0, 1).reshape(g * len(y), -1, *y.shape[2:])
+
+
+def _batch_norm_forward(
+    site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    o, g = site.options, site.g
+    w, b = (None if p is None else p.repeat(g) for p in (weight, bias))
+    # Each micro-batch's statistics go to its own row of scratch memory.
+    kept = [None if r is None else r.reshape(-1) for r in (o["mean"], o["var"])]
+    x = _beside(x, g)
+    y, mean, rstd = torch.ops.aten.native_batch_norm(x, w, b, *kept, True, o["momentum"], o["eps"])
+    for rows, values in zip((o["mean"], o["var"]), kept):
+        if rows is not None:
+            assert values is not None
+            rows.copy_(values.view_as(rows))
+    saved = (x, mean, rstd) if w is None else (x, mean, rstd, w)
+    # Not a view: it may be changed in place.
+    return _apart(y, g), saved
+
+
+def _batch_norm_backward(
+    site: Site,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    beside: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor | None = None,
+) -> Gradients:
+    g = site.g
+    mask = [True, site.weight is not None, site.bias is not None]
+    dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+        _beside(grad, g), beside, w, None, None, mean, rstd, True, site.options["eps"], mask
+    )
+    return _apart(dx, g), dw.view(g, -1) if mask[1] else None, db.view(g, -1) if mask[2] else None
+
+
+LINEAR = Rule(_linear_forward, _linear_backward)
+ADDMM = Rule(_linear_forward, _addmm_backward)
+CONVOLUTION = Rule(_linear_forward, _convolution_backward)
+EMBEDDING = Rule(_linear_forward, _embedding_backward)
+LAYER_NORM = Rule(_layer_norm_forward, _layer_norm_backward)
+BATCH_NORM = Rule(_batch_norm_forward, _batch_norm_backward, needs_input=False)

@@ -1,0 +1,412 @@
+"""Which micro-batches share a pack, and that no pack changes a bit.
+
+A shape that has not been met is tried first: its micro-batches are computed one by one, which is what counts, and as a
+pack. Losses, statistics and gradients are compared bit for bit. Layers that differ are computed one micro-batch at a
+time in later packs; where the whole differs, that shape has no packs. So a pack that is used has always been compared,
+on this device and with these kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .batch_norm import RunningStatistics
+from .hashes import hash64
+from .micro_batches import GlobalBatch, MicroBatches
+from .pack import Key, Pack, RefusedError, Streams
+from .pack_leaves import Leaves, Sink
+
+# Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
+TRIALS = 3
+# Modules that take samples and parameters apart in ways of their own.
+_APART = (nn.RNNBase, nn.MultiheadAttention)
+
+
+class Packed(NamedTuple):
+    """What a pack found besides gradients.
+
+    Attributes:
+        losses: (g,) summed losses.
+        statistics: (g, size) of normalisation layers.
+    """
+
+    losses: Tensor
+    statistics: Tensor
+
+
+@dataclass
+class _Verdict:
+    """What is known of packs of one shape.
+
+    Attributes:
+        refusal: why there are none; None if their bits are those of single micro-batches.
+        trials: in which they were.
+        random: whether a micro-batch draws random numbers.
+    """
+
+    refusal: str | None
+    random: bool = True
+    trials: int = 0
+
+
+@dataclass
+class _Sums:
+    """A sink that keeps a hash of each gradient: `found[place][k]`, 0 for one that is not there."""
+
+    g: int
+    found: dict[int, list[Tensor | None]] = field(default_factory=dict)
+
+    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
+        self.found[place] = [hash64([r]) if present is None or present[k] else None for k, r in enumerate(rows)]
+
+
+class Packs:
+    """Computes packs.
+
+    Args:
+        micro_batches: computes single ones.
+        parameters: the trained ones, in order.
+        model: has them.
+        statistics: of its normalisation layers.
+        device: of the model.
+        size: micro-batches of a pack; None to find the fastest by the clock, while the run goes on.
+
+    Attributes:
+        size: micro-batches of the packs of this step, at most.
+    """
+
+    def __init__(
+        self,
+        micro_batches: MicroBatches,
+        parameters: Sequence[Tensor],
+        model: nn.Module,
+        statistics: RunningStatistics,
+        device: torch.device,
+        size: int | None = None,
+    ) -> None:
+        self._micro_batches, self._trained = micro_batches, list(parameters)
+        self._model, self._statistics, self._device = model, statistics, device
+        self._places = {id(p): place for place, p in enumerate(self._trained)}
+        tensors = [*model.parameters(), *model.buffers()]
+        self._constants = frozenset(id(t) for t in tensors if id(t) not in self._places)
+        self._owners: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for p in module.parameters(recurse=False):
+                if id(p) in self._places:
+                    self._owners.setdefault(self._places[id(p)], []).append(name)
+        self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
+        self._alone: set[Key] = set()
+        self._verdicts: dict[Key, _Verdict] = {}
+        self.size = 1 if size is None else size
+        self._limit: int | None = None  # what fits into memory
+        self._choice = Choice(device) if size is None else None
+        self._tried = False
+
+    # ---- how many ------------------------------------------------------------------------------------------------
+
+    def begin(self, block: int) -> int:
+        """A step begins, in which this rank has a block of so many micro-batches. Returns the size of its packs."""
+        self._tried = False
+        if self._choice is not None:
+            self.size = self._choice.begin(block, self._limit, self._refused_sizes())
+        elif self._limit is not None:
+            self.size = min(self.size, self._limit)
+        return self.size
+
+    def end(self) -> None:
+        """The micro-batches of the step have been computed."""
+        if self._choice is not None:
+            self._choice.end(self._tried)
+
+    def _refused_sizes(self) -> set[int]:
+        by_size: dict[int, list[bool]] = {}
+        for key, verdict in self._verdicts.items():
+            by_size.setdefault(key[0], []).append(verdict.refusal is not None)
+        return {size for size, refused in by_size.items() if all(refused)}
+
+    def shrink(self, size: int) -> None:
+        """Memory ran out: packs have at most `size` micro-batches from now on."""
+        self._limit = max(1, size)
+
+    def refuse(self, batch: GlobalBatch, part: range, error: RefusedError) -> None:
+        """A pack could not be computed, though its shape can: where that was no chance, it is not tried again."""
+        if not error.once:
+            self._verdicts[self._key(batch, part)].refusal = str(error)
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: the size, what limits it, and what is computed one micro-batch at a time."""
+        found: dict[str, Any] = {"size": self.size}
+        if self._limit is not None:
+            found["limited_by_memory_to"] = self._limit
+        if self.refusals():
+            found["refused"] = {str(size): why for size, why in sorted(self.refusals().items())}
+        if self._apart or self._alone:
+            found["one_at_a_time"] = sorted({*self._apart, *(key[0] for key in self._alone)})
+        return found
+
+    # ---- which micro-batches share one ---------------------------------------------------------------------------
+
+    def parts(self, batch: GlobalBatch, block: range) -> Iterator[range]:
+        """A rank's block in parts, each of which may be a pack: at most `size` micro-batches of one shape.
+
+        Parts begin at multiples of the size, so that a part is a branch of the tree.
+        """
+        start = block.start
+        while start < block.stop:
+            stop = min(block.stop, (start // self.size + 1) * self.size)
+            first = self._shape(batch, start)
+            end = start + 1
+            while end < stop and self._shape(batch, end) == first:
+                end += 1
+            yield range(start, end)
+            start = end
+
+    @staticmethod
+    def _shape(batch: GlobalBatch, j: int) -> tuple[int, int]:
+        begin, end = batch.bounds[j]
+        return end - begin, batch.longest[j] if batch.longest is not None else 0
+
+    def known(self, batch: GlobalBatch, part: range) -> bool | None:
+        """Whether a part may be a pack; None if that is not known yet."""
+        verdict = self._verdicts.get(self._key(batch, part))
+        if verdict is None or (verdict.refusal is None and verdict.trials < TRIALS):
+            return None
+        return verdict.refusal is None
+
+    def refusals(self) -> dict[int, str]:
+        """Size -> why there are no such packs."""
+        return {key[0]: v.refusal for key, v in self._verdicts.items() if v.refusal is not None}
+
+    def _key(self, batch: GlobalBatch, part: range) -> Key:
+        return (len(part), *self._shape(batch, part.start))
+
+    # ---- computing -----------------------------------------------------------------------------------------------
+
+    def compute(self, batch: GlobalBatch, part: range, scale: Tensor, sink: Sink, checks: bool = False) -> Packed:
+        """Computes a pack; its gradients go to the sink.
+
+        Args:
+            batch: the global batch.
+            part: its micro-batches in the pack.
+            scale: () the gradient of each loss.
+            sink: takes the gradients.
+            checks: in a trial: looks at each layer by itself, too.
+
+        Raises:
+            RefusedError: this cannot be done. The sink may have taken some gradients.
+        """
+        g = len(part)
+        verdict = self._verdicts.get(self._key(batch, part))
+        random = verdict is None or verdict.random
+        arrays, pieces = self._micro_batches.pack_samples(batch, part)
+        leaves = Leaves(self._trained, g, sink)
+        streams = Streams([self._micro_batches.forward_key(batch, j) for j in part], self._device)
+        rows = batch.bounds[part[-1]][1] - batch.bounds[part[0]][0]
+        pack = Pack(
+            self._places,
+            self._constants,
+            self._statistics,
+            rows=rows,
+            g=g,
+            leaves=leaves,
+            streams=streams,
+            alone=self._alone,
+            checks=checks,
+        )
+        modules = dict(self._model.named_modules()) if self._apart else {}
+        with pack, pack.modules_apart([modules[name] for name in self._apart]):
+            losses = self._micro_batches.pack_losses(batch, pack, arrays, pieces, random)
+        inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
+        found = torch.autograd.grad(losses, inputs, [scale] * g, allow_unused=True)
+        if any(gradient is not None for gradient in found):
+            raise RefusedError("a parameter is used where packs do not see it")
+        if streams.disturbed():
+            raise RefusedError("random numbers are drawn where packs do not see it")
+        self._pass_on_derived(pack, leaves)
+        leaves.finish()
+        return Packed(torch.stack([loss.detach().float() for loss in losses]), pack.scratch)
+
+    def _pass_on_derived(self, pack: Pack, leaves: Leaves) -> None:
+        """Passes the gradients of what follows from parameters alone on to the parameters."""
+        for number, (graph, _) in reversed(list(enumerate(pack.derived, start=1))):
+            rows = leaves.of(-number)
+            for k, row in enumerate(rows or []):
+                if row is None:
+                    continue
+                found = torch.autograd.grad(graph, self._trained, row, retain_graph=True, allow_unused=True)
+                for place, gradient in enumerate(found):
+                    if gradient is not None:
+                        leaves.put_one(place, k, gradient)
+
+    # ---- trials --------------------------------------------------------------------------------------------------
+
+    def try_out(self, batch: GlobalBatch, part: range, scale: Tensor, singly: Callable[[range], list[Single]]) -> None:
+        """Computes micro-batches one by one, as `singly` does, and as a pack, and notes whether the bits are the same.
+
+        Args:
+            batch, part, scale: as for `compute`.
+            singly: computes and adds the micro-batches, and returns the hashes of what it found.
+        """
+        key, self._tried = self._key(batch, part), True
+        singles = singly(part)
+        before = self._verdicts.get(key)
+        random = any(single.random for single in singles) or (before is not None and before.random)
+        refusal: str | None = None
+        for _ in range(len(self._owners) + 3):
+            sums = _Sums(len(part))
+            self._verdicts[key] = _Verdict(None, random)
+            known = len(self._alone)
+            try:
+                packed = self.compute(batch, part, scale, sums, checks=before is None)
+            except RefusedError as error:
+                refusal = str(error)
+                if error.once or not self._set_apart(error):
+                    break
+                continue
+            except Exception as error:  # whatever a task's code does with more samples than it expects
+                refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                break
+            refusal = self._difference(singles, packed, sums)
+            if refusal is None or len(self._alone) == known:
+                break  # else layers that differ have been found meanwhile: once more, without their rules
+        self._verdicts[key] = _Verdict(refusal, random, before.trials + 1 if before is not None else 1)
+
+    def _difference(self, singles: list[Single], packed: Packed, sums: _Sums) -> str | None:
+        """The first thing that differs; None if nothing does."""
+        g = len(singles)
+        for k, single in enumerate(singles):
+            if not torch.equal(single.loss, hash64([packed.losses[k]])):
+                return f"another loss in packs of {g}"
+            if single.statistics is not None and not torch.equal(single.statistics, hash64([packed.statistics[k]])):
+                return f"other statistics in packs of {g}"
+            for place, expected in enumerate(single.gradients):
+                found = sums.found.get(place, [None] * g)[k]
+                if (expected is None) != (found is None) or (
+                    expected is not None and found is not None and not torch.equal(expected, found)
+                ):
+                    owner = (self._owners.get(place) or ["?"])[0]
+                    return f"other gradients in packs of {g}, first of {owner or 'the model'}"
+        return None
+
+    def _set_apart(self, error: RefusedError) -> bool:
+        """Has the module behind a refusal computed one micro-batch at a time from now on. False if there is none."""
+        owners = [self._owners[place][0] for place in error.parameters if place in self._owners]
+        if not owners:
+            return False
+        paths = [owner.split(".") for owner in owners]
+        common: list[str] = []
+        for names in zip(*paths):
+            if len(set(names)) > 1:
+                break
+            common.append(names[0])
+        name = ".".join(common)
+        if not name or name in self._apart:
+            return False
+        self._apart.add(name)
+        return True
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was not enough memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class Choice:
+    """Finds the fastest size while the run goes on: since it changes no bit, every step may try another.
+
+    Sizes are doubled as long as that is faster. A size is measured in some steps; the shortest of these counts, as a
+    busy machine only adds to it.
+
+    Args:
+        device: of the model. A GPU is timed by events, which nobody waits for.
+    """
+
+    STEPS = 3
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._times_s: dict[int, list[float]] = {}
+        self._pending: list[tuple[int, Any, Any]] = []
+        self._block: int | None = None
+        self._began: Any = None
+        self._now = 1
+        self.best: int | None = None
+
+    def begin(self, block: int, limit: int | None, refused: set[int]) -> int:
+        """A step of `block` micro-batches begins. Returns the size of its packs."""
+        self._collect()
+        if self._block is None:
+            self._block = block
+        sizes = [1]
+        while sizes[-1] < self._block:
+            sizes.append(2 * sizes[-1])
+        sizes = [s for s in sizes if s not in refused and (limit is None or s <= limit)]
+        self._now = self._next(sizes)
+        self._measures = block == self._block and self.best is None
+        if self._measures:
+            self._began = self._mark()
+        return self._now
+
+    def _next(self, sizes: list[int]) -> int:
+        if self.best in sizes:
+            assert self.best is not None
+            return self.best
+        self.best = None
+        fastest = None
+        slower = 0
+        for size in sizes:
+            if len(self._times_s.get(size, [])) < self.STEPS:
+                return size
+            seconds = min(self._times_s[size])
+            if fastest is None or seconds < min(self._times_s[fastest]):
+                fastest, slower = size, 0
+            else:
+                slower += 1
+            if slower == 2:
+                break
+        self.best = fastest if fastest is not None else 1
+        return self.best
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, tried: bool) -> None:
+        """The step's micro-batches have been computed; `tried` if some were computed for a comparison only."""
+        if self._measures and not tried:
+            self._pending.append((self._now, self._began, self._mark()))
+
+    def _collect(self) -> None:
+        while self._pending:
+            size, began, ended = self._pending[0]
+            if self._cuda:
+                if not ended.query():
+                    return
+                seconds = began.elapsed_time(ended) / 1e3
+            else:
+                seconds = ended - began
+            self._times_s.setdefault(size, []).append(seconds)
+            self._pending.pop(0)
+
+
+class Single(NamedTuple):
+    """Hashes of what a micro-batch computed alone found; None where there is nothing.
+
+    Attributes:
+        loss, statistics, gradients: as in a record.
+        random: whether it drew random numbers.
+    """
+
+    loss: Tensor
+    statistics: Tensor | None
+    gradients: list[Tensor | None]
+    random: bool
