@@ -16,7 +16,7 @@ from tests.exact.test_step import CPU, PlainSGD
 from trainer.exact import packs as module
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
-from trainer.exact.packs import Choice, Packs
+from trainer.exact.packs import Packs
 from trainer.exact.splits import Split
 from trainer.exact.step import ExactStep
 from trainer.ranks.place import Ranks
@@ -228,30 +228,3 @@ def test_memory_that_runs_out_makes_packs_smaller(monkeypatch: pytest.MonkeyPatc
     assert found == expected
     assert packs is not None and packs.summary()["limited_by_memory_to"] == 4
     assert 8 in sizes
-
-
-def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    seconds = {1: 8.0, 2: 5.0, 4: 3.0, 8: 3.5, 16: 4.0}
-    choice, asked = Choice(CPU), []
-    for _ in range(30):
-        size = choice.begin(16, None, set())
-        asked.append(size)
-        now[0] += seconds[size]
-        choice.end(tried=False)
-    assert asked[:15:3] == [1, 2, 4, 8, 16]
-    assert set(asked[15:]) == {4}
-    assert choice.begin(16, 2, set()) == 2, "memory allows no more"
-
-
-def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    choice, asked = Choice(CPU), []
-    for _ in range(12):
-        asked.append(choice.begin(8, None, {2, 4}))
-        now[0] += 8.0 / asked[-1]
-        choice.end(tried=False)
-    assert set(asked) == {1, 8}
-    assert choice.best == 8

@@ -23,7 +23,7 @@ from .exchange import Exchange, most_local
 from .gradient_sum import GradientSum, norm_of
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .pack import RefusedError
+from .pack_functions import RefusedError
 from .packs import Packs, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
 

@@ -1,0 +1,38 @@
+"""Which size of packs is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.exact import pack_choice
+from trainer.exact.pack_choice import Choice
+
+CPU = torch.device("cpu")
+
+
+def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pack_choice.time, "perf_counter", lambda: now[0])
+    seconds = {1: 8.0, 2: 5.0, 4: 3.0, 8: 3.5, 16: 4.0}
+    choice, asked = Choice(CPU), []
+    for _ in range(30):
+        size = choice.begin(16, None, set())
+        asked.append(size)
+        now[0] += seconds[size]
+        choice.end(tried=False)
+    assert asked[:15:3] == [1, 2, 4, 8, 16]
+    assert set(asked[15:]) == {4}
+    assert choice.begin(16, 2, set()) == 2, "memory allows no more"
+
+
+def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pack_choice.time, "perf_counter", lambda: now[0])
+    choice, asked = Choice(CPU), []
+    for _ in range(12):
+        asked.append(choice.begin(8, None, {2, 4}))
+        now[0] += 8.0 / asked[-1]
+        choice.end(tried=False)
+    assert set(asked) == {1, 8}
+    assert choice.best == 8

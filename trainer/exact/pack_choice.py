@@ -1,0 +1,89 @@
+"""The size of packs, by the clock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+
+class Choice:
+    """Finds the fastest size while the run goes on: since it changes no bit, every step may try another.
+
+    Sizes are doubled as long as that is faster. A size is measured in some steps; the shortest of these counts, as a
+    busy machine only adds to it.
+
+    Args:
+        device: of the model. A GPU is timed by events, which nobody waits for.
+    """
+
+    STEPS = 3
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._times_s: dict[int, list[float]] = {}
+        self._pending: list[tuple[int, Any, Any]] = []
+        self._block: int | None = None
+        self._began: Any = None
+        self._now = 1
+        self.best: int | None = None
+
+    def begin(self, block: int, limit: int | None, refused: set[int]) -> int:
+        """A step of `block` micro-batches begins. Returns the size of its packs."""
+        self._collect()
+        if self._block is None:
+            self._block = block
+        sizes = [1]
+        while sizes[-1] < self._block:
+            sizes.append(2 * sizes[-1])
+        sizes = [s for s in sizes if s not in refused and (limit is None or s <= limit)]
+        self._now = self._next(sizes)
+        self._measures = block == self._block and self.best is None
+        if self._measures:
+            self._began = self._mark()
+        return self._now
+
+    def _next(self, sizes: list[int]) -> int:
+        if self.best in sizes:
+            assert self.best is not None
+            return self.best
+        self.best = None
+        fastest = None
+        slower = 0
+        for size in sizes:
+            if len(self._times_s.get(size, [])) < self.STEPS:
+                return size
+            seconds = min(self._times_s[size])
+            if fastest is None or seconds < min(self._times_s[fastest]):
+                fastest, slower = size, 0
+            else:
+                slower += 1
+            if slower == 2:
+                break
+        self.best = fastest if fastest is not None else 1
+        return self.best
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, tried: bool) -> None:
+        """The step's micro-batches have been computed; `tried` if some were computed for a comparison only."""
+        if self._measures and not tried:
+            self._pending.append((self._now, self._began, self._mark()))
+
+    def _collect(self) -> None:
+        while self._pending:
+            size, began, ended = self._pending[0]
+            if self._cuda:
+                if not ended.query():
+                    return
+                seconds = began.elapsed_time(ended) / 1e3
+            else:
+                seconds = ended - began
+            self._times_s.setdefault(size, []).append(seconds)
+            self._pending.pop(0)
