@@ -281,3 +281,27 @@ def test_no_module_hides_another() -> None:
     for name in {m.partition(".")[0] for m in modules()} - {"__init__", "__main__"}:
         assert name not in sys.stdlib_module_names, name
         assert name not in dependencies | declared, name
+
+
+# Files of more than 400 lines, each with the reason why it is one.
+LONG = {
+    "config/keys.py": "every key of a config, and what contradicts what",
+    "data/tables.py": "every kind of table is read by the same steps",
+    "data/text.py": "tokenizers, from the text to padded rows",
+    "exact/pack.py": "one object, that sees every function of a forward",
+    "study/declaration.py": "what a study file may say, and the checks of it",
+    "study/drawing.py": "one function a figure",
+    "study/runner.py": "the life of a study, from its first run to its report",
+    "tasks/causal_lm.py": "a task is one file, as a user's own is",
+    "tasks/image_classification.py": "a task is one file, as a user's own is",
+    "tasks/nodules.py": "a task is one file, as a user's own is",
+}
+
+
+def test_long_files_have_a_reason() -> None:
+    long = {
+        str(path.relative_to(ROOT / "trainer"))
+        for path in (ROOT / "trainer").rglob("*.py")
+        if len(path.read_text().splitlines()) > 400
+    }
+    assert long == set(LONG)
