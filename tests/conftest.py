@@ -20,6 +20,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of one rank, in the test's own process."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches, ours and those of datasets, that no other test has filled."""
     import datasets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,14 +25,6 @@ from trainer.rehearsal.results import Finding
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield
-    dist.destroy_process_group()
-
-
 class Talks(Task):
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         mean = batch["x"].mean(0)
@@ -40,13 +32,13 @@ class Talks(Task):
         return model(batch["x"] - mean)
 
 
-def test_a_task_that_talks_to_other_ranks_is_refused(group: None) -> None:
+def test_a_task_that_talks_to_other_ranks_is_refused(group_of_one: None) -> None:
     refuse_collectives(staged())
     with pytest.raises(UserError, match=r"Talks calls torch\.distributed \(allreduce\) in its forward or loss"):
         refuse_collectives(staged(Talks()))
 
 
-def test_a_layer_that_talks_by_itself_is_labelled_elsewhere(group: None) -> None:
+def test_a_layer_that_talks_by_itself_is_labelled_elsewhere(group_of_one: None) -> None:
     frozen = nn.SyncBatchNorm(1).eval()  # on a processor it runs in evaluation mode only
     refuse_collectives(staged(Talks(), nn.Sequential(nn.Linear(5, 1), frozen)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from trainer.rehearsal.stage import another_rank, generators_kept, items_of, wat
 INEXACT = f"{USER_TASKS}/inexact_tasks.py"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield
-    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- which micro-batches
@@ -271,7 +262,7 @@ def test_torchs_generator_is_afterwards_as_it_was() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_for_a_while_this_is_the_next_rank_of_one_more(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_for_a_while_this_is_the_next_rank_of_one_more(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from .batch_norm import RunningStatistics
 from .pack_functions import FUNCTIONS, RefusedError, name_of
 from .pack_leaves import Leaves
-from .pack_rules import ENOUGH_VALUES, MOST_DRAWS, Layer, Rule, Site, drawn_like, same_bits
+from .pack_rules import ENOUGH_VALUES, MOST_DRAWS, Layer, Rule, Site, drawn_like, piece, same_bits
 from .streams import Streams
 
 Key = tuple[Any, ...]
@@ -276,9 +276,8 @@ class Pack(TorchFunctionMode):
         same = {} if same is None else same
         if isinstance(value, Tensor):
             if self.has_part(value):
-                size = value.size(0) // self.g
                 if id(value) not in same:
-                    same[id(value)] = value.narrow(0, k * size, size)
+                    same[id(value)] = piece(value, k, self.g)
                 return same[id(value)]
             return self._own(value, k)
         if isinstance(value, int) and not isinstance(value, bool):

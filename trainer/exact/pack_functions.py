@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pack_rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR
+from .pack_rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR, put_piece
 
 if TYPE_CHECKING:
     from .pack import Pack
@@ -212,7 +212,8 @@ def _call_dropout(
     noise = torch.empty_like(input)
     for k in range(pack.g):
         with pack.stream(k):
-            pack.part(noise, k).bernoulli_(1 - p)
+            own = pack.part(noise, k)
+            put_piece(noise, k, pack.g, own.bernoulli_(1 - p))
     return input * noise.div_(1 - p)
 
 
@@ -242,7 +243,8 @@ def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[s
         raise RefusedError(f"{name_of(func)}, whose numbers are not those of a micro-batch")
     for k in range(pack.g):
         with pack.stream(k):
-            func(*pack.part(args, k), **pack.part(kwargs, k))
+            own = pack.part(args, k)
+            put_piece(args[0], k, pack.g, func(*own, **pack.part(kwargs, k)))
     return args[0]
 
 

@@ -1,0 +1,88 @@
+"""A pack has the bits of its micro-batches computed one by one, in models of many kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.exact.packed import SAMPLES, dense, floats, m, trained
+
+pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
+
+
+class Tokens(nn.Module):
+    """Tied embeddings, positions that no sample has a part of, a class token, and an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8, padding_idx=0), nn.Embedding(6, 8)
+        self.first = nn.Parameter(torch.randn(1, 1, 8))
+        self.gain = nn.Parameter(torch.randn(8))
+        self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.words(x) + self.places(torch.arange(6)[None])
+        y = torch.cat([self.first.expand(len(x), -1, -1), y], dim=1)
+        y = self.dropout(self.norm(y * self.gain))
+        q = y.unflatten(-1, (2, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q, dropout_p=0.1).transpose(1, 2).flatten(2)
+        return F.linear(y.mean(1), self.words.weight)
+
+
+class Recurrent(nn.Module):
+    """A layer that is computed one micro-batch at a time, and one that mixes places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.memory(x)[0]
+        return self.attention(y, y, y)[0]
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv1d(3, 6, 3, padding=1, groups=3, bias=False), nn.BatchNorm1d(6), nn.ReLU(inplace=True)),
+        *(nn.Dropout1d(0.2), nn.ConvTranspose1d(6, 4, 2, stride=2), nn.GroupNorm(2, 4), nn.SiLU()),
+        *(nn.InstanceNorm1d(4, track_running_stats=True), nn.PReLU(), nn.BatchNorm1d(4, affine=False, momentum=None)),
+        *(nn.Flatten(), nn.LazyLinear(5), nn.Sigmoid()),
+    )
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "dense": (dense, lambda: floats(3)),
+    "convolutions": (convolutions, lambda: floats(3, 6)),
+    "tokens": (Tokens, lambda: torch.randint(0, 20, (SAMPLES, 6), generator=torch.Generator().manual_seed(2))),
+    "recurrent": (Recurrent, lambda: floats(5, 3)),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("case", list(CASES))
+def test_packs_have_the_bits_of_single_micro_batches(case: str, size: int) -> None:
+    torch.manual_seed(0)
+    make, data = CASES[case]
+    model, x = make(), data()
+    with torch.no_grad():
+        model(x[:m])  # lazy layers
+    expected, _ = trained(model, x, 0)
+    found, packs = trained(model, x, size)
+    assert found == expected
+    assert packs is not None
+    assert packs.refusals() == {}, "they were used"
+
+
+def test_packs_have_the_bits_of_single_micro_batches_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model, x = convolutions(), floats(3, 6)
+    model(x[:m])
+    options = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    found, packs = trained(model, x, 4, **options)
+    assert found == trained(model, x, 0, **options)[0]
+    assert packs is not None and packs.refusals() == {}

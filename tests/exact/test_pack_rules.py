@@ -1,0 +1,92 @@
+"""Layers in a pack against the layer applied to one micro-batch at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.exact.pack_rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_piece, same_bits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class OfThree:
+    """Stands for a pack of three micro-batches."""
+
+    g = 3
+
+
+def site(rule: Rule) -> Site:
+    def call(x: Tensor, w: Tensor, b: Tensor, place: int = 0) -> Tensor:
+        return F.linear(x, w, b)
+
+    return Site(OfThree(), rule, call, ("linear",), 0, 1)  # type: ignore[arg-type]
+
+
+def test_a_rule_that_is_right_does_not_differ() -> None:
+    x = torch.randn(24, 16, requires_grad=True)
+    assert not site(LINEAR).differs(x, torch.randn(8, 16), torch.randn(8))
+
+
+def wrong_forward(rule: Rule) -> Rule:
+    return rule._replace(forward=lambda s, x, w, b: (torch.nextafter(F.linear(x, w, b), torch.tensor(9.0)), ()))
+
+
+def wrong_backward(rule: Rule) -> Rule:
+    def backward(s: Site, *arguments: Any) -> Any:
+        dx, dw, db = rule.backward(s, *arguments)
+        return dx, dw, db.roll(1, 0)  # another micro-batch's
+
+    return rule._replace(backward=backward)
+
+
+@pytest.mark.parametrize("change", [wrong_forward, wrong_backward])
+def test_a_rule_that_is_wrong_differs(change: Any) -> None:
+    x = torch.randn(24, 16, requires_grad=True)
+    assert site(change(LINEAR)).differs(x, torch.randn(8, 16), torch.randn(8))
+
+
+def test_a_difference_is_found_in_layers_of_a_few_numbers() -> None:
+    """Matrix products of one row and of two have other bits in a part of the numbers only, on many processors."""
+    one = torch.nn.Linear(19, 2)
+    same = all(
+        same_bits(one(x), torch.cat([one(row.clone()) for row in x.split(1)])) for x in torch.randn(500, 3, 19).unbind()
+    )
+    assert site(LINEAR).differs(torch.randn(3, 19), one.weight.detach(), one.bias.detach()) != same
+
+
+@pytest.mark.parametrize("features", [3, 16])
+def test_pieces_start_where_fresh_tensors_do(features: int) -> None:
+    x = torch.randn(6, features)
+    for k, own in enumerate(cut(x, 3)):
+        assert torch.equal(own, x[2 * k : 2 * k + 2])
+        assert own.storage_offset() * 4 % 64 == 0
+    assert piece(x, 0, 3).data_ptr() == x.data_ptr(), "not copied needlessly"
+
+
+@pytest.mark.parametrize("features", [3, 32])
+def test_what_is_changed_in_a_piece_is_written_back(features: int) -> None:
+    x = torch.zeros(6, features)
+    put_piece(x, 1, 3, piece(x, 1, 3).fill_(1.0))
+    assert x.sum(1).tolist() == [0, 0, features, features, 0, 0]
+
+
+def test_bits_are_compared_and_not_values() -> None:
+    assert same_bits(torch.tensor([float("nan"), 0.0]), torch.tensor([float("nan"), 0.0]))
+    assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    assert not same_bits(torch.zeros(2), torch.zeros(1, 2))
+    assert same_bits(None, None) and not same_bits(None, torch.zeros(1))
+
+
+def test_random_values_keep_what_a_kernel_depends_on() -> None:
+    x = torch.zeros(4, 6, dtype=torch.bfloat16, requires_grad=True)
+    drawn = drawn_like(x.detach().requires_grad_())
+    assert (drawn.dtype, drawn.shape, drawn.requires_grad) == (x.dtype, x.shape, True)
+    assert drawn_like(x.detach().t()).stride() == x.t().stride()
+    places = torch.arange(3)
+    assert drawn_like(places) is places
