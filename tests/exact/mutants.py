@@ -76,7 +76,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "exchange : DIRECT_LIMIT_BYTES = 6 << 20  ->  DIRECT_LIMIT_BYTES = 6 << 21",
     ),
     "start() sets it before anyone reads it": (
-        "gradient_sum GradientSum.__init__: self._leaves = self._leaf = self._top = 0  ->  self._leaves = self._leaf = self._top = 1",
+        "gradient_sum GradientSum.__init__: = self._top = self._begin = 0  ->  = self._top = self._begin = 1",
     ),
     "how many weights are made ahead changes none of them": (
         "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count  ->  length = max(_CHUNK, max(1 << 12, 1 << (count",
