@@ -70,6 +70,7 @@ def trainer_options(
         spec["samples"]["train"] += chance.randint(1, 9)
     if plan.micro_batches > 1 and chance.random() < 0.15:
         options["gradient_noise"] = True
+    options["pack"] = chance.choice([1, 2, 2, 3, 4, 8, "auto"])
     _rates(chance, plan, options)
     _best(chance, spec, options)
     if network.flaw is not None and FLAWS[network.flaw].late:

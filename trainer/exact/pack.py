@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from .batch_norm import RunningStatistics
 from .pack_functions import FUNCTIONS, RefusedError, name_of
 from .pack_leaves import Leaves
-from .pack_rules import ENOUGH_VALUES, MOST_DRAWS, Layer, Rule, Site, drawn_like, piece, same_bits
+from .pack_rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_like, piece, same_bits
 from .streams import Streams
 
 Key = tuple[Any, ...]
@@ -95,6 +95,7 @@ class Pack(TorchFunctionMode):
         self._reductions: dict[int, tuple[Tensor, Callable[[int], Any]]] = {}
         self._now: int | None = None  # the micro-batch that is computed alone
         self._checked: set[Key] = set()
+        self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     # ---- what is called ------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class Pack(TorchFunctionMode):
                     ]
                     if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
                         return False  # it mixes samples: the comparison of the whole tells
-                    joined = torch.cat(pieces)
+                    joined = Join.apply(*pieces)
                     if joined.shape != together.shape:
                         return False
                     if not same_bits(together, joined):
@@ -277,12 +278,20 @@ class Pack(TorchFunctionMode):
         if isinstance(value, Tensor):
             if self.has_part(value):
                 if id(value) not in same:
-                    same[id(value)] = piece(value, k, self.g)
+                    same[id(value)] = self._piece(value, k)
                 return same[id(value)]
             return self._own(value, k)
         if isinstance(value, int) and not isinstance(value, bool):
             return value // self.g if value == self._rows else value
         return _mapped(value, lambda v: self.part(v, k, same))
+
+    def _piece(self, value: Tensor, k: int) -> Tensor:
+        if not (value.requires_grad and torch.is_grad_enabled()):
+            return piece(value, k, self.g)
+        known = self._cuts.get(id(value))
+        if known is None or known[1] != value._version:
+            known = self._cuts[id(value)] = (value, value._version, Cut.apply(value, self.g))
+        return known[2][k]
 
     def _own(self, value: Any, k: int) -> Any:
         """An argument with micro-batch k's own parameters and scratch memory."""
@@ -319,7 +328,7 @@ class Pack(TorchFunctionMode):
         if isinstance(first, Tensor):
             if first.dim() == 0:
                 raise RefusedError(f"{name_of(what)} mixes samples")
-            return torch.cat(list(found))
+            return Join.apply(*found)
         if isinstance(first, tuple) and hasattr(first, "_fields"):
             return type(first)(*(self.joined(column, what) for column in zip(*found)))
         if isinstance(first, (list, tuple)):

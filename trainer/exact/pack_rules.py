@@ -178,6 +178,34 @@ def cut(tensor: Tensor, g: int) -> list[Tensor]:
     return [piece(tensor, k, g) for k in range(g)]
 
 
+class Cut(torch.autograd.Function):
+    """A pack's tensor as those of its micro-batches, each with memory and, in the backward, a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, g: int) -> tuple[Tensor, ...]:
+        """The pieces, copied: they may be changed in place."""
+        return tuple(own.clone() for own in tensor.chunk(g))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradients, one after the other."""
+        return torch.cat(grads), None
+
+
+class Join(torch.autograd.Function):
+    """The tensors of micro-batches as the pack's. torch.cat would hand back gradients that start anywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, *pieces: Tensor) -> Tensor:
+        """One after the other."""
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Each micro-batch's gradient, as good as one of its own."""
+        return tuple(cut(grad, len(ctx.needs_input_grad)))
+
+
 # ---- dense layers -------------------------------------------------------------------------------------------------
 
 
