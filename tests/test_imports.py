@@ -288,7 +288,7 @@ LONG = {
     "config/keys.py": "every key of a config, and what contradicts what",
     "data/tables.py": "every kind of table is read by the same steps",
     "data/text.py": "tokenizers, from the text to padded rows",
-    "exact/pack.py": "one object, that sees every function of a forward",
+    "exact/packs/pack.py": "one object, that sees every function of a forward",
     "study/declaration.py": "what a study file may say, and the checks of it",
     "study/drawing.py": "one function a figure",
     "study/runner.py": "the life of a study, from its first run to its report",

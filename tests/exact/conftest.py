@@ -8,6 +8,6 @@ import pytest
 @pytest.fixture
 def early_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs are used from the second step on."""
-    from trainer.exact import packs
+    from trainer.exact.packs import packs
 
     monkeypatch.setattr(packs, "TRIALS", 1)

@@ -402,9 +402,15 @@ def copies(count: int) -> Iterator[list[Path]]:
         yield folders
 
 
+def test_file(module: str) -> str:
+    """The test file of a module's own name: of "packs/choice", tests/exact/packs/test_choice.py."""
+    folder, _, name = module.rpartition("/")
+    return str(TESTS / folder / f"test_{name}.py")
+
+
 def stages_of(module: str, own_only: bool, ranks: bool) -> list[list[str]]:
     """The arguments of pytest, one list a stage."""
-    own = f"{TESTS}/test_{module}.py"
+    own = test_file(module)
     stages = [[own], [str(TESTS), f"--deselect={own}"], RANKS]
     return stages[:1] if own_only else stages[: 2 + ranks]
 
@@ -419,7 +425,7 @@ def run(chosen: list[Mutant], jobs: int, own_only: bool, ranks: bool) -> dict[st
         unchanged = Trial(
             Mutant("", 0, "", ""),
             folders[0],
-            [[str(TESTS)]] if not own_only else [[f"{TESTS}/test_{name}.py" for name in originals]],
+            [[str(TESTS)]] if not own_only else [[test_file(name) for name in originals]],
         )
         start(unchanged)
         _, failed = wait_for_one({unchanged.pid: unchanged})
@@ -431,7 +437,7 @@ def run(chosen: list[Mutant], jobs: int, own_only: bool, ranks: bool) -> dict[st
                 mutant = waiting.pop()
                 trial = Trial(mutant, free.pop(), stages_of(mutant.module, own_only, ranks))
                 (trial.folder / PACKAGE / f"{mutant.module}.py").write_text(mutant.source)
-                shutil.rmtree(trial.folder / PACKAGE / "__pycache__", ignore_errors=True)
+                shutil.rmtree((trial.folder / PACKAGE / mutant.module).parent / "__pycache__", ignore_errors=True)
                 start(trial)
                 running[trial.pid] = trial
             trial, killer = wait_for_one(running)
@@ -480,7 +486,11 @@ def main() -> None:
     parser.add_argument("--ranks", action="store_true", help="survivors go through a few whole runs, too")
     parser.add_argument("--list", action="store_true", help="print the names; run nothing")
     options = parser.parse_args()
-    modules = options.module or sorted(p.stem for p in (ROOT / PACKAGE).glob("*.py") if p.stem != "__init__")
+    modules = options.module or sorted(
+        str(p.relative_to(ROOT / PACKAGE).with_suffix(""))
+        for p in (ROOT / PACKAGE).rglob("*.py")
+        if p.stem != "__init__"
+    )
     every = [m for name in modules for m in mutants_of(name, (ROOT / PACKAGE / f"{name}.py").read_text())]
     names = {m.name for m in every}
     gone = [n for n in sorted(SAID_EQUIVALENT | SAID_GPU) if n.partition(" ")[0] in modules and n not in names]

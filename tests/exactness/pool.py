@@ -47,8 +47,8 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
 
     from trainer.config.keys import parse
     from trainer.errors import TrainerError
-    from trainer.exact import packs
     from trainer.exact.hashes import digest
+    from trainer.exact.packs import packs
     from trainer.run.run import run
 
     packs.TRIALS = 1  # runs are short: packs are used from the second step on

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import rank_block
-from .tree import Merge, buffers_needed, local_program, pack_program
+from .tree import Merge, buffers_needed, local_program
 
 # 16 float32 are 64 bytes, the alignment of a fresh allocation on the CPU. Every tensor in a flat buffer starts at such
 # a multiple: a math library may choose its kernel by alignment.
@@ -114,16 +114,6 @@ class GradientSum:
         self._leaf += 1
         return present
 
-    def pack(self, count: int, norms: bool = False, audited: int | None = None) -> PackSum:
-        """A sink for the gradients of the next `count` micro-batches, which `PackSum.close` adds.
-
-        Args:
-            count: of micro-batches.
-            norms: whether the norms of their gradients are wanted.
-            audited: the one among them whose gradients are kept.
-        """
-        return PackSum(self, count, norms, audited)
-
     def buffer(self, number: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """A buffer, whole, as one tensor a parameter, and its counts of missing gradients.
 
@@ -155,92 +145,6 @@ class GradientSum:
     def unused(self) -> Tensor:
         """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
         return self._missing[0] == self._leaves  # counts in float32 are exact up to 2^24 micro-batches
-
-
-# Gradients of a pack are added up for many parameters at once, up to so many bytes; then their memory is free.
-FLUSH_BYTES = 32 << 20
-
-
-class PackSum:
-    """Adds the gradients of a pack along the tree, parameter by parameter. A sink, see `pack_leaves.Sink`.
-
-    Until `close` nothing is changed that counts, so that a pack may be given up.
-
-    Attributes:
-        norms: after `close`, of the micro-batches' gradients, where they are wanted: () each.
-        audited: after `close`, the gradients of the micro-batch that is audited, where there is one.
-    """
-
-    def __init__(self, to: GradientSum, count: int, norms: bool, audited: int | None) -> None:
-        first = to._begin + to._leaf
-        self._to, self._count, self._wants_norms, self._audit = to, count, norms, audited
-        self._program = pack_program(to._leaves, to._begin, first, first + count)
-        self._buffers = [to.buffer(to._top + c) for c in range(len(self._program.nodes))]
-        for _, _, missing in self._buffers:
-            missing.zero_()
-        self._pending: list[tuple[int, Tensor]] = []
-        self._bytes = 0
-        self._taken: set[int] = set()
-        self._norm_of: dict[int, list[Tensor]] = {}
-        self._audited: dict[int, Tensor] = {}
-        self.norms: list[Tensor] = []
-        self.audited: list[Tensor | None] = []
-
-    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
-        """As `pack_leaves.Sink`."""
-        self._taken.add(place)
-        if self._audit is not None and (present is None or present[self._audit]):
-            self._audited[place] = rows[self._audit].clone()
-        if present is not None:
-            for k, there in enumerate(present):
-                if not there:
-                    rows[k].zero_()
-            for (_, _, missing), start, size in zip(self._buffers, self._program.nodes, self._program.sizes):
-                missing[place] += sum(not there for there in present[start : start + size])
-        self._pending.append((place, rows))
-        self._bytes += rows.numel() * rows.element_size()
-        if self._bytes > FLUSH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        rows = [r for _, r in self._pending]
-        if self._wants_norms:
-            norms = torch._foreach_norm([row for r in rows for row in r.unbind()])
-            for number, (place, _) in enumerate(self._pending):
-                self._norm_of[place] = list(norms[number * self._count : (number + 1) * self._count])
-        for first, stride, distance, count in self._program.levels:
-            last = first + (count - 1) * stride + 1
-            torch._foreach_add_(
-                [r[first:last:stride] for r in rows],
-                [r[first + distance : last + distance : stride] for r in rows],
-            )
-        for (_, views, _), node in zip(self._buffers, self._program.nodes):
-            torch._foreach_copy_([views[place] for place, _ in self._pending], [r[node] for r in rows])
-        self._pending, self._bytes = [], 0
-
-    def close(self) -> None:
-        """Adds the pack to what the rank has."""
-        self._flush()
-        to, program = self._to, self._program
-        absent = [place for place in range(to._count) if place not in self._taken]
-        if absent:
-            for (_, views, missing), size in zip(self._buffers, program.sizes):
-                torch._foreach_zero_([views[place] for place in absent])
-                missing[absent] += float(size)
-        if self._wants_norms:
-            zeros = [torch.zeros((), device=to.storage.device)] * self._count
-            columns = [self._norm_of.get(place, zeros) for place in range(to._count)]
-            self.norms = [torch.linalg.vector_norm(torch.stack(row)) for row in zip(*columns)]
-        if self._audit is not None:
-            self.audited = [self._audited.get(place) for place in range(to._count)]
-        for merge in program.merges:
-            to.buffer(merge.target)[0].add_(to.buffer(merge.source)[0])
-        for target, source in program.moves:
-            to.buffer(target)[0].copy_(to.buffer(source)[0])
-        to._leaf += self._count
-        to._top = program.top
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from .progress import Progress, TaskCalls
 from .splits import Batch, Split
 
 if TYPE_CHECKING:
-    from .pack import Pack
+    from .packs.pack import Pack
 
 
 @dataclass(frozen=True)

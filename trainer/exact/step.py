@@ -23,8 +23,9 @@ from .exchange import Exchange, most_local
 from .gradient_sum import GradientSum, norm_of
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .pack_functions import RefusedError
-from .packs import Packs, Single, out_of_memory
+from .packs.functions import RefusedError
+from .packs.pack_sum import PackSum
+from .packs.packs import Packs, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
 
 
@@ -240,7 +241,7 @@ class ExactStep:
 
     def _add_known_pack(self, packs: Packs, batch: GlobalBatch, part: range, audit: Audit | None) -> bool:
         audited = audit.own - part.start if audit is not None and audit.own is not None and audit.own in part else None
-        added = self._sum.pack(len(part), self._measures_norms, audited)
+        added = PackSum(self._sum, len(part), self._measures_norms, audited)
         packed = packs.compute(batch, part, self._scale, added)
         added.close()
         if audit is not None and audited is not None:

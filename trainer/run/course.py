@@ -17,7 +17,7 @@ from ..exact.batch_norm import RunningStatistics
 from ..exact.gradient_noise import NoiseScale
 from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
-from ..exact.packs import Packs
+from ..exact.packs.packs import Packs
 from ..exact.step import ExactStep, non_finite
 from ..ranks.watch import Watch
 from ..record.checkpoints import Snapshot

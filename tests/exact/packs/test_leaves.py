@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.exact.pack_leaves import Leaves
+from trainer.exact.packs.leaves import Leaves
 
 
 class Sink:

@@ -5,7 +5,7 @@ dropout. How many of them one forward carries belongs to the machine, and must n
 during the forward and the losses. It sees every function of torch that is called, and takes part where a micro-batch
 has something of its own:
 
-- a trained parameter: layers with a rule (`pack_rules`) leave one gradient a micro-batch; any other function is
+- a trained parameter: layers with a rule (`rules`) leave one gradient a micro-batch; any other function is
   called for one micro-batch at a time, with an alias of the parameter for each;
 - random numbers: drawn for one micro-batch at a time, each from its own stream, as when it is computed alone;
 - BatchNorm's statistics;
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batch_norm import RunningStatistics
-from .pack_functions import FUNCTIONS, RefusedError, name_of
-from .pack_leaves import Leaves
-from .pack_rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_like, piece, same_bits
+from ..batch_norm import RunningStatistics
+from .functions import FUNCTIONS, RefusedError, name_of
+from .leaves import Leaves
+from .rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_like, piece, same_bits
 from .streams import Streams
 
 Key = tuple[Any, ...]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.exact.packed import floats, trained
+from tests.exact.packs.packed import floats, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 

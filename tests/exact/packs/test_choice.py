@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.exact import pack_choice
-from trainer.exact.pack_choice import Choice
+from trainer.exact.packs import choice as by_the_clock
+from trainer.exact.packs.choice import Choice
 
 CPU = torch.device("cpu")
 
 
 def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(pack_choice.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(by_the_clock.time, "perf_counter", lambda: now[0])
     seconds = {1: 8.0, 2: 5.0, 4: 3.0, 8: 3.5, 16: 4.0}
     choice, asked = Choice(CPU), []
     for _ in range(30):
@@ -28,7 +28,7 @@ def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch
 
 def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(pack_choice.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(by_the_clock.time, "perf_counter", lambda: now[0])
     choice, asked = Choice(CPU), []
     for _ in range(12):
         asked.append(choice.begin(8, None, {2, 4}))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.exact.test_step import CPU, PlainSGD
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
-from trainer.exact.packs import Packs
+from trainer.exact.packs.packs import Packs
 from trainer.exact.splits import Split
 from trainer.exact.step import ExactStep
 from trainer.ranks.place import Ranks

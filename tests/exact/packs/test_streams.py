@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.exact.streams import Streams
+from trainer.exact.packs.streams import Streams
 
 CPU = torch.device("cpu")
 

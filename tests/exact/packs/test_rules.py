@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.exact.pack_rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_piece, same_bits
+from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_piece, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.exact.packed import SAMPLES, dense, floats, m, trained
+from tests.exact.packs.packed import SAMPLES, dense, floats, m, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pack_rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR, put_piece
+from .rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR, put_piece
 
 if TYPE_CHECKING:
     from .pack import Pack

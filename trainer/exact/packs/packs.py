@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batch_norm import RunningStatistics
-from .hashes import hash64
-from .micro_batches import GlobalBatch, MicroBatches
+from ..batch_norm import RunningStatistics
+from ..hashes import hash64
+from ..micro_batches import GlobalBatch, MicroBatches
+from .choice import Choice
+from .functions import RefusedError
+from .leaves import Leaves, Sink
 from .pack import Key, Pack
-from .pack_choice import Choice
-from .pack_functions import RefusedError
-from .pack_leaves import Leaves, Sink
 from .streams import Streams
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exact.packed import dense, floats, trained
-from trainer.exact.packs import Packs
+from tests.exact.packs.packed import dense, floats, trained
+from trainer.exact.packs.packs import Packs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 

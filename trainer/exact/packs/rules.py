@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .micro_batches import ALIGNMENT_BYTES
+from ..micro_batches import ALIGNMENT_BYTES
 
 if TYPE_CHECKING:
     from .pack import Pack
