@@ -51,6 +51,7 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
     from trainer.exact.packs import packs
     from trainer.run.run import run
 
+    packs.FEWEST_STEPS = 1
     packs.TRIALS = 1  # runs are short: packs are used from the second step on
     trace: list[dict[str, str]] = []
 

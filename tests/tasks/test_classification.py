@@ -25,7 +25,13 @@ def test_summed_parts_over_the_global_count_are_the_mean_of_the_whole_batch(opti
         logits, labels, weight=None if weights is None else weights.double(), label_smoothing=smoothing
     )
     cuts = ([0, 1, 2], [3, 4], [5, 6, 7, 8, 9, 10, 11])
-    parts = [classification.summed_loss(logits[c], labels[c], weights, smoothing) for c in cuts]
+    parts = [
+        (
+            classification.sample_losses(logits[c], labels[c], weights, smoothing).sum(),
+            classification.count(labels[c], weights),
+        )
+        for c in cuts
+    ]
     # The trainer divides by the count that the split gives for the batch's samples.
     split = Split({"label": labels}, classification.counts(labels, weights))
     total = split.count_of(torch.arange(12))

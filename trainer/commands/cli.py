@@ -63,6 +63,13 @@ def config_from(flags: argparse.Namespace) -> Config:
     return load_config(flags.ds_config, overrides)
 
 
+def _pack(text: str) -> int | str:
+    """A value of --packs. Raises ArgumentTypeError."""
+    if text == "auto" or (text.isdecimal() and int(text) >= 1):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f'{text!r} is not "auto" or a whole number of at least 1')
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
     parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan, verify, study.")
@@ -92,6 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
+    verify.add_argument(
+        "--packs", nargs="+", type=_pack, default=[None], metavar="G", help="also with these sizes of packs: 1 4 auto"
+    )
     try:
         flags = parser.parse_args(arguments)
         if flags.command == "check-task":
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         from .verify import verify as run_verify
 
-        return run_verify(config, flags.world_sizes)
+        return run_verify(config, flags.world_sizes, flags.packs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

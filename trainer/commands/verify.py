@@ -1,4 +1,4 @@
-"""`python -m trainer verify`: runs a config at several world sizes and compares every step, bit for bit."""
+"""`python -m trainer verify`: runs a config at several world sizes, and sizes of packs, and compares every bit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine
 
 
+Pack = int | str | None  # as trainer.pack; None for what the config says
+
+
 @dataclass(frozen=True)
 class Traced:
     """One run that finished, or stopped at a loss that is not finite.
@@ -35,6 +38,7 @@ class Traced:
     """
 
     world_size: int
+    pack: Pack
     trace: Path
     summary: dict[str, Any]
 
@@ -47,6 +51,11 @@ class Traced:
     def stopped(self) -> str | None:
         """Why it stopped before its end; None if it did not."""
         return self.summary.get("stopped")
+
+    @property
+    def title(self) -> str:
+        """What was run, for messages."""
+        return _title(self.world_size, self.pack)
 
     @property
     def label(self) -> str:
@@ -104,11 +113,16 @@ def first_difference(one: Path, other: Path, steps: int | None = None) -> tuple[
     return None
 
 
-def verify(config: Config, world_sizes: Sequence[int]) -> int:
-    """Runs the config at each world size, compares with the first and prints a table.
+def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (None,)) -> int:
+    """Runs the config at each world size and with each size of packs, compares with the first and prints a table.
 
     Every step's loss sums, parameters, buffers and optimizer state are compared. Within a run, the ranks' parameters
     are compared after every step. A run that stops because its loss is not finite is compared up to that step.
+
+    Args:
+        config: of the run.
+        world_sizes: numbers of ranks.
+        packs: values of `trainer.pack`.
 
     Returns:
         0 if no run differs from the first in any bit, else 1.
@@ -128,42 +142,50 @@ def verify(config: Config, world_sizes: Sequence[int]) -> int:
     verdicts: list[str] = []
     runs: list[Traced] = []
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        for plan in plans:
+        for pack, plan in itertools.product(packs, plans):
             W = plan.world_size
             folder = Path(scratch) / f"{len(rows)}-ranks-{W}"
             folder.mkdir()
-            this = dataclasses.replace(quiet, trainer=dataclasses.replace(trainer, output_dir=str(folder / "run")))
-            say(f"{_ranks(W)}: {plan.equation()} ...")
+            own = dataclasses.replace(trainer, output_dir=str(folder / "run"))
+            if pack is not None:
+                own = dataclasses.replace(own, pack=pack)
+            this = dataclasses.replace(quiet, trainer=own)
+            say(f"{_title(W, pack)}: {plan.equation()} ...")
             began_s = time.perf_counter()
             try:
                 summary = run_ranks(run_to_a_stop, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
             except RanksDifferError as error:
                 verdicts.append(f"NO: {str(error).splitlines()[0]}")
-                rows.append((str(W), plan.per_rank(), "-", "-", "-", verdicts[-1]))
+                rows.append((str(W), str(pack), plan.per_rank(), "-", "-", "-", verdicts[-1]))
                 continue
             except TrainerError as error:
-                raise type(error)(f"at {_ranks(W)}: {error}") from error
+                raise type(error)(f"at {_title(W, pack)}: {error}") from error
             seconds = time.perf_counter() - began_s
-            run = Traced(W, folder / "trace.jsonl", summary)
+            run = Traced(W, pack, folder / "trace.jsonl", summary)
             runs.append(run)
             verdicts.append(("reference" if run is runs[0] else _verdict(runs[0], run)) + run.label)
             steps = f"{run.steps}, stopped at {run.steps + 1}" if run.stopped else str(run.steps)
             digits = summary.get("parameters_sha256", "-")[:16]
-            rows.append((str(W), plan.per_rank(), steps, f"{seconds:.1f}", digits, verdicts[-1]))
-    header = ("ranks", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
+            shown = _packs_used(pack, summary)
+            rows.append((str(W), shown, plan.per_rank(), steps, f"{seconds:.1f}", digits, verdicts[-1]))
+    header = ("ranks", "packs of", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
+    if list(packs) == [None]:
+        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]  # type: ignore[operator, assignment]
     say("", table(rows, header), "")
-    say(*[f"{_ranks(run.world_size)}, stopped: {run.stopped}" for run in runs if run.stopped])
+    say(*[f"{run.title}, stopped: {run.stopped}" for run in runs if run.stopped])
+    refused = {(run.pack, why): None for run in runs for why in run.summary.get("pack", {}).get("refused", {}).values()}
+    say(*[f"packs of {pack}, refused: {why}." for pack, why in refused])
     labelled = [run for run in runs if run.label]
-    say(*[f"{_ranks(r.world_size)}, labelled tolerance: {'; '.join(r.summary['inexact'])}." for r in labelled])
+    say(*[f"{r.title}, labelled tolerance: {'; '.join(r.summary['inexact'])}." for r in labelled])
     if labelled:
         say("verify compares bits, but a run that is labelled tolerance need not have the same bits as another.")
     if any(verdict.startswith("NO") for verdict in verdicts):
-        say("NOT the same bits at every world size.")
+        say(f"NOT the same bits {_everywhere(packs)}.")
         return 1
     if len(rows) == 1:
-        say("A single world size: there was nothing to compare. Give --world_sizes at least two numbers.")
+        say("A single run: there was nothing to compare. Give --world_sizes at least two numbers.")
         return 0
-    say(_same(runs[0]))
+    say(_same(runs[0], _everywhere(packs)))
     return 0
 
 
@@ -171,15 +193,33 @@ def _ranks(world_size: int) -> str:
     return f"{world_size} rank{'s' * (world_size > 1)}"
 
 
-def _same(run: Traced) -> str:
+def _title(world_size: int, pack: Pack) -> str:
+    return _ranks(world_size) if pack is None else f"{_ranks(world_size)}, packs of {pack}"
+
+
+def _everywhere(packs: Sequence[Pack]) -> str:
+    return "at every world size" if len(packs) == 1 else "at every world size and with all packs"
+
+
+def _packs_used(pack: Pack, summary: dict[str, Any]) -> str:
+    """The size of packs that was asked for, and what became of it on rank 0."""
+    if pack in (None, 1):
+        return str(pack)
+    found = summary.get("pack")
+    if found is None:
+        return f"{pack} (none)"
+    return f"{pack} ({found['size']})" if found["size"] != pack else str(pack)
+
+
+def _same(run: Traced, where: str) -> str:
     """The last line, if every run agrees with the reference."""
     compared = f"in each of {run.steps} steps: loss, parameters, buffers, optimizer state."
     if not run.stopped:
-        return f"The same bits at every world size, {compared}"
+        return f"The same bits {where}, {compared}"
     stop = f"Every run stopped at step {run.steps + 1} for the same reason"
     if not run.steps:
         return f"{stop}, so no update was made that could differ."
-    return f"{stop}. Before it, the same bits at every world size, {compared}"
+    return f"{stop}. Before it, the same bits {where}, {compared}"
 
 
 def _verdict(reference: Traced, run: Traced) -> str:

@@ -60,9 +60,9 @@ class GradientSum:
         self.storage = torch.zeros(head_size + buffers * self.size, device=shapes_of[0].device)
         self.head = self.storage[:head_size]
         self.nodes = self.storage[head_size:].view(buffers, self.size)
+        self._rows = list(self.nodes.unbind())
         self._views = [[_view_like(p, node, o) for p, o in zip(shapes_of, offsets)] for node in self.nodes]
         self._missing = [node[size : size + count] for node in self.nodes]
-        self._more: list[Tensor] = []
         self._zeros: dict[int, Tensor] = {}
         self._program: tuple[tuple[Merge, ...], ...] = ()
         self._leaves = self._leaf = self._top = self._begin = 0
@@ -121,13 +121,11 @@ class GradientSum:
         """
         while number >= len(self._views):
             node = torch.zeros(self.size, device=self.storage.device)
-            self._more.append(node)
+            self._rows.append(node)
             self._views.append([_view_like(p, node, o) for p, o in zip(self._shapes_of, self._offsets)])
             end = self.numel
             self._missing.append(node[end : end + self._count])
-        inside = len(self.nodes)
-        node = self.nodes[number] if number < inside else self._more[number - inside]
-        return node, self._views[number], self._missing[number]
+        return self._rows[number], self._views[number], self._missing[number]
 
     def _note_missing(self, parameter: int, buffer: int) -> Tensor:
         """Counts a missing gradient in a node. Returns zeros to add in its place."""

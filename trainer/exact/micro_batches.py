@@ -223,30 +223,40 @@ class MicroBatches:
         """Seeds what a micro-batch's forward and loss draw."""
         return key(self._seed, "forward", batch.step, j)
 
-    def pack_samples(self, batch: GlobalBatch, part: range) -> tuple[Batch, list[Batch]]:
-        """The samples of a pack: together, (g m, ...) each, and each micro-batch's own."""
-        pieces = self.samples(batch, part, self.augments_in_chunks)
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}, pieces
+    def pack_samples(self, batch: GlobalBatch, part: range) -> Batch:
+        """The samples of a pack, gathered and augmented: (g m, ...) each."""
+        if self._calls.augment is None or self.augments_in_chunks:
+            together = self._gathered(batch, part, self.augments_in_chunks)[0]
+            return together if batch.longest is None else self._split.cut(together, batch.longest[part.start])
+        pieces = self.samples(batch, part, False)
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def pack_losses(
-        self, batch: GlobalBatch, pack: Pack, arrays: Batch, pieces: list[Batch], random: bool
-    ) -> list[Tensor]:
-        """The summed losses of a pack's micro-batches, while the pack is active: () each.
+    @property
+    def gives_sample_losses(self) -> bool:
+        """Whether the task computes the losses of several micro-batches in one call."""
+        return self._calls.sample_losses is not None
+
+    def pack_losses(self, batch: GlobalBatch, pack: Pack, arrays: Batch, *, random: bool, apart: bool) -> Tensor:
+        """The summed losses of a pack's micro-batches, while the pack is active: (g,).
 
         Args:
             batch: their global batch.
             pack: takes micro-batches apart.
-            arrays, pieces: as from `pack_samples`.
+            arrays: as from `pack_samples`.
             random: whether losses draw random numbers.
+            apart: call the task's loss for one micro-batch at a time even if it can do it in one call.
         """
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
+            if self._calls.sample_losses is not None and not apart:
+                found = self._calls.sample_losses(outputs, arrays, batch.progress)
+                return pack.summed(found)
             losses = []
-            for k, piece in enumerate(pieces):
-                own = pack.outputs_of(outputs, k)
+            for k in range(pack.g):
+                own, piece = pack.outputs_of(outputs, k), pack.samples_of(arrays, k)
                 with pack.now(k, random):
                     losses.append(self._calls.loss(own, piece, batch.progress)[0])
-            return losses
+            return torch.stack(losses)
 
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
         """What a task's augment() returns for one micro-batch, unchecked. For the rehearsal."""
@@ -278,11 +288,7 @@ class MicroBatches:
             chunk: the micro-batches.
             together: augment all of them in one call.
         """
-        bounds = batch.bounds[chunk.start : chunk.stop]
-        indices = batch.indices[bounds[0][0] : bounds[-1][1]]
-        arrays = self._split.gather(indices)
-        if self._calls.augment is not None and together:
-            arrays = self._augmented(arrays, indices, batch.progress)
+        arrays, bounds = self._gathered(batch, chunk, together)
         pieces = self._cut(arrays, [stop - start for start, stop in bounds])
         if self._calls.augment is not None and not together:
             for k, (start, stop) in enumerate(bounds):
@@ -293,6 +299,15 @@ class MicroBatches:
         if batch.longest is not None:
             pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
         return pieces
+
+    def _gathered(self, batch: GlobalBatch, chunk: range, augment: bool) -> tuple[Batch, list[tuple[int, int]]]:
+        """The samples of some micro-batches in one tensor each, and the micro-batches' bounds in the global batch."""
+        bounds = batch.bounds[chunk.start : chunk.stop]
+        indices = batch.indices[bounds[0][0] : bounds[-1][1]]
+        arrays = self._split.gather(indices)
+        if self._calls.augment is not None and augment:
+            arrays = self._augmented(arrays, indices, batch.progress)
+        return arrays, bounds
 
     def _cut(self, arrays: Batch, sizes: list[int]) -> list[Batch]:
         """Cuts gathered samples into micro-batches, each laid out in memory as if gathered by itself."""

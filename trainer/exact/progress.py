@@ -35,7 +35,7 @@ class Progress:
 
 # A task's methods ask for the progress by taking a keyword of this name.
 KEYWORD = "progress"
-_METHODS = ("forward", "loss", "augment")
+_METHODS = ("forward", "loss", "sample_losses", "augment")
 
 
 def _asks(method: Callable[..., Any] | None) -> bool:
@@ -48,19 +48,24 @@ def takes_progress(task: Any) -> bool:
 
 
 class TaskCalls:
-    """A task's forward, loss and augment, with one way to call them, whether or not they take `progress`.
+    """A task's methods of a step, with one way to call them, whether or not they take `progress`.
 
     Call each as in `tasks.protocol.Task`, with the progress as one more argument at the end.
 
     Attributes:
-        augment: None if the task has none.
+        sample_losses, augment: None if the task has none.
     """
 
     def __init__(self, task: Any) -> None:
         self.forward: Callable[..., Any] = _caller(task.forward)
         self.loss: Callable[..., Any] = _caller(task.loss)
-        augment = getattr(task, "augment", None)
-        self.augment: Callable[..., Any] | None = None if augment is None else _caller(augment)
+        self.sample_losses = _optional(task, "sample_losses")
+        self.augment = _optional(task, "augment")
+
+
+def _optional(task: Any, name: str) -> Callable[..., Any] | None:
+    method = getattr(task, name, None)
+    return None if method is None else _caller(method)
 
 
 def _caller(method: Callable[..., Any]) -> Callable[..., Any]:

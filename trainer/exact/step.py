@@ -234,7 +234,7 @@ class ExactStep:
             packs.refuse(batch, part, error)
         except Exception as error:  # whatever a task's code does with more samples than in a trial
             if out_of_memory(error):
-                packs.shrink(len(part) // 2)
+                packs.shrink(len(part))
             else:
                 packs.refuse(batch, part, RefusedError(f"{type(error).__name__}: {error}"))
         return False

@@ -60,6 +60,13 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     return lines
 
 
+def _pack_row(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if found.get("size", 1) == 1:
+        return []
+    gain = f", {found['speed_up']:.1f} times as fast as single ones" if "speed_up" in found else ""
+    return [("packs", f"of {found['size']} micro-batches{gain}")]
+
+
 def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
     """The table at the end of a run: metrics on test (or on another split), speed, and where the files are."""
     metrics = summary["metrics"]
@@ -77,6 +84,7 @@ def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> st
         ("samples/s", f"{summary['samples_per_s']:,.0f}"),
         ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
         ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),
+        *_pack_row(summary.get("pack", {})),
         ("parameters", f"sha256 {summary['parameters_sha256'][:16]}... ({summary['exactness']})"),
         ("results", str(folder)),
     ]

@@ -86,6 +86,12 @@ class Course:
             offset, losses, norm = bad
             raise non_finite(self.done - self.window.filled + offset, losses, norm)
 
+    def tell(self) -> None:
+        """Prints what packs have to say, such as that memory ran out. Rank 0."""
+        if isinstance(self.step, ExactStep) and self.step.packs is not None and self.pieces.ranks.first:
+            notes, self.step.packs.notes = self.step.packs.notes, []
+            say(*[f"note: {note}" for note in notes])
+
     def compare_ranks(self) -> None:
         """Raises RanksDifferError unless all ranks hold the same model. Collective: every rank."""
         if self.pieces.engine.zero_stage == 0:
@@ -263,7 +269,15 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and p.config.trainer.pack != 1:
         size = None if p.config.trainer.pack == "auto" else int(p.config.trainer.pack)
         assert isinstance(step, ExactStep)
-        step.packs = Packs(step.micro_batches, p.engine.parameters, p.engine.model, step.statistics, p.device, size)
+        step.packs = Packs(
+            step.micro_batches,
+            p.engine.parameters,
+            p.engine.model,
+            step.statistics,
+            p.device,
+            size,
+            p.total_steps - first_step,
+        )
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(

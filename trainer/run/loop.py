@@ -56,6 +56,7 @@ def train(c: Course) -> None:
         if c.window.full:
             c.check_window()
             c.record.window(c.done)
+            c.tell()
         if validation_steps and c.done % validation_steps == 0 and not ends:
             validation = c.record.evaluate("validation", c.done)
             if c.best is not None:
@@ -69,6 +70,7 @@ def train(c: Course) -> None:
             break
     c.check_window()
     c.record.window(c.done, last=True)
+    c.tell()
     c.compare_ranks()
 
 

@@ -376,6 +376,10 @@ class CausalLM:
         """The summed negative log-likelihood, and the number of valid tokens."""
         return outputs["nll"].sum(), batch["tokens"].sum()
 
+    def sample_losses(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The negative log-likelihood of each row, (B,)."""
+        return outputs["nll"]
+
     def metrics(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, float]:
         """Perplexity and accuracy of a token, and bits for each byte of UTF-8 text (end-of-text tokens included)."""
         nll = float(outputs["nll"].double().sum())

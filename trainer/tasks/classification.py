@@ -53,8 +53,8 @@ def counts(labels: Tensor, weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.index_select(0, labels)
 
 
-def summed_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> tuple[Tensor, Any]:
-    """Summed cross-entropy and its count: together, torch's weighted and smoothed mean over the global batch.
+def sample_losses(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """The cross-entropy of each sample: summed and divided by `count`, torch's weighted and smoothed mean.
 
     Args:
         logits: (B, classes), of any floating type; the loss is float32.
@@ -63,13 +63,14 @@ def summed_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothin
         smoothing: share of the target that goes to all classes alike (Szegedy et al. 2016).
 
     Returns:
-        () and B, or the summed weight of the samples.
+        (B,) float32.
     """
-    logits = logits.float()
-    if weights is None:
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels)
-    loss = F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=smoothing)
-    return loss, weights.index_select(0, labels).sum()
+    return F.cross_entropy(logits.float(), labels, weight=weights, reduction="none", label_smoothing=smoothing)
+
+
+def count(labels: Tensor, weights: Tensor | None) -> Any:
+    """What the summed loss is divided by: the number of samples, or their summed weight."""
+    return len(labels) if weights is None else weights.index_select(0, labels).sum()
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:

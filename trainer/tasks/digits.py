@@ -157,7 +157,11 @@ class Digits:
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """Summed cross-entropy, and the number of samples."""
-        return F.cross_entropy(outputs, batch["label"], reduction="sum"), len(outputs)
+        return self.sample_losses(outputs, batch).sum(), len(outputs)
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of each sample, (B,)."""
+        return F.cross_entropy(outputs, batch["label"], reduction="none")
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """The share of images whose likeliest class is the right one."""

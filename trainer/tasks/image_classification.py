@@ -311,8 +311,17 @@ class ImageClassification:
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
         """Summed cross-entropy, and the number of samples or their summed weight."""
-        weights = None if self._weights is None else self._constant("weights", outputs.device)
-        return classification.summed_loss(outputs, batch["label"], weights, self._smoothing)
+        return self.sample_losses(outputs, batch).sum(), classification.count(
+            batch["label"], self._class_weights(outputs.device)
+        )
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of each sample, (B,)."""
+        weights = self._class_weights(outputs.device)
+        return classification.sample_losses(outputs, batch["label"], weights, self._smoothing)
+
+    def _class_weights(self, device: torch.device) -> Tensor | None:
+        return None if self._weights is None else self._constant("weights", device)
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy, macro F1, and the area under the ROC curve where every class occurs."""

@@ -338,13 +338,16 @@ class Nodules:
 
         While beta warms up, only the training loss has a smaller weight: validations stay comparable.
         """
-        total = outputs["nll"].sum()
-        if self._variational:
-            weight = self._beta
-            if self._beta_warmup and progress is not None and "dice" not in outputs:
-                weight *= min(1.0, progress.fraction / self._beta_warmup)
-            total = total + weight * outputs["kl"].sum()
-        return total, len(outputs["nll"])
+        return self.sample_losses(outputs, batch, progress).sum(), len(outputs["nll"])
+
+    def sample_losses(self, outputs: dict[str, Tensor], batch: Batch, progress: Progress | None = None) -> Tensor:
+        """The negative ELBO of each mask, (B,)."""
+        if not self._variational:
+            return outputs["nll"]
+        weight = self._beta
+        if self._beta_warmup and progress is not None and "dice" not in outputs:
+            weight *= min(1.0, progress.fraction / self._beta_warmup)
+        return outputs["nll"] + weight * outputs["kl"]
 
     def metrics(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, float]:
         """Means over masks in nats; Dice; and how far sampled sizes are from real ones.

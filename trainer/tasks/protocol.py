@@ -34,8 +34,11 @@ class Task(Protocol):
     - `augment_in_chunks = True`: `augment` may be called with several micro-batches at once, which is faster. It must
       treat each sample on its own, and only move values, or add, multiply or divide them: other operations may give
       an element other bits in a tensor of another size. The rehearsal checks this.
-    - `forward`, `loss` and `augment` may take a keyword `progress`, an `exact.progress.Progress` (step, epoch,
-      total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend on the rank.
+    - `sample_losses(self, outputs, batch) -> Tensor`: (samples,) the loss of each sample, whose `.sum()` is what `loss`
+      returns. With it the losses of a pack (`trainer.pack`) are computed in one call, which is faster.
+    - `forward`, `loss`, `sample_losses` and `augment` may take a keyword `progress`, an `exact.progress.Progress`
+      (step, epoch, total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend
+      on the rank.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
       `splits` and `model` fill; they are printed once, before the first step.
     - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: the metric on validation that chooses the

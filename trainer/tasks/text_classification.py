@@ -300,10 +300,15 @@ class TextClassification:
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
         """Summed cross-entropy, and the number of samples or their summed class weights."""
+        losses = self.sample_losses(outputs, batch)
+        return losses.sum(), classification.count(batch["label"], self._weights)
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of each sample, (B,)."""
         if self._weights is not None and self._weights.device != outputs.device:
             with torch.inference_mode(False):  # the first call may be an evaluation's
                 self._weights = self._weights.to(outputs.device)  # once
-        return classification.summed_loss(outputs, batch["label"], self._weights, self._smoothing)
+        return classification.sample_losses(outputs, batch["label"], self._weights, self._smoothing)
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy, macro-F1 and AUROC."""

@@ -20,6 +20,19 @@ from trainer.ranks.place import Ranks
 B, m, SAMPLES, STEPS = 32, 4, 72, 5  # 8 micro-batches a step, and a last step of 8 samples in 2
 
 
+class InOneCall:
+    """As `Task`, with the losses of all samples in one call."""
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"])
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return self.sample_losses(outputs, batch).sum(), len(outputs)
+
+    def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(outputs.flatten(1).sum(1), batch["y"], reduction="none")
+
+
 class Task:
     """Regression on whatever the model returns."""
 
@@ -31,7 +44,7 @@ class Task:
 
 
 def made(model: nn.Module, x: Tensor, size: int | None, task: Any = None, **options: Any) -> tuple[ExactStep, Any]:
-    """A step with packs of at most `size` micro-batches (0: none), and the batches."""
+    """A step with packs of at most `size` micro-batches (0: none; None: auto), and the batches."""
     y = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(1))
     split, sizes = Split({"x": x, "y": y}), {"global_batch_size": B, "micro_batch_size": m}
     batches = GlobalBatches(split, CPU, seed=0, drop_last=False, total_steps=STEPS, **sizes)
@@ -43,7 +56,7 @@ def made(model: nn.Module, x: Tensor, size: int | None, task: Any = None, **opti
         optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, measures_norms=True
     )
     if size != 0:
-        step.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size)
+        step.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
     return step, batches
 
 

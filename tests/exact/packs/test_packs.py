@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.exact.packs.packed import dense, floats, trained
+from tests.exact.packs.packed import InOneCall, dense, floats, made, trained
 from trainer.exact.packs.packs import Packs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
@@ -28,5 +29,90 @@ def test_memory_that_runs_out_makes_packs_smaller(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Packs, "compute", limited)
     found, packs = trained(model, x, 8)
     assert found == expected
-    assert packs is not None and packs.summary()["limited_by_memory_to"] == 4
+    assert packs is not None and packs.summary()["limited_by_memory_to"] == 2
     assert 8 in sizes
+    assert len(packs.notes) == 2 and "memory ran out in a pack of 8 micro-batches" in packs.notes[0]
+
+
+def test_memory_that_runs_out_in_a_trial_makes_packs_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = dense(), floats(3)
+    expected, _ = trained(model, x, 0)
+    compute = Packs.compute
+
+    def limited(self: Packs, batch: Any, part: range, *arguments: Any, **named: Any) -> Any:
+        if len(part) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return compute(self, batch, part, *arguments, **named)
+
+    monkeypatch.setattr(Packs, "compute", limited)
+    found, packs = trained(model, x, 8)
+    assert found == expected
+    assert packs is not None and packs.summary()["limited_by_memory_to"] == 4
+    assert packs.refusals() == {8: "there is not enough memory"}
+    assert packs.size == 4
+
+
+def test_all_sizes_are_tried_in_one_step_and_the_fastest_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = dense(), floats(3)
+    expected, _ = trained(model, x, 0)
+    compute, sizes = Packs.compute, []
+
+    def noted(self: Packs, batch: Any, part: range, *arguments: Any, **named: Any) -> Any:
+        sizes.append((batch.step, part))
+        return compute(self, batch, part, *arguments, **named)
+
+    monkeypatch.setattr(Packs, "compute", noted)
+    found, packs = trained(model, x, None)
+    assert found == expected
+    assert packs is not None and packs.refusals() == {}
+    first = [part for step, part in sizes if step == 0]
+    assert list(dict.fromkeys(first)) == [range(0, 2), range(2, 4), range(4, 8)]
+
+
+def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
+    step, _ = made(dense(), floats(3), None)
+    assert step.packs is not None
+    old = step.packs
+    packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=49)
+    assert packs.begin(8) == 1
+
+
+def test_losses_of_a_pack_are_computed_in_one_call() -> None:
+    torch.manual_seed(0)
+    model, x, calls = dense(), floats(3), []
+
+    class Noted(InOneCall):
+        def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            calls.append(len(outputs))
+            return super().sample_losses(outputs, batch)
+
+    expected, _ = trained(model, x, 0, task=Noted())
+    assert set(calls) == {4}
+    calls.clear()
+    found, packs = trained(model, x, 8, task=Noted())
+    assert found == expected
+    assert packs is not None and packs.refusals() == {} and "one_at_a_time" not in packs.summary()
+    assert calls.count(32) == 4, "in each whole step of 8 micro-batches, and in no other call"
+
+
+@pytest.mark.parametrize("wrong", ["mean", "shape", "error"])
+def test_losses_in_one_call_that_are_not_those_of_loss_are_not_used(wrong: str) -> None:
+    torch.manual_seed(0)
+    model, x = dense(), floats(3)
+
+    class Wrong(InOneCall):
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            return super().sample_losses(outputs, batch).sum(), len(outputs)
+
+        def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            losses = super().sample_losses(outputs, batch)
+            if wrong == "error":
+                raise ValueError("not today")
+            return losses / 4 if wrong == "mean" else losses.sum()
+
+    expected, _ = trained(model, x, 0, task=Wrong())
+    found, packs = trained(model, x, 8, task=Wrong())
+    assert found == expected
+    assert packs is not None and packs.refusals() == {} and packs.summary()["one_at_a_time"] == ["loss()"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_piece, same_bits
+from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_pieces, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +71,9 @@ def test_pieces_start_where_fresh_tensors_do(features: int) -> None:
 @pytest.mark.parametrize("features", [3, 32])
 def test_what_is_changed_in_a_piece_is_written_back(features: int) -> None:
     x = torch.zeros(6, features)
-    put_piece(x, 1, 3, piece(x, 1, 3).fill_(1.0))
+    pieces = cut(x, 3)
+    pieces[1].fill_(1.0)
+    put_pieces(x, pieces)
     assert x.sum(1).tolist() == [0, 0, features, features, 0, 0]
 
 

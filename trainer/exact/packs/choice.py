@@ -76,6 +76,13 @@ class Choice:
         if self._measures and not tried:
             self._pending.append((self._now, self._began, self._mark()))
 
+    @property
+    def speed_up(self) -> float | None:
+        """How many times as fast the best size is as single micro-batches; None while that is not known."""
+        if self.best is None or not self._times_s.get(1) or not self._times_s.get(self.best):
+            return None
+        return min(self._times_s[1]) / min(self._times_s[self.best])
+
     def _collect(self) -> None:
         while self._pending:
             size, began, ended = self._pending[0]

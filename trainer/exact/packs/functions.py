@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR, put_piece
+from .rules import ADDMM, BATCH_NORM, CONVOLUTION, EMBEDDING, LAYER_NORM, LINEAR, cut, put_pieces
 
 if TYPE_CHECKING:
     from .pack import Pack
@@ -210,10 +210,10 @@ def _call_dropout(
         return pack.apart(F.dropout, (input, p, True), {}, random=True)
     # As torch's dropout on the CPU: only the draws are one micro-batch at a time.
     noise = torch.empty_like(input)
-    for k in range(pack.g):
-        with pack.stream(k):
-            own = pack.part(noise, k)
-            put_piece(noise, k, pack.g, own.bernoulli_(1 - p))
+    pieces = cut(noise, pack.g)
+    for k in pack.each_stream():
+        pieces[k].bernoulli_(1 - p)
+    put_pieces(noise, pieces)
     return input * noise.div_(1 - p)
 
 
@@ -239,12 +239,13 @@ def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("generator") is not None or not pack.has_part(args[0]):
+    if kwargs.get("generator") is not None or not pack.has_part(args[0]) or args[0].requires_grad:
         raise RefusedError(f"{name_of(func)}, whose numbers are not those of a micro-batch")
-    for k in range(pack.g):
-        with pack.stream(k):
-            own = pack.part(args, k)
-            put_piece(args[0], k, pack.g, func(*own, **pack.part(kwargs, k)))
+    rest = [(pack.part(args[1:], k), pack.part(kwargs, k)) for k in range(pack.g)]
+    pieces = cut(args[0], pack.g)
+    for k in pack.each_stream():
+        func(pieces[k], *rest[k][0], **rest[k][1])
+    put_pieces(args[0], pieces)
     return args[0]
 
 

@@ -387,11 +387,23 @@ class Pack(TorchFunctionMode):
                 raise RefusedError("an output that does not have one row a sample")
             return self.part(outputs, k)
 
+    def samples_of(self, arrays: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+        """Micro-batch k's samples of those of the pack."""
+        with torch._C.DisableTorchFunction():
+            return {name: piece(array, k, self.g) for name, array in arrays.items()}
+
+    def summed(self, losses: Any) -> Tensor:
+        """The sum of each micro-batch's losses, (g,), of what a task's sample_losses returned: (samples,)."""
+        with torch._C.DisableTorchFunction():
+            if not isinstance(losses, Tensor) or losses.shape != (self._rows,):
+                raise RefusedError("sample_losses() does not return one number a sample")
+            return losses.view(self.g, -1).sum(1)
+
     # ---- random numbers, statistics, values that the host reads ---------------------------------------------------
 
-    def stream(self, k: int) -> contextlib.AbstractContextManager[None]:
-        """Torch's generators are those of micro-batch k."""
-        return self._streams.of(k)
+    def each_stream(self) -> Iterator[int]:
+        """The micro-batches in order; meanwhile torch's generators are those of the one at hand."""
+        return self._streams.each()
 
     def scratch_of(self, running: Tensor | None) -> Tensor | None:
         """Where the micro-batches' statistics of a layer go: (g, features)."""

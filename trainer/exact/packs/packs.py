@@ -26,6 +26,9 @@ from .streams import Streams
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3
+_NO_MEMORY = "there is not enough memory"
+# The fewest steps for which it pays to look for the fastest size.
+FEWEST_STEPS = 50
 # Modules that take samples and parameters apart in ways of their own.
 _APART = (nn.RNNBase, nn.MultiheadAttention)
 
@@ -78,9 +81,11 @@ class Packs:
         statistics: of its normalisation layers.
         device: of the model.
         size: micro-batches of a pack; None to find the fastest by the clock, while the run goes on.
+        steps: the length of the run.
 
     Attributes:
         size: micro-batches of the packs of this step, at most.
+        notes: sentences for the person who watches the run; whoever prints them takes them out.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Packs:
         statistics: RunningStatistics,
         device: torch.device,
         size: int | None = None,
+        steps: int = FEWEST_STEPS,
     ) -> None:
         self._micro_batches, self._trained = micro_batches, list(parameters)
         self._model, self._statistics, self._device = model, statistics, device
@@ -104,18 +110,25 @@ class Packs:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._alone: set[Key] = set()
+        self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, _Verdict] = {}
         self.size = 1 if size is None else size
+        self.notes: list[str] = []
         self._limit: int | None = None  # what fits into memory
-        self._choice = Choice(device) if size is None else None
-        self._tried = False
+        self._choice = Choice(device) if size is None and steps >= FEWEST_STEPS else None
+        self._mixed_steps = TRIALS if self._choice is not None else 0
+        self._mixed = self._tried = False
 
     # ---- how many ------------------------------------------------------------------------------------------------
 
     def begin(self, block: int) -> int:
         """A step begins, in which this rank has a block of so many micro-batches. Returns the size of its packs."""
         self._tried = False
-        if self._choice is not None:
+        self._mixed = self._mixed_steps > 0 and block > 2
+        if self._mixed:  # packs of 2, 4, 8, ... in one step: a trial of all sizes in the time of one
+            self._mixed_steps -= 1
+            self.size = block
+        elif self._choice is not None:
             self.size = self._choice.begin(block, self._limit, self._refused_sizes())
         elif self._limit is not None:
             self.size = min(self.size, self._limit)
@@ -123,7 +136,7 @@ class Packs:
 
     def end(self) -> None:
         """The micro-batches of the step have been computed."""
-        if self._choice is not None:
+        if self._choice is not None and not self._mixed:
             self._choice.end(self._tried)
 
     def _refused_sizes(self) -> set[int]:
@@ -133,8 +146,14 @@ class Packs:
         return {size for size, refused in by_size.items() if all(refused)}
 
     def shrink(self, size: int) -> None:
-        """Memory ran out: packs have at most `size` micro-batches from now on."""
-        self._limit = max(1, size)
+        """Memory ran out in a pack of `size` micro-batches: from now on packs have at most half as many."""
+        self._limit = max(1, size // 2)
+        self.notes.append(
+            f"memory ran out in a pack of {size} micro-batches. From now on packs have {self._limit} at most: this "
+            "changes the speed, and no bit."
+        )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what was reserved for the large pack is in pieces of no use to smaller ones
 
     def refuse(self, batch: GlobalBatch, part: range, error: RefusedError) -> None:
         """A pack could not be computed, though its shape can: where that was no chance, it is not tried again."""
@@ -142,14 +161,19 @@ class Packs:
             self._verdicts[self._key(batch, part)].refusal = str(error)
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: the size, what limits it, and what is computed one micro-batch at a time."""
+        """For summary.json: the size and its gain, what limits it, and what is computed one micro-batch at a time."""
         found: dict[str, Any] = {"size": self.size}
+        if self._choice is not None and self._choice.speed_up is not None:
+            found["speed_up"] = round(self._choice.speed_up, 3)
         if self._limit is not None:
             found["limited_by_memory_to"] = self._limit
         if self.refusals():
             found["refused"] = {str(size): why for size, why in sorted(self.refusals().items())}
-        if self._apart or self._alone:
-            found["one_at_a_time"] = sorted({*self._apart, *(key[0] for key in self._alone)})
+        apart = {*self._apart, *(key[0] for key in self._alone)}
+        if self._losses_apart and self._micro_batches.gives_sample_losses:
+            apart.add("loss()")
+        if apart:
+            found["one_at_a_time"] = sorted(apart)
         return found
 
     # ---- which micro-batches share one ---------------------------------------------------------------------------
@@ -161,7 +185,12 @@ class Packs:
         """
         start = block.start
         while start < block.stop:
-            stop = min(block.stop, (start // self.size + 1) * self.size)
+            if self._mixed:
+                # 2, 2, 4, 8, 16, ...: each again as long as all before it
+                done = start - block.start
+                stop = min(block.stop, start + max(2, 1 << max(0, done.bit_length() - 1)))
+            else:
+                stop = min(block.stop, (start // self.size + 1) * self.size)
             first = self._shape(batch, start)
             end = start + 1
             while end < stop and self._shape(batch, end) == first:
@@ -206,7 +235,7 @@ class Packs:
         g = len(part)
         verdict = self._verdicts.get(self._key(batch, part))
         random = verdict is None or verdict.random
-        arrays, pieces = self._micro_batches.pack_samples(batch, part)
+        arrays = self._micro_batches.pack_samples(batch, part)
         leaves = Leaves(self._trained, g, sink)
         streams = Streams([self._micro_batches.forward_key(batch, j) for j in part], self._device)
         rows = batch.bounds[part[-1]][1] - batch.bounds[part[0]][0]
@@ -223,16 +252,16 @@ class Packs:
         )
         modules = dict(self._model.named_modules()) if self._apart else {}
         with pack, pack.modules_apart([modules[name] for name in self._apart]):
-            losses = self._micro_batches.pack_losses(batch, pack, arrays, pieces, random)
+            losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
         inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
-        found = torch.autograd.grad(losses, inputs, [scale] * g, allow_unused=True)
+        found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
         if any(gradient is not None for gradient in found):
             raise RefusedError("a parameter is used where packs do not see it")
         if streams.disturbed():
             raise RefusedError("random numbers are drawn where packs do not see it")
         self._pass_on_derived(pack, leaves)
         leaves.finish()
-        return Packed(torch.stack([loss.detach().float() for loss in losses]), pack.scratch)
+        return Packed(losses.detach().float(), pack.scratch)
 
     def _pass_on_derived(self, pack: Pack, leaves: Leaves) -> None:
         """Passes the gradients of what follows from parameters alone on to the parameters."""
@@ -260,7 +289,7 @@ class Packs:
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
-        for _ in range(len(self._owners) + 3):
+        for _ in range(len(self._owners) + 4):
             sums = _Sums(len(part))
             self._verdicts[key] = _Verdict(None, random)
             known = len(self._alone)
@@ -268,16 +297,26 @@ class Packs:
                 packed = self.compute(batch, part, scale, sums, checks=before is None)
             except RefusedError as error:
                 refusal = str(error)
-                if error.once or not self._set_apart(error):
+                if error.once or not (self._set_apart(error) or self._set_losses_apart()):
                     break
                 continue
             except Exception as error:  # whatever a task's code does with more samples than it expects
+                if out_of_memory(error):
+                    refusal = _NO_MEMORY
+                    break
                 refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                break
+                if not self._set_losses_apart():
+                    break
+                continue
             refusal = self._difference(singles, packed, sums)
-            if refusal is None or len(self._alone) == known:
-                break  # else layers that differ have been found meanwhile: once more, without their rules
+            if refusal is None:
+                break
+            # Layers that differ may have been found meanwhile: then once more, without their rules.
+            if len(self._alone) == known and not self._set_losses_apart():
+                break
         self._verdicts[key] = _Verdict(refusal, random, before.trials + 1 if before is not None else 1)
+        if refusal == _NO_MEMORY:
+            self.shrink(len(part))
 
     def _difference(self, singles: list[Single], packed: Packed, sums: _Sums) -> str | None:
         """The first thing that differs; None if nothing does."""
@@ -295,6 +334,11 @@ class Packs:
                     owner = (self._owners.get(place) or ["?"])[0]
                     return f"other gradients in packs of {g}, first of {owner or 'the model'}"
         return None
+
+    def _set_losses_apart(self) -> bool:
+        """Has the task's loss called for one micro-batch at a time from now on. False if it is already."""
+        changed, self._losses_apart = not self._losses_apart, True
+        return changed
 
     def _set_apart(self, error: RefusedError) -> bool:
         """Has the module behind a refusal computed one micro-batch at a time from now on. False if there is none."""

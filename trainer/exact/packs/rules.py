@@ -165,17 +165,22 @@ def piece(tensor: Tensor, k: int, g: int) -> Tensor:
     return own.clone() if start % ALIGNMENT_BYTES[tensor.device.type] else own
 
 
-def put_piece(tensor: Tensor, k: int, g: int, own: Tensor) -> None:
-    """Writes back what was changed in a piece, where the piece is a copy."""
-    size = tensor.size(0) // g
-    there = tensor.narrow(0, k * size, size)
-    if there.data_ptr() != own.data_ptr():
-        there.copy_(own)
-
-
 def cut(tensor: Tensor, g: int) -> list[Tensor]:
-    """The pieces of a pack's micro-batches."""
+    """The parts of a pack's micro-batches, as from `piece`."""
+    own, size, alignment = tensor.chunk(g), tensor.element_size(), ALIGNMENT_BYTES[tensor.device.type]
+    distance = own[-1].storage_offset() - own[0].storage_offset()
+    if distance * size % (alignment * max(1, g - 1)) == 0 and tensor.storage_offset() * size % alignment == 0:
+        return list(own)
     return [piece(tensor, k, g) for k in range(g)]
+
+
+def put_pieces(tensor: Tensor, pieces: list[Tensor]) -> None:
+    """Writes back what was changed in pieces, where they are copies."""
+    if all(own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for own in pieces):
+        return
+    for there, own in zip(tensor.chunk(len(pieces)), pieces):
+        if there.data_ptr() != own.data_ptr():
+            there.copy_(own)
 
 
 class Cut(torch.autograd.Function):

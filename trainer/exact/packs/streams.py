@@ -33,18 +33,23 @@ class Streams:
     def of(self, k: int) -> Iterator[None]:
         """Torch's generators are those of micro-batch k."""
         self._look()
-        states = self._states[k]
-        for i, generator in enumerate(self._generators):
-            if states is None:
-                generator.manual_seed(self._keys[k])
-            else:
-                generator.set_state(states[i])
+        self._take_up(k)
         try:
             yield
         finally:
-            self._states[k] = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, self._resting):
-                generator.set_state(state)
+            self._put_down(k)
+            self._rest()
+
+    def each(self) -> Iterator[int]:
+        """All micro-batches in order; torch's generators are those of the one at hand."""
+        self._look()
+        try:
+            for k in range(len(self._keys)):
+                self._take_up(k)
+                yield k
+                self._put_down(k)
+        finally:
+            self._rest()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -53,8 +58,22 @@ class Streams:
         try:
             yield
         finally:
-            for generator, state in zip(self._generators, self._resting):
-                generator.set_state(state)
+            self._rest()
+
+    def _take_up(self, k: int) -> None:
+        states = self._states[k]
+        for i, generator in enumerate(self._generators):
+            if states is None:
+                generator.manual_seed(self._keys[k])
+            else:
+                generator.set_state(states[i])
+
+    def _put_down(self, k: int) -> None:
+        self._states[k] = [generator.get_state() for generator in self._generators]
+
+    def _rest(self) -> None:
+        for generator, state in zip(self._generators, self._resting):
+            generator.set_state(state)
 
     def _look(self) -> None:
         self._disturbed |= any(
