@@ -29,7 +29,7 @@ def site(rule: Rule) -> Site:
 
 def test_a_rule_that_is_right_does_not_differ() -> None:
     x = torch.randn(24, 16, requires_grad=True)
-    assert not site(LINEAR).differs(x, torch.randn(8, 16), torch.randn(8))
+    assert not site(LINEAR[0]).differs(x, torch.randn(8, 16), torch.randn(8))
 
 
 def wrong_forward(rule: Rule) -> Rule:
@@ -47,7 +47,7 @@ def wrong_backward(rule: Rule) -> Rule:
 @pytest.mark.parametrize("change", [wrong_forward, wrong_backward])
 def test_a_rule_that_is_wrong_differs(change: Any) -> None:
     x = torch.randn(24, 16, requires_grad=True)
-    assert site(change(LINEAR)).differs(x, torch.randn(8, 16), torch.randn(8))
+    assert site(change(LINEAR[0])).differs(x, torch.randn(8, 16), torch.randn(8))
 
 
 def test_a_difference_is_found_in_layers_of_a_few_numbers() -> None:
@@ -56,7 +56,7 @@ def test_a_difference_is_found_in_layers_of_a_few_numbers() -> None:
     same = all(
         same_bits(one(x), torch.cat([one(row.clone()) for row in x.split(1)])) for x in torch.randn(500, 3, 19).unbind()
     )
-    assert site(LINEAR).differs(torch.randn(3, 19), one.weight.detach(), one.bias.detach()) != same
+    assert site(LINEAR[0]).differs(torch.randn(3, 19), one.weight.detach(), one.bias.detach()) != same
 
 
 @pytest.mark.parametrize("features", [3, 16])

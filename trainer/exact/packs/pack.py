@@ -32,6 +32,7 @@ from .rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, draw
 from .streams import Streams
 
 Key = tuple[Any, ...]
+ALONE = -1
 
 
 class Alias(torch.autograd.Function):
@@ -67,7 +68,8 @@ class Pack(TorchFunctionMode):
         g: micro-batches; rows / g samples each.
         leaves: takes the gradients.
         streams: random numbers.
-        alone: keys of the sites that are computed one micro-batch at a time; a trial adds to them.
+        sites: what trials have found out: the key of a layer -> which of its rules is taken; the key of a layer or
+            function that is computed one micro-batch at a time -> ALONE. A trial adds to them.
         checks: whether this is a trial.
     """
 
@@ -81,13 +83,14 @@ class Pack(TorchFunctionMode):
         g: int,
         leaves: Leaves,
         streams: Streams,
-        alone: set[Key],
+        sites: dict[Key, int],
         checks: bool,
     ) -> None:
         super().__init__()
         self._parameters, self._constants, self._statistics = parameters, constants, statistics
         self._rows, self.g, self.leaves, self._streams, self.checks = rows, g, leaves, streams, checks
-        self._alone_sites = alone
+        self._sites = sites
+        self._any_alone = ALONE in sites.values()
         self.scratch = statistics.scratch_rows(g)
         self._aliases: dict[tuple[int, int], Tensor] = {}
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
@@ -115,7 +118,7 @@ class Pack(TorchFunctionMode):
         used = self._used(args) | self._used(kwargs.values()) if kwargs else self._used(args)
         if used:
             return self._with_parameters(func, args, kwargs, used)
-        if self.checks or self._alone_sites:
+        if self.checks or self._any_alone:
             key = self._function_key(func, args, kwargs)
             if key is not None and self._is_alone(key, func, args, kwargs):
                 return self.apart(func, args, kwargs)
@@ -130,11 +133,11 @@ class Pack(TorchFunctionMode):
         tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
         if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
             return None
-        return (name, *(tuple(t.shape) for t in tensors), str(tensors[0].dtype))
+        return (name, self.g, *(tuple(t.shape) for t in tensors), str(tensors[0].dtype))
 
     def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
-        if key in self._alone_sites:
+        if key in self._sites:
             return True
         if not self.checks or key in self._checked:
             return False
@@ -144,8 +147,11 @@ class Pack(TorchFunctionMode):
         if differs and (key[0].endswith("_") or kwargs.get("inplace")):
             raise RefusedError(f"{key[0]}, which gives other bits in a pack, in place")
         if differs:
-            self._alone_sites.add(key)
+            self._set_alone(key)
         return differs
+
+    def _set_alone(self, key: Key) -> None:
+        self._sites[key], self._any_alone = ALONE, True
 
     def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
@@ -435,7 +441,7 @@ class Pack(TorchFunctionMode):
 
     def layer(
         self,
-        rule: Rule,
+        rules: Sequence[Rule],
         name: str,
         call: Callable[..., Tensor],
         x: Tensor,
@@ -444,27 +450,41 @@ class Pack(TorchFunctionMode):
         casts: bool = True,
         **options: Any,
     ) -> Any:
-        """A layer by its rule; NotImplemented where it has to be computed one micro-batch at a time."""
+        """A layer by one of its rules; NotImplemented where it has to be computed one micro-batch at a time."""
         places = [None if p is None else self.place(p) for p in (weight, bias)]
-        key = (name, *places, tuple(x.shape))
-        if key in self._alone_sites or not torch.is_grad_enabled():
+        key = (name, self.g, *places, tuple(x.shape))
+        chosen = self._sites.get(key, len(rules) - 1)
+        if chosen == ALONE or not torch.is_grad_enabled():
             return NotImplemented
         tensors = [x, weight, bias]
         if casts and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             # The casts are made here, so that the layer's backward meets what its forward used.
             tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-        site = Site(self, rule, call, key, *places, **options)
+        sites = [Site(self, rule, call, key, *places, **options) for rule in rules]
         if self.checks and key not in self._checked:
-            with torch.no_grad(), self._aside():
-                if site.differs(*tensors):  # type: ignore[arg-type]
-                    self._alone_sites.add(key)
-                    return NotImplemented
             self._checked.add(key)
+            with torch.no_grad(), self._aside():
+                chosen = self._fastest(sites, tensors)
+            if chosen == ALONE:
+                self._set_alone(key)
+                return NotImplemented
+            self._sites[key] = chosen
+        site = sites[chosen]
         for place in places:
             if place is not None:
                 self.leaves.expect(place)
         return Layer.apply(site, *tensors)
+
+    @staticmethod
+    def _fastest(sites: list[Site], tensors: list[Any]) -> int:
+        """The place of the fastest rule that is exact; ALONE if none is."""
+        exact = [place for place, site in enumerate(sites) if not site.differs(*tensors)]
+        if len(exact) < 2:
+            return exact[0] if exact else ALONE
+        times_s = [sites[place].backward_s(*tensors) for place in exact]
+        # The first has the fewest operators, so it wins if the clock does not clearly say otherwise.
+        return next(place for place, seconds in zip(exact, times_s) if seconds < 1.2 * min(times_s))
 
 
 # Functions that look at a tensor or move its values: never another bit.

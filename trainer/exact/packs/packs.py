@@ -21,7 +21,7 @@ from ..micro_batches import GlobalBatch, MicroBatches
 from .choice import Choice
 from .functions import RefusedError
 from .leaves import Leaves, Sink
-from .pack import Key, Pack
+from .pack import ALONE, Key, Pack
 from .streams import Streams
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
@@ -109,7 +109,7 @@ class Packs:
                 if id(p) in self._places:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
-        self._alone: set[Key] = set()
+        self._sites: dict[Key, int] = {}
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, _Verdict] = {}
         self.size = 1 if size is None else size
@@ -138,6 +138,10 @@ class Packs:
         """The micro-batches of the step have been computed."""
         if self._choice is not None and not self._mixed:
             self._choice.end(self._tried)
+
+    def _alone(self) -> list[Key]:
+        """Layers and functions that are computed one micro-batch at a time."""
+        return [key for key, chosen in self._sites.items() if chosen == ALONE]
 
     def _refused_sizes(self) -> set[int]:
         by_size: dict[int, list[bool]] = {}
@@ -169,7 +173,7 @@ class Packs:
             found["limited_by_memory_to"] = self._limit
         if self.refusals():
             found["refused"] = {str(size): why for size, why in sorted(self.refusals().items())}
-        apart = {*self._apart, *(key[0] for key in self._alone)}
+        apart = {*self._apart, *(key[0] for key in self._alone())}
         if self._losses_apart and self._micro_batches.gives_sample_losses:
             apart.add("loss()")
         if apart:
@@ -247,7 +251,7 @@ class Packs:
             g=g,
             leaves=leaves,
             streams=streams,
-            alone=self._alone,
+            sites=self._sites,
             checks=checks,
         )
         modules = dict(self._model.named_modules()) if self._apart else {}
@@ -292,7 +296,7 @@ class Packs:
         for _ in range(len(self._owners) + 4):
             sums = _Sums(len(part))
             self._verdicts[key] = _Verdict(None, random)
-            known = len(self._alone)
+            known = len(self._alone())
             try:
                 packed = self.compute(batch, part, scale, sums, checks=before is None)
             except RefusedError as error:
@@ -312,7 +316,7 @@ class Packs:
             if refusal is None:
                 break
             # Layers that differ may have been found meanwhile: then once more, without their rules.
-            if len(self._alone) == known and not self._set_losses_apart():
+            if len(self._alone()) == known and not self._set_losses_apart():
                 break
         self._verdicts[key] = _Verdict(refusal, random, before.trials + 1 if before is not None else 1)
         if refusal == _NO_MEMORY:

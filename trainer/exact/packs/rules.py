@@ -10,6 +10,7 @@ time, on the same inputs (`Site.check_*`), and what differs is computed one at a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,6 +105,24 @@ class Site:
             if compared > ENOUGH_VALUES:
                 break
         return False
+
+    def backward_s(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> float:
+        """Seconds that the rule's backward takes, the shortest of some."""
+        own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
+        y, saved = self.rule.forward(self, *own)
+        grad, times = torch.randn_like(y), []
+        for _ in range(4):
+            _wait_for(x)
+            began_s = time.perf_counter()
+            self.rule.backward(self, grad, *own, *saved)
+            _wait_for(x)
+            times.append(time.perf_counter() - began_s)
+        return min(times[1:])
+
+
+def _wait_for(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 # A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
@@ -233,7 +252,7 @@ def _addmm_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: T
     return dx, dw, d.sum(1) if site.bias is not None else None
 
 
-# ---- convolutions: the weight's gradient one micro-batch at a time, by plain's own kernel --------------------------
+# ---- convolutions --------------------------------------------------------------------------------------------------
 
 
 def _convolution_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
@@ -245,9 +264,28 @@ def _convolution_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, b
     mask = [False, site.weight is not None, site.bias is not None]
     if not any(mask):
         return dx, None, None
+    # The weight's gradient one micro-batch at a time, by plain's own kernel.
     parts = [back(d, i, weight, *rest, mask) for d, i in zip(cut(grad, site.g), cut(x, site.g))]
     dw = torch.stack([part[1] for part in parts]) if mask[1] else None
     return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
+
+
+def _grouped_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    o, g = site.options, site.g
+    sizes = None if bias is None else [g * bias.numel()]
+    back = torch.ops.aten.convolution_backward
+    rest = (o["stride"], o["padding"], o["dilation"], o["transposed"], o["output_padding"])
+    dx = None
+    if x.requires_grad:
+        plain_sizes = None if bias is None else [bias.numel()]
+        dx = back(grad, x, weight, plain_sizes, *rest, o["groups"], [True, False, False])[0]
+    mask = [False, site.weight is not None, site.bias is not None]
+    if not any(mask):
+        return dx, None, None
+    # The weight's gradient as that of a convolution in which each micro-batch has channels of its own.
+    wide = weight.repeat(g, *[1] * (weight.dim() - 1))
+    _, dw, db = back(_beside(grad, g), _beside(x, g), wide, sizes, *rest, g * o["groups"], mask)
+    return dx, dw.view(g, *weight.shape) if mask[1] else None, db.view(g, -1) if mask[2] else None
 
 
 # ---- embeddings ----------------------------------------------------------------------------------------------------
@@ -334,9 +372,11 @@ def _batch_norm_backward(
     return _apart(dx, g), dw.view(g, -1) if mask[1] else None, db.view(g, -1) if mask[2] else None
 
 
-LINEAR = Rule(_linear_forward, _linear_backward)
-ADDMM = Rule(_linear_forward, _addmm_backward)
-CONVOLUTION = Rule(_linear_forward, _convolution_backward)
-EMBEDDING = Rule(_linear_forward, _embedding_backward)
-LAYER_NORM = Rule(_layer_norm_forward, _layer_norm_backward)
-BATCH_NORM = Rule(_batch_norm_forward, _batch_norm_backward, needs_input=False)
+# For each kind of layer the rules that may do, the one with the fewest operators first. A trial takes the fastest of
+# those that are exact; where there was none, the last is taken.
+LINEAR = (Rule(_linear_forward, _linear_backward),)
+ADDMM = (Rule(_linear_forward, _addmm_backward),)
+CONVOLUTION = (Rule(_linear_forward, _grouped_backward), Rule(_linear_forward, _convolution_backward))
+EMBEDDING = (Rule(_linear_forward, _embedding_backward),)
+LAYER_NORM = (Rule(_layer_norm_forward, _layer_norm_backward),)
+BATCH_NORM = (Rule(_batch_norm_forward, _batch_norm_backward, needs_input=False),)
