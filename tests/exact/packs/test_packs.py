@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.exact.packs.packed import InOneCall, dense, floats, made, trained
+from trainer.exact.packs import packs as packs_module
 from trainer.exact.packs.packs import Packs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
@@ -116,3 +117,18 @@ def test_losses_in_one_call_that_are_not_those_of_loss_are_not_used(wrong: str) 
     found, packs = trained(model, x, 8, task=Wrong())
     assert found == expected
     assert packs is not None and packs.refusals() == {} and packs.summary()["one_at_a_time"] == ["loss()"]
+
+
+def test_trials_are_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first step, weights may be 0 by design, and every part of it says the same."""
+    monkeypatch.setattr(packs_module, "TRIALS", 3)
+    torch.manual_seed(0)
+    tried, try_out = [], Packs.try_out
+
+    def noted(self: Packs, batch: Any, part: range, *arguments: Any) -> None:
+        tried.append((batch.step, part))
+        try_out(self, batch, part, *arguments)
+
+    monkeypatch.setattr(Packs, "try_out", noted)
+    trained(dense(), floats(3), 4)
+    assert tried[:5] == [(0, range(0, 4)), (0, range(4, 8)), (1, range(0, 4)), (1, range(4, 8)), (2, range(0, 2))]

@@ -206,7 +206,7 @@ def _call_dropout(
     if not training or p == 0.0:
         return NotImplemented
     _needs_part(pack, func, input)
-    if input.device.type != "cpu" or p == 1.0:
+    if input.device.type != "cpu" or p == 1.0 or not input.is_contiguous():
         return pack.apart(F.dropout, (input, p, True), {}, random=True)
     # As torch's dropout on the CPU: only the draws are one micro-batch at a time.
     noise = torch.empty_like(input)
@@ -239,7 +239,8 @@ def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("generator") is not None or not pack.has_part(args[0]) or args[0].requires_grad:
+    plain = pack.has_part(args[0]) and args[0].is_contiguous() and not args[0].requires_grad
+    if kwargs.get("generator") is not None or not plain:
         raise RefusedError(f"{name_of(func)}, whose numbers are not those of a micro-batch")
     rest = [(pack.part(args[1:], k), pack.part(kwargs, k)) for k in range(pack.g)]
     pieces = cut(args[0], pack.g)

@@ -27,6 +27,8 @@ from .streams import Streams
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3
 _NO_MEMORY = "there is not enough memory"
+# Trials of a shape that may end without a verdict.
+MOST_POSTPONED = 20
 # The fewest steps for which it pays to look for the fastest size.
 FEWEST_STEPS = 50
 # Modules that take samples and parameters apart in ways of their own.
@@ -51,13 +53,15 @@ class _Verdict:
 
     Attributes:
         refusal: why there are none; None if their bits are those of single micro-batches.
-        trials: in which they were.
+        trials: steps in which they were.
+        step: the last of these.
         random: whether a micro-batch draws random numbers.
     """
 
     refusal: str | None
     random: bool = True
     trials: int = 0
+    step: int = -1
 
 
 @dataclass
@@ -112,6 +116,7 @@ class Packs:
         self._sites: dict[Key, int] = {}
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, _Verdict] = {}
+        self._postponed: dict[Key, int] = {}
         self.size = 1 if size is None else size
         self.notes: list[str] = []
         self._limit: int | None = None  # what fits into memory
@@ -210,7 +215,7 @@ class Packs:
     def known(self, batch: GlobalBatch, part: range) -> bool | None:
         """Whether a part may be a pack; None if that is not known yet."""
         verdict = self._verdicts.get(self._key(batch, part))
-        if verdict is None or (verdict.refusal is None and verdict.trials < TRIALS):
+        if verdict is None or (verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step)):
             return None
         return verdict.refusal is None
 
@@ -301,6 +306,8 @@ class Packs:
                 packed = self.compute(batch, part, scale, sums, checks=before is None)
             except RefusedError as error:
                 refusal = str(error)
+                if error.once and self._may_be_postponed(key, before):
+                    return
                 if error.once or not (self._set_apart(error) or self._set_losses_apart()):
                     break
                 continue
@@ -318,9 +325,21 @@ class Packs:
             # Layers that differ may have been found meanwhile: then once more, without their rules.
             if len(self._alone()) == known and not self._set_losses_apart():
                 break
-        self._verdicts[key] = _Verdict(refusal, random, before.trials + 1 if before is not None else 1)
+        trials = before.trials + (before.step != batch.step) if before is not None else 1
+        self._verdicts[key] = _Verdict(refusal, random, trials, batch.step)
         if refusal == _NO_MEMORY:
             self.shrink(len(part))
+
+    def _may_be_postponed(self, key: Key, before: _Verdict | None) -> bool:
+        """Leaves a verdict open, as micro-batches had different values; not for ever, since trials cost time."""
+        self._postponed[key] = self._postponed.get(key, 0) + 1
+        if self._postponed[key] > MOST_POSTPONED:
+            return False
+        if before is None:
+            del self._verdicts[key]
+        else:
+            self._verdicts[key] = before
+        return True
 
     def _difference(self, singles: list[Single], packed: Packed, sums: _Sums) -> str | None:
         """The first thing that differs; None if nothing does."""

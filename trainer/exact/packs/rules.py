@@ -11,7 +11,7 @@ time, on the same inputs (`Site.check_*`), and what differs is computed one at a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -202,6 +202,16 @@ def put_pieces(tensor: Tensor, pieces: list[Tensor]) -> None:
             there.copy_(own)
 
 
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Tensors of micro-batches as the pack's, with their order of strides: dropout draws in the order of memory."""
+    if all(own.is_contiguous() for own in pieces):
+        return torch.cat(pieces)  # type: ignore[arg-type]
+    strides = pieces[0].stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    whole = torch.cat([own.permute(order).contiguous() for own in pieces], dim=order.index(0))
+    return whole.permute([order.index(dim) for dim in range(len(order))])
+
+
 class Cut(torch.autograd.Function):
     """A pack's tensor as those of its micro-batches, each with memory and, in the backward, a gradient of its own."""
 
@@ -222,7 +232,7 @@ class Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *pieces: Tensor) -> Tensor:
         """One after the other."""
-        return torch.cat(pieces)
+        return joined(pieces)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
