@@ -136,6 +136,8 @@ def random_case(seed: int, number: int) -> Case:
     }
     if "scheduler" in options:
         values["scheduler"] = values["trainer"].pop("scheduler")
+    if chance.random() < 0.5:
+        values["trainer"]["task"] = f"{TASK}:{name.removesuffix('Task')}InOneCallTask".replace("Random", "")
     if bfloat16:
         values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     label = kind if flaw is None else f"flaw: {flaw}"

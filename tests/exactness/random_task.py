@@ -180,6 +180,13 @@ class RandomTask:
         return self._loss(outputs, batch)
 
     def _loss(self, outputs, batch, progress=None):
+        each, counts = self._weighted(outputs, batch, progress), self.spec["loss"]["counts"]
+        if counts is None:
+            return each.sum(), len(each)
+        return each.sum(), batch["weight" if counts == "weights" else "mask"].sum()
+
+    def _weighted(self, outputs, batch, progress=None):
+        """(B,), or (B, T)."""
         kl = outputs.get("kl") if isinstance(outputs, dict) else None
         outputs = outputs["y"] if isinstance(outputs, dict) else outputs
         each = self._each(outputs, batch["y"])  # (B,), or (B, T)
@@ -190,11 +197,7 @@ class RandomTask:
             each = each + (fraction(progress) if self.spec["anneals"] else 0.3) * kl
         each = self._disturbed(each, "loss", progress)
         counts = self.spec["loss"]["counts"]
-        if counts == "weights":
-            return (each * batch["weight"]).sum(), batch["weight"].sum()
-        if counts == "tokens":
-            return (each * batch["mask"]).sum(), batch["mask"].sum()
-        return each.sum(), len(each)
+        return each if counts is None else each * batch["weight" if counts == "weights" else "mask"]
 
     def _each(self, outputs, y):
         kind, smoothing = self.spec["loss"]["kind"], self.spec["loss"].get("smoothing", 0.0)
@@ -225,6 +228,22 @@ class AnnealedTask(RandomTask):
 
     def loss(self, outputs, batch, *, progress=None):
         return self._loss(outputs, batch, progress)
+
+
+class InOneCallTask(RandomTask):
+    """Its losses can be computed for several micro-batches in one call."""
+
+    def sample_losses(self, outputs, batch):
+        each = self._weighted(outputs, batch)
+        return each if each.ndim == 1 else each.sum(1)
+
+
+class AnnealedInOneCallTask(AnnealedTask):
+    """Both."""
+
+    def sample_losses(self, outputs, batch, *, progress):
+        each = self._weighted(outputs, batch, progress)
+        return each if each.ndim == 1 else each.sum(1)
 
 
 def fraction(progress):
