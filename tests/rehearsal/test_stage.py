@@ -302,3 +302,41 @@ def test_every_call_of_a_module_is_noted_with_what_went_in_and_out() -> None:
     with watched(model, None):
         model(x)
     assert len(calls) == noted
+
+
+class InOneCall(Task):
+    """Its losses can be computed for several micro-batches in one call."""
+
+    factor, noise = 1.0, False
+
+    def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        losses = (outputs.flatten(1) ** 2).sum(1)
+        return losses + torch.randn(len(losses)) if self.noise else losses
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+        return self.sample_losses(outputs, batch).sum() * self.factor, len(outputs)
+
+
+def test_losses_in_one_call_have_to_be_those_of_loss() -> None:
+    class Other(InOneCall):
+        factor = 0.25
+
+    class Shape(InOneCall):
+        def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            return super().sample_losses(outputs, batch).sum()
+
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+            return outputs.sum(), len(outputs)
+
+    class Noisy(InOneCall):
+        noise = True
+
+    with pytest.raises(UserError, match=r"Other\.sample_losses\(\) adds up to .* where Other\.loss\(\) returns"):
+        stage = staged(Other())
+        stage.visit(stage.items[0])
+    with pytest.raises(UserError, match=r"sample_losses\(\) must return one number a sample, .* of shape \(4,\)"):
+        stage = staged(Shape())
+        stage.visit(stage.items[0])
+    for task in (InOneCall(), Noisy()):
+        stage = staged(task)
+        stage.visit(stage.items[0])

@@ -108,7 +108,9 @@ class TrainerOptions:
         minimum=0,
     )
     pack: int | str = option(
-        1, 'micro-batches that one forward computes; no bit depends on it. "auto": each rank finds what is fastest'
+        "auto",
+        "micro-batches that one forward computes at most; no bit depends on it. auto: each rank finds what is fastest "
+        "while the run goes on, if it has 50 steps or more; 1: one at a time",
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")

@@ -157,7 +157,8 @@ class Computed(NamedTuple):
     Attributes:
         arrays: the samples as the task's forward got them.
         outputs: what its forward returned.
-        result: what its loss returned: for a task that keeps the protocol, (summed loss, count).
+        result: what its loss returned: for a task that keeps the protocol, (summed loss, count). For one with
+            sample_losses, their sum and the number of samples.
     """
 
     arrays: Batch
@@ -255,7 +256,7 @@ class MicroBatches:
             for k in range(pack.g):
                 own, piece = pack.outputs_of(outputs, k), pack.samples_of(arrays, k)
                 with pack.now(k, random):
-                    losses.append(self._calls.loss(own, piece, batch.progress)[0])
+                    losses.append(self._result(own, piece, batch.progress)[0])
             return torch.stack(losses)
 
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
@@ -272,7 +273,20 @@ class MicroBatches:
         seed_generators(self.forward_key(batch, j), self._device)
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
-            return Computed(arrays, outputs, self._calls.loss(outputs, arrays, batch.progress))
+            return Computed(arrays, outputs, self._result(outputs, arrays, batch.progress))
+
+    def _result(self, outputs: Any, arrays: Batch, progress: Progress) -> Any:
+        """The summed loss of one micro-batch and its count, as in `Computed`."""
+        if self._calls.sample_losses is None:
+            return self._calls.loss(outputs, arrays, progress)
+        losses, samples = self._calls.sample_losses(outputs, arrays, progress), len(next(iter(arrays.values())))
+        if not isinstance(losses, Tensor) or losses.shape != (samples,):
+            got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"{losses!r:.60}"
+            raise UserError(
+                f"sample_losses() must return one number a sample, a tensor of shape ({samples},); it returned {got}."
+            )
+        # The sum is that of a pack of one micro-batch, see `packs.pack.Pack.summed`.
+        return losses.view(1, -1).sum(1)[0], samples
 
     def loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
         """The result of the task's loss for outputs at hand. Not for the step: for looking at the task."""

@@ -20,7 +20,7 @@ from ..exact.micro_batches import Computed, GlobalBatch, GlobalBatches, MicroBat
 from ..exact.plan import BatchPlan
 from ..exact.splits import Batch, Split
 from ..ranks.place import Ranks
-from ..tasks.contract import check_augmented, check_micro_batch
+from ..tasks.contract import check_augmented, check_micro_batch, sample_losses_problem
 from ..tasks.protocol import Task
 from .chunks import objection
 from .model_state import ModelState
@@ -143,7 +143,7 @@ class Stage:
             named = check_micro_batch(
                 type(self.subject.task).__name__,
                 computed.outputs,
-                computed.result,
+                self._result_of(item, computed),
                 samples=stop - start,
                 count=self.subject.host_split.count_of(item.batch.indices[start:stop].cpu()),
                 micro_batch=item.j,
@@ -169,6 +169,19 @@ class Stage:
         }
         parts["statistics"] = row
         return hash_each(parts)
+
+    def _result_of(self, item: Item, computed: Computed) -> object:
+        """What loss() returned. If the task has sample_losses(), their sum, which must be the same."""
+        if not self.micro_batches.gives_sample_losses:
+            return computed.result
+        # With the seeds of this micro-batch and of another: a loss that draws random numbers cannot be compared.
+        one, other = (
+            self.micro_batches.loss(item.batch, j, computed.outputs, computed.arrays) for j in (item.j, item.j + 1)
+        )
+        problem = sample_losses_problem(self.name, computed.result[0], one)
+        if problem is not None and torch.equal(one[0], other[0]):
+            raise UserError(problem)
+        return computed.result[0], one[1]
 
     def check_augmented(self) -> None:
         """Raises UserError if augment() does not return a changed batch. It would fail later, less clearly."""

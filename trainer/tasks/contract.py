@@ -48,6 +48,17 @@ def check_loss(task: str, result: object) -> tuple[Tensor, float]:
     return loss, float(count)
 
 
+def sample_losses_problem(task: str, summed: Tensor, result: object) -> str | None:
+    """What is wrong if sample_losses() does not add up to what loss() returned; None if it does."""
+    one, other = float(summed.detach()), float(check_loss(task, result)[0].detach())
+    if math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6) or not math.isfinite(other):
+        return None
+    return (
+        f"{task}.sample_losses() adds up to {one:g} where {task}.loss() returns {other:g}. Training uses the one and "
+        "evaluation the other, so they must agree: let loss() return sample_losses(...).sum()."
+    )
+
+
 def check_micro_batch(
     task: str,
     outputs: Any,

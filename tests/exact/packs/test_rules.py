@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.exact.packs.packed import floats, trained
 from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_pieces, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,3 +93,26 @@ def test_random_values_keep_what_a_kernel_depends_on() -> None:
     assert drawn_like(x.detach().t()).stride() == x.t().stride()
     places = torch.arange(3)
     assert drawn_like(places) is places
+
+
+@pytest.mark.usefixtures("group_of_one", "early_packs")
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradients_of_any_layout(expanded: bool) -> None:
+    """A sum goes through memory in the order of strides, so that a gradient that lies in another way has other bits."""
+
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(x.reshape(-1, 7, 6))
+            if expanded:
+                return y.mean(1)
+            return torch.sin(y.transpose(1, 2).contiguous()).flatten(1)
+
+    torch.manual_seed(0)
+    model, x = Turns(), floats(42)
+    found, packs = trained(model, x, 4)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}

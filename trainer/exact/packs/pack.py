@@ -476,6 +476,16 @@ class Pack(TorchFunctionMode):
                 self.leaves.expect(place)
         return Layer.apply(site, *tensors)
 
+    def holds(self, site: Site, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether a rule is exact for a gradient that does not lie in memory as the layer's output does."""
+        key = (*site.key, "gradient", grad.stride())
+        if key not in self._sites:
+            if not self.checks:
+                return False
+            with torch.no_grad(), self._aside():
+                self._sites[key] = ALONE if site.differs(x, weight, bias, like=grad) else 0
+        return self._sites[key] != ALONE
+
     @staticmethod
     def _fastest(sites: list[Site], tensors: list[Any]) -> int:
         """The place of the fastest rule that is exact; ALONE if none is."""

@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     Attributes:
         forward: (site, x, weight, bias) -> (output, tensors that backward needs).
         backward: (site, gradient of the output, x, weight, bias, those tensors) -> gradients.
-        needs_input: whether backward looks at x.
+        needs_input: whether backward looks at x. One that does not is one that lays the gradient out anew.
     """
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -87,8 +87,13 @@ class Site:
         stacked = [torch.stack(r) if r else None for r in rows]
         return (torch.cat(dx) if dx else None), stacked[0], stacked[1]
 
-    def differs(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether the rule gives other bits than one micro-batch at a time, of random values of these shapes."""
+    def differs(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor | None = None) -> bool:
+        """Whether the rule gives other bits than one micro-batch at a time, of random values of these shapes.
+
+        Args:
+            x, weight, bias: of the layer.
+            like: how the gradient of the output lies in memory; None if as the output does.
+        """
         compared = 0
         for _ in range(MOST_DRAWS):
             own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
@@ -97,7 +102,7 @@ class Site:
                 y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])
             ):
                 return True
-            grad = torch.randn_like(y)
+            grad = torch.randn_like(y) if like is None else _drawn_as(like)
             found = self.rule.backward(self, grad, *own, *saved)
             if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
                 return True
@@ -137,6 +142,13 @@ def drawn_like(tensor: Tensor) -> Tensor:
     return torch.randn_like(tensor, requires_grad=False).requires_grad_(tensor.requires_grad)
 
 
+def _drawn_as(tensor: Tensor) -> Tensor:
+    """Random values that lie in memory as a tensor does, which may be expanded."""
+    sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride())]
+    own = torch.empty_strided(sizes, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return own.normal_().expand(tensor.shape)
+
+
 class Layer(torch.autograd.Function):
     """A layer in a pack: leaves the parameters' gradients with the pack, one a micro-batch."""
 
@@ -147,6 +159,7 @@ class Layer(torch.autograd.Function):
         ctx.site = site
         kept = x if site.rule.needs_input else None
         ctx.save_for_backward(kept, weight, bias, *saved)
+        ctx.strides = y.stride()
         return y
 
     @staticmethod
@@ -155,7 +168,11 @@ class Layer(torch.autograd.Function):
         site: Site = ctx.site
         x, weight, bias, *saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
+            # A sum over samples goes through memory in the order of strides, so a trial looks at these, too.
+            if grad.stride() == ctx.strides or x is None or site.pack.holds(site, grad, x, weight, bias):
+                dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
+            else:
+                dx, *rows = site.alone(grad, x, weight, bias)
             for index, row in zip((site.weight, site.bias), rows):
                 if index is not None:
                     assert row is not None
@@ -223,7 +240,7 @@ class Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """The gradients, one after the other."""
-        return torch.cat(grads), None
+        return joined(grads), None
 
 
 class Join(torch.autograd.Function):
