@@ -331,11 +331,11 @@ def test_losses_in_one_call_have_to_be_those_of_loss() -> None:
     class Noisy(InOneCall):
         noise = True
 
+    stage = staged(Other())
     with pytest.raises(UserError, match=r"Other\.sample_losses\(\) adds up to .* where Other\.loss\(\) returns"):
-        stage = staged(Other())
         stage.visit(stage.items[0])
+    stage = staged(Shape())
     with pytest.raises(UserError, match=r"sample_losses\(\) must return one number a sample, .* of shape \(4,\)"):
-        stage = staged(Shape())
         stage.visit(stage.items[0])
     for task in (InOneCall(), Noisy()):
         stage = staged(task)

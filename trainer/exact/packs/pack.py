@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from ..batch_norm import RunningStatistics
 from .functions import FUNCTIONS, RefusedError, name_of
 from .leaves import Leaves
-from .rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_like, piece, same_bits
+from .rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_gradient, drawn_like, piece, same_bits
 from .streams import Streams
 
 Key = tuple[Any, ...]
@@ -175,7 +175,7 @@ class Pack(TorchFunctionMode):
                     if not same_bits(together, joined):
                         return True
                     if together.requires_grad:
-                        grad = torch.randn_like(together)
+                        grad = drawn_gradient(together)
                         one = torch.autograd.grad(together, inputs, grad, allow_unused=True)
                         other = torch.autograd.grad(joined, inputs, grad, allow_unused=True)
                         parted = [(a, b) for a, b, i in zip(one, other, inputs) if self.has_part(i)]

@@ -95,19 +95,21 @@ class Site:
             like: how the gradient of the output lies in memory; None if as the output does.
         """
         compared = 0
-        for _ in range(MOST_DRAWS):
+        for draw in range(MOST_DRAWS):
             own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
+            if draw == 1 and own[1] is not None:
+                own[1].zero_()  # as LoRA begins
             y, saved = self.rule.forward(self, *own)
             if not same_bits(
                 y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])
             ):
                 return True
-            grad = torch.randn_like(y) if like is None else _drawn_as(like)
+            grad = drawn_gradient(y if like is None else like)
             found = self.rule.backward(self, grad, *own, *saved)
             if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
                 return True
             compared += min(y.numel(), x.numel())
-            if compared > ENOUGH_VALUES:
+            if compared > ENOUGH_VALUES and draw > 0:
                 break
         return False
 
@@ -115,7 +117,7 @@ class Site:
         """Seconds that the rule's backward takes, the shortest of some."""
         own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
         y, saved = self.rule.forward(self, *own)
-        grad, times = torch.randn_like(y), []
+        grad, times = drawn_gradient(y), []
         for _ in range(4):
             _wait_for(x)
             began_s = time.perf_counter()
@@ -136,17 +138,38 @@ ENOUGH_VALUES, MOST_DRAWS = 2048, 128
 
 
 def drawn_like(tensor: Tensor) -> Tensor:
-    """Random values of a tensor's shape, layout and type; itself if it holds no floating-point numbers."""
+    """Random values of a tensor's shape, layout and type; itself if it holds no floating-point numbers.
+
+    Some features are 0 in all samples, as behind a ReLU: kernels that differ in nothing else give such a feature's sums
+    another sign.
+    """
     if not tensor.is_floating_point():
         return tensor
-    return torch.randn_like(tensor, requires_grad=False).requires_grad_(tensor.requires_grad)
+    own = torch.randn_like(tensor, requires_grad=False)
+    for dim in _features(own):
+        own.mul_(_chosen(own, dim, 0.75))
+    return own.requires_grad_(tensor.requires_grad)
 
 
-def _drawn_as(tensor: Tensor) -> Tensor:
-    """Random values that lie in memory as a tensor does, which may be expanded."""
+def drawn_gradient(tensor: Tensor) -> Tensor:
+    """Random values that lie in memory as a tensor does, which may be expanded; those of some features below 0."""
     sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride())]
-    own = torch.empty_strided(sizes, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return own.normal_().expand(tensor.shape)
+    own = torch.empty_strided(sizes, tensor.stride(), dtype=tensor.dtype, device=tensor.device).normal_()
+    for dim in _features(own):
+        own.copy_(torch.where(_chosen(own, dim, 0.5) > 0, own, -own.abs()))
+    return own.expand(tensor.shape)
+
+
+def _features(tensor: Tensor) -> set[int]:
+    """The dimensions in which features may lie: the second and the last."""
+    return {1, tensor.dim() - 1} if tensor.dim() > 1 else set()
+
+
+def _chosen(tensor: Tensor, dim: int, share: float) -> Tensor:
+    """1 for a share of the places of a dimension, 0 for the others."""
+    sizes = [1] * tensor.dim()
+    sizes[dim] = tensor.size(dim)
+    return torch.bernoulli(torch.full(sizes, share, dtype=torch.float32, device=tensor.device)).to(tensor.dtype)
 
 
 class Layer(torch.autograd.Function):
