@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("throughput.py --rounds 2 --model mlp --world_sizes 1 2", "mlp        2"),
+        ("throughput.py --rounds 2 --world_sizes 2 --packs 1 auto", "mlp\n"),
         ("exchange.py --rounds 2", "38.15 MiB"),
         ("checkpoints.py --pairs 2 --world_sizes 2", "cnn"),
         ("study.py --runs 4 --launched 2", "the same parameters"),

@@ -1,12 +1,17 @@
 """How fast a step is: this trainer and three loops without it, in turn.
 
-    python tests/benchmarks/throughput.py [--rounds 20] [--model cnn mlp] [--world_sizes 1 2] [--micro_batch_size 8]
+    python tests/benchmarks/throughput.py                    # digits: CNN and MLP, at one rank and two
+    python tests/benchmarks/throughput.py --packs 1 auto --set train_micro_batch_size_per_gpu=32
+    python tests/benchmarks/throughput.py --ds_config ds_configs/causal_lm.json --set trainer.task_options.data=a.txt
 
-The rivals are a hand-written PyTorch loop and a plain DeepSpeed loop over the same micro-batches, and the loop that
-a user would write without us: one batch of B / W samples on each rank. All do the digits (gather, augmentation,
-forward, backward, clipping, AdamW, cosine schedule) in the same processes, a few steps each in turn, so that a noisy
-machine slows all of them. Printed are samples/s as ratios, round by round: median and quartiles. Ours is the whole loop
-as a user runs it: logging, guard and TensorBoard included.
+The rivals: the loop that a user would write without us (one batch of B / W samples on each rank), and a hand-written
+loop and a plain DeepSpeed loop over the same micro-batches. All do the same (gather, augmentation, forward, loss,
+backward, clipping, AdamW, a schedule) with the task's own functions and resident tensors, in the same processes, a few
+steps each in turn, so that a noisy machine slows all of them. Printed are samples/s as ratios, round by round: median
+and quartiles. Ours is the whole loop as a user runs it: logging, guard and TensorBoard included.
+
+Beside them stands the number of operators of a step, which no noise disturbs: all that torch dispatches, and in
+parentheses those that compute something. Views do not.
 """
 
 from __future__ import annotations
@@ -17,79 +22,111 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from trainer.commands.cli import parse_override
 from trainer.config.keys import Config, load_config
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS_A_TURN = 10
-WARM_UP_ROUNDS = 3
+STEPS_A_TURN = 5
+WARM_UP_ROUNDS = 12  # packs of all sizes are tried in the first 50 steps or so
+DIGITS: list[dict[str, Any]] = [{"trainer.task_options": {"model": model}} for model in ("cnn", "mlp")]
 
 
-def micro_batches(config: Config, ranks: Ranks, whole: bool = False) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """What the rivals train on: each call gives this rank's (image, label) micro-batches of the next step.
+class Operators:
+    """Counts what torch dispatches while it is active: all, and what computes something."""
 
-    With `whole`, all samples of the rank are one.
-    """
-    import torch
-    import torch.nn.functional as F
+    def __init__(self) -> None:
+        from torch.utils._python_dispatch import TorchDispatchMode
 
-    from trainer.tasks.digits import Digits, digit_moves
+        outer = self
 
-    split, plan = Digits(**config.trainer.task_options).splits()["train"], config.plan(ranks.world_size)
-    images, labels, moves = split["image"], split["label"], digit_moves(1)
-    B, W = plan.global_batch_size, ranks.world_size
-    m = B // W if whole else plan.micro_batch_size
-    steps, done, order = len(labels) // B, 0, torch.randperm(len(labels))
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(
+                self,
+                func: Any,
+                types: Sequence[type],
+                args: Sequence[Any] = (),
+                kwargs: Mapping[str, Any] | None = None,
+            ) -> Any:
+                outer.all += 1
+                outer.computing += not (func.is_view or "split" in str(func) or func.namespace == "profiler")
+                return func(*args, **(kwargs or {}))
 
-    def next_step() -> Iterator[tuple[Any, Any]]:
-        nonlocal done, order
-        if done % steps == 0:
-            order = torch.randperm(len(labels))
-        first = (done % steps) * B + ranks.rank * (B // W)
-        done += 1
-        for start in range(first, first + B // W, m):
-            index = order[start : start + m]
-            image = images.index_select(0, index)
-            move = moves.index_select(0, torch.randint(len(moves), (len(index),)))
-            image = F.pad(image, (1, 1, 1, 1)).flatten(1).gather(1, move).view(image.shape)
-            yield image, labels.index_select(0, index)
+        self.all = self.computing = 0
+        self.mode = Mode()
 
-    return next_step
+
+class Samples:
+    """A rank's samples, step by step: a task's own data, gather and augmentation."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        import torch
+
+        from trainer.exact.micro_batches import GlobalBatches
+        from trainer.exact.order import SampleRandom
+        from trainer.exact.splits import as_splits
+        from trainer.run.build import chosen_samples
+        from trainer.tasks.protocol import load_task
+
+        options, plan = config.trainer, config.plan(ranks.world_size)
+        self.task = load_task(options.task, options.task_options)
+        self.split = chosen_samples(as_splits(self.task.splits(), "task")["train"], options.train_samples)
+        self._random = SampleRandom(0, len(self.split), torch.device("cpu"))
+        self._ranks, self.B, self._m = ranks, plan.global_batch_size, plan.micro_batch_size
+        self._batches = GlobalBatches(
+            self.split, torch.device("cpu"), seed=0, global_batch_size=self.B, micro_batch_size=self._m,
+            drop_last=True, total_steps=10**9,
+        )  # fmt: skip
+        self._steps = self._batches.starting_at(0)
+
+    def next_step(self, whole: bool) -> Iterator[tuple[dict[str, Any], float]]:
+        """The micro-batches of this rank's part of a step, and what the loss is divided by; `whole`: one."""
+        batch = next(self._steps)
+        part = self.B // self._ranks.world_size
+        size = part if whole else self._m
+        first = part * self._ranks.rank
+        for start in range(first, first + part, size):
+            indices = batch.indices[start : start + size]
+            arrays = self.split.gather(indices)
+            if getattr(self.task, "augment", None) is not None:
+                arrays = self.task.augment(arrays, self._random.of(indices))
+            if batch.longest is not None:
+                arrays = self.split.cut(arrays, int(self.split.lengths[indices].max()))  # type: ignore[index]
+            yield arrays, batch.count
 
 
 def hand_written(config: Config, ranks: Ranks, whole: bool = False) -> Callable[[], None]:
     """One step of the loop that a careful person writes by hand; its tensors are resident, its all-reduce is one."""
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
 
-    from trainer.tasks.digits import Digits
-
-    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks, whole)
+    samples = Samples(config, ranks)
+    task, autocast = samples.task, _autocast(config)
     model = task.model().train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(s / 1e5))
-    B, W = config.plan(ranks.world_size).global_batch_size, ranks.world_size
     done, running = 0, torch.zeros(())
 
     def step() -> None:
         nonlocal done
-        for image, label in samples():
-            loss = F.cross_entropy(model(image), label, reduction="sum") / B
+        for arrays, count in samples.next_step(whole):
+            with autocast():
+                loss = task.loss(task.forward(model, arrays), arrays)[0] / count
             loss.backward()
             running.add_(loss.detach())
-        if W > 1:
-            gradient = torch.cat([p.grad.reshape(-1) for p in parameters])  # type: ignore[union-attr]
+        if ranks.world_size > 1:
+            used = [p for p in parameters if p.grad is not None]
+            gradient = torch.cat([p.grad.reshape(-1) for p in used])  # type: ignore[union-attr]
             dist.all_reduce(gradient)
-            for p, g in zip(parameters, gradient.split([p.numel() for p in parameters])):
+            for p, g in zip(used, gradient.split([p.numel() for p in used])):
                 p.grad.copy_(g.view(p.shape))  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -107,19 +144,16 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
     """One step of DeepSpeed's documented loop at stage 0: engine(x), engine.backward, engine.step."""
     import deepspeed
     import torch
-    import torch.nn.functional as F
 
-    from trainer.tasks.digits import Digits
-
-    task, samples = Digits(**config.trainer.task_options), micro_batches(config, ranks)
-    plan = config.plan(ranks.world_size)
+    samples, plan, autocast = Samples(config, ranks), config.plan(ranks.world_size), _autocast(config)
+    task = samples.task
     engine, *_ = deepspeed.initialize(
         model=task.model(),
         config={
             "train_batch_size": plan.global_batch_size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True, "fused": True}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True, "fused": True}},
         },
         model_parameters=None,
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.5 + 0.5 * math.cos(s / 1e5)),
@@ -127,25 +161,47 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
     )
 
     def step() -> None:
-        for image, label in samples():
-            engine.backward(F.cross_entropy(engine(image), label))
+        for arrays, count in samples.next_step(whole=False):
+            with autocast():
+                loss = task.loss(task.forward(engine, arrays), arrays)[0] / count * plan.micro_batches
+            engine.backward(loss)
             engine.step()
 
     return step
 
 
-def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each turn, by contender; ours runs as a user's run does, and hands over through its trace."""
+def _autocast(config: Config) -> Callable[[], Any]:
+    import contextlib
+
+    import torch
+
+    if not config.torch_autocast.enabled:
+        return contextlib.nullcontext
+    return lambda: torch.autocast("cpu", torch.bfloat16)
+
+
+def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, Any]:
+    """Seconds of each turn, by contender, and the operators of a step; ours hands over through its trace."""
     import torch.distributed as dist
 
     from trainer.run.run import run
 
     times: dict[str, list[float]] = {"ours": [], "hand-written": [], "whole": [], "DeepSpeed": []}
+    counts: dict[str, Operators] = {}
     rivals: dict[str, Callable[[], None]] = {}
     resumed_s = 0.0
+    counted = STEPS_A_TURN * (rounds - 1) + 1  # a step of the last round
 
     def trace(step: int, engine: Any, losses: Any) -> None:
         nonlocal resumed_s
+        if step == counted:
+            counts["ours"] = Operators()
+            counts["ours"].mode.__enter__()
+        if step == counted + 1:
+            counts["ours"].mode.__exit__(None, None, None)
+            counts["whole"] = Operators()
+            with counts["whole"].mode:
+                rivals["whole"]()
         if step % STEPS_A_TURN:
             return
         if not rivals:
@@ -165,52 +221,64 @@ def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, list[float]
             dist.barrier()
         resumed_s = time.perf_counter()
 
-    run(config, ranks, config_name="benchmark", started_at_s=time.time(), trace=trace)
-    count = min(map(len, times.values()))
-    return {name: values[WARM_UP_ROUNDS:count] for name, values in times.items()}
+    summary = run(config, ranks, config_name="benchmark", started_at_s=time.time(), trace=trace)
+    last = min(map(len, times.values())) - 1  # in the last round operators are counted
+    return {
+        "times": {name: values[min(WARM_UP_ROUNDS, last - 2) : last] for name, values in times.items()},
+        "operators": {name: (c.all, c.computing) for name, c in counts.items()},
+        "pack": summary.get("pack", {}).get("size", 1),
+    }
 
 
 def _quartiles(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f}  ({low:.3f} to {high:.3f})"
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _row(config: Config, world_size: int, pack: str, rounds: int) -> str:
+    found = run_ranks(_measure, world_size, config, rounds, timeout_s=3600)[0]
+    ours, hand, whole, ds = (found["times"][name] for name in ("ours", "hand-written", "whole", "DeepSpeed"))
+    (all_, computing), (all_whole, computing_whole) = found["operators"]["ours"], found["operators"]["whole"]
+    shown = pack if str(found["pack"]) == pack else f"{pack} ({found['pack']})"
+    operators = f"{all_:,} / {all_whole:,} = {all_ / all_whole:.2f} ({computing / computing_whole:.2f})"
+    return (
+        f"{world_size:>5} {shown:>10} {statistics.median(ours) / STEPS_A_TURN * 1e3:10.2f}  "
+        f"{_quartiles([w / o for w, o in zip(whole, ours)]):24}{_quartiles([h / o for h, o in zip(hand, ours)]):24}"
+        f"{_quartiles([h / d for h, d in zip(hand, ds)]):24}{operators}"
+    )
 
 
 def main() -> None:
     """Runs the benchmark and prints one row a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", help="a config of yours; without it the digits, CNN and MLP")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--model", nargs="+", default=["cnn", "mlp"])
     parser.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--micro_batch_size", type=int, default=8)
+    parser.add_argument("--packs", nargs="+", default=["auto"], help="values of trainer.pack")
     flags = parser.parse_args()
     rounds = flags.rounds + WARM_UP_ROUNDS + 1
     print(f"{flags.rounds} rounds of {STEPS_A_TURN} steps each; samples/s as a ratio: median (quartiles)\n")
     titles = ("ours / one batch a rank", "ours / hand-written", "DeepSpeed / hand-written")
-    print(f"{'model':6}{'ranks':>6}  {'ours, ms a step':>16}  {''.join(f'{title:28}' for title in titles)}")
-    for model in flags.model:
+    print(f"ranks   packs of    ours, ms  {''.join(f'{title:24}' for title in titles)}operators, ours / one batch")
+    for case in DIGITS if flags.ds_config is None else [{}]:
+        print(case.get("trainer.task_options", {}).get("model", flags.ds_config))
         for world_size in flags.world_sizes:
-            with tempfile.TemporaryDirectory() as scratch:
-                config = load_config(
-                    ROOT / "ds_configs" / "strong.json",
-                    {
-                        "train_micro_batch_size_per_gpu": flags.micro_batch_size,
-                        "trainer.task_options": {"model": model},
+            for pack in flags.packs:
+                with tempfile.TemporaryDirectory() as scratch:
+                    changes = {
                         "trainer.drop_last": True,
                         "trainer.epochs": 100_000,
                         "trainer.evaluate_every_epochs": 0,
                         "trainer.max_steps": STEPS_A_TURN * (rounds + 1),
                         "trainer.output_dir": f"{scratch}/run",
-                    },
-                )
-                times = run_ranks(_measure, world_size, config, rounds, timeout_s=3600)[0]
-            ours, hand, whole, ds = (times[name] for name in ("ours", "hand-written", "whole", "DeepSpeed"))
-            print(
-                f"{model:6}{world_size:>6}  {statistics.median(ours) / STEPS_A_TURN * 1e3:16.2f}  "
-                f"{_quartiles([w / o for w, o in zip(whole, ours)]):28}"
-                f"{_quartiles([h / o for h, o in zip(hand, ours)]):28}"
-                f"{_quartiles([h / d for h, d in zip(hand, ds)]):28}",
-                flush=True,
-            )
+                        "trainer.pack": int(pack) if pack.isdecimal() else pack,
+                        "trainer.checkpoint.every_steps": 0,
+                    }
+                    own = dict(parse_override(text) for text in flags.set)
+                    file = Path(flags.ds_config) if flags.ds_config else ROOT / "ds_configs" / "strong.json"
+                    config = load_config(file, case | own | changes)
+                    print(_row(config, world_size, pack, rounds), flush=True)
 
 
 if __name__ == "__main__":

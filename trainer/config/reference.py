@@ -29,20 +29,22 @@ def _rows(cls: type, prefix: str, skipped: tuple[str, ...]) -> typing.Iterator[t
     for field in dataclasses.fields(cls):
         if field.name in skipped:
             continue
-        hint, optional = _without_none(hints[field.name])
+        arms, optional = _without_none(hints[field.name])
+        hint = arms[0]
         if dataclasses.is_dataclass(hint):
             if optional and field.default is None:
                 yield prefix + field.name, "none", "a block", field.metadata["doc"]
             yield from _rows(typing.cast(type, hint), f"{prefix}{field.name}.", ())
         else:
-            yield prefix + field.name, _default(field), _values(hint, field.metadata), field.metadata["doc"]
+            values = " or ".join(_values(arm, field.metadata) for arm in arms)
+            yield prefix + field.name, _default(field), values, field.metadata["doc"]
 
 
-def _without_none(hint: Any) -> tuple[Any, bool]:
+def _without_none(hint: Any) -> tuple[list[Any], bool]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-        return arms[0], len(arms) < len(typing.get_args(hint))
-    return hint, False
+        return arms, len(arms) < len(typing.get_args(hint))
+    return [hint], False
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

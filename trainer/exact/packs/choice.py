@@ -11,8 +11,8 @@ import torch
 class Choice:
     """Finds the fastest size while the run goes on: since it changes no bit, every step may try another.
 
-    Sizes are doubled as long as that is faster. A size is measured in some steps; the shortest of these counts, as a
-    busy machine only adds to it.
+    Sizes are measured in turn, so that a machine that is busy for a while slows all of them. The shortest of a size's
+    times counts, as other work only adds to it.
 
     Args:
         device: of the model. A GPU is timed by events, which nobody waits for.
@@ -49,19 +49,10 @@ class Choice:
             assert self.best is not None
             return self.best
         self.best = None
-        fastest = None
-        slower = 0
-        for size in sizes:
-            if len(self._times_s.get(size, [])) < self.STEPS:
-                return size
-            seconds = min(self._times_s[size])
-            if fastest is None or seconds < min(self._times_s[fastest]):
-                fastest, slower = size, 0
-            else:
-                slower += 1
-            if slower == 2:
-                break
-        self.best = fastest if fastest is not None else 1
+        rarest = min(sizes, key=lambda size: len(self._times_s.get(size, [])))
+        if len(self._times_s.get(rarest, [])) < self.STEPS:
+            return rarest
+        self.best = min(sizes, key=lambda size: min(self._times_s[size]))
         return self.best
 
     def _mark(self) -> Any:
