@@ -156,7 +156,7 @@ class Pack(TorchFunctionMode):
     def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
         compared = 0
-        for _ in range(MOST_DRAWS):
+        for draw in range(MOST_DRAWS):
             inputs: list[Tensor] = []
             own = self._drawn((args, kwargs), inputs)
             try:
@@ -184,7 +184,7 @@ class Pack(TorchFunctionMode):
             except RuntimeError:
                 return False  # not a function of these shapes alone: the comparison of the whole tells
             compared += together.numel()
-            if compared > ENOUGH_VALUES:
+            if compared > ENOUGH_VALUES and draw > 0:
                 break
         return False
 

@@ -108,8 +108,8 @@ class Site:
             found = self.rule.backward(self, grad, *own, *saved)
             if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
                 return True
-            compared += min(y.numel(), x.numel())
-            if compared > ENOUGH_VALUES and draw > 0:
+            compared += min(y.numel(), x.numel()) if draw != 1 else 0
+            if compared > ENOUGH_VALUES and draw > 1:
                 break
         return False
 
@@ -161,8 +161,8 @@ def drawn_gradient(tensor: Tensor) -> Tensor:
 
 
 def _features(tensor: Tensor) -> set[int]:
-    """The dimensions in which features may lie: the second and the last."""
-    return {1, tensor.dim() - 1} if tensor.dim() > 1 else set()
+    """The dimensions in which features may lie: the second and the last, unless they have few."""
+    return {dim for dim in (1, tensor.dim() - 1) if 0 < dim < tensor.dim() and tensor.size(dim) > 3}
 
 
 def _chosen(tensor: Tensor, dim: int, share: float) -> Tensor:
