@@ -43,14 +43,18 @@ class Task:
         return F.mse_loss(outputs.flatten(1).sum(1), batch["y"], reduction="sum"), len(outputs)
 
 
-def made(model: nn.Module, x: Tensor, size: int | None, task: Any = None, **options: Any) -> tuple[ExactStep, Any]:
+def made(
+    model: nn.Module, x: Tensor, size: int | None, task: Any = None, micro_batch_size: int = m, **options: Any
+) -> tuple[ExactStep, Any]:
     """A step with packs of at most `size` micro-batches (0: none; None: auto), and the batches."""
     y = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(1))
-    split, sizes = Split({"x": x, "y": y}), {"global_batch_size": B, "micro_batch_size": m}
-    batches = GlobalBatches(split, CPU, seed=0, drop_last=False, total_steps=STEPS, **sizes)
+    split, sizes = Split({"x": x, "y": y}), {"micro_batch_size": micro_batch_size}
+    batches = GlobalBatches(split, CPU, seed=0, drop_last=False, total_steps=STEPS, global_batch_size=B, **sizes)
     optimizer, statistics = PlainSGD(model, 0.01), RunningStatistics(model)
     optimizer.parameters = [p for p in optimizer.parameters if p.requires_grad]
-    micro_batches = MicroBatches(task or Task(), model, split, device=CPU, seed=0, micro_batch_size=m, **options)
+    micro_batches = MicroBatches(
+        task or Task(), model, split, device=CPU, seed=0, micro_batch_size=micro_batch_size, **options
+    )
     leaves = batches.micro_batch_counts()
     step = ExactStep(
         optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, measures_norms=True

@@ -86,3 +86,13 @@ def test_packs_have_the_bits_of_single_micro_batches_in_bfloat16() -> None:
     found, packs = trained(model, x, 4, **options)
     assert found == trained(model, x, 0, **options)[0]
     assert packs is not None and packs.refusals() == {}
+
+
+def test_a_frozen_weight_whose_rows_divide_is_no_part_of_a_micro_batch() -> None:
+    """In packs of 2, a frozen layer of 8 features looks as if it had 4 rows for each micro-batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 1))
+    model[0].requires_grad_(False)
+    found, packs = trained(model, floats(5), 2, micro_batch_size=2)
+    assert found == trained(model, floats(5), 0, micro_batch_size=2)[0]
+    assert packs is not None and packs.refusals() == {}

@@ -190,8 +190,8 @@ class Pack(TorchFunctionMode):
 
     def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
-            if not value.is_floating_point():
-                return value
+            if not value.is_floating_point() or not self.has_part(value):
+                return value  # what no micro-batch has a part of is known by its identity
             drawn = drawn_like(value.detach())
             if value.requires_grad:
                 inputs.append(drawn.requires_grad_())
