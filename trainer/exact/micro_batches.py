@@ -290,9 +290,15 @@ class MicroBatches:
 
     def loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
         """The result of the task's loss for outputs at hand. Not for the step: for looking at the task."""
-        seed_generators(key(self._seed, "forward", batch.step, j), self._device)
+        seed_generators(self.forward_key(batch, j), self._device)
         with torch.no_grad(), self._autocast():
             return self._calls.loss(outputs, arrays, batch.progress)
+
+    def trained_loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
+        """As `loss`, but of what the step takes: the sum of sample_losses, where the task has it."""
+        seed_generators(self.forward_key(batch, j), self._device)
+        with torch.no_grad(), self._autocast():
+            return self._result(outputs, arrays, batch.progress)
 
     def samples(self, batch: GlobalBatch, chunk: range, together: bool) -> list[Batch]:
         """The samples of some micro-batches, gathered and augmented: a dictionary of fresh tensors for each.

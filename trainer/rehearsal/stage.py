@@ -174,14 +174,13 @@ class Stage:
         """What loss() returned. If the task has sample_losses(), their sum, which must be the same."""
         if not self.micro_batches.gives_sample_losses:
             return computed.result
-        # With the seeds of this micro-batch and of another: a loss that draws random numbers cannot be compared.
-        one, other = (
-            self.micro_batches.loss(item.batch, j, computed.outputs, computed.arrays) for j in (item.j, item.j + 1)
-        )
-        problem = sample_losses_problem(self.name, computed.result[0], one)
-        if problem is not None and torch.equal(one[0], other[0]):
+        of = (item.batch, item.j, computed.outputs, computed.arrays)
+        # Both are called now, with the same seeds and the same state: state has findings of its own.
+        result, summed = self.micro_batches.loss(*of), self.micro_batches.trained_loss(*of)[0]
+        problem = sample_losses_problem(self.name, summed, result)
+        if problem is not None:
             raise UserError(problem)
-        return computed.result[0], one[1]
+        return computed.result[0], result[1]
 
     def check_augmented(self) -> None:
         """Raises UserError if augment() does not return a changed batch. It would fail later, less clearly."""

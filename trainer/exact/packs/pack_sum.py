@@ -9,7 +9,7 @@ from ..gradient_sum import GradientSum
 from ..tree import pack_program
 
 # Gradients of a pack are added up for many parameters at once, up to so many bytes; then their memory is free.
-FLUSH_BYTES = 32 << 20
+FLUSH_BYTES = 4 << 20
 
 
 class PackSum:
