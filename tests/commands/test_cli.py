@@ -176,8 +176,10 @@ def test_plan_and_verify_get_the_config_and_the_world_sizes(tmp_path: Path, call
     common = ["--ds_config", write(tmp_path, BASE), "--seed", "5", "--set", "trainer.epochs=3"]
     assert cli.main(["plan", *common]) == 0
     assert cli.main(["verify", *common, "--world_sizes", "1", "8"]) == 7
-    for (name, config, sizes), wanted in zip(called, (("plan_table", [1, 2, 3, 4]), ("verify", [1, 8]))):
-        assert (name, sizes) == wanted
+    assert cli.main(["verify", *common, "--packs", "1", "auto"]) == 7
+    expected = (("plan_table", [1, 2, 3, 4]), ("verify", [1, 8], [None]), ("verify", [1, 2, 3, 4], [1, "auto"]))
+    for (name, config, *sizes), wanted in zip(called, expected, strict=True):
+        assert (name, *sizes) == wanted
         assert (config.trainer.seed, config.trainer.epochs, config.train_batch_size) == (5, 3, 64)
 
 
@@ -190,6 +192,7 @@ def test_plan_and_verify_get_the_config_and_the_world_sizes(tmp_path: Path, call
         ("plan --ds_config no.json", ("no.json does not exist", "run.json")),
         ("plan --ds_config run.json --world_sizes 2 0", ("--world_sizes 0: a world size must be at least 1",)),
         ("verify --ds_config run.json --world_sizes two", ("--world_sizes", "two")),
+        ("verify --ds_config run.json --packs 4 0", ("--packs", "'0' is not \"auto\" or a whole number of at least 1")),
         ("plan --ds_config run.json --set trainer.epoch=3", ('unknown key "trainer.epoch". Did you mean "epochs"?',)),
         ("plan --ds_config run.json --epoch 3", ("--epoch", "usage: ")),
         ("predict --model m --in f", ("--in", "usage: ")),

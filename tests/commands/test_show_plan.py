@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def table(world_sizes: list[int], **keys: int) -> tuple[str, dict[int, list[str]
     header = re.split(r" {2,}", lines[first])
     assert header == ["ranks", "global batch", "micro-batches per rank", "accumulation", "speed-up at most", "possible"]
     assert set(lines[first + 1]) == {"-", " "}
-    rows = [re.split(r" {2,}", line) for line in lines[first + 2 :]]
+    rows = [re.split(r" {2,}", line) for line in itertools.takewhile(bool, lines[first + 2 :])]
     return "\n".join(lines[:first]), {int(row[0]): row[1:] for row in rows}
 
 
@@ -35,6 +36,19 @@ def test_table_of_strong_scaling() -> None:
         32: ["2,048", "1", "1", "32.00", "yes"],
         33: ["-", "-", "-", "-", "no; nearest is 32"],
     }
+
+
+def test_what_a_larger_micro_batch_would_gain_and_limit() -> None:
+    def said(world_sizes: list[int], **keys: int) -> str:
+        return plan_table(parse(dict(keys)), world_sizes).partition("\n\n")[2].partition("\n\n")[2]
+
+    text = said([1, 8], train_batch_size=256, train_micro_batch_size_per_gpu=8)
+    assert "32 micro-batches allow up to 32 ranks" in text
+    assert "16 samples allow 16, 32 samples allow 8" in text
+    assert "For 8 ranks, train_micro_batch_size_per_gpu=32 is small enough" in text
+    assert "is small enough" not in said([1, 32], train_batch_size=256, train_micro_batch_size_per_gpu=8)
+    assert not said([1, 8], train_batch_size=256, train_micro_batch_size_per_gpu=32), "they are large"
+    assert not said([2], train_batch_size=96, train_micro_batch_size_per_gpu=16, gradient_accumulation_steps=3)
 
 
 def test_table_of_weak_scaling() -> None:

@@ -108,6 +108,17 @@ def test_verify_passes_an_exact_config(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "run").exists(), "verify works in a scratch folder"
 
 
+def test_verify_compares_sizes_of_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path / "run", epochs=2)  # 10 steps: packs are used from the fourth on
+    assert verify(config, [1, 2], [1, 2, "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "2 ranks, packs of auto: " in out
+    assert [line.split()[:2] for line in out.splitlines() if line.split()[:1] in (["1"], ["2"])] == [
+        *(["1", "1"], ["2", "1"], ["1", "2"], ["2", "2"], ["1", "auto"], ["2", "auto"]),
+    ]
+    assert "The same bits at every world size and with all packs, in each of 10 steps" in out
+
+
 def test_verify_points_at_the_step_of_rank_seeded_randomness(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,33 @@ def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
     micro = config.train_micro_batch_size_per_gpu
     if scaling == "strong":
         lines.insert(0, f"strong scaling, micro-batches of {micro} samples: every possible row gives the same model\n")
+        lines += _advice(config, world_sizes)
     elif scaling == "weak":
         lines.insert(0, f"weak scaling, micro-batches of {micro} samples: every row is another model\n")
     return "\n".join(lines)
+
+
+# Micro-batches of so many samples are rarely faster if they are larger still.
+_LARGE = 32
+
+
+def _advice(config: Config, world_sizes: Sequence[int]) -> list[str]:
+    """What a larger micro-batch would gain, and what it limits."""
+    try:
+        plan = config.plan(1)
+    except UserError:  # gradient_accumulation_steps is given, which leaves one world size
+        return []
+    m, M, B = plan.micro_batch_size, plan.micro_batches, plan.global_batch_size
+    larger = [k * m for k in (2, 4, 8, 16, 32) if k * m <= _LARGE and B % (k * m) == 0]
+    if not larger:
+        return []
+    allowed = ", ".join(f"{size} samples allow {B // size}" for size in larger)
+    lines = [
+        f"\n{M} micro-batches allow up to {M} ranks. Larger micro-batches are computed faster, but allow fewer ranks "
+        f"and give another model: {allowed}."
+    ]
+    enough = [size for size in larger if B // size >= max(world_sizes)]
+    if enough:
+        most = max(world_sizes)
+        lines.append(f"For {most} ranks, train_micro_batch_size_per_gpu={enough[-1]} is small enough, and usually faster.")
+    return lines

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.exact.packs.packed import InOneCall, dense, floats, made, trained
 from trainer.exact.packs import packs as packs_module
@@ -127,3 +129,32 @@ def test_trials_are_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Packs, "try_out", noted)
     trained(dense(), floats(3), 4)
     assert tried[:5] == [(0, range(0, 4)), (0, range(4, 8)), (1, range(0, 4)), (1, range(4, 8)), (2, range(0, 2))]
+
+
+def _in_little_memory(answer: Any) -> None:
+    """A short run with packs of 8, in a process that may take 48 MiB more than it has."""
+    import resource
+
+    torch.manual_seed(0)
+    # 1 MiB a sample, so that a micro-batch of 4 needs some 20 MiB and a pack of 8 some 160.
+    model, x = nn.Sequential(nn.Linear(1, 1 << 18), nn.Tanh(), nn.AvgPool1d(1 << 18)), floats(1)
+    expected, _ = trained(model, x, 0)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (48 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found, packs = trained(model, x, 8)
+    assert packs is not None
+    answer.send((found == expected, packs.summary(), packs.notes))
+
+
+def test_a_process_with_little_memory_ends_with_the_same_bits() -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_in_little_memory, args=(there,))
+    child.start()
+    there.close()
+    same, summary, notes = here.recv()
+    child.join()
+    assert same
+    assert summary["limited_by_memory_to"] < 8
+    assert "memory ran out in a pack of 8 micro-batches" in notes[0]

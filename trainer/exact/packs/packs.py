@@ -383,7 +383,7 @@ class Packs:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that there was not enough memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 class Single(NamedTuple):
