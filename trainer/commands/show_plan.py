@@ -69,6 +69,6 @@ def _advice(config: Config, world_sizes: Sequence[int]) -> list[str]:
     ]
     enough = [size for size in larger if B // size >= max(world_sizes)]
     if enough:
-        most = max(world_sizes)
-        lines.append(f"For {most} ranks, train_micro_batch_size_per_gpu={enough[-1]} is small enough, and usually faster.")
+        most, size = max(world_sizes), enough[-1]
+        lines.append(f"For {most} ranks, train_micro_batch_size_per_gpu={size} is small enough, and usually faster.")
     return lines
