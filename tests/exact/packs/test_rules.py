@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.exact.packs.packed import floats, trained
-from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, drawn_like, piece, put_pieces, same_bits
+from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, piece, put_pieces
+from trainer.exact.packs.values import drawn_like, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 from ..batch_norm import RunningStatistics
 from .functions import FUNCTIONS, RefusedError, name_of
 from .leaves import Leaves
-from .rules import ENOUGH_VALUES, MOST_DRAWS, Cut, Join, Layer, Rule, Site, drawn_gradient, drawn_like, piece, same_bits
+from .rules import Cut, Join, Layer, Rule, Site, piece
 from .streams import Streams
+from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
 
 Key = tuple[Any, ...]
 ALONE = -1

@@ -1,0 +1,55 @@
+"""Random values for trials, and how results are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
+# small.
+ENOUGH_VALUES, MOST_DRAWS = 2048, 128
+
+
+def drawn_like(tensor: Tensor) -> Tensor:
+    """Random values of a tensor's shape, layout and type; itself if it holds no floating-point numbers.
+
+    Some features are 0 in all samples, as behind a ReLU: kernels that differ in nothing else give such a feature's sums
+    another sign.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    own = torch.randn_like(tensor, requires_grad=False)
+    for dim in _features(own):
+        own.mul_(_chosen(own, dim, 0.75))
+    return own.requires_grad_(tensor.requires_grad)
+
+
+def drawn_gradient(tensor: Tensor) -> Tensor:
+    """Random values that lie in memory as a tensor does, which may be expanded; those of some features below 0."""
+    sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride())]
+    own = torch.empty_strided(sizes, tensor.stride(), dtype=tensor.dtype, device=tensor.device).normal_()
+    for dim in _features(own):
+        own.copy_(torch.where(_chosen(own, dim, 0.5) > 0, own, -own.abs()))
+    return own.expand(tensor.shape)
+
+
+def _features(tensor: Tensor) -> set[int]:
+    """The dimensions in which features may lie: the second and the last, unless they have few."""
+    return {dim for dim in (1, tensor.dim() - 1) if 0 < dim < tensor.dim() and tensor.size(dim) > 3}
+
+
+def _chosen(tensor: Tensor, dim: int, share: float) -> Tensor:
+    """1 for a share of the places of a dimension, 0 for the others."""
+    sizes = [1] * tensor.dim()
+    sizes[dim] = tensor.size(dim)
+    return torch.bernoulli(torch.full(sizes, share, dtype=torch.float32, device=tensor.device)).to(tensor.dtype)
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same bits; waits for the device."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
