@@ -113,9 +113,8 @@ def test_verify_compares_sizes_of_packs(tmp_path: Path, capsys: pytest.CaptureFi
     assert verify(config, [1, 2], [1, 2, "auto"]) == 0
     out = capsys.readouterr().out
     assert "2 ranks, packs of auto: " in out
-    assert [line.split()[:2] for line in out.splitlines() if line.split()[:1] in (["1"], ["2"])] == [
-        *(["1", "1"], ["2", "1"], ["1", "2"], ["2", "2"], ["1", "auto"], ["2", "auto"]),
-    ]
+    rows = [line.split()[:2] for line in out.splitlines() if line.endswith(("yes", "reference"))]
+    assert rows == [["1", "1"], ["2", "1"], ["1", "2"], ["2", "2"], ["1", "auto"], ["2", "auto"]]
     assert "The same bits at every world size and with all packs, in each of 10 steps" in out
 
 

@@ -132,15 +132,16 @@ def test_trials_are_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _in_little_memory(answer: Any) -> None:
-    """A short run with packs of 8, in a process that may take 48 MiB more than it has."""
+    """A short run with packs of 8, in a process that may take 150 MiB more than it has."""
     import resource
 
     torch.manual_seed(0)
-    # 1 MiB a sample, so that a micro-batch of 4 needs some 20 MiB and a pack of 8 some 160.
-    model, x = nn.Sequential(nn.Linear(1, 1 << 18), nn.Tanh(), nn.AvgPool1d(1 << 18)), floats(1)
+    # 0.5 MiB a sample and layer, so that a micro-batch of 4 needs some 30 MiB and a pack of 8 some 240.
+    layers = [layer for _ in range(7) for layer in (nn.Conv1d(1, 1, 1), nn.Tanh())]
+    model, x = nn.Sequential(*layers, nn.AvgPool1d(1 << 17), nn.Flatten()), floats(1, 1 << 17)
     expected, _ = trained(model, x, 0)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (48 << 20)
+    limit = pages * resource.getpagesize() + (150 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found, packs = trained(model, x, 8)
     assert packs is not None

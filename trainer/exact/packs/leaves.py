@@ -105,6 +105,10 @@ class Leaves:
             return None
         return [row if present is None or present[k] else None for k, row in enumerate(rows)]
 
+    def clear(self) -> None:
+        """Frees what is left of a pack that was given up."""
+        self._rows.clear()
+
     def finish(self) -> None:
         """Passes on what is left."""
         for place in sorted(self._rows):

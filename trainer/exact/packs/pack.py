@@ -101,6 +101,11 @@ class Pack(TorchFunctionMode):
         self._checked: set[Key] = set()
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
+    def close(self) -> None:
+        """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
+        for kept in (self._aliases, self._cuts, self._reductions, self.derived):
+            kept.clear()
+
     # ---- what is called ------------------------------------------------------------------------------------------
 
     def __torch_function__(

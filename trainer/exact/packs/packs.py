@@ -260,17 +260,21 @@ class Packs:
             checks=checks,
         )
         modules = dict(self._model.named_modules()) if self._apart else {}
-        with pack, pack.modules_apart([modules[name] for name in self._apart]):
-            losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
-        inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
-        found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
-        if any(gradient is not None for gradient in found):
-            raise RefusedError("a parameter is used where packs do not see it")
-        if streams.disturbed():
-            raise RefusedError("random numbers are drawn where packs do not see it")
-        self._pass_on_derived(pack, leaves)
-        leaves.finish()
-        return Packed(losses.detach().float(), pack.scratch)
+        try:
+            with pack, pack.modules_apart([modules[name] for name in self._apart]):
+                losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
+            inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
+            found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
+            if any(gradient is not None for gradient in found):
+                raise RefusedError("a parameter is used where packs do not see it")
+            if streams.disturbed():
+                raise RefusedError("random numbers are drawn where packs do not see it")
+            self._pass_on_derived(pack, leaves)
+            leaves.finish()
+            return Packed(losses.detach().float(), pack.scratch)
+        finally:
+            pack.close()
+            leaves.clear()
 
     def _pass_on_derived(self, pack: Pack, leaves: Leaves) -> None:
         """Passes the gradients of what follows from parameters alone on to the parameters."""
