@@ -25,7 +25,8 @@ from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
 from .packs.functions import RefusedError
 from .packs.pack_sum import PackSum
-from .packs.packs import Packs, Single, out_of_memory
+from .packs.packs import Packs
+from .packs.verdicts import Single, out_of_memory
 from .record import OwnRecords, RecordLayout
 
 

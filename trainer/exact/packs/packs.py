@@ -9,20 +9,19 @@ on this device and with these kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch_norm import RunningStatistics
-from ..hashes import hash64
 from ..micro_batches import GlobalBatch, MicroBatches
 from .choice import Choice
 from .functions import RefusedError
 from .leaves import Leaves, Sink
 from .pack import ALONE, Key, Pack
 from .streams import Streams
+from .verdicts import HashedSums, Packed, Single, Verdict, difference, out_of_memory
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3
@@ -33,46 +32,6 @@ MOST_POSTPONED = 20
 FEWEST_STEPS = 50
 # Modules that take samples and parameters apart in ways of their own.
 _APART = (nn.RNNBase, nn.MultiheadAttention)
-
-
-class Packed(NamedTuple):
-    """What a pack found besides gradients.
-
-    Attributes:
-        losses: (g,) summed losses.
-        statistics: (g, size) of normalisation layers.
-    """
-
-    losses: Tensor
-    statistics: Tensor
-
-
-@dataclass
-class _Verdict:
-    """What is known of packs of one shape.
-
-    Attributes:
-        refusal: why there are none; None if their bits are those of single micro-batches.
-        trials: steps in which they were.
-        step: the last of these.
-        random: whether a micro-batch draws random numbers.
-    """
-
-    refusal: str | None
-    random: bool = True
-    trials: int = 0
-    step: int = -1
-
-
-@dataclass
-class _Sums:
-    """A sink that keeps a hash of each gradient: `found[place][k]`, 0 for one that is not there."""
-
-    g: int
-    found: dict[int, list[Tensor | None]] = field(default_factory=dict)
-
-    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
-        self.found[place] = [hash64([r]) if present is None or present[k] else None for k, r in enumerate(rows)]
 
 
 class Packs:
@@ -115,7 +74,7 @@ class Packs:
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._sites: dict[Key, int] = {}
         self._losses_apart = not micro_batches.gives_sample_losses
-        self._verdicts: dict[Key, _Verdict] = {}
+        self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
         self.size = 1 if size is None else size
         self.notes: list[str] = []
@@ -303,8 +262,8 @@ class Packs:
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
         for _ in range(len(self._owners) + 4):
-            sums = _Sums(len(part))
-            self._verdicts[key] = _Verdict(None, random)
+            sums = HashedSums(len(part))
+            self._verdicts[key] = Verdict(None, random)
             known = len(self._alone())
             try:
                 packed = self.compute(batch, part, scale, sums, checks=before is None)
@@ -323,18 +282,18 @@ class Packs:
                 if not self._set_losses_apart():
                     break
                 continue
-            refusal = self._difference(singles, packed, sums)
+            refusal = difference(singles, packed, sums, self._owners)
             if refusal is None:
                 break
             # Layers that differ may have been found meanwhile: then once more, without their rules.
             if len(self._alone()) == known and not self._set_losses_apart():
                 break
         trials = before.trials + (before.step != batch.step) if before is not None else 1
-        self._verdicts[key] = _Verdict(refusal, random, trials, batch.step)
+        self._verdicts[key] = Verdict(refusal, random, trials, batch.step)
         if refusal == _NO_MEMORY:
             self.shrink(len(part))
 
-    def _may_be_postponed(self, key: Key, before: _Verdict | None) -> bool:
+    def _may_be_postponed(self, key: Key, before: Verdict | None) -> bool:
         """Leaves a verdict open, as micro-batches had different values; not for ever, since trials cost time."""
         self._postponed[key] = self._postponed.get(key, 0) + 1
         if self._postponed[key] > MOST_POSTPONED:
@@ -344,23 +303,6 @@ class Packs:
         else:
             self._verdicts[key] = before
         return True
-
-    def _difference(self, singles: list[Single], packed: Packed, sums: _Sums) -> str | None:
-        """The first thing that differs; None if nothing does."""
-        g = len(singles)
-        for k, single in enumerate(singles):
-            if not torch.equal(single.loss, hash64([packed.losses[k]])):
-                return f"another loss in packs of {g}"
-            if single.statistics is not None and not torch.equal(single.statistics, hash64([packed.statistics[k]])):
-                return f"other statistics in packs of {g}"
-            for place, expected in enumerate(single.gradients):
-                found = sums.found.get(place, [None] * g)[k]
-                if (expected is None) != (found is None) or (
-                    expected is not None and found is not None and not torch.equal(expected, found)
-                ):
-                    owner = (self._owners.get(place) or ["?"])[0]
-                    return f"other gradients in packs of {g}, first of {owner or 'the model'}"
-        return None
 
     def _set_losses_apart(self) -> bool:
         """Has the task's loss called for one micro-batch at a time from now on. False if it is already."""
@@ -383,22 +325,3 @@ class Packs:
             return False
         self._apart.add(name)
         return True
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there was not enough memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-class Single(NamedTuple):
-    """Hashes of what a micro-batch computed alone found; None where there is nothing.
-
-    Attributes:
-        loss, statistics, gradients: as in a record.
-        random: whether it drew random numbers.
-    """
-
-    loss: Tensor
-    statistics: Tensor | None
-    gradients: list[Tensor | None]
-    random: bool

@@ -1,0 +1,98 @@
+"""What a trial of a pack finds: the results of single micro-batches and of the pack, compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..hashes import hash64
+
+
+class Packed(NamedTuple):
+    """What a pack found besides gradients.
+
+    Attributes:
+        losses: (g,) summed losses.
+        statistics: (g, size) of normalisation layers.
+    """
+
+    losses: Tensor
+    statistics: Tensor
+
+
+@dataclass
+class Verdict:
+    """What is known of packs of one shape.
+
+    Attributes:
+        refusal: why there are none; None if their bits are those of single micro-batches.
+        trials: steps in which they were.
+        step: the last of these.
+        random: whether a micro-batch draws random numbers.
+    """
+
+    refusal: str | None
+    random: bool = True
+    trials: int = 0
+    step: int = -1
+
+
+@dataclass
+class HashedSums:
+    """A sink that keeps a hash of each gradient: `found[place][k]`, 0 for one that is not there."""
+
+    g: int
+    found: dict[int, list[Tensor | None]] = field(default_factory=dict)
+
+    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
+        """As `leaves.Sink`."""
+        self.found[place] = [hash64([r]) if present is None or present[k] else None for k, r in enumerate(rows)]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was not enough memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Single(NamedTuple):
+    """Hashes of what a micro-batch computed alone found; None where there is nothing.
+
+    Attributes:
+        loss, statistics, gradients: as in a record.
+        random: whether it drew random numbers.
+    """
+
+    loss: Tensor
+    statistics: Tensor | None
+    gradients: list[Tensor | None]
+    random: bool
+
+
+def difference(
+    singles: list[Single], packed: Packed, sums: HashedSums, owners: Mapping[int, Sequence[str]]
+) -> str | None:
+    """The first thing that differs between micro-batches computed singly and as a pack; None if nothing does.
+
+    Args:
+        singles: of the pack's micro-batches.
+        packed, sums: of the pack.
+        owners: place of a parameter -> the modules that have it.
+    """
+    g = len(singles)
+    for k, single in enumerate(singles):
+        if not torch.equal(single.loss, hash64([packed.losses[k]])):
+            return f"another loss in packs of {g}"
+        if single.statistics is not None and not torch.equal(single.statistics, hash64([packed.statistics[k]])):
+            return f"other statistics in packs of {g}"
+        for place, expected in enumerate(single.gradients):
+            found = sums.found.get(place, [None] * g)[k]
+            if (expected is None) != (found is None) or (
+                expected is not None and found is not None and not torch.equal(expected, found)
+            ):
+                owner = (owners.get(place) or ["?"])[0]
+                return f"other gradients in packs of {g}, first of {owner or 'the model'}"
+    return None
