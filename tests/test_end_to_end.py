@@ -86,6 +86,7 @@ def test_the_main_command(project: Path) -> None:
         assert again[name] == summary[name]
 
 
+@pytest.mark.slow
 def test_ending_the_runner_stops_the_ranks_with_a_checkpoint(project: Path) -> None:
     """DeepSpeed's runner forgets its ranks on SIGTERM; they notice, and the run goes on with three to the same bits."""
     marker = uuid.uuid4().hex

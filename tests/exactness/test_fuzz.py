@@ -24,7 +24,9 @@ def pool() -> Iterator[Pool]:
         yield standing
 
 
-@pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in range(AT_ONCE, CASES, AT_ONCE))]
+)
 def test_random_cases_end_with_one_hash_or_the_right_reason(pool: Pool, first: int) -> None:
     failures = []
     for number in range(first, first + AT_ONCE):
