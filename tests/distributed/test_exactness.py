@@ -45,10 +45,26 @@ def digits(path: Path, model: str, **extra: Any) -> Config:
 
 def test_packs_change_no_bit(tmp_path: Path) -> None:
     """Each number of ranks has packs of another size; some fewer micro-batches than a pack."""
-    packs = {1: 8, 2: "auto", 3: 1}
-    same_everywhere(lambda W: digits(tmp_path / str(W), "cnn", pack=packs[W]), [1, 2, 3])
-    summary = json.loads((tmp_path / "1" / "summary.json").read_text())
-    assert summary["pack"] == {"size": 8}, "they were used, and nothing refused"
+    packs = {4: 1, 1: 8, 2: 4, 3: 3}
+    same_everywhere(lambda W: digits(tmp_path / str(W), "cnn", pack=packs[W]), [4, 1, 2, 3])
+    for W in (1, 2, 3):
+        summary = json.loads((tmp_path / str(W) / "summary.json").read_text())
+        assert summary["pack"] == {"size": packs[W]}, "they were used, and nothing refused"
+
+
+def test_looking_for_the_fastest_packs_changes_no_bit(tmp_path: Path) -> None:
+    """A run of 50 steps or more tries and times all sizes."""
+
+    def looks(W: int) -> Config:
+        return small_config(
+            tmp_path / str(W), task="digits", task_options={"model": "mlp"}, epochs=5, max_steps=55, pack=packs[W]
+        )
+
+    packs = {2: 1, 1: "auto", 3: "auto"}
+    same_everywhere(looks, [2, 1, 3])
+    for W in (1, 3):
+        found = json.loads((tmp_path / str(W) / "summary.json").read_text())["pack"]
+        assert "speed_up" in found and "refused" not in found
 
 
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
