@@ -170,8 +170,9 @@ class MicroBatches:
     """Computes micro-batches: gather, augment, seed, forward, loss.
 
     The number of a rank's micro-batches depends on the world size. So nothing is computed for several of them at once:
-    a kernel may give an element other bits in a tensor of another size. There are two exceptions: gathers, which only
-    move values, and augmentations of a task that declares them as harmless (`augment_in_chunks`).
+    a kernel may give an element other bits in a tensor of another size. There are three exceptions: gathers, which only
+    move values; augmentations of a task that declares them as harmless (`augment_in_chunks`); and packs, which have
+    been compared with single micro-batches (see `packs`).
 
     Args:
         task: as in `tasks.protocol`.
