@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
         config.plan(ranks.world_size)  # fails early: before torch is loaded
-        from trainer.run.resume import Resume
+        from trainer.run.claim import Resume
         from trainer.run.run import run
 
         run(
@@ -79,9 +79,7 @@ def _end(code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         _end(main())
-    except SystemExit as end:  # --help, or a task that ends the process
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+    except SystemExit as end:  # --help
         _end(end.code if isinstance(end.code, int) else 1)
     except BaseException:
         traceback.print_exc()

@@ -61,7 +61,7 @@ def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resum
 
     from trainer.errors import Stopped
     from trainer.exact.hashes import digest
-    from trainer.run.resume import Resume
+    from trainer.run.claim import Resume
     from trainer.run.run import run
 
     trace: dict[int, dict[str, str]] = {}

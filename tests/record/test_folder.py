@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,28 @@ def test_an_existing_folder_without_a_run_is_taken(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["mine", "mine/notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "metrics.jsonl", "model", "logs/deepspeed.log"])
-def test_what_is_there_is_never_overwritten(tmp_path: Path, name: str) -> None:
-    """Not a run, and not something else of the user's that has the name of what a run writes."""
+# What tells a run's manifest from another one.
+MANIFEST = {"config": {}, "batch_plan": {}, "exactness": "bitwise"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "summary.json", "metrics.jsonl", "model", "adapter", "checkpoints", "logs/deepspeed.log"]
+)
+def test_what_is_there_is_never_overwritten(tmp_path: Path, name: str, again: bool) -> None:
+    """Something of the user's that has the name of what a run writes; with --resume as well."""
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
-    (tmp_path / "mine" / name).write_text("old")
+    (tmp_path / "mine" / name).write_text('{"name": "a browser extension"}')
     with pytest.raises(UserError) as caught:
-        OutputFolder.claim("mine", "strong")
-    for word in ("output folder mine", "already holds a run", name, "never overwritten", "--output_dir"):
+        OutputFolder.claim("mine", "strong", again)
+    for word in ("output folder mine", "not written by a run", name, "never overwritten", "--output_dir"):
         assert word in str(caught.value)
-    assert (tmp_path / "mine" / name).read_text() == "old"
+    assert (tmp_path / "mine" / name).read_text() == '{"name": "a browser extension"}'
 
 
 def test_two_runs_cannot_have_one_folder() -> None:
     folder = OutputFolder.claim("mine", "strong")
-    folder.write_json("manifest.json", {})
+    folder.write_json("manifest.json", MANIFEST)
     with pytest.raises(UserError, match="already holds a run"):
         OutputFolder.claim("mine", "strong")
 
@@ -265,11 +273,108 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
     other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
     other.start()
     assert held.wait(60)
-    with pytest.raises(UserError, match="is in use: another run is still writing to it"):
+    with pytest.raises(UserError, match=rf"is in use: process {other.pid} \(.*python.*\) still holds it"):
         OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
     let_go.set()
     other.join(60)
     (tmp_path / "run" / ".model.123").mkdir()
     (tmp_path / "run" / ".summary.json.123").write_text("half")
+    (tmp_path / "run" / ".eslintrc.json.bak").write_text("the user's")
     OutputFolder.claim(str(tmp_path / "run"), "strong", again=True)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert everything(tmp_path / "run") == [".eslintrc.json.bak"]
+
+
+def claim_late(folder: str, waiting: Any) -> str:
+    output._LEAVING_S = 30.0
+    waiting.set()
+    try:
+        OutputFolder.claim(folder, "strong")
+    except UserError as error:
+        return str(error)
+    return "claimed"
+
+
+def test_a_folder_is_looked_at_once_it_is_locked(tmp_path: Path) -> None:
+    """The first run writes its first file only when the second already waits for the folder."""
+    context = multiprocessing.get_context("spawn")
+    waiting = context.Manager().Event()
+    first = OutputFolder.claim(str(tmp_path / "run"), "strong")
+    with context.Pool(1) as pool:
+        second = pool.apply_async(claim_late, (str(tmp_path / "run"), waiting))
+        assert waiting.wait(60)
+        time.sleep(0.3)
+        first.write_json("manifest.json", MANIFEST)
+        first.unlock()
+        assert "already holds a run" in second.get(60)
+
+
+def test_a_folder_that_went_while_it_was_waited_for_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends before its first step removes its folder. A lock on the removed folder would lock nothing."""
+    lock = output._lock
+
+    def slow(path: Path) -> int | None:
+        found = lock(path)
+        if not seen:
+            path.rmdir()
+        seen.append(found)
+        return found
+
+    seen: list[int | None] = []
+    monkeypatch.setattr(output, "_lock", slow)
+    folder = OutputFolder.claim("mine", "strong")
+    assert len(seen) == 2 and folder.path.is_dir()
+    monkeypatch.setattr(output, "_lock", lock)
+    monkeypatch.setattr(output, "_LEAVING_S", 0.0)
+    with pytest.raises(UserError, match="is in use"):
+        OutputFolder.claim("mine", "strong")
+
+
+def test_a_process_that_a_task_forks_does_not_keep_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a loader of its own that outlives the run: the run could not be resumed until it ends."""
+    folder = OutputFolder.claim("mine", "strong")
+    context = multiprocessing.get_context("fork")
+    started, end = context.Event(), context.Event()
+
+    def child() -> None:
+        started.set()
+        end.wait(60)
+
+    process = context.Process(target=child)
+    process.start()
+    try:
+        assert started.wait(60)
+        folder.unlock()
+        monkeypatch.setattr(output, "_LEAVING_S", 0.0)
+        OutputFolder.claim("mine", "strong").unlock()
+    finally:
+        end.set()
+        process.join(60)
+
+
+@pytest.mark.parametrize("kind", ["a folder of the user's", "a link"])
+def test_a_model_that_no_run_has_written_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    OutputFolder.claim("mine", "strong").write_json("manifest.json", MANIFEST)
+    model = tmp_path / "mine" / "model"
+    if kind == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        model.symlink_to(tmp_path / "elsewhere")
+    else:
+        model.mkdir()
+    with pytest.raises(UserError, match=r"mine/model was not written by a run: it (lacks trainer\.json|is a link)"):
+        _without_lock(lambda: OutputFolder.claim("mine", "strong", again=True))
+    assert os.path.lexists(model)
+
+
+def _without_lock(function: Any) -> Any:
+    while output._locks:
+        os.close(output._locks.pop())
+    return function()
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert OutputFolder.claim("~/run", "strong").path == tmp_path / "home" / "run"
+    assert everything(tmp_path) == ["home", "home/run"]

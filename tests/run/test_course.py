@@ -14,7 +14,7 @@ from tests.run.small import Task, config_of, course_of, pieces_of
 from trainer.engine.zero_step import ZeroStep
 from trainer.errors import NonFiniteError, RanksDifferError, UserError
 from trainer.exact.step import ExactStep
-from trainer.record.checkpoints import Snapshot, list_checkpoints, read
+from trainer.record.checkpoints import Snapshot, read
 from trainer.record.window import StepNumbers
 from trainer.run import course as course_module
 from trainer.run.course import make_step
@@ -38,10 +38,10 @@ class Counts(Task):
 
 def checkpoint_of(folder: Path, task: Any = None, **trainer: Any) -> Snapshot:
     """What a run leaves after its 10th of 12 steps."""
-    course = course_of(folder, task, checkpoint={"every_steps": 10, "keep": 1}, **trainer)
+    course = course_of(folder, task, checkpoint={"every_steps": 10, "keep": 2}, **trainer)
     train(course)
     course.saver.wait()
-    return read(list_checkpoints(folder / "checkpoints")[0])
+    return read(folder / "checkpoints" / "step-000000010")
 
 
 def test_a_run_that_is_ready_has_made_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,12 +40,12 @@ def test_validation_comes_after_epochs_and_the_last_one_is_left_to_the_end(tmp_p
     assert steps_of(tmp_path / "never", "eval/validation/loss") == []
 
 
-def test_checkpoints_come_at_their_interval_and_not_after_the_last_step(tmp_path: Path) -> None:
+def test_checkpoints_come_at_their_interval_and_after_the_last_step(tmp_path: Path) -> None:
     course = course_of(tmp_path / "run", checkpoint={"every_steps": 4, "keep": 9})
     train(course)
     course.saver.wait()
     found = [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert found == ["step-000000008", "step-000000004"]
+    assert found == ["step-000000012", "step-000000008", "step-000000004"]
 
 
 def test_a_run_that_is_asked_to_stop_leaves_after_that_step_with_a_checkpoint(tmp_path: Path) -> None:
@@ -72,7 +72,9 @@ def test_a_run_that_is_asked_to_stop_in_its_last_step_has_finished(tmp_path: Pat
     course = course_of(tmp_path / "run", trace=ask)
     train(course)
     assert course.done == 12
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    course.saver.wait()
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint.name == "step-000000012"  # from which a longer run goes on
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_nothing_is_lost(tmp_path: Path) -> None:
@@ -114,12 +116,10 @@ def test_a_step_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_comes_to_the_same_end(tmp_path: Path) -> None:
-    whole = course_of(tmp_path / "whole", checkpoint={"every_steps": 5, "keep": 1})
+    whole = course_of(tmp_path / "whole", checkpoint={"every_steps": 5, "keep": 2})
     train(whole)
     whole.saver.wait()
-    (checkpoint,) = list_checkpoints(tmp_path / "whole" / "checkpoints")
-    assert checkpoint.name == "step-000000010"
-    snapshot = read(checkpoint)
+    snapshot = read(tmp_path / "whole" / "checkpoints" / "step-000000010")
     parts = course_of(tmp_path / "parts", snapshot=snapshot)
     assert (parts.first_step, parts.done) == (10, 10)
     engine = parts.pieces.engine

@@ -96,8 +96,9 @@ def test_texts_and_frozen_weights(tmp_path: Path) -> None:
 
 def killed_after(path: Path, steps: int, **extra: Any) -> Config:
     """A finished run of `steps` steps, with a checkpoint every 2, made to look like one that was killed."""
-    run_ranks(train, 2, small_config(path, checkpoint={"every_steps": 2, "keep": 3}, max_steps=steps, **extra))
+    run_ranks(train, 2, small_config(path, checkpoint={"every_steps": 2, "keep": 4}, max_steps=steps, **extra))
     (path / "summary.json").unlink()
+    shutil.rmtree(path / "checkpoints" / f"step-{steps:09d}")
     return small_config(path, checkpoint={"every_steps": 2, "keep": 3}, **extra)
 
 
@@ -198,10 +199,12 @@ def test_time_budget(tmp_path: Path) -> None:
     assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000001"]
 
 
-def test_checkpoints_of_the_default_config_are_few(tmp_path: Path) -> None:
-    """No file of a checkpoint is left by a run that is shorter than the interval."""
-    run_ranks(train, 1, small_config(tmp_path / "run", max_steps=3))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+@pytest.mark.parametrize(("every_steps", "left"), [(500, ["step-000000003"]), (0, [])])
+def test_a_run_that_is_shorter_than_the_interval_keeps_its_last_step(
+    tmp_path: Path, every_steps: int, left: list[str]
+) -> None:
+    run_ranks(train, 1, small_config(tmp_path / "run", max_steps=3, checkpoint={"every_steps": every_steps}))
+    assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == left
 
 
 @pytest.mark.parametrize(("first_step", "words"), [(0, "at the first step, "), (1200, "at step 1,201, ")])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +23,7 @@ from trainer.errors import NonFiniteError, Stopped, TrainerError, UserError
 from trainer.ranks.place import Ranks
 from trainer.record.checkpoints import list_checkpoints
 from trainer.run import build as build_module
-from trainer.run.resume import Resume
+from trainer.run.claim import Resume
 from trainer.run.run import run
 
 pytestmark = pytest.mark.usefixtures("plain_engine")
@@ -32,13 +35,14 @@ def make(
     task: Any = None,
     trace: Any = None,
     resume: str = "none",
+    allow: bool = False,
     **trainer: Any,
 ) -> dict[str, Any]:
     monkeypatch.setattr(build_module, "load_task", lambda name, options: Task() if task is None else task)
     # A run holds its folder until its process ends, and here all runs are of one process.
     monkeypatch.setattr("trainer.record.folder._lock", lambda path: None)
     config = config_of(output_dir=str(folder), **trainer)
-    return run(config, Ranks(), config_name="test", started_at_s=time.time(), trace=trace, resume=Resume(resume))
+    return run(config, Ranks(), config_name="test", started_at_s=time.time(), trace=trace, resume=Resume(resume, allow))
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     assert summary["steps"] == 12
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names == {"manifest.json", "metrics.jsonl", "logs", "model", "summary.json"}
+    assert names == {"manifest.json", "metrics.jsonl", "logs", "model", "summary.json", "checkpoints"}
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
@@ -94,6 +98,146 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="already holds a run"):
         make(monkeypatch, tmp_path / "run", max_steps=2)
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+def without_times(folder: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("throughput/", "memory/", "noise/"))} for r in records(folder)
+    ]
+
+
+@pytest.mark.parametrize("steps", [7, 8], ids=["inside an epoch and a window", "at the end of both"])
+def test_a_finished_run_goes_on_as_if_it_had_never_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Its last evaluations, its last short window and its summary belong to the end that it no longer has."""
+    whole = make(monkeypatch, tmp_path / "whole", log_every_steps=4)
+    make(monkeypatch, tmp_path / "run", log_every_steps=4, max_steps=steps)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps
+    made: list[int] = []
+
+    def watch(step: int, engine: Any, losses: Any) -> None:
+        assert not (tmp_path / "run" / "summary.json").exists()
+        made.append(step)
+
+    longer = make(monkeypatch, tmp_path / "run", trace=watch, resume="auto", log_every_steps=4)
+    assert made == list(range(steps + 1, 13))
+    for name in ("parameters_sha256", "model_sha256", "metrics", "best", "steps", "exactness"):
+        assert longer[name] == whole[name], name
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+COSINE = {"schedule": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {"seed": 1}, r"has finished, and these settings differ(.|\n)*trainer\.seed: 0 before, 1 now"),
+        ({}, {"gradient_clipping": 0.5}, r"gradient_clipping: 1\.0 before, 0\.5 now"),
+        ({}, {"max_steps": 6}, r"has made 8 steps already, but now it is to have only 6"),
+        ({}, {"max_steps": 10, "seed": 1}, r"The checkpoint is of another run(.|\n)*trainer\.seed: 0 before, 1 now"),
+        ({"learning_rate": COSINE}, {"max_steps": 10}, r"steps, on which the learning rate depends: 8 before, 10 now"),
+        (
+            {"checkpoint": {"every_steps": 0}},
+            {"max_steps": 10},
+            r"finished without a checkpoint, so it cannot go on to 10",
+        ),
+    ],
+    ids=["another seed", "another clip", "fewer steps", "longer with another seed", "longer schedule", "no checkpoint"],
+)
+def test_a_finished_run_is_compared_before_anything_is_said_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    make(monkeypatch, tmp_path / "run", max_steps=8, **before)
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=said):
+        make(monkeypatch, tmp_path / "run", resume="auto", **{"max_steps": 8} | before | now)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
+
+
+def test_a_longer_schedule_is_another_run_that_may_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(monkeypatch, tmp_path / "run", max_steps=8, learning_rate=COSINE)
+    longer = make(monkeypatch, tmp_path / "run", resume="auto", allow=True, max_steps=10, learning_rate=COSINE)
+    assert (longer["steps"], longer["exactness"]) == (10, "tolerance")
+    assert "steps, on which the learning rate depends: 8 before, 10 now" in longer["inexact"][0]
+
+
+def test_a_run_that_stopped_early_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its patience is used up, however many epochs it may have."""
+    slow = {"optimizer": {"type": "SGD", "params": {"lr": 1e-9}}, "best": {"patience_evaluations": 1}}
+    summary = make(monkeypatch, tmp_path / "run", epochs=9, **slow)
+    assert summary["status"] == "stopped early"
+    assert make(monkeypatch, tmp_path / "run", resume="auto", epochs=12, **slow) == summary
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_cannot_have_fewer_steps_than_it_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(monkeypatch, tmp_path / "run", max_steps=7)
+    (tmp_path / "run" / "summary.json").unlink()  # killed at its very end
+    with pytest.raises(UserError, match="has made 7 steps already, but now it is to have only 5"):
+        make(monkeypatch, tmp_path / "run", resume="auto", max_steps=5)
+    assert make(monkeypatch, tmp_path / "run", resume="auto", max_steps=7)["steps"] == 7
+
+
+def test_another_run_that_ended_here_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts within seconds: the second waits for the folder, and must look at it again when it has it."""
+    from trainer.record import folder as folders
+
+    lock = folders._make_and_lock
+
+    def late(path: Path, created: list[Path]) -> int | None:
+        if not waited:
+            waited.append(True)
+            make(monkeypatch, tmp_path / "run", seed=1)  # the first run, from its start to its end
+        return lock(path, created)
+
+    for resume, said in (("none", "already holds a run"), ("auto", "trainer.seed: 1 before, 0 now")):
+        waited: list[bool] = []
+        monkeypatch.setattr(folders, "_make_and_lock", late)
+        with pytest.raises(UserError, match=said):
+            make(monkeypatch, tmp_path / "run", resume=resume)
+        assert json.loads((tmp_path / "run" / "manifest.json").read_text())["seed"] == 1
+        shutil.rmtree(tmp_path / "run")
+
+
+class Leaves(Task):
+    """Ends the process in one of its methods, as sys.exit() in a user's code does."""
+
+    def __init__(self, method: str, code: Any) -> None:
+        super().__init__()
+        self.method, self.code = method, code
+
+    def splits(self) -> dict[str, dict[str, Tensor]]:
+        if self.method == "splits":
+            argparse.ArgumentParser().exit(self.code)
+        return super().splits()
+
+    def metrics(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
+        if self.method == "metrics":
+            sys.exit(self.code)
+        return super().metrics(outputs, batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "code"), [("metrics", 0), ("metrics", None), ("metrics", "no data"), ("metrics", 7), ("splits", 0)]
+)
+def test_a_task_that_ends_the_process_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, code: Any
+) -> None:
+    """An exit code of success, in silence, would look like a finished run."""
+    with pytest.raises(TrainerError, match=r"The task ended the process in the middle of the run") as caught:
+        make(monkeypatch, tmp_path / "run", Leaves(method, code))
+    assert caught.value.exit_code == 1
+    assert f"{__file__}, line " in str(caught.value) and f"in {method}()" in str(caught.value)
+    assert ("(no data)" in str(caught.value)) == (code == "no data")
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 class NoLoss(Task):

@@ -72,7 +72,7 @@ def _say_notes(task: Task) -> None:
 
 
 def _model_folder(path: Path) -> Path:
-    from ..run.saving import ORIGIN
+    from ..record.folder import ORIGIN
 
     for folder in (path, path / "model"):
         if (folder / ORIGIN).is_file():
@@ -86,7 +86,7 @@ def _model_folder(path: Path) -> Path:
 def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Module]:
     import torch
 
-    from ..run.saving import ORIGIN
+    from ..record.folder import ORIGIN
     from ..tasks.protocol import load_task
 
     origin = read_json(folder / ORIGIN)

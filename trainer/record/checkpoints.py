@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,9 @@ from ..files import sync, whole_folder
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
+# Folders with other names are copies that a user has made. They are never read, counted or removed.
+_NAME = re.compile(r"step-(\d{9,})")
+_UNFINISHED = re.compile(r"\.step-\d{9,}\.\d+")
 
 
 class DamagedError(Exception):
@@ -76,16 +80,21 @@ class Checkpoints:
     Args:
         folder: <output_dir>/checkpoints.
         keep: the number of newest checkpoints to keep.
+        whole: the step of the checkpoint that the run continues from, which was read and is not damaged.
         fault: called with a name at each moment of writing, for tests that end the process there.
     """
 
-    def __init__(self, folder: Path, keep: int, fault: Callable[[str], None] = lambda moment: None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, whole: int | None = None, fault: Callable[[str], None] = lambda moment: None
+    ) -> None:
         self._folder, self._keep, self._fault = folder, keep, fault
+        self._whole = set() if whole is None else {whole}
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         # Removes what a run that was killed during writing has left here.
         for rubbish in folder.glob(".step-*.*"):
-            shutil.rmtree(rubbish, ignore_errors=True)
+            if _UNFINISHED.fullmatch(rubbish.name):
+                shutil.rmtree(rubbish, ignore_errors=True)
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts writing. Until `wait`, nobody may change the snapshot's memory."""
@@ -134,7 +143,12 @@ class Checkpoints:
             sync(temporary)
             self._fault("before rename")
         sync(self._folder)
-        for old in list_checkpoints(self._folder)[self._keep :]:
+        self._whole.add(snapshot.step)
+        # Those of later steps are damaged ones, which the run went past when it continued. They are written again.
+        earlier = [path for path in list_checkpoints(self._folder) if step_of(path) < snapshot.step]
+        # Those that are known to be whole come first. The others were written before this process, and may be damaged.
+        earlier.sort(key=lambda path: step_of(path) not in self._whole)
+        for old in earlier[self._keep - 1 :]:
             self._fault("before deleting")
             shutil.rmtree(old, ignore_errors=True)
 
@@ -178,11 +192,17 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
     return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of steps in a checkpoint's name; -1 if it is not the name of one."""
+    found = _NAME.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in a folder, the newest first, damaged ones included."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of, reverse=True)
 
 
 def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
@@ -195,7 +215,7 @@ def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
     """
     found = list_checkpoints(run / "checkpoints")
     if found or (began and not run.is_dir()):
-        step = f", that of step {int(found[0].name.removeprefix('step-')):,}" if found else ""
+        step = f", that of step {step_of(found[0]):,}" if found else ""
         return (
             f"To go on from the last checkpoint{step}, start the run again with --resume auto --output_dir {run}, on "
             "any number of ranks."
@@ -232,6 +252,8 @@ def read(folder: Path) -> Snapshot:
     from safetensors.torch import load
 
     manifest = read_manifest(folder)
+    if step_of(folder) not in (-1, manifest["step"]):
+        raise DamagedError(f"{folder} is a copy of the checkpoint of step {manifest['step']:,}, under another name")
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, expected in manifest["files"].items():
         path = folder / name

@@ -60,7 +60,7 @@ class DeepSpeedLog(logging.Filter):
         assert isinstance(self._sink, io.StringIO)
         path.parent.mkdir(exist_ok=True)
         caught = self._sink.getvalue()
-        self._sink = path.open("w", encoding="utf-8", buffering=1)
+        self._sink = path.open("a", encoding="utf-8", buffering=1)  # of a run that continues, there is one already
         self._sink.write(caught)
 
     def close(self) -> None:

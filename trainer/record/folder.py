@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,18 +31,39 @@ _NAMES = (
     "tensorboard",
     "logs/deepspeed.log",
 )
+# Written beside every model. A folder model/ without it is not a run's.
+ORIGIN = "trainer.json"
+# The names under which files and folders are written before they are whole, and the probe of `_make`.
+_UNFINISHED = re.compile(r"\.(model|adapter|manifest\.json|summary\.json|metrics\.jsonl)\.\d+|\.probe-\d+")
 # The time in which a run that is ending must release its folder.
 _LEAVING_S = 20.0
+# The locks that this process holds. A process forked by a task inherits them, and would keep the folder locked after
+# the run has ended, so it closes them.
+_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    while _locks:
+        with contextlib.suppress(OSError):
+            os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 class OutputFolder:
-    """Rank 0's folder for one run. `claim` it first; `release` it if the run ends before its first step."""
+    """Rank 0's folder for one run. `claim` it first; `release` it if the run ends before its first step.
 
-    def __init__(self, path: Path, created: list[Path]) -> None:
+    Attributes:
+        continues: whether it held a run when it was claimed.
+    """
+
+    def __init__(self, path: Path, created: list[Path], lock: int | None) -> None:
         self.path = path
         self._created = created
         self._inherited_from: Path | None = None
-        self._lock = _lock(path)  # held until `unlock`, or until this process ends
+        self._lock = lock  # held until `unlock`, or until this process ends
+        self.continues = holds_run(path)
 
     @staticmethod
     def claim(wanted: str | None, config_name: str, again: bool = False) -> OutputFolder:
@@ -47,43 +71,50 @@ class OutputFolder:
 
         Args:
             wanted: the folder; None for a new one, runs/<config_name>-<number>.
-            again: continue the run in this folder.
+            again: take the folder also if it holds a run, to continue it.
 
         Raises:
-            UserError: the folder already holds a run, or cannot be written.
+            UserError: the folder already holds a run or files of the user's own, is in use, or cannot be written.
         """
         created: list[Path] = []
         if wanted == "":
             raise UserError("--output_dir is empty (is a shell variable not set?). Name a folder, or leave it out.")
         try:
-            if wanted is not None:
-                path = Path(wanted)
-                held = [name for name in _NAMES if (path / name).exists()]
-                if held and not again:
-                    raise UserError(
-                        f"The output folder {path} already holds a run ({held[0]}), and runs are never overwritten.\n"
-                        "Choose another --output_dir, or move or delete that folder."
-                    )
-                _make(path, created)
-                folder = OutputFolder(path, created)
-                if again:
-                    folder._clean()
-                return folder
-            base = Path("runs")
-            _make(base, created)
-            for number in range(1, 100_000):
-                path = base / f"{config_name}-{number:03d}"
-                try:
-                    path.mkdir()
-                except FileExistsError:
-                    continue
-                created.append(path)
-                return OutputFolder(path, created)
-            raise UserError(f"The folder {base} is full of runs of {config_name}. Choose an --output_dir.")
+            if wanted is None:
+                return OutputFolder._claim_new(config_name, created)
+            path = Path(wanted).expanduser()
+            _check_content(path, again)
+            lock = _make_and_lock(path, created)
+            try:
+                # The run that held the lock may have written its first files since.
+                _check_content(path, again)
+                folder = OutputFolder(path, created, lock)
+            except BaseException:
+                _unlock(lock)
+                raise
+            folder._clean()
+            return folder
+        except UserError:
+            _remove(created)
+            raise
         except OSError as error:
             _remove(created)
             where = wanted if wanted is not None else "runs"
             raise UserError(f"The output folder {where} cannot be written: {error.strerror or error}.") from error
+
+    @staticmethod
+    def _claim_new(config_name: str, created: list[Path]) -> OutputFolder:
+        base = Path("runs")
+        _make(base, created)
+        for number in range(1, 100_000):
+            path = base / f"{config_name}-{number:03d}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            created.append(path)
+            return OutputFolder(path, created, _lock(path))
+        raise UserError(f"The folder {base} is full of runs of {config_name}. Choose an --output_dir.")
 
     def release(self) -> None:
         """Removes what `claim` created, if nothing was put there since."""
@@ -92,18 +123,18 @@ class OutputFolder:
 
     def unlock(self) -> None:
         """Lets other runs have the folder: this one will write nothing more to it."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        _unlock(self._lock)
+        self._lock = None
 
     def _clean(self) -> None:
         """Removes the unfinished files of a process that was killed."""
-        for pattern in (".model.*", ".adapter.*", ".*.json.*"):
-            for leftover in self.path.glob(pattern):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+        for leftover in self.path.glob(".*"):
+            if not _UNFINISHED.fullmatch(leftover.name):
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     def inherit(self, run: Path) -> None:
         """Notes the run from whose checkpoint this one continues: `begin` copies its log."""
@@ -111,6 +142,8 @@ class OutputFolder:
 
     def begin(self) -> None:
         """Prepares the folder for the run's first files."""
+        # A run that has finished and now goes on has no summary until it comes to its new end.
+        (self.path / "summary.json").unlink(missing_ok=True)
         lines = None if self._inherited_from is None else self._inherited_from / "metrics.jsonl"
         if lines is not None and lines.exists():
             shutil.copyfile(lines, self.path / "metrics.jsonl")
@@ -146,6 +179,59 @@ def _make(path: Path, created: list[Path]) -> None:
     probe.unlink()
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a run of ours has written into a folder. Its first file is the manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    if isinstance(manifest, dict) and {"config", "batch_plan", "exactness"} <= manifest.keys():
+        return True
+    # The manifest may be damaged while the checkpoints are whole.
+    return any((path / "checkpoints").glob(f"step-{'[0-9]' * 9}/manifest.json"))
+
+
+def _check_content(path: Path, again: bool) -> None:
+    """Raises UserError if a run may not write into a folder with this content.
+
+    Args:
+        path: the folder; it need not exist.
+        again: a run is to be continued there.
+    """
+    held = [name for name in _NAMES if os.path.lexists(path / name)]
+    if not held:
+        return
+    if not holds_run(path):
+        raise UserError(
+            f"The output folder {path} holds {held[0]}, which was not written by a run. A run would write there, and "
+            "files are never overwritten.\nChoose another --output_dir, or move or delete it."
+        )
+    if not again:
+        raise UserError(
+            f"The output folder {path} already holds a run ({held[0]}), and runs are never overwritten.\n"
+            "Choose another --output_dir, or move or delete that folder."
+        )
+    for name in ("model", "adapter"):
+        folder = path / name
+        if os.path.lexists(folder) and (folder.is_symlink() or not (path / "model" / ORIGIN).is_file()):
+            why = "is a link" if folder.is_symlink() else f"lacks {ORIGIN}"
+            raise UserError(
+                f"{folder} was not written by a run: it {why}. The run would replace it with its model.\n"
+                "Move it to another place, and start again."
+            )
+
+
+def _make_and_lock(path: Path, created: list[Path]) -> int | None:
+    while True:
+        _make(path, created)
+        lock = _lock(path)
+        with contextlib.suppress(FileNotFoundError):
+            if lock is None or os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        # The run that held it has ended before its first step, and removed the folder.
+        _unlock(lock)
+
+
 def _lock(path: Path) -> int | None:
     """Locks a folder against other runs; None if the file system has no locks.
 
@@ -159,18 +245,37 @@ def _lock(path: Path) -> int | None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks.add(descriptor)
             return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline_s:
                 os.close(descriptor)
                 raise UserError(
-                    f"The output folder {path} is in use: another run is still writing to it.\n"
+                    f"The output folder {path} is in use: {_holder(path)}.\n"
                     "Wait for it to end, or choose another --output_dir."
                 ) from None
             time.sleep(0.2)
         except OSError:
             os.close(descriptor)
             return None
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None and lock in _locks:  # not in a process that was forked since
+        _locks.remove(lock)
+        os.close(lock)
+
+
+def _holder(path: Path) -> str:
+    """Who has a folder open, as a clause."""
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        with contextlib.suppress(OSError):  # it has ended, or belongs to someone else
+            if any(os.path.realpath(link) == os.path.realpath(path) for link in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f"process {process.name} ({command[:200]}) still holds it"
+    return "another run is still writing to it, perhaps on another machine"
 
 
 def _remove(created: list[Path]) -> None:

@@ -35,14 +35,19 @@ class Writer:
         folder: the run's output folder.
         tensorboard: whether to write events.
         after_step: continue the files of a run, without their records of later steps; 0 for new files.
+        records: the most lines to keep: a run that ended at `after_step` has recorded its end after its checkpoint.
+
+    Attributes:
+        lines: records written so far, those of earlier processes included.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, after_step: int = 0) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, after_step: int = 0, records: int | None = None) -> None:
         path = folder / "metrics.jsonl"
-        kept = _lines_until(path, after_step) if after_step else []
+        kept = _lines_until(path, after_step)[:records] if after_step else []
+        self.lines = len(kept)
         with whole_file(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
-        self._lines: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard.writer import FileWriter
@@ -66,8 +71,9 @@ class Writer:
 
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
-        self._lines.write(to_json(record) + "\n")
-        self._lines.flush()
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
+        self.lines += 1
         if self._events is not None:
             scalars = {name if "/" in name else f"train/{name}": v for name, v in record.items() if name != "step"}
             self._add_scalars(scalars, int(record["step"]))
@@ -89,6 +95,6 @@ class Writer:
 
     def close(self) -> None:
         """Flushes everything to disk."""
-        self._lines.close()
+        self._file.close()
         if self._events is not None:
             self._events.close()

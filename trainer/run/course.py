@@ -57,6 +57,7 @@ class Course:
         done: steps made so far, those of earlier processes included.
         trace: called after every step.
         started_at_s: time.time() at which this process began.
+        owes_validation: the checkpoint was the last of a shorter run, and its step's validation came after it.
         time_to_first_step_s: seconds from then to the end of the first step; nan before that.
         rehearsal_s: the seconds that the rehearsal took.
     """
@@ -74,6 +75,7 @@ class Course:
     done: int
     trace: Trace | None
     started_at_s: float
+    owes_validation: bool
     time_to_first_step_s: float = math.nan
     rehearsal_s: float = 0.0
 
@@ -97,11 +99,15 @@ class Course:
         if self.pieces.engine.zero_stage == 0:
             compare_ranks(self.pieces.common_state(), self.done)
 
-    def checkpoint(self) -> None:
-        """Starts a checkpoint; training continues while it is written. Collective: every rank."""
+    def checkpoint(self, ended: bool = False) -> None:
+        """Starts a checkpoint; training continues while it is written. Collective: every rank.
+
+        Args:
+            ended: it is the run's last one. A longer run goes on from it as if this one had never ended.
+        """
         self.check_window()
         self.record.flush()
-        self.record.checkpointed(self.saver.save(self.done))
+        self.record.checkpointed(self.saver.save(self.done, self.record.lines, ended))
 
 
 def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactStep | ZeroStep:
@@ -183,7 +189,7 @@ def set_out(
         _restore(p, window, best, snapshot)
     history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
     record = Recorder(p, window, first_step, history)
-    saver = Saver(p, window, best, history, folder)
+    saver = Saver(p, window, best, history, folder, first_step)
     rehearsal_s, notes = _rehearse(p, step, first_step) if first_step < p.total_steps else (0.0, [])
     rate = p.engine.set_learning_rate(p.rates.factor(first_step))
     if p.ranks.first:
@@ -194,7 +200,10 @@ def set_out(
     if best is not None and options.best.metric != "auto":
         best.check(record.evaluate("validation", 0, quiet=True))  # finds a misspelt metric before any training
     if folder is not None:
-        record.open(folder, log)  # only now: the rehearsal has shown that the task works
+        # A checkpoint of an earlier version does not say how many lines there were.
+        record.open(
+            folder, log, snapshot.facts.get("records") if snapshot is not None else None
+        )  # only now: the rehearsal has shown that the task works
     return Course(
         pieces=p,
         step=step,
@@ -209,6 +218,7 @@ def set_out(
         done=first_step,
         trace=trace,
         started_at_s=started_at_s,
+        owes_validation=snapshot is not None and bool(snapshot.facts.get("ended")),
         rehearsal_s=rehearsal_s,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,8 @@ def _places(error: BaseException) -> list[str]:
 
 def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None) -> TrainerError | None:
     """The message for an error of the machine; None for any other."""
+    if isinstance(error, SystemExit):
+        return _ended_by_the_task(error)
     if _is_out_of_memory(error):
         m = plan.micro_batch_size
         advice = (
@@ -40,6 +44,17 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
             "Another micro-batch size changes the bits: it is another model."
         )
     return of_the_folder(error, folder)
+
+
+def _ended_by_the_task(error: SystemExit) -> TrainerError:
+    library = str(Path(os.__file__).parent)  # of Python: exit() and argparse call sys.exit() there
+    places = [(f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    code, line = [place for place in places if not place[0].co_filename.startswith((library, "<"))][-1]
+    said = f" ({error.code})" if isinstance(error.code, str) else ""
+    return TrainerError(
+        f"The task ended the process in the middle of the run{said}: {code.co_filename}, line {line}, in "
+        f"{code.co_name}().\nA task must return, or raise an exception. Replace sys.exit(), exit() or quit() there."
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

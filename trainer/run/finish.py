@@ -28,6 +28,7 @@ def finish(c: Course) -> dict[str, Any]:
         # The hashes are of the last step, even if an earlier model is kept.
         summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
         summary["model_sha256"] = state_sha256(engine.model_state())
+    _settle_checkpoint(c)
     _save(c)  # before the last evaluations: if a task's metrics fail, the trained model is saved already
     stopped_early = best is not None and best.enough
     metrics: dict[str, dict[str, float]] = {}
@@ -87,12 +88,19 @@ def _save(c: Course) -> None:
             save_model(c.pieces, c.folder)
 
 
+def _settle_checkpoint(c: Course) -> None:
+    """Waits for the checkpoint of the last step. The run has come to its end, so a failure is only told."""
+    try:
+        c.saver.wait()
+    except TrainerError as error:
+        say(f"note: without its last checkpoint, this run cannot be made longer later. {str(error).splitlines()[0]}")
+
+
 def _leave(c: Course, summary: dict[str, Any]) -> None:
     """Writes a finished run's last files. Collective: if rank 0 cannot write them, every rank reports a failure."""
     error: TrainerError | None = None
     try:
         c.record.close()
-        c.saver.wait()
         summary["wall_time_s"] = time.time() - summary["started_at_s"]
         if c.folder is not None:
             save_card(c.pieces, c.folder, summary)

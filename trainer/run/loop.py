@@ -27,8 +27,16 @@ def train(c: Course) -> None:
     adascale = p.rates.adascale
     validation_steps = options.evaluate_every_epochs * p.steps_per_epoch if "validation" in p.splits else 0
     checkpoint_steps = options.checkpoint.every_steps
+
+    def validate() -> None:
+        validation = c.record.evaluate("validation", c.done)
+        if c.best is not None:
+            c.best.offer(p.engine, validation, c.done)
+
+    if c.owes_validation and c.done < p.total_steps and validation_steps and c.done % validation_steps == 0:
+        validate()
     for batch in p.batches.starting_at(c.first_step):
-        if c.best is not None and c.best.enough:  # early stopping
+        if (c.best is not None and c.best.enough) or (adascale is not None and adascale.finished):  # early stopping
             break
         c.watch.step = batch.step
         c.window.begin_step()
@@ -58,12 +66,10 @@ def train(c: Course) -> None:
             c.record.window(c.done)
             c.tell()
         if validation_steps and c.done % validation_steps == 0 and not ends:
-            validation = c.record.evaluate("validation", c.done)
-            if c.best is not None:
-                c.best.offer(p.engine, validation, c.done)
+            validate()
         stops = result.stop and not ends  # after the last step there is nothing left to stop
-        if stops or (checkpoint_steps and c.done % checkpoint_steps == 0 and not ends):
-            c.checkpoint()
+        if stops or (checkpoint_steps and (ends or c.done % checkpoint_steps == 0)):
+            c.checkpoint(ended=ends)
         if stops:
             _stop(c)
         if ends:

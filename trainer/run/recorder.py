@@ -39,13 +39,24 @@ class Recorder:
         self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
         self.pace = Pace(pieces.total_steps - first_step)
 
-    def open(self, folder: OutputFolder, log: DeepSpeedLog) -> None:
-        """Begins the files, or continues those of an interrupted run. Rank 0."""
+    @property
+    def lines(self) -> int:
+        """Records in metrics.jsonl; 0 on ranks that write none."""
+        return 0 if self._writer is None else self._writer.lines
+
+    def open(self, folder: OutputFolder, log: DeepSpeedLog, records: int | None = None) -> None:
+        """Begins the files, or continues those of an interrupted run. Rank 0.
+
+        Args:
+            folder: of the run.
+            log: takes DeepSpeed's messages.
+            records: lines of metrics.jsonl to keep; None for all up to the first step.
+        """
         p = self._pieces
+        self.write_manifest(folder)  # first: it says that the folder is a run's
         folder.begin()
-        self.write_manifest(folder)
         log.open(folder.path / "logs" / "deepspeed.log")
-        self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step)
+        self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step, records)
         self._writer.describe(
             {"config": f"```json\n{json.dumps(p.config.as_dict(), indent=2)}\n```", "exactness": p.exactness},
             {"run/world_size": p.plan.world_size, "run/global_batch_size": p.plan.global_batch_size},

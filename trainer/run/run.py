@@ -9,19 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.keys import Config
-from ..errors import NonFiniteError, TrainerError
-from ..ranks.collectives import broadcast_object
+from ..errors import NonFiniteError, TrainerError, UserError
+from ..ranks.collectives import broadcast_object, raise_together
 from ..ranks.place import Ranks
 from ..ranks.watch import Watch
 from ..record.checkpoints import way_on
 from ..record.console import DeepSpeedLog, say
 from ..record.folder import OutputFolder
 from .build import build
+from .claim import Finished, Resume, claim, finished
 from .course import Course, Trace, set_out
 from .failures import explained, of_a_collective
 from .finish import finish, rescue
 from .loop import train
-from .resume import Resume, claim, finished_summary, restore
+from .resume import restore
+from .same_run import goes_on
 
 NO_RESUME = Resume()
 
@@ -65,12 +67,18 @@ def run(
     try:
         pieces = build(config, ranks, plan, log, met)
         assert watch is not None
-        done = broadcast_object((finished_summary(folder.path) if folder is not None and resume.wanted else None,))[0]
-        if done is not None:
+        before = _finished(folder if resume.wanted else None)
+        if before is not None and not goes_on(pieces, before, resume):
             if folder is not None:
                 say(f"The run in {folder.path} has finished already, so there is nothing to do.")
-            return done
+            return before.summary
         snapshot = restore(pieces, source, resume)
+        if before is not None and snapshot is None:
+            raise UserError(
+                f"The run in {before.path} has finished without a checkpoint, so it cannot go on to "
+                f"{pieces.total_steps:,} steps.\nStart the longer run with another --output_dir.",
+                agreed=True,
+            )
         watch.begin()
         path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
         assert path is not None
@@ -100,6 +108,17 @@ def run(
         log.close()
         if folder is not None:
             folder.unlock()
+
+
+def _finished(folder: OutputFolder | None) -> Finished | None:
+    """The run in rank 0's folder, if it has finished already. Collective: every rank."""
+    before, error = None, None
+    try:
+        before = None if folder is None else finished(folder)
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    return broadcast_object((before,))[0]
 
 
 def _train(course: Course) -> dict[str, Any]:

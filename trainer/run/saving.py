@@ -8,11 +8,8 @@ from typing import Any
 
 from ..engine.adapt import merged
 from ..files import to_json
-from ..record.folder import OutputFolder, write_tensors
+from ..record.folder import ORIGIN, OutputFolder, write_tensors
 from .build import Pieces
-
-# The file beside the weights that names their task.
-ORIGIN = "trainer.json"
 
 
 def save_model(p: Pieces, folder: OutputFolder) -> None:
