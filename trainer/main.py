@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = Ranks.from_environment()  # first, so that even a wrong flag is reported by one rank
         flags = run_parser().parse_args(arguments)
         ranks = Ranks.from_environment(flags.local_rank)
+        if ranks.world_size > 1:
+            os.environ.update(ranks.variables())  # mpirun and srun have other names for them
         config = config_from(flags)
         config.plan(ranks.world_size)  # fails early: before torch is loaded
         from trainer.run.claim import Resume

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,84 @@ def test_a_meeting_on_one_machine(taken: str, tmp_path: Path) -> None:
         assert not own["notice"]
 
 
+def meet_later(ranks: Ranks, port: str) -> list[int]:
+    """Rank 1 finds what a start has left that was killed; rank 0 comes a second later."""
+    if ranks.first:
+        time.sleep(1.0)
+    else:
+        rendezvous._notice_path().write_text(f"{port} {2**22 + 1} 12345")
+    start(ranks, "gloo", 60.0)
+    return gather_objects(ranks.rank)
+
+
+def test_what_a_killed_start_has_left_is_passed_over(taken: str, tmp_path: Path) -> None:
+    """As of ranks that are started by hand, again and again, from one shell with one MASTER_PORT."""
+    found = run_ranks(meet_later, 2, taken, environment={"TMPDIR": str(tmp_path)}, timeout_s=30.0)
+    assert found == [[0, 1], [0, 1]]
+
+
+def test_a_start_that_still_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks and those of this start would mix."""
+    notice = rendezvous._notice_path()
+    notice.write_text(f"29500 {os.getpid()} {rendezvous._began(os.getpid())}")
+    with pytest.raises(UserError, match=rf"with the same MASTER_PORT \(process {os.getpid()}\)"):
+        start(Ranks(0, 2, 0, 2), "gloo", 1.0)
+    assert notice.exists()
+
+
+def fail_early(ranks: Ranks, victims: list[int], kind: str, on_machines: bool) -> tuple[str, str, bool | None, float]:
+    """What a rank raises if these have failed before the meeting: (type, message, whether it speaks, seconds)."""
+    failed: Exception | None = None
+    if ranks.rank in victims:
+        failed = UserError("the folder is in use") if kind == "user" else KeyError("a slip")
+    began_s = time.monotonic()
+    place = Ranks(ranks.rank, ranks.world_size, 0, 1) if on_machines else ranks
+    try:
+        start(place, "gloo", 600.0, failed)
+    except Exception as error:
+        # Whoever has read of it may end; rank 0, which holds the store, is the last.
+        return type(error).__name__, str(error), getattr(error, "speaks", None), time.monotonic() - began_s
+    return "met", "", None, 0.0
+
+
+@pytest.mark.parametrize("on_machines", [False, True], ids=["one machine", "several"])
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1, 2]])
+def test_a_rank_that_fails_before_the_meeting_is_heard_by_all(
+    tmp_path: Path, victims: list[int], on_machines: bool
+) -> None:
+    found = run_ranks(
+        fail_early, 3, victims, "user", on_machines, environment={"TMPDIR": str(tmp_path)}, timeout_s=60.0
+    )
+    for kind, message, speaks, seconds in found:
+        assert (kind, message, speaks) == ("UserError", "the folder is in use", None)
+        assert seconds < 20.0
+
+
+def test_a_traceback_before_the_meeting_is_that_ranks_alone(tmp_path: Path) -> None:
+    found = run_ranks(fail_early, 3, [1], "slip", False, environment={"TMPDIR": str(tmp_path)}, timeout_s=60.0)
+    assert [(kind, speaks) for kind, _, speaks, _ in found] == [
+        ("TrainerError", False),
+        ("KeyError", None),
+        ("TrainerError", False),
+    ]
+
+
+def test_two_processes_of_one_rank_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of an earlier start has waited at the address of the next one."""
+    monkeypatch.setattr(rendezvous, "_TELLING_S", 0.0)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.add("rank/1", 1)
+    for place in (Ranks(1, 3, 0, 1), Ranks(0, 3, 0, 1)):
+        with pytest.raises(UserError, match="Two processes say that they are rank 1: ranks of an earlier start"):
+            rendezvous._meet(store, place, timedelta(seconds=30), None)
+
+
+def test_ranks_that_do_not_come_are_counted() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"Only 1 of 3 ranks came within 0\.2 s"):
+        rendezvous._meet(store, Ranks(0, 3, 0, 1), timedelta(seconds=0.2), None)
+
+
 def test_rank_0_that_never_comes_is_named() -> None:
     with pytest.raises(UserError, match=r"Rank 0 did not start within 0\.2 s\."):
         start(Ranks(1, 2, 1, 2), "gloo", 0.2)
@@ -142,7 +222,7 @@ def test_an_address_that_is_missing_is_named(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"^4 ranks, .*{missing}\. Start them with a launcher\."):
+    with pytest.raises(UserError, match=rf"^4 ranks on several machines, {missing}\. Set them to the address"):
         start(Ranks(2, 4, 0, 2), "gloo", 1.0)
 
 
@@ -164,6 +244,8 @@ def test_a_taken_port_of_several_machines_is_named(monkeypatch: pytest.MonkeyPat
 
 def test_gloo_takes_the_interface_to_rank_0_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str | None] = []
+    monkeypatch.setattr(rendezvous, "_store_at_address", lambda *a: dist.HashStore())  # type: ignore[attr-defined]
+    monkeypatch.setattr(rendezvous, "_meet", lambda *a: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: given.append(os.environ.get("GLOO_SOCKET_IFNAME")))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")

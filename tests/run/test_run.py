@@ -163,6 +163,25 @@ def test_a_longer_schedule_is_another_run_that_may_be_allowed(tmp_path: Path, mo
     assert "steps, on which the learning rate depends: 8 before, 10 now" in longer["inexact"][0]
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "label"), [("a", "a", "bitwise"), ("a", "b", "tolerance"), (None, "b", "bitwise")]
+)
+def test_an_edited_task_is_labelled_when_its_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str | None, now: str, label: str
+) -> None:
+    """A checkpoint of an earlier version does not say what the code was."""
+    monkeypatch.setattr(build_module, "task_sha256", lambda task, name: then)
+    make(monkeypatch, tmp_path / "run", max_steps=7)
+    monkeypatch.setattr(build_module, "task_sha256", lambda task, name: now)
+    summary = make(monkeypatch, tmp_path / "run", resume="auto")
+    assert summary["exactness"] == label
+    assert summary["inexact"] == (["the code of the task has changed since the checkpoint"] * (label == "tolerance"))
+    if label == "tolerance":
+        (tmp_path / "run" / "summary.json").unlink()
+        with pytest.raises(UserError, match="but the code of the task has changed since the checkpoint"):
+            make(monkeypatch, tmp_path / "run", resume="auto", exactness="bitwise")
+
+
 def test_a_run_that_stopped_early_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -13,24 +14,41 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import BY_EXIT_CODE, TrainerError, UserError
 from ..files import whole_file
-from .collectives import broadcast_object
+from .collectives import broadcast_object, raise_together
 from .place import Ranks
 
 # From linux/sockios.h: the address of an interface.
 _SIOCGIFADDR = 0x8915
 
 
-def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
-    """Joins the process group. Collective: every rank.
+def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | None = None) -> None:
+    """Joins the process group. Collective: every rank, also one that has failed already.
+
+    A rank that fails before the ranks have met comes here with its error. Else the others would wait for it.
+
+    Args:
+        ranks: this rank, and how many.
+        backend: of the process group.
+        timeout_s: how long ranks wait for one another.
+        failed: this rank's error.
 
     Raises:
-        UserError: the rendezvous address is missing or taken.
+        TrainerError: on every rank: one of them has failed.
+        UserError: the rendezvous address is missing or taken, or the ranks do not come together.
+        Exception: `failed`, if it is not for the user. The other ranks leave without a message.
     """
     import torch.distributed as dist
 
+    if failed is not None and (ranks.world_size == 1 or _has_agent_store()):
+        raise failed  # there is nobody to tell, or torchrun ends the others
     if dist.is_initialized():
+        try:
+            raise_together(_for_all(failed, ranks))
+        except TrainerError:
+            _raise_own(failed)
+            raise
         return
     # DeepSpeed needs this variable. With plain python, nobody has set it.
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)
@@ -40,11 +58,14 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     if ranks.local_world_size == ranks.world_size and "TORCHELASTIC_RUN_ID" not in os.environ:
-        _start_on_one_machine(ranks, backend, timeout)
+        _start_on_one_machine(ranks, backend, timeout, failed)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"{ranks.world_size} ranks, but {' and '.join(missing)} not set. Start them with a launcher.")
+        raise UserError(
+            f"{ranks.world_size} ranks on several machines, but {' and '.join(missing)} not set. Set them to the "
+            "address of rank 0's machine and a free port there, or start the ranks with deepspeed or torchrun."
+        )
     if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo looks up the address of this machine's name. On Debian this is a loopback address (127.0.1.1), which no
         # other machine can reach.
@@ -52,15 +73,96 @@ def start(ranks: Ranks, backend: str, timeout_s: float) -> None:
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
-        dist.init_process_group(
-            backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-        )
+        if _has_agent_store():
+            dist.init_process_group(
+                backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+            )
+        else:
+            _join(_store_at_address(ranks, timeout), ranks, backend, timeout, failed)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"The ranks cannot meet at {where}: {str(error).splitlines()[0]}\n"
             "If another run uses the port, choose one with deepspeed --master_port."
         ) from error
+
+
+def _has_agent_store() -> bool:
+    """Whether the ranks meet in the store of torchrun's agent. It may hold values of an earlier start."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_at_address(ranks: Ranks, timeout: timedelta) -> Any:
+    from torch._C._distributed_c10d import TCPStore
+
+    global _server
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, None, ranks.first, timeout, wait_for_workers=False, multi_tenant=ranks.first)
+    _server = store if ranks.first else None
+    return store
+
+
+# The time between two looks whether all ranks have come.
+_LOOK_S = 0.1
+# Rank 0 holds the store in which the others read that a rank has failed. They may still be loading torch.
+_TELLING_S = 30.0
+
+
+def _for_all(failed: BaseException | None, ranks: Ranks) -> TrainerError | None:
+    """A rank's error as the other ranks raise it."""
+    if failed is None or isinstance(failed, TrainerError):
+        return failed
+    return TrainerError(f"rank {ranks.rank} has failed: {type(failed).__name__}")
+
+
+def _raise_own(failed: BaseException | None) -> None:
+    if failed is not None and not isinstance(failed, TrainerError):
+        raise failed
+
+
+def _meet(store: Any, ranks: Ranks, timeout: timedelta, failed: BaseException | None) -> None:
+    """Waits in the store until all ranks have come, or one has failed. Collective: every rank.
+
+    Raises:
+        TrainerError: on every rank: one has failed, there are two of one number, or not all have come in time.
+    """
+    if store.add(f"rank/{ranks.rank}", 1) > 1:
+        failed = UserError(
+            f"Two processes say that they are rank {ranks.rank}: ranks of an earlier start are still waiting at this "
+            "address.\nEnd them, or choose another MASTER_PORT."
+        )
+    said = _for_all(failed, ranks)
+    if said is not None:
+        # The first error counts, so that all raise the same.
+        store.compare_set("failed", "", json.dumps([ranks.rank, said.exit_code, str(said)]))
+    store.add("came", 1)
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    while not store.check(["failed"]):
+        came = store.add("came", 0)
+        if came >= ranks.world_size:
+            return
+        if time.monotonic() > deadline_s:
+            raise UserError(f"Only {came} of {ranks.world_size} ranks came within {timeout.total_seconds():g} s.")
+        time.sleep(_LOOK_S)
+    rank, code, message = json.loads(store.get("failed"))
+    store.add("left", 1)
+    deadline_s = time.monotonic() + _TELLING_S
+    while ranks.first and store.add("left", 0) < ranks.world_size and time.monotonic() < deadline_s:
+        time.sleep(_LOOK_S)
+    _raise_own(failed)
+    error = BY_EXIT_CODE.get(code, TrainerError)(message, agreed=True)
+    if rank != ranks.rank and message.startswith(f"rank {rank} has failed: "):
+        error.speaks = False  # that rank prints its traceback
+    raise error
+
+
+def _join(store: Any, ranks: Ranks, backend: str, timeout: timedelta, failed: BaseException | None) -> None:
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    _meet(store, ranks, timeout, failed)
+    group = PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def _interface_to(host: str) -> str | None:
@@ -92,61 +194,74 @@ _address: tuple[str, int] | None = None
 _server: Any = None
 
 
-def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta) -> None:
+def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed: BaseException | None) -> None:
     """The ranks meet at a loopback port that rank 0 chooses, so a MASTER_PORT that is in use does not matter."""
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore, TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     global _address, _server
     # No other machine needs to reach these ranks, so nothing listens on the network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     notice = _notice_path()
     if ranks.first:
+        other = _read_notice(notice)
+        if other is not None:
+            raise UserError(
+                f"Another start from this shell waits for its ranks with the same MASTER_PORT (process {other[1]}).\n"
+                "End it, or choose another MASTER_PORT."
+            )
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         listener.listen(ranks.world_size + 16)
         port = listener.getsockname()[1]
-        _server = TCPStore(
+        _server = store = TCPStore(
             "127.0.0.1", port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         with whole_file(notice) as temporary:
-            temporary.write_text(str(port))
-        store = _server
+            temporary.write_text(f"{port} {os.getpid()} {_began(os.getpid())}")
     else:
         deadline_s = time.monotonic() + timeout.total_seconds()
-        while not notice.exists():
+        while (found := _read_notice(notice)) is None:
             if time.monotonic() > deadline_s:
                 raise UserError(f"Rank 0 did not start within {timeout.total_seconds():g} s.")
             time.sleep(0.01)
-        port = int(notice.read_text())
+        port = found[0]
         store = TCPStore("127.0.0.1", port, None, False, timeout, wait_for_workers=False)
     _address = ("127.0.0.1", port)
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("group", store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-    )
-    dist.barrier()
-    if ranks.first:
-        notice.unlink(missing_ok=True)  # every rank has read it
+    try:
+        _join(store, ranks, backend, timeout, failed)
+        dist.barrier()
+    finally:
+        if ranks.first:
+            notice.unlink(missing_ok=True)  # every rank has read it
+
+
+def _read_notice(notice: Path) -> tuple[int, int] | None:
+    """(port, process) that rank 0 has left; None if it has not, or if that process was killed since."""
+    try:
+        port, process, began = notice.read_text().split(" ")
+    except (OSError, ValueError):
+        return None
+    return (int(port), int(process)) if _began(int(process)) == began else None
+
+
+def _began(process: int) -> str:
+    """When a process began; "" if there is none. Process numbers are reused: with this, one is unique."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
 
 
 def _notice_path() -> Path:
     """The file in which rank 0 leaves the port. Only the ranks of one launch share its name. The folder is private."""
     launcher = os.getppid()
-    try:
-        # Process numbers are reused. A number together with the start time is unique.
-        began = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        began = ""
     folder = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"The folder {folder} belongs to someone else. Set TMPDIR to a folder of your own.")
     launch = os.environ.get("TRAINER_LAUNCH", os.environ.get("MASTER_PORT", ""))
-    return folder / f"ranks-{launcher}-{began}-{launch}"
+    return folder / f"ranks-{launcher}-{_began(launcher)}-{launch}"
 
 
 def side_store(timeout_s: float) -> Any:

@@ -121,7 +121,12 @@ class Pieces:
 
 
 def build(
-    config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog, met: Callable[[], None] = lambda: None
+    config: Config,
+    ranks: Ranks,
+    plan: BatchPlan,
+    log: DeepSpeedLog,
+    met: Callable[[], None] = lambda: None,
+    failed: BaseException | None = None,
 ) -> Pieces:
     """Builds everything a run needs. Collective: every rank.
 
@@ -129,20 +134,27 @@ def build(
         config, ranks, plan: of the run.
         log: takes DeepSpeed's messages.
         met: called when the ranks have joined the process group, before anything slow.
+        failed: this rank's error so far. All ranks leave with it when they meet.
 
     Raises:
         UserError: something must change first. Nothing has been computed then.
     """
-    _check_noise(config, plan)
-    device, backend = devices.choose(config, ranks)
-    devices.settle(config)
-    with log.capture():
-        from ..engine import deepspeed_engine as engines
-    check_optimizer(config)
-    # A task may draw splits or weights from these generators. They then agree on every rank and in every run.
-    seed_python(key(config.trainer.seed, "task"))
-    task = load_task(config.trainer.task, config.trainer.task_options)
-    rendezvous.start(ranks, backend, COLLECTIVE_TIMEOUT_S)
+    device, backend = torch.device("cpu"), "gloo"
+    task: Any = None
+    try:
+        if failed is None:
+            _check_noise(config, plan)
+            device, backend = devices.choose(config, ranks)
+            devices.settle(config)
+            with log.capture():
+                from ..engine import deepspeed_engine as engines
+            check_optimizer(config)
+            # A task may draw splits or weights from these generators. They then agree on every rank and in every run.
+            seed_python(key(config.trainer.seed, "task"))
+            task = load_task(config.trainer.task, config.trainer.task_options)
+    except (Exception, SystemExit) as own:
+        failed = own
+    rendezvous.start(ranks, backend, COLLECTIVE_TIMEOUT_S, failed)
     met()
 
     # From here on ranks wait for one another, so an error on one rank must be raised on all of them.

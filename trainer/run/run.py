@@ -6,6 +6,7 @@ promise is kept.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..config.keys import Config
@@ -54,7 +55,14 @@ def run(
         TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
     plan = config.plan(ranks.world_size)
-    folder, source = claim(resume, config, config_name) if ranks.first else (None, None)
+    folder: OutputFolder | None = None
+    source: Path | None = None
+    failed: TrainerError | None = None
+    try:
+        if ranks.first:
+            folder, source = claim(resume, config, config_name)
+    except TrainerError as error:
+        failed = error  # the other ranks hear of it when they meet
     log = DeepSpeedLog(keep=ranks.first)
     log.install()
     watch: Watch | None = None
@@ -65,7 +73,7 @@ def run(
         watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
 
     try:
-        pieces = build(config, ranks, plan, log, met)
+        pieces = build(config, ranks, plan, log, met, failed)
         assert watch is not None
         before = _finished(folder if resume.wanted else None)
         if before is not None and not goes_on(pieces, before, resume):
