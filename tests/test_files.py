@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainer.files import to_json, whole_file, whole_folder, write_json
 
@@ -64,3 +67,20 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path, synced: bool) 
 def test_json_is_read_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"loss": math.nan, "steps": 3})
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None, "steps": 3}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_follow_the_umask_whoever_writes_them(tmp_path: Path, umask: int) -> None:
+    """The library of safetensors makes its files private: a colleague could not read the weights."""
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "model") as temporary:
+            save_file({"w": torch.zeros(2)}, str(temporary / "model.safetensors"))
+            (temporary / "inner").mkdir()
+            save_file({"w": torch.zeros(2)}, str(temporary / "inner" / "adapter.safetensors"))
+        with whole_file(tmp_path / "cache.safetensors") as temporary:
+            save_file({"w": torch.zeros(2)}, str(temporary))
+    finally:
+        os.umask(before)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file

@@ -21,6 +21,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _share(file: Path) -> None:
+    """Gives a file the permissions of any new file. The library of safetensors makes its files private."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        umask = next(line.split()[1] for line in lines if line.startswith("Umask:"))
+        file.chmod(0o666 & ~int(umask, 8))
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary path to write a file to. At the end it is moved to `path`. After an exception, `path` is unchanged.
@@ -33,6 +41,7 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        _share(temporary)
         if synced:
             sync(temporary)
         os.replace(temporary, path)
@@ -49,10 +58,12 @@ def whole_folder(path: Path, *, synced: bool = False) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if synced:
-            for file in temporary.rglob("*"):
-                if file.is_file():
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _share(file)
+                if synced:
                     sync(file)
+        if synced:
             sync(temporary)
         if path.exists():
             shutil.rmtree(path)

@@ -73,8 +73,9 @@ def _end(code: int) -> NoReturn:
     takes seconds.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            if stream is not None:  # as after >&-
+                stream.flush()
     os._exit(code)
 
 

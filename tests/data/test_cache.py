@@ -178,3 +178,32 @@ def test_a_hash_follows_the_names_and_contents_of_files_not_their_place(tmp_path
     one, two = tmp_path / "a/cat/1", tmp_path / "a/dog/1"
     assert hash_files(one) == hash_files(tmp_path / "b/cat/1")
     assert hash_files(one, two) != hash_files(two, one)
+
+
+@pytest.mark.parametrize("change", ["appended", "replaced", "removed", "a file more"])
+def test_data_that_changes_between_its_hash_and_its_reading_is_not_cached(
+    tmp_path: Path, folder: Path, change: str
+) -> None:
+    """Else its content would be kept under the hash of the former content, for good."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "a.csv"
+    file.write_text("a,b\n")
+    source = file if change != "a file more" else tmp_path / "data"
+
+    def build() -> cache.Cached:
+        if change == "appended":
+            file.write_text("a,b\n1,2\n")
+        elif change == "replaced":
+            file.write_text("b,a\n")
+        elif change == "removed":
+            file.unlink()
+        else:
+            (tmp_path / "data" / "b.csv").write_text("c\n")
+        return ARRAYS, FACTS
+
+    with pytest.raises(UserError, match="The data changed while it was read"):
+        cached("words", {"data": [["train", hash_files(source)]]}, build)
+    assert not list(folder.glob("*.safetensors"))
+    file.write_text("a,b\n")
+    cached("words", {"data": [["train", hash_files(source)]]}, Build())
+    assert len(list(folder.glob("*.safetensors"))) == 1

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from trainer.errors import UserError
-from trainer.ranks import rendezvous
+from trainer.ranks import launchers, rendezvous
 from trainer.ranks.collectives import gather_objects
 from trainer.ranks.place import Ranks
 from trainer.ranks.rendezvous import close, side_store, start
@@ -100,6 +100,26 @@ def test_a_meeting_on_one_machine(taken: str, tmp_path: Path) -> None:
         assert not own["notice"]
 
 
+def meet_by_hand(ranks: Ranks, port: str) -> list[int]:
+    """Each rank in a session of its own: no parent, shell or name in common but the address."""
+    os.setsid()
+    launchers.launcher = lambda: None
+    os.environ.pop("TRAINER_LAUNCH")
+    os.environ["MASTER_PORT"] = port
+    start(ranks, "gloo", 60.0)
+    assert side_store(30.0) is not None
+    return gather_objects(ranks.rank)
+
+
+def test_ranks_that_are_started_by_hand_meet_at_their_address(tmp_path: Path) -> None:
+    """As from two terminals, or with a program such as timeout before each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    found = run_ranks(meet_by_hand, 2, port, environment={"TMPDIR": str(tmp_path)}, timeout_s=30.0)
+    assert found == [[0, 1], [0, 1]]
+
+
 def meet_later(ranks: Ranks, port: str) -> list[int]:
     """Rank 1 finds what a start has left that was killed; rank 0 comes a second later."""
     if ranks.first:
@@ -119,7 +139,7 @@ def test_what_a_killed_start_has_left_is_passed_over(taken: str, tmp_path: Path)
 def test_a_start_that_still_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ranks and those of this start would mix."""
     notice = rendezvous._notice_path()
-    notice.write_text(f"29500 {os.getpid()} {rendezvous._began(os.getpid())}")
+    notice.write_text(f"29500 {os.getpid()} {launchers.began(os.getpid())}")
     with pytest.raises(UserError, match=rf"with the same MASTER_PORT \(process {os.getpid()}\)"):
         start(Ranks(0, 2, 0, 2), "gloo", 1.0)
     assert notice.exists()
@@ -185,12 +205,13 @@ def test_rank_0_that_never_comes_is_named() -> None:
 
 def test_launches_do_not_meet_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two launchers; of two launches of one launcher, by port or by name."""
+    monkeypatch.setattr(launchers, "launcher", lambda: None)
     paths = [rendezvous._notice_path()]
     monkeypatch.setenv("MASTER_PORT", "29500")
     paths.append(rendezvous._notice_path())
     monkeypatch.setenv("TRAINER_LAUNCH", "mine")
     paths.append(rendezvous._notice_path())
-    monkeypatch.setattr(rendezvous.os, "getppid", os.getpid)
+    monkeypatch.setattr(launchers, "launcher", os.getpid)
     paths.append(rendezvous._notice_path())
     assert len(set(paths)) == 4
     assert rendezvous._notice_path() == paths[3]  # all ranks of one launch do

@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_nobody_has_asked(clock: Clock) -> None:
     wish = StopWish(None)
-    assert wish.reason is None and not wish.means_at_once()
+    assert wish.reason is None
 
 
 def test_the_first_reason_counts(clock: Clock) -> None:
@@ -44,11 +44,11 @@ def test_the_first_reason_counts(clock: Clock) -> None:
 def test_a_signal_that_comes_twice_at_once_is_one(clock: Clock) -> None:
     """A launcher passes on what the terminal has sent to all."""
     wish = StopWish(None)
-    wish.ask("SIGINT")
+    assert not wish.signalled("SIGINT")
     clock.now_s += 1.9
-    assert not wish.means_at_once()
+    assert not wish.signalled("SIGINT")
     clock.now_s += 0.2
-    assert wish.means_at_once()
+    assert wish.signalled("SIGINT")
 
 
 def test_the_budget_is_no_signal(clock: Clock) -> None:
@@ -58,21 +58,45 @@ def test_the_budget_is_no_signal(clock: Clock) -> None:
     clock.now_s = 1010.0
     assert wish.reason == "the wall-time budget (trainer.max_wall_time_s) is used up"
     clock.now_s = 1100.0
-    assert not wish.means_at_once()
-    wish.ask("SIGTERM")
+    assert not wish.signalled("SIGTERM")
     assert wish.reason == "SIGTERM"
 
 
-def test_signals_are_read_and_then_harmless_no_more() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
+def test_a_launcher_that_is_gone_is_no_signal(clock: Clock) -> None:
+    """The scheduler ends the launcher, and some seconds later the ranks."""
+    wish = StopWish(1010.0)
+    wish.ask("the launcher is gone")
+    clock.now_s = 1100.0
+    assert not wish.signalled("SIGTERM")
+    assert wish.reason == "the launcher is gone"
+    clock.now_s += 3.0
+    assert wish.signalled("SIGTERM")
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_signals_are_read_and_then_harmless_no_more(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     pipe = SignalPipe()
     pipe.install()
     try:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert pipe.read(5.0) == [signal.SIGUSR1]
+        os.kill(os.getpid(), number)
+        assert pipe.read(5.0) == [number]
         assert pipe.read(0.0) == []
     finally:
         pipe.restore()
         assert pipe.read(5.0) == []  # it was woken, by nothing that counts
         pipe.close()
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.getsignal(number) == before
+
+
+def test_under_nohup_a_run_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    pipe = SignalPipe()
+    pipe.install()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert pipe.read(0.0) == []
+    finally:
+        pipe.restore()
+        pipe.close()
+        signal.signal(signal.SIGHUP, before)

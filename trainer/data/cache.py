@@ -23,6 +23,8 @@ from ..files import whole_file
 
 Cached = tuple[dict[str, Tensor], dict[str, Any]]
 
+# Hash of a user's files -> computes it again.
+_again: dict[str, Callable[[], str | None]] = {}
 # Increase it when the meaning of cached values changes.
 _FORMAT = 1
 
@@ -35,6 +37,12 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strong-scaling-trainer"
 
 
+def remember(digest: str, again: Callable[[], str | None]) -> str:
+    """Notes how a hash of a user's files is computed, for `cached` to compare when it has read them. Returns it."""
+    _again[digest] = again
+    return digest
+
+
 def hash_files(*paths: Path) -> str:
     """SHA-256 over the names and contents of files, and of all files in folders."""
     total = hashlib.sha256()
@@ -45,7 +53,7 @@ def hash_files(*paths: Path) -> str:
             with file.open("rb") as content:
                 while chunk := content.read(1 << 20):
                     total.update(chunk)
-    return total.hexdigest()
+    return remember(total.hexdigest(), lambda: hash_files(*paths))
 
 
 def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Cached:
@@ -57,7 +65,8 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         build: returns tensors by name, and a dictionary of JSON values.
 
     Raises:
-        UserError: `build` raised it. Then nothing is cached, and every rank raises the same error.
+        UserError: `build` raised it, or the files whose hash is in the key have changed meanwhile. Then nothing is
+            cached.
     """
     import filelock
 
@@ -85,10 +94,23 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
             except Exception:  # many types are possible, depending on the damage
                 path.unlink()  # damaged, for example by a full disk: build it again
         arrays, facts = build()
+        _check_unchanged(text)
         _write(path, arrays, facts)
         return arrays, facts
     finally:
         lock.release()
+
+
+def _check_unchanged(key: str) -> None:
+    """Raises UserError if files whose hashes are in a key have changed: what was read is not what was hashed."""
+    for digest, again in list(_again.items()):
+        if digest in key:
+            try:
+                changed = again() != digest
+            except OSError:
+                changed = True
+            if changed:
+                raise UserError("The data changed while it was read. Start again when nothing writes to its files.")
 
 
 def _read(path: Path) -> Cached:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 _NAMES = (b"deepspeed", b"torchrun", b"torch.distributed.run")
+# What starts the ranks of one machine, under mpirun and srun. (prted, orted and hydra are mpirun's on each machine.)
+_OTHER_NAMES = (b"slurmstepd", b"mpirun", b"mpiexec", b"orted", b"prted", b"prterun", b"hydra_pmi_proxy")
 
 _at_start: Launchers | None = None
 
@@ -41,6 +43,34 @@ def remember_launchers() -> None:
 def remembered_launchers() -> Launchers:
     """The launchers that `remember_launchers` noted, else the present ones."""
     return Launchers() if _at_start is None else _at_start
+
+
+def launcher() -> int | None:
+    """The process that started all ranks of this machine; None if there is none, as of ranks started by hand.
+
+    It need not be the parent: between them may be a script, or a program such as timeout.
+    """
+    process = os.getpid()
+    while (process := _parent(process)) > 1:
+        # The program and its first arguments, as in "python -u -m torch.distributed.run", but no script after bash -c.
+        words = [word for word in _command(process).split(b"\0")[:4] if word.count(b" ") < 2]
+        if any(name in word for word in words for name in (*_NAMES, *_OTHER_NAMES)):
+            return process
+    return None
+
+
+def began(process: int) -> str:
+    """When a process began; "" if there is none. Process numbers are reused: with this, one is unique."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def launch_name() -> str:
+    """A name that only the ranks of one start on this machine share."""
+    process = launcher() or os.getsid(0)
+    return f"{process}-{began(process)}-{os.environ.get('TRAINER_LAUNCH', os.environ.get('MASTER_PORT', ''))}"
 
 
 def _parent(process: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import BY_EXIT_CODE, TrainerError, UserError
 from ..files import whole_file
 from .collectives import broadcast_object, raise_together
+from .launchers import began, launch_name, launcher
 from .place import Ranks
 
 # From linux/sockios.h: the address of an interface.
@@ -57,7 +58,7 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    if ranks.local_world_size == ranks.world_size and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if ranks.local_world_size == ranks.world_size and not _has_own_address():
         _start_on_one_machine(ranks, backend, timeout, failed)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -85,6 +86,14 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
             f"The ranks cannot meet at {where}: {str(error).splitlines()[0]}\n"
             "If another run uses the port, choose one with deepspeed --master_port."
         ) from error
+
+
+def _has_own_address() -> bool:
+    """Whether ranks on one machine meet at MASTER_ADDR: under torchrun, and where they are started by hand."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    given = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    return bool(given) and "TRAINER_LAUNCH" not in os.environ and launcher() is None
 
 
 def _has_agent_store() -> bool:
@@ -218,7 +227,7 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
             "127.0.0.1", port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         with whole_file(notice) as temporary:
-            temporary.write_text(f"{port} {os.getpid()} {_began(os.getpid())}")
+            temporary.write_text(f"{port} {os.getpid()} {began(os.getpid())}")
     else:
         deadline_s = time.monotonic() + timeout.total_seconds()
         while (found := _read_notice(notice)) is None:
@@ -239,29 +248,19 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
 def _read_notice(notice: Path) -> tuple[int, int] | None:
     """(port, process) that rank 0 has left; None if it has not, or if that process was killed since."""
     try:
-        port, process, began = notice.read_text().split(" ")
+        port, process, began_then = notice.read_text().split(" ")
+        return (int(port), int(process)) if began(int(process)) == began_then else None
     except (OSError, ValueError):
         return None
-    return (int(port), int(process)) if _began(int(process)) == began else None
-
-
-def _began(process: int) -> str:
-    """When a process began; "" if there is none. Process numbers are reused: with this, one is unique."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        return ""
 
 
 def _notice_path() -> Path:
     """The file in which rank 0 leaves the port. Only the ranks of one launch share its name. The folder is private."""
-    launcher = os.getppid()
     folder = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"The folder {folder} belongs to someone else. Set TMPDIR to a folder of your own.")
-    launch = os.environ.get("TRAINER_LAUNCH", os.environ.get("MASTER_PORT", ""))
-    return folder / f"ranks-{launcher}-{_began(launcher)}-{launch}"
+    return folder / f"ranks-{launch_name()}"
 
 
 def side_store(timeout_s: float) -> Any:

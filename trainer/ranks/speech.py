@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import socket
 import sys
 import time
 
 from ..errors import LostRankError, Stopped, TrainerError
+from .launchers import launch_name
 from .place import Ranks
 
 _claim: socket.socket | None = None
@@ -24,7 +25,7 @@ def first_to_speak(ranks: Ranks) -> bool:
         return ranks.first
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        claim.bind(f"\0strong-scaling-trainer-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
+        claim.bind(f"\0strong-scaling-trainer-{launch_name()}")
     except OSError:
         claim.close()
         return False
@@ -43,7 +44,8 @@ def report(error: TrainerError, ranks: Ranks) -> None:
         speaks = ranks.first if error.agreed else first_to_speak(ranks)
     if speaks:
         kind = "" if isinstance(error, Stopped) else "error: "
-        print(f"\n{kind}{error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            print(f"\n{kind}{error}", file=sys.stderr, flush=True)
     if isinstance(error, LostRankError) and (speaks or ranks.first):
         # The others may notice the loss some seconds later. Until then this rank must hold its claim to report, and
         # rank 0 must hold the store in which they read about it.

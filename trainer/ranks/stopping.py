@@ -10,7 +10,8 @@ import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP: the terminal or the ssh connection is gone. SIGXCPU: the limit of processor time is near.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 # A rank may get a signal twice: from the terminal or the scheduler, and from its launcher. Within this time the second
 # one counts as the same signal. Later it means "stop at once".
 _SAME_SIGNAL_S = 2.0
@@ -26,7 +27,7 @@ class StopWish:
     def __init__(self, deadline_s: float | None) -> None:
         self._deadline_s = deadline_s
         self._asked: str | None = None
-        self._asked_at_s = 0.0
+        self._signalled_at_s: float | None = None
 
     @property
     def reason(self) -> str | None:
@@ -38,11 +39,17 @@ class StopWish:
     def ask(self, reason: str) -> None:
         """Requests a stop. The first reason counts."""
         if self._asked is None:
-            self._asked, self._asked_at_s = reason, time.monotonic()
+            self._asked = reason
 
-    def means_at_once(self) -> bool:
-        """Whether a signal that arrives now is a second one, which ends the process at once."""
-        return self._asked is not None and time.monotonic() - self._asked_at_s > _SAME_SIGNAL_S
+    def signalled(self, name: str) -> bool:
+        """Notes a signal, and says whether it is a second one, which ends the process at once.
+
+        The first signal is the first, even if the run stops already: the budget is used up, or the launcher is gone.
+        """
+        self.ask(name)
+        if self._signalled_at_s is None:
+            self._signalled_at_s = time.monotonic()
+        return time.monotonic() - self._signalled_at_s > _SAME_SIGNAL_S
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -63,7 +70,9 @@ class SignalPipe:
         if threading.current_thread() is threading.main_thread():
             # Python writes the number of each signal into this pipe at once.
             self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-            self._handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+            # nohup has a run ignore that its terminal goes.
+            wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, _ignore) for number in wanted}
 
     def read(self, wait_s: float) -> list[signal.Signals]:
         """The signals that have arrived. Waits up to `wait_s` seconds for the first."""

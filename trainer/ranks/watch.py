@@ -113,9 +113,8 @@ class Watch:
     def _run(self) -> None:
         while not self._closing.is_set():
             for number in self._signals.read(BEAT_S):
-                if self._wish.means_at_once():
+                if self._wish.signalled(number.name):
                     os._exit(128 + number)
-                self._wish.ask(number.name)
             if self._closing.is_set():
                 return
             now_s = time.monotonic()
