@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.record import console as console_module
 from trainer.record.console import DeepSpeedLog, ProgressBar, say, table
 
 # Lines
@@ -147,6 +148,45 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     out, err = capsys.readouterr()
     assert out == ""
     assert "70/100" in err and "loss 0.5000, 1,234 samples/s" in err
+
+
+def test_a_slow_evaluation_shows_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow model it takes minutes, in which nothing else is printed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tick = ProgressBar(100, visible=True).evaluating("test")
+    for done in range(1, 5):
+        tick(done, 4)
+    assert "test:" in capsys.readouterr().err
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    now_s = 0.0
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now_s)
+    for visible in (True, False):
+        tick = ProgressBar(100, visible=visible).evaluating("test")
+        for done in range(1, 11):
+            now_s += 10.0
+            tick(done, 10)
+        said = capsys.readouterr().out.splitlines()
+        assert said == [f"test: {done} of 10 micro-batches of this rank" for done in (4, 8)] * visible
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an ssh connection is cut, every write fails."""
+
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    bar = ProgressBar(100, visible=True)
+    bar.logged(record(70))
+    bar.evaluating("test")(1, 1)
+    bar.close()
 
 
 # Tables

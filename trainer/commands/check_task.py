@@ -100,7 +100,8 @@ def _few_steps(config: Config, samples: int) -> str | None:
     """Runs two steps at one, two and three ranks. Returns a sentence on the first difference, or None."""
     from .verify import first_difference, run_traced
 
-    trainer = dataclasses.replace(config.trainer, max_steps=2, evaluate_every_epochs=0)
+    unsaved = dataclasses.replace(config.trainer.checkpoint, every_steps=0)
+    trainer = dataclasses.replace(config.trainer, max_steps=2, evaluate_every_epochs=0, checkpoint=unsaved)
     B = config.plan(1).global_batch_size
     if samples > B + samples % B and samples % B and not config.trainer.drop_last:
         # With this number of samples, the second step is an epoch's last, smaller batch.

@@ -136,7 +136,8 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
             "This config is weak scaling: its global batch, and so its model, changes with the number of ranks.\n"
             "Give train_batch_size for strong scaling, which is what verify compares."
         )
-    trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0)
+    unsaved = dataclasses.replace(config.trainer.checkpoint, every_steps=0)
+    trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0, checkpoint=unsaved)
     quiet = dataclasses.replace(config, tensorboard=dataclasses.replace(config.tensorboard, enabled=False))
     rows: list[Sequence[str]] = []
     verdicts: list[str] = []

@@ -61,7 +61,9 @@ class CheckpointOptions:
     """`trainer.checkpoint`: from what an interrupted run continues."""
 
     every_steps: int = option(
-        500, "steps between checkpoints; with 0, a run writes one only when it is stopped", minimum=0
+        500,
+        "steps between checkpoints, besides the last step's; with 0, only a run that is stopped writes one",
+        minimum=0,
     )
     keep: int = option(2, "the number of newest checkpoints to keep", minimum=1)
 

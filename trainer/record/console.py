@@ -10,7 +10,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,6 +70,31 @@ class DeepSpeedLog(logging.Filter):
         self._sink.close()
 
 
+class _Terminal:
+    """Standard error, for a bar. If the terminal is gone, the run continues without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+def _bar(**options: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(file=_Terminal(), dynamic_ncols=True, **options)
+
+
+# An evaluation that takes longer says how far it is.
+_QUIET_S = 30.0
+
+
 class ProgressBar:
     """A progress bar on a terminal; elsewhere a plain line every tenth of the run.
 
@@ -81,11 +107,10 @@ class ProgressBar:
     def __init__(self, total: int, visible: bool, done: int = 0) -> None:
         self._total, self._visible = total, visible
         self._bar: Any = None
+        self._inner: Any = None  # that of an evaluation
         self._next_line = self._next_evaluation = 0
         if visible and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            self._bar = _bar(total=total, initial=done, unit="step")
 
     def logged(self, record: dict[str, float]) -> None:
         """Shows a logging window."""
@@ -103,6 +128,29 @@ class ProgressBar:
             )
             self._next_line = step + max(1, self._total // 10)
 
+    def evaluating(self, split: str) -> Callable[[int, int], None]:
+        """A function that shows how far the evaluation of a split is, called with (forwards made, of how many).
+
+        On a terminal it is a bar that goes when it is full; elsewhere a line, at most twice a minute.
+        """
+        said_at_s = time.monotonic()
+
+        def tick(done: int, total: int) -> None:
+            nonlocal said_at_s
+            if not self._visible:
+                return
+            if self._bar is not None:
+                if done == 1:
+                    self._inner = _bar(total=total, desc=split, unit="batch", leave=False)
+                self._inner.update(done - self._inner.n)
+                if done == total:
+                    self._inner.close()
+            elif done < total and time.monotonic() - said_at_s > _QUIET_S:
+                say(f"{split}: {done:,} of {total:,} micro-batches of this rank")
+                said_at_s = time.monotonic()
+
+        return tick
+
     def evaluated(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Shows an evaluation, about as often as a logging window."""
         if self._visible and self._bar is None and step >= self._next_evaluation:
@@ -112,8 +160,9 @@ class ProgressBar:
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
+        for bar in (self._inner, self._bar):
+            if bar is not None:
+                bar.close()
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:

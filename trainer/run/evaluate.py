@@ -38,6 +38,7 @@ def evaluate(
     seed: int,
     progress: Progress,
     look: Callable[[Outputs, Batch], None] | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Loss and metrics of a split, the same bits at every world size. Collective: every rank.
 
@@ -50,6 +51,7 @@ def evaluate(
         seed: for models that draw random numbers in evaluation too.
         progress: of the run, for tasks that ask for it.
         look: called on rank 0 with the outputs and the arrays of the whole split, on the CPU.
+        tick: called after every forward with how many this rank has made, and how many it has to make.
 
     Returns:
         {"loss": ..., and the task's metrics}, on every rank.
@@ -74,6 +76,7 @@ def evaluate(
             seed_python(key(seed, "evaluation", j))
             outputs = calls.forward(model, batch, progress)
             loss, _ = calls.loss(outputs, batch, progress)
+            tick(position + 1, most)
             if position >= len(block):
                 continue
             sums.append(loss.detach().float())

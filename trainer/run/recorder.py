@@ -109,6 +109,7 @@ class Recorder:
 
         with self._window.pause():
             began_s = time.perf_counter()
+            tick = self.progress.evaluating(name)
             metrics = evaluate(
                 p.task,
                 p.engine,
@@ -119,6 +120,7 @@ class Recorder:
                 p.config.trainer.seed,
                 Progress(step, step // p.steps_per_epoch, p.total_steps),
                 look,
+                tick,
             )
             if quiet:
                 return metrics
