@@ -14,7 +14,10 @@ LIVES = {
     "kill": ["SIGKILL of a rank", "bit-flipped checkpoint"],
     "write": ["SIGKILL inside a checkpoint write", "SIGTERM, SIGINT, SIGUSR1 to a rank", "truncated checkpoint"],
     "hang": ["a rank that hangs"],
-    "signals": ["a second signal", "the same to all ranks"],
+    "signals": ["a second signal", "the same to all ranks", "SIGHUP, SIGXCPU to a rank"],
+    "task": ["sys.exit in a task", "a child that outlives the run", "foreign files and checkpoints"],
+    "folder": ["fewer steps", "another seed", "two runs in one folder"],
+    "meeting": ["stale rendezvous"],
     "bits": ["bits flipped in the gradients of a rank"],
     "disk": ["disk full", "output folder gone", "SIGSTOP for a moment"],
 }

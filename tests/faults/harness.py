@@ -173,6 +173,7 @@ class Server:
         ends_others: bool = False,
         hosts: list[str] | None = None,
         environment: dict[str, str] | None = None,
+        flags: list[str] | None = None,
     ) -> Session:
         """Starts a run, or goes on with it, and waits for its end.
 
@@ -182,6 +183,7 @@ class Server:
             stopped_for_s: after which a stopped rank is continued; at the latest when all others have left.
             ends_others: end the others when a rank has failed, as launchers do.
             hosts: a network namespace for each rank.
+            flags: more of the command line.
         """
         folder.mkdir(parents=True)
         with socket.socket() as probe:
@@ -197,7 +199,10 @@ class Server:
             {
                 "folder": str(folder),
                 "world_size": world_size,
-                "arguments": ["--ds_config", str(config), "--output_dir", str(output), "--resume", "auto"],
+                "arguments": [
+                    *["--ds_config", str(config), "--output_dir", str(output), "--resume", "auto"],
+                    *(flags or []),
+                ],
                 "environment": common | (environment or {}),
                 "rank_environment": each,
                 "hosts": hosts,

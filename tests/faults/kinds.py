@@ -16,8 +16,17 @@ from typing import Any
 
 from tests.faults.harness import AUDIT_EVERY_STEPS, HANG_TIMEOUT_S, Session
 
-KILL, TERM, INT, USR1, STOP = (
-    int(n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP)
+KILL, TERM, INT, USR1, STOP, HUP, XCPU = (
+    int(n)
+    for n in (
+        signal.SIGKILL,
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGUSR1,
+        signal.SIGSTOP,
+        signal.SIGHUP,
+        signal.SIGXCPU,
+    )
 )
 STOPPED, LOST, DIFFER, NOT_FINITE = 75, 5, 4, 3
 # How long a session may take to end.
@@ -38,6 +47,8 @@ class Plan:
         launcher: (role, signal) where the session runs under `deepspeed`.
         small_disk, hosts: whether the session needs them.
         says: what the next session has to say.
+        refused: (flags, words): a start with these flags, when the session has ended, is refused with these words.
+        remains: files in the run's folder that are still there at its end.
     """
 
     disturbances: list[dict[str, Any]]
@@ -49,6 +60,8 @@ class Plan:
     small_disk: bool = False
     hosts: bool = False
     says: str | None = None
+    refused: tuple[list[str], str] | None = None
+    remains: tuple[str, ...] = ()
 
 
 def _messages(text: str) -> list[str]:
@@ -152,6 +165,12 @@ def ask(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     return Plan([signalled(chance.randrange(W), step, chance, number)], stopped(signal.Signals(number).name))
 
 
+def hang_up(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """The terminal is gone, or the limit of processor time is near."""
+    number = chance.choice([HUP, XCPU])
+    return Plan([signalled(chance.randrange(W), step, chance, number)], stopped(signal.Signals(number).name))
+
+
 def ask_all(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     number = chance.choice([TERM, INT, USR1])
     return Plan([signalled(None, step, chance, number)], stopped(signal.Signals(number).name))
@@ -193,6 +212,67 @@ def suspend(W: int, step: int, chance: random.Random, run: Path) -> Plan:
     """All ranks are stopped for longer than hang_timeout_s, as SLURM suspends a job, and continued."""
     held = stop_and_continue(W, step, chance, run)
     return Plan([signalled(None, step, chance, STOP)], held.promise, stopped_for_s=HANG_TIMEOUT_S + 2.0)
+
+
+def second_run(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """Another start asks for the folder of a run that goes on."""
+    held = stop_and_continue(W, step, chance, run)
+    act = {"rank": 0, "at": "step", "step": step, "do": "claim", "folder": str(run)}
+
+    def promise(end: Session) -> str | None:
+        return held.promise(end) or (None if "the second run was refused" in end.text else "the second run was let in")
+
+    return Plan([act], promise)
+
+
+def stale_notice(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """A killed start has left the port at which its ranks were to meet."""
+    held = stop_and_continue(W, step, chance, run)
+    return Plan([{"rank": W - 1, "at": "start", "do": "notice"}], held.promise)
+
+
+def leaves_a_child(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """The task has forked a process, which outlives a run that is killed."""
+    killed = kill_all(W, step + 1, chance, run)
+    act = {"rank": 0, "at": "step", "step": step, "do": "fork"}
+    return Plan([act, *killed.disturbances], killed.promise)
+
+
+def exits(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """The task calls sys.exit(0) on a rank, or on all."""
+    act = {"rank": chance.choice([None, chance.randrange(W)]), "at": "step", "step": step, "do": "exit"}
+    promise = ends_itself(STOP_LIMIT_S, lambda codes: set(codes) == {1}, "The task ended the process")
+    return Plan([act], promise)
+
+
+def changed(flags: list[str], words: str) -> Callable[[int, int, random.Random, Path], Plan]:
+    """Killed at once, and then started again as another run."""
+
+    def plan(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+        whole = kill_all(W, max(step, 8), chance, run)
+        return Plan(whole.disturbances, whole.promise, refused=(flags, words))
+
+    return plan
+
+
+FOREIGN = ("notes.txt", "logs/mine.log", "checkpoints/step-best", "checkpoints/step-000000004 (copy)")
+
+
+def foreign_files(W: int, step: int, chance: random.Random, run: Path) -> Plan:
+    """Killed at once, and then the user puts files and copies of checkpoints beside the run's own."""
+    whole = kill_all(W, max(step, 8), chance, run)
+
+    def put(run: Path) -> bool:
+        if not (run / "logs").is_dir() or not list((run / "checkpoints").glob("step-*")):
+            return False
+        for name in FOREIGN:
+            if name.startswith("checkpoints/"):
+                shutil.copytree(_newest(run), run / name, dirs_exist_ok=True)
+            else:
+                (run / name).write_text("the user's")
+        return True
+
+    return Plan(whole.disturbances, whole.promise, put, remains=FOREIGN)
 
 
 def hang(W: int, step: int, chance: random.Random, run: Path) -> Plan:
@@ -245,12 +325,12 @@ def flipped_bits(W: int, step: int, chance: random.Random, run: Path) -> Plan:
 
 
 def _newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("step-*"))
+    return max((run / "checkpoints").glob("step-*[0-9]"))
 
 
 def _damage(name: str, chance: random.Random) -> Callable[[Path], bool]:
     def act(run: Path) -> bool:
-        if len(list((run / "checkpoints").glob("step-*"))) < 2:
+        if len(list((run / "checkpoints").glob("step-*[0-9]"))) < 2:
             return False  # killed before the second was written: with its only one damaged a run cannot go on
         file = chance.choice(sorted(_newest(run).iterdir()))
         data = bytearray(file.read_bytes())
@@ -310,6 +390,7 @@ def launcher(role: str, *signals: int) -> Callable[[int, int, random.Random, Pat
 
 
 STARTING = "SIGKILL of a rank that starts"
+STALE = "stale rendezvous"
 # Kind -> (its plan, how often it is drawn).
 KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = {
     "SIGKILL of a rank": (kill, 14),
@@ -318,6 +399,7 @@ KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = 
     STARTING: (kill_while_starting, 8),
     "SIGKILL inside a checkpoint write": (kill_while_writing, 12),
     "SIGTERM, SIGINT, SIGUSR1 to a rank": (ask, 10),
+    "SIGHUP, SIGXCPU to a rank": (hang_up, 4),
     "the same to all ranks": (ask_all, 5),
     "a second signal": (ask_twice, 4),
     "SIGSTOP of a rank": (stop, 5),
@@ -325,6 +407,13 @@ KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = 
     "all ranks suspended": (suspend, 2),
     "a rank that hangs": (hang, 5),
     "cut link": (cut_link, 4),
+    "sys.exit in a task": (exits, 4),
+    "two runs in one folder": (second_run, 3),
+    "a child that outlives the run": (leaves_a_child, 3),
+    STALE: (stale_notice, 3),
+    "foreign files and checkpoints": (foreign_files, 4),
+    "fewer steps": (changed(["--max_steps", "2"], "steps already, but now it is to have only 2"), 3),
+    "another seed": (changed(["--seed", "9"], "trainer.seed: 0 before, 9 now"), 2),
     "bits flipped in the gradients of a rank": (flipped_bits, 6),
     "disk full": (full_disk, 6),
     "output folder gone": (folder_gone, 3),
@@ -338,5 +427,5 @@ KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = 
     "deepspeed: SIGKILL of a rank": (launcher("rank", KILL), 3),
 }
 # Kinds that need a second rank, and kinds after which a run goes on to its end.
-TOGETHER = ("SIGSTOP of a rank", "a rank that hangs", "cut link")
-ENDS = ("SIGSTOP for a moment", "all ranks suspended")
+TOGETHER = ("SIGSTOP of a rank", "a rank that hangs", "cut link", STALE)
+ENDS = ("SIGSTOP for a moment", "all ranks suspended", "two runs in one folder", STALE)

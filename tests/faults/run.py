@@ -87,6 +87,7 @@ def live(number: int, kinds: list[str], seed: int, workload: Workload, server: S
     folder = place / f"life{number:03d}"
     run = folder / "disk" / "run"
     faults: list[Fault] = []
+    remains: tuple[str, ...] = ()
     says: str | None = None
     step = 3
     with contextlib.ExitStack() as stack:
@@ -114,6 +115,8 @@ def live(number: int, kinds: list[str], seed: int, workload: Workload, server: S
                     extra |= {"stopped_for_s": plan.stopped_for_s, "ends_others": plan.ends_others}
                     end = server.run(at, W, workload.config, run, plan.disturbances, **extra)
             fault = Fault(kind, workload.name, W, step, end.seconds, plan.promise(end))
+            if plan.refused is not None and fault.broken is None:
+                fault.broken = _refusal(plan.refused, folder / f"refused{session}", W, workload, server, run)
             silent = says is not None and says not in end.text
             # Ranks that are killed while they start may not come to say it: then the next session has to.
             waits = silent and kind == STARTING
@@ -122,10 +125,15 @@ def live(number: int, kinds: list[str], seed: int, workload: Workload, server: S
             says = plan.says or (says if waits else None)
             if plan.after is not None and plan.after(run) is False:
                 says = None
+            else:
+                remains += plan.remains
             faults.append(fault)
         W = chance.randint(1, MAX_WORLD_SIZE)
         end = server.run(folder / "last", W, workload.config, run, [])
         differs = disagreement(workload, run)
+        gone = [name for name in remains if not (run / name).exists()]
+        if gone:
+            differs = f"the user's {', '.join(gone)} was removed"
         if set(end.codes) != {0}:
             differs = f"the last session ended with {end.codes}: {end.text[-600:]}"
         if says is not None and says not in end.text and faults[-1].broken is None:
@@ -135,6 +143,21 @@ def live(number: int, kinds: list[str], seed: int, workload: Workload, server: S
     if not any(f.broken or f.differs for f in faults):
         shutil.rmtree(folder)
     return faults
+
+
+def _refusal(
+    refused: tuple[list[str], str], at: Path, W: int, workload: Workload, server: Server, run: Path
+) -> str | None:
+    """What is wrong with the answer to a start that must be refused; None if nothing is."""
+    if not list((run / "checkpoints").glob("step-*[0-9]")):
+        return None  # killed before its first checkpoint: there is nothing to compare with
+    flags, words = refused
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    end = server.run(at, W, workload.config, run, [], flags=flags)
+    if set(end.codes) != {2} or words not in end.text:
+        return f"a start with {' '.join(flags)} ended with {end.codes}: {end.text[-300:]}"
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return None if after == before else "a refused start has changed the run's files"
 
 
 def reference(workload: Workload, server: Server, place: Path, world_sizes: tuple[int, ...] = (1, 3)) -> None:

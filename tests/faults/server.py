@@ -41,7 +41,8 @@ class Disturbance:
 
     Keys: "rank" (None for all), "at" ("start", "step" or "write"), "step" (made at the earliest), "moment" (of a
     checkpoint's writing), "delay_s", and "do": "signal" ("signals", "gap_s" between them), "hang", "fill" ("folder",
-    "leave_bytes"), "rename" ("from", "to"), "run" ("command"), "fail" ("errno"), "flip" ("seed").
+    "leave_bytes"), "rename" ("from", "to"), "run" ("command"), "fail" ("errno"), "flip" ("seed"), "claim"
+    ("folder"), "fork", "notice", "exit".
     """
 
     def __init__(self, facts: dict[str, Any], folder: Path) -> None:
@@ -86,10 +87,41 @@ class Disturbance:
         elif f["do"] == "flip":
             print(f"bits are flipped from step {self._step + 1} on", flush=True)
             flip_bits(random.Random(f["seed"]))
+        elif f["do"] == "claim":
+            print(f"the second run was {_claimed(f['folder'])}", flush=True)
+        elif f["do"] == "fork":
+            if os.fork() == 0:
+                os.setsid()
+                time.sleep(60.0)
+                os._exit(0)
+        elif f["do"] == "notice":
+            _leave_notice()
+        elif f["do"] == "exit":
+            sys.exit(0)
         elif f["do"] == "fail":
             raise OSError(f["errno"], os.strerror(f["errno"]))
         else:
             raise ValueError(f["do"])
+
+
+def _claimed(folder: str) -> str:
+    import trainer.record.folder as folders
+    from trainer.errors import UserError
+
+    folders._LEAVING_S = 0.5
+    try:
+        folders.OutputFolder.claim(folder, "second", again=True)
+    except UserError as error:
+        return "refused" if "is in use" in str(error) else str(error)
+    return "let in"
+
+
+def _leave_notice() -> None:
+    """What rank 0 of a killed start has left, unless rank 0 of this one was quicker."""
+    from trainer.ranks.rendezvous import _notice_path
+
+    with contextlib.suppress(FileExistsError), _notice_path().open("x") as file:
+        file.write(f"1 {2**22 + 1} 1")
 
 
 def fill(folder: Path, leave_bytes: int) -> None:

@@ -209,12 +209,13 @@ def test_launches_do_not_meet_one_another(monkeypatch: pytest.MonkeyPatch) -> No
     paths = [rendezvous._notice_path()]
     monkeypatch.setenv("MASTER_PORT", "29500")
     paths.append(rendezvous._notice_path())
-    monkeypatch.setenv("TRAINER_LAUNCH", "mine")
-    paths.append(rendezvous._notice_path())
     monkeypatch.setattr(launchers, "launcher", os.getpid)
     paths.append(rendezvous._notice_path())
+    monkeypatch.setenv("TRAINER_LAUNCH", "mine")
+    paths.append(rendezvous._notice_path())
     assert len(set(paths)) == 4
-    assert rendezvous._notice_path() == paths[3]  # all ranks of one launch do
+    monkeypatch.setattr(launchers, "launcher", lambda: None)
+    assert rendezvous._notice_path() == paths[3]  # all ranks of one launch do, in whatever session each is
 
 
 def test_the_folder_of_notices_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -259,6 +259,38 @@ def test_a_task_that_ends_the_process_is_an_error(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+RARE = [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+
+
+class Rare(Task):
+    """A model with buffers such as a table of rotary positions, or of scales."""
+
+    def __init__(self, *types: torch.dtype) -> None:
+        super().__init__()
+        self.types = types
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        for number, dtype in enumerate(self.types):
+            model.register_buffer(f"table{number}", torch.arange(1.0, 6.0).to(dtype))
+        return model
+
+
+def test_buffers_of_rare_types_are_stored_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(monkeypatch, tmp_path / "whole", Rare(*RARE))
+    make(monkeypatch, tmp_path / "run", Rare(*RARE), max_steps=7)
+    summary = make(monkeypatch, tmp_path / "run", Rare(*RARE), resume="auto")
+    assert summary["model_sha256"] == whole["model_sha256"]
+
+
+def test_a_type_that_no_file_holds_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"The model's table0 has the type torch\.complex128"):
+        make(monkeypatch, tmp_path / "run", Rare(torch.complex128))
+    assert list(tmp_path.iterdir()) == []
+
+
 class NoLoss(Task):
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
         return outputs.mean()

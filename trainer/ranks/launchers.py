@@ -68,9 +68,9 @@ def began(process: int) -> str:
 
 
 def launch_name() -> str:
-    """A name that only the ranks of one start on this machine share."""
+    """A name that only the ranks of one start on this machine share: TRAINER_LAUNCH if it is set."""
     process = launcher() or os.getsid(0)
-    return f"{process}-{began(process)}-{os.environ.get('TRAINER_LAUNCH', os.environ.get('MASTER_PORT', ''))}"
+    return os.environ.get("TRAINER_LAUNCH") or f"{process}-{began(process)}-{os.environ.get('MASTER_PORT', '')}"
 
 
 def _parent(process: int) -> int:

@@ -157,7 +157,21 @@ class Checkpoints:
 _DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+
+
+def refuse_unstorable(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError, the same on every rank, if a parameter or buffer is of a type that no file can hold."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"The model's {name} has the type {tensor.dtype}, which neither a checkpoint nor the saved model can "
+                "hold.\nKeep it as another type: complex64 instead of complex128, for example, or as two real tensors.",
+                agreed=True,
+            )
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:

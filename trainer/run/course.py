@@ -20,7 +20,7 @@ from ..exact.micro_batches import MicroBatches, ignore_phase
 from ..exact.packs.packs import Packs
 from ..exact.step import ExactStep, non_finite
 from ..ranks.watch import Watch
-from ..record.checkpoints import Snapshot
+from ..record.checkpoints import Snapshot, refuse_unstorable
 from ..record.console import DeepSpeedLog, say
 from ..record.folder import OutputFolder
 from ..record.window import Window
@@ -179,6 +179,7 @@ def set_out(
         UserError: the task does not keep the protocol, or is not exact although the config asks for "bitwise".
     """
     options = p.config.trainer
+    refuse_unstorable(p.engine.model_state())
     noise = NoiseScale() if options.gradient_noise else None
     window = Window(options.log_every_steps, max(p.batches.micro_batch_counts()), p.device, noise=noise)
     step = make_step(p, window.timer.mark)
