@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -146,3 +148,43 @@ def test_modules_that_are_imported_ahead_exist() -> None:
         assert found is not None and found.submodule_search_locations, name
         module = Path(found.submodule_search_locations[0]).joinpath(*inner)
         assert module.with_suffix(".py").is_file() or (module / "__init__.py").is_file(), name
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.ranks.test_workers import fail
+from trainer.ranks import workers
+workers._PRELOAD = []
+if __name__ == "__main__":
+    workers.run_ranks(fail, 2, {{0: 60.0, 1: 60.0}}, Path({pids!r}))
+"""
+
+
+def is_there(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    """Even if it can do nothing itself: a `verify` that is killed leaves no rank, and no fork server."""
+    root, pids = str(Path(__file__).resolve().parents[2]), tmp_path / "pids"
+    pids.mkdir()
+    (tmp_path / "parent.py").write_text(PARENT.format(root=root, pids=str(pids)))
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    deadline_s = time.monotonic() + 120
+    while len(list(pids.iterdir())) < 2:
+        assert time.monotonic() < deadline_s and parent.poll() is None
+        time.sleep(0.05)
+    ranks = [int(path.name) for path in pids.iterdir()]
+    server = int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    parent.send_signal(number)
+    parent.wait(30)
+    deadline_s = time.monotonic() + 20
+    while any(is_there(process) for process in [*ranks, server]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)

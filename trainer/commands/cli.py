@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 from ..config.keys import Config, load_config
@@ -72,6 +74,22 @@ def _pack(text: str) -> int | str:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
+    try:
+        before = signal.signal(signal.SIGTERM, _terminated)
+    except ValueError:  # not in the main thread
+        return _main(arguments)
+    try:
+        return _main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends a command as an exception does: temporary folders are removed, and its ranks are ended."""
+    raise SystemExit(128 + number)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan, verify, study.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")

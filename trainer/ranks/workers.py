@@ -82,6 +82,7 @@ def _rank_main(
 ) -> None:
     from tqdm import tqdm
 
+    jobs_from(pipe)  # none come, but it ends this rank when the process that started it is gone, even by SIGKILL
     os.environ.update(environment)
     if ranks.world_size > 1:
         # Launchers set these variables, too. A task that reads the environment finds what it would find in a run.
@@ -139,7 +140,7 @@ def run_ranks(
     processes: list[Any] = []
     pipes: list[Any] = []
     for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = context.Pipe()
         ranks = Ranks(rank, world_size, rank, world_size)
         process = context.Process(  # type: ignore[attr-defined]
             target=_rank_main, args=(theirs, function, ranks, arguments, common, quiet), daemon=True
