@@ -115,6 +115,18 @@ def test_texts_of_equal_length_share_a_pack_wherever_they_lie(
     assert all(len(part) in (2, 4, 8) for part in apart)
 
 
+def test_texts_of_many_lengths_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs_module, "FREE_SHAPES", 2)
+    monkeypatch.setattr(packs_module, "TRIAL_SHARE", 0.0)
+    draw = torch.Generator().manual_seed(4)
+    lengths = torch.randint(2, 7, (SAMPLES,), generator=draw)
+    model, x = Words(), torch.randint(1, 50, (SAMPLES, 6), generator=draw)
+    expected, _ = trained(model, x, 0, lengths=lengths)
+    found, packs = trained(model, x, None, lengths=lengths)
+    assert found == expected
+    assert packs is not None and len(packs._verdicts) == 2
+
+
 def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
     step, batches = made(dense(), floats(3), None)
     assert step.packs is not None

@@ -8,6 +8,7 @@ on this device and with these kernels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ TRIALS = 3
 _NO_MEMORY = "there is not enough memory"
 # Trials of a shape that may end without a verdict.
 MOST_POSTPONED = 20
+# With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
+FREE_SHAPES, TRIAL_SHARE = 8, 0.05
 # The fewest steps for which it pays to look for the fastest size.
 FEWEST_STEPS = 50
 # A rank's micro-batches may be added in another order than theirs if all their gradients take so many bytes at most.
@@ -85,6 +88,7 @@ class Packs:
         self._choice = Choice(device) if size is None and steps >= FEWEST_STEPS else None
         self._mixed_steps = TRIALS if self._choice is not None else 0
         self._mixed = self._tried = False
+        self._began, self._trial_s = time.perf_counter(), 0.0
 
     # ---- how many ------------------------------------------------------------------------------------------------
 
@@ -190,9 +194,17 @@ class Packs:
     def known(self, batch: GlobalBatch, part: Sequence[int]) -> bool | None:
         """Whether a part may be a pack; None if that is not known yet."""
         verdict = self._verdicts.get(self._key(batch, part))
-        if verdict is None or (verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step)):
+        if verdict is None:
+            return None if self._may_try_more() else False
+        if verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step):
             return None
         return verdict.refusal is None
+
+    def _may_try_more(self) -> bool:
+        """Whether there is time for a trial of one more shape. Texts have many."""
+        if self._choice is None or len(self._verdicts) < FREE_SHAPES:
+            return True
+        return self._trial_s <= TRIAL_SHARE * (time.perf_counter() - self._began)
 
     def refusals(self) -> dict[int, str]:
         """Size -> why there are no such packs."""
@@ -276,8 +288,14 @@ class Packs:
             batch, part, scale: as for `compute`.
             singly: computes and adds the micro-batches, and returns the hashes of what it found.
         """
-        key, self._tried = self._key(batch, part), True
+        self._tried = True
         singles = singly(part)
+        began = time.perf_counter()
+        self._compare(batch, part, scale, singles)
+        self._trial_s += time.perf_counter() - began
+
+    def _compare(self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singles: list[Single]) -> None:
+        key = self._key(batch, part)
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
