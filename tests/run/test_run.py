@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.run.small import Task, config_of, records
 from trainer.errors import NonFiniteError, Stopped, TrainerError, UserError
 from trainer.ranks.place import Ranks
+from trainer.record import checkpoints
 from trainer.record.checkpoints import list_checkpoints
 from trainer.run import build as build_module
 from trainer.run.claim import Resume
@@ -257,6 +260,50 @@ def test_a_task_that_ends_the_process_is_an_error(
     assert f"{__file__}, line " in str(caught.value) and f"in {method}()" in str(caught.value)
     assert ("(no data)" in str(caught.value)) == (code == "no data")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def tamper(checkpoint: Path, part: str, value: Any) -> None:
+    """Changes a checkpoint's facts as a program would that writes one by itself, with checksums that are right."""
+    path = checkpoint / "manifest.json"
+    content = json.loads(json.loads(path.read_bytes())["content"])
+    if part == "dtype":
+        weights = load_file(checkpoint / "model.safetensors")
+        save_file({n: t.double() for n, t in weights.items()}, checkpoint / "model.safetensors")
+        data = (checkpoint / "model.safetensors").read_bytes()
+        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        content["files"]["model.safetensors"] = entry
+    else:
+        content[part] = value
+    path.write_bytes(checkpoints._sealed(content))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("history", [], "was not written by a run: it has no history"),
+        ("window", {}, "is whole, but no run has written it so"),
+        ("window", {"filled": "many"}, "is whole, but no run has written it so"),
+        ("best", [], "is whole, but no run has written it so"),
+        ("dtype", None, r"is torch\.float64 in it, torch\.float32 here"),
+        ("step", 6, "is a copy of the checkpoint of step 6"),
+    ],
+)
+def test_a_whole_checkpoint_that_no_run_wrote_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Any, said: str
+) -> None:
+    make(monkeypatch, tmp_path / "run", max_steps=7)
+    (tmp_path / "run" / "summary.json").unlink()
+    tamper(tmp_path / "run" / "checkpoints" / "step-000000007", part, value)
+    with pytest.raises(UserError, match=said):
+        make(monkeypatch, tmp_path / "run", resume="auto")
+
+
+def test_a_logging_window_longer_than_the_run_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(monkeypatch, tmp_path / "whole", log_every_steps=10**12)
+    make(monkeypatch, tmp_path / "run", log_every_steps=10**12, max_steps=7)
+    longer = make(monkeypatch, tmp_path / "run", resume="auto", log_every_steps=10**12)
+    assert longer["parameters_sha256"] == whole["parameters_sha256"]
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
 
 
 RARE = [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]

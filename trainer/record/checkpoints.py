@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -227,16 +228,18 @@ def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
         began: whether it has begun to write a checkpoint.
         resumed: whether it went on from one.
     """
-    found = list_checkpoints(run / "checkpoints")
+    found, place = list_checkpoints(run / "checkpoints"), shlex.quote(str(run))
     if found or (began and not run.is_dir()):
         step = f", that of step {step_of(found[0]):,}" if found else ""
         return (
-            f"To go on from the last checkpoint{step}, start the run again with --resume auto --output_dir {run}, on "
+            f"To go on from the last checkpoint{step}, start the run again with --resume auto --output_dir {place}, on "
             "any number of ranks."
         )
     if resumed:
         return "Start the same command again: it goes on from the same checkpoint."
-    return f"There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir {run}."
+    return (
+        f"There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir {place}."
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class DeepSpeedLog(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Takes the record. The name of this hook is given by logging."""
         if self._keep:
-            print(self._formatter.format(record), file=self._sink)
+            with contextlib.suppress(OSError):  # the disk is full: no message of DeepSpeed's is worth a run
+                print(self._formatter.format(record), file=self._sink)
         return False
 
     @contextlib.contextmanager
@@ -67,7 +68,8 @@ class DeepSpeedLog(logging.Filter):
     def close(self) -> None:
         """Stops catching."""
         logging.getLogger("DeepSpeed").removeFilter(self)
-        self._sink.close()
+        with contextlib.suppress(OSError):
+            self._sink.close()
 
 
 class _Terminal:

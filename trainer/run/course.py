@@ -30,7 +30,7 @@ from .banner import banner
 from .best import BestModel
 from .build import Pieces, measures_norms, refuse_inexact
 from .recorder import Recorder
-from .resume import Saver
+from .resume import Saver, as_written
 
 if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine
@@ -181,7 +181,10 @@ def set_out(
     options = p.config.trainer
     refuse_unstorable(p.engine.model_state())
     noise = NoiseScale() if options.gradient_noise else None
-    window = Window(options.log_every_steps, max(p.batches.micro_batch_counts()), p.device, noise=noise)
+    # One more than all steps: a window that the run does not fill goes on in a longer run.
+    window = Window(
+        min(options.log_every_steps, p.total_steps + 1), max(p.batches.micro_batch_counts()), p.device, noise=noise
+    )
     step = make_step(p, window.timer.mark)
     best = _best_model(p)
     first_step, history = 0, []
@@ -226,11 +229,12 @@ def set_out(
 
 def _restore(p: Pieces, window: Window, best: BestModel | None, snapshot: Snapshot) -> None:
     """Restores what a checkpoint holds besides the engine's state."""
-    window.load_state_dict(snapshot.facts["window"])
-    if p.rates.adascale is not None and snapshot.facts["adascale"] is not None:
-        p.rates.adascale.load_state_dict(snapshot.facts["adascale"])
-    if best is not None and snapshot.facts["best"] is not None:
-        best.load_state_dict(snapshot.tensors.get("best", {}), snapshot.facts["best"], p.engine)
+    with as_written(snapshot.step):
+        window.load_state_dict(snapshot.facts["window"])
+        if p.rates.adascale is not None and snapshot.facts["adascale"] is not None:
+            p.rates.adascale.load_state_dict(snapshot.facts["adascale"])
+        if best is not None and snapshot.facts["best"] is not None:
+            best.load_state_dict(snapshot.tensors.get("best", {}), snapshot.facts["best"], p.engine)
 
 
 def _best_model(p: Pieces) -> BestModel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 
 import torch
@@ -98,6 +99,6 @@ def _stop(c: Course) -> None:
     where = broadcast_object(str(c.folder.path) if c.folder is not None else None)
     raise Stopped(
         f"stopped after step {c.done:,} of {c.pieces.total_steps:,}: {reasons[0] if reasons else 'asked to'}. Nothing "
-        f"is lost. To continue on any number of ranks, start the same command with --resume auto --output_dir {where}",
+        f"is lost. To continue on any number of ranks, start the same command with --resume auto --output_dir {shlex.quote(where)}",
         agreed=True,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -174,8 +176,24 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
         }
         for part, names in described.items()
     }
-    p.engine.load_state(tensors["model"], tensors["optimizer"], facts["engine"])
+    with as_written(step):
+        p.engine.load_state(tensors["model"], tensors["optimizer"], facts["engine"])
     return Snapshot(step, tensors, facts)
+
+
+@contextlib.contextmanager
+def as_written(step: int) -> Iterator[None]:
+    """Raises UserError, on every rank, for a checkpoint that is whole but holds what no run has written."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"The checkpoint of step {step:,} is whole, but no run has written it so: {type(error).__name__}: {error}.\n"
+            "Delete it, and the one before it is used; or start a new run with another --output_dir.",
+            agreed=True,
+        ) from error
 
 
 def _read(source: Path) -> Snapshot | None:
@@ -197,6 +215,8 @@ def _check_parts(source: Path, snapshot: Snapshot) -> None:
     """Raises UserError for a checkpoint whose checksums are right, but that no run of ours has written."""
     wrong = [name for name, kind in _PARTS.items() if not isinstance(snapshot.facts.get(name), kind)]
     wrong += [name for name in ("model", "optimizer") if name not in snapshot.tensors]
+    if not wrong and not (snapshot.facts["history"] and isinstance(snapshot.facts["history"][-1], dict)):
+        wrong = ["history"]
     if wrong:
         raise UserError(f"The checkpoint in {source} was not written by a run: it has no {wrong[0]}.")
 
@@ -214,3 +234,7 @@ def _check_shapes(p: Pieces, snapshot: Snapshot) -> None:
             f"The checkpoint is of another model: {name} has the shape {saved.get(name, 'missing')} in it and "
             f"{own.get(name, 'missing')} here."
         )
+    types = {n: t.dtype for n, t in [*p.engine.model.named_parameters(), *p.engine.model.named_buffers()]}
+    for name, tensor in snapshot.tensors["model"].items():
+        if tensor.dtype != types[name]:
+            raise UserError(f"The checkpoint is of another model: {name} is {tensor.dtype} in it, {types[name]} here.")
