@@ -190,8 +190,8 @@ def as_written(step: int) -> Iterator[None]:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"The checkpoint of step {step:,} is whole, but no run has written it so: {type(error).__name__}: {error}.\n"
-            "Delete it, and the one before it is used; or start a new run with another --output_dir.",
+            f"The checkpoint of step {step:,} is whole, but no run has written it so: {type(error).__name__}: {error}."
+            "\nDelete it, and the one before it is used; or start a new run with another --output_dir.",
             agreed=True,
         ) from error
 
