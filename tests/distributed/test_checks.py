@@ -93,6 +93,26 @@ def test_ranks_on_two_device_models_are_labelled_and_audit_themselves(tmp_path: 
         run_ranks(train_on_two_device_models, 3, small_config(tmp_path / "bitwise", exactness="bitwise"))
 
 
+def train_from_a_folder_of_its_own(ranks: Ranks, config: Config, folder: str) -> None:
+    """As on machines with different checkouts: the same path, and another file."""
+    import os
+
+    from trainer.run.run import run
+
+    os.chdir(Path(folder) / str(ranks.rank))
+    run(config, ranks, config_name="test", started_at_s=time.time())
+
+
+def test_ranks_with_different_code_of_a_task_are_refused(tmp_path: Path) -> None:
+    source = Path(f"{USER_TASKS}/my_task.py").read_text()
+    for rank, more in enumerate(["", "", "more = 1\n"]):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "my_task.py").write_text(source + more)
+    config = small_config(tmp_path / "run", task="my_task.py:MyTask")
+    with pytest.raises(UserError, match=r"rank 2 on .* has another task_sha256 than the other ranks"):
+        run_ranks(train_from_a_folder_of_its_own, 3, config, str(tmp_path))
+
+
 def test_two_device_models_hide_no_other_difference(tmp_path: Path) -> None:
     """Hosts with other data do not go on under the label."""
     config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
