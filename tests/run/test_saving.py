@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.run.small import Task, config_of, pieces_of
-from trainer.record.folder import OutputFolder
-from trainer.run.saving import ORIGIN, save_card, save_model
+from trainer.record.folder import ORIGIN, RAW, OutputFolder
+from trainer.run.saving import save_card, save_model
 
 SUMMARY: dict[str, Any] = {
     "metrics": {"validation": {"loss": 0.5, "error": 0.25}, "test": {"loss": 0.75}}, "steps": 1200,
@@ -68,12 +68,27 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
     class Fails(Task):
         def save(self, model: nn.Module, folder: Path) -> None:
             (folder / "half.txt").write_text("half")
-            raise OSError("no space")
+            raise OSError(28, "no space")
 
     with pytest.raises(OSError, match="no space"):
         save_model(pieces_of(config_of(), Fails()), folder)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["model"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["model", RAW]
+
+
+def test_what_fails_in_saving_is_said_and_the_weights_are_there_as_they_are(tmp_path: Path) -> None:
+    class Fails(Task):
+        def save(self, model: nn.Module, folder: Path) -> None:
+            raise ValueError("GenerationConfig is invalid:\nmore")
+
+    pieces = pieces_of(config_of(), Fails())
+    problem = save_model(pieces, folder_of(tmp_path))
+    assert problem == "The model could not be saved in its own format: ValueError: GenerationConfig is invalid:"
+    saved = load_file(tmp_path / "run" / RAW)
+    state = pieces.engine.model_state()
+    assert set(saved) == set(state)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_low_rank_updates_are_merged_and_saved_beside_the_model(tmp_path: Path) -> None:

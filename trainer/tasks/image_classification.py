@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import is_number, read_options, refuse, required
-from ..data import image_data, images, pretrained, tables
+from ..data import grey, image_data, images, model_checks, pretrained, tables
 from ..data.image_data import ImageSplit
 from ..data.images import Size
 from ..data.pretrained import check_spec
@@ -84,6 +84,7 @@ class ImageClassification:
     def __init__(self, **given: Any) -> None:
         o = read_options(ImageOptions, given)
         check_spec(o.model, "classifier of images", _EXAMPLE)
+        model_checks.check_problem_type(o.model)
         tables.check_data(o.data, o.config_name)
         if o.image_size is not None and not images.is_size(o.image_size):
             refuse("image_size", o.image_size, "a side in pixels, or [height, width]")
@@ -151,11 +152,14 @@ class ImageClassification:
         """What the model says of its images: its processor if it is pretrained, channels, and size."""
         if isinstance(self._spec, Mapping):
             channels, size = self._spec.get("num_channels"), _as_size(self._spec.get("image_size"))
+            bare = pretrained.configuration({"model_type": self._spec["model_type"]})
+            model_checks.check_kind(_AUTO, self._spec, bare, self._trust_remote_code)
             self._agree("num_channels", channels, "channels", self._asked_channels)
             if self._asked_size is not None:
                 self._agree("image_size", size, "image_size", self._asked_size)
             return None, self._asked_channels or channels, self._asked_size or size
         config = pretrained.configuration(self._spec, self._trust_remote_code)
+        model_checks.check_kind(_AUTO, self._spec, config, self._trust_remote_code)
         processor = _read_processor(self._spec, self._trust_remote_code)
         channels = getattr(config, "num_channels", None)
         if self._pretrained:
@@ -218,6 +222,7 @@ class ImageClassification:
         assert self._classes, "splits() comes first"
         names = self._classes
         changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        changes["problem_type"] = "single_label_classification"  # a base model may have been trained for another
         if isinstance(self._spec, Mapping):
             self._check_labels_in_spec(self._spec)
             known = pretrained.configuration({"model_type": self._spec["model_type"]})
@@ -239,6 +244,7 @@ class ImageClassification:
             trust_remote_code=self._trust_remote_code,
             notes=self.notes,
         )
+        model_checks.check_saving(model, spec)
         self._try(model)
         return model
 
@@ -254,18 +260,13 @@ class ImageClassification:
     def _try(self, model: nn.Module) -> None:
         """One image through the model, so that one of a wrong size is not found out in the first step."""
         where = "x".join(str(side) for side in self._size)
-        model.eval()
-        try:
-            with torch.no_grad():
-                logits = model(pixel_values=torch.zeros(1, self._channels, *self._size)).logits
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f'"trainer.task_options.model" does not take images of {where} pixels with {self._channels} '
-                f"channel{'s' * (self._channels > 1)}: {str(error).splitlines()[0]}\n"
-                "Set image_size in trainer.task_options to what the model takes."
-            ) from error
-        finally:
-            model.train()
+        logits = model_checks.tried(
+            model,
+            self._spec,
+            {"pixel_values": torch.zeros(1, self._channels, *self._size)},
+            f"images of {where} pixels with {self._channels} channel{'s' * (self._channels > 1)}",
+            "Set image_size in trainer.task_options to what the model takes.",
+        )
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
@@ -331,20 +332,19 @@ class ImageClassification:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Weights, config with the classes' names, and an image processor: what the Auto classes read."""
-        with pretrained._quiet():
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+        channels = grey.save(model, folder)
         # The plain processor of transformers, which resizes, rescales and normalises.
         processor = {
             "image_processor_type": "ViTImageProcessor",
-            "do_convert_rgb": self._channels == 3,
+            "do_convert_rgb": channels == 3,
             "do_resize": True,
             "size": {"height": self._size[0], "width": self._size[1]},
             "resample": 2,  # bilinear
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": self._mean,
-            "image_std": self._std,
+            "image_mean": self._mean * (channels // len(self._mean)),
+            "image_std": self._std * (channels // len(self._std)),
         }
         (folder / _PROCESSOR_FILE).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
@@ -415,7 +415,7 @@ def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
     from transformers import AutoImageProcessor
 
     try:
-        with pretrained._quiet():
+        with pretrained.quiet():
             # Pillow's: the same on machines with and without torchvision.
             own = AutoImageProcessor.from_pretrained(
                 pretrained.where(spec), backend="pil", trust_remote_code=trust_remote_code

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
+from ..data import model_checks, tables, text
 from ..data import pretrained as models
-from ..data import tables, text
 from ..data.cache import Cached, cached
 from ..errors import UserError
 from ..exact.splits import Batch, Split
@@ -75,6 +75,7 @@ class TextClassification:
     def __init__(self, **given: Any) -> None:
         o = read_options(TextOptions, given)
         models.check_spec(o.model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
+        model_checks.check_problem_type(o.model)
         self._scratch = isinstance(o.model, Mapping) or not o.pretrained
         if o.new_head and self._scratch:
             raise UserError(
@@ -93,6 +94,7 @@ class TextClassification:
         self._smoothing, self._class_weights = o.label_smoothing, o.class_weights
         self._weights: Tensor | None = None  # (classes,) float32
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
+        self._sample: Batch = {}  # two rows of the training set, on which `model` tries the model
         self._saved: Path | None = None  # where `load` found the model
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -135,6 +137,7 @@ class TextClassification:
             own = {name: arrays[f"{split}.{name}"] for name in (*padded, "label")}
             counts = classification.counts(own["label"], self._weights)
             result[split] = Split(own, counts, arrays[f"{split}.lengths"], padded)
+        self._sample = {n: result["train"].arrays[n][:2].clone() for n in _INPUTS if n in result["train"].arrays}
         return result
 
     def _read(self) -> dict[str, Any]:
@@ -238,7 +241,9 @@ class TextClassification:
     # --- model --------------------------------------------------------------------------------------------------------
 
     def _configuration(self, **changes: Any) -> Any:
-        return models.configuration(self._spec, self._trust, attention=self._attention, **changes)
+        config = models.configuration(self._spec, self._trust, attention=self._attention, **changes)
+        model_checks.check_kind(AUTO, self._spec, config, self._trust)
+        return config
 
     def _check_kind(self, config: Any) -> None:
         kind = config.model_type
@@ -277,7 +282,11 @@ class TextClassification:
                     f"({', '.join(names[:10])}). Leave it out, to follow the data."
                 )
         config = self._configuration(
-            num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={n: i for i, n in enumerate(names)},
+            # A base model may have been trained for another: pipelines would give sigmoids, or bare numbers.
+            problem_type="single_label_classification",
         )
         text.fit_configuration(config, self._facts["tokens"], self._spec, self._scratch)
         fresh: list[str] = []
@@ -292,6 +301,15 @@ class TextClassification:
             notes=fresh,
         )
         self.notes += [note for note in fresh if note not in self.notes]
+        model_checks.check_saving(model, self._spec)
+        logits = model_checks.tried(
+            model, self._spec, self._sample, f"texts of {self._sample['input_ids'].shape[1]:,} tokens"
+        )
+        if logits.shape != (len(self._sample["input_ids"]), len(names)):
+            raise UserError(
+                f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for two texts, but the data '
+                f"has {len(names)} classes."
+            )
         return model
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
