@@ -156,7 +156,7 @@ def test_class_names() -> None:
     for labels, words in (
         ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' occurs 2 times in test, but never in train"),
         ({"train": ["a", "a"]}, "All labels in train are 'a'. A classifier needs at least two classes"),
-        ({"train": [1.5, 2.5]}, "A label in train is 1.5. Labels are whole numbers or strings"),
+        ({"train": [1.5, 2.5]}, "A label in train is 1.5. Predicting numbers (regression) is not"),
         ({"train": ["a", 1]}, "some are strings"),
     ):
         with pytest.raises(UserError, match=words):

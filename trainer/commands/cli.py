@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ..config.keys import Config, load_config
 from ..config.schema import parse_override
 from ..errors import UserError
+from ..tasks.first_look import look
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         flags = parser.parse_args(arguments)
         if flags.command == "check-task":
+            look(flags.task, {})
             from .check_task import check_task
 
             return check_task(flags.task, dict(parse_override(text) for text in flags.set), flags.ds_config)
@@ -130,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(plan_table(config, flags.world_sizes))
             return 0
+        look(config.trainer.task, config.trainer.task_options)
         from .verify import verify as run_verify
 
         return run_verify(config, flags.world_sizes, flags.packs)

@@ -130,6 +130,7 @@ class CausalLM:
                 f'"trainer.task_options.validation_fraction" ({o.validation_fraction}) and "test_fraction" '
                 f"({o.test_fraction}) leave nothing to train on: together they must be below 1."
             )
+        self.random_weights = self._scratch
         tables.check_data(o.data, o.config_name)
         self.notes: list[str] = []
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column

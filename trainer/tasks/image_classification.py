@@ -105,6 +105,7 @@ class ImageClassification:
         self._data: Any = o.data
         self._spec: Any = o.model
         self._pretrained, self._new_head = o.pretrained, o.new_head
+        self.random_weights = isinstance(o.model, Mapping) or not o.pretrained
         self._trust_remote_code = o.trust_remote_code
         self._asked_size, self._asked_channels = _as_size(o.image_size), o.channels
         self._asked_mean = _per_channel("mean", o.mean, above=None)
@@ -327,6 +328,10 @@ class ImageClassification:
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy, macro F1, and the area under the ROC curve where every class occurs."""
         return classification.metrics(outputs, batch["label"])
+
+    def why_without(self, name: str, batch: Batch) -> str:
+        """Why a split has no metric of this name; an empty text where nothing is known."""
+        return classification.why_no_auroc(name, self._classes, batch["label"])
 
     # ------------------------------------------------------------ afterwards
 

@@ -23,12 +23,10 @@ from ..data.cache import Cached, cached
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 from . import classification
+from .first_look import LABEL_COLUMNS, TEXT_COLUMNS
 from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForSequenceClassification"
-# Names that columns usually have, the likeliest first.
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
@@ -84,6 +82,7 @@ class TextClassification:
         self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.WORDS, (text.WORDS,))
         if o.vocabulary is not None and self._tokenizer_name != text.WORDS:
             raise UserError('"trainer.task_options.vocabulary" has an effect only on the tokenizer "words".')
+        self.random_weights = self._scratch
         tables.check_data(o.data, o.config_name)
         self.notes: list[str] = []
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
@@ -331,6 +330,10 @@ class TextClassification:
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy, macro-F1 and AUROC."""
         return classification.metrics(outputs, batch["label"])
+
+    def why_without(self, name: str, batch: Batch) -> str:
+        """Why a split has no metric of this name; an empty text where nothing is known."""
+        return classification.why_no_auroc(name, self._facts["names"], batch["label"])
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 
