@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def test_the_weights_load_into_the_tasks_model(tmp_path: Path) -> None:
         "task": "mine.py:Task", "task_options": {"width": 3},
     }  # fmt: skip
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_code_of_ones_own_task_can_be_found_again(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Task: ...\n")
+    save_model(pieces_of(config_of(task=f"{tmp_path}/mine.py:Task")), folder_of(tmp_path))
+    origin = json.loads((tmp_path / "run" / "model" / ORIGIN).read_text())
+    assert origin["task_file"] == str(tmp_path / "mine.py")
+    assert origin["task_sha256"] == hashlib.sha256(b"class Task: ...\n").hexdigest()
 
 
 def test_a_task_may_save_in_its_own_way(tmp_path: Path) -> None:

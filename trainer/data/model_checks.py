@@ -216,8 +216,8 @@ def _advice(spec: Spec, config: Any) -> str:
         and name not in also
         and _SIZES.search(name)
         and isinstance(value, int)
-        and not isinstance(value, bool)
-        and name != "vocab_size"
+        and value > 1
+        and name not in ("vocab_size", "type_vocab_size")
     ]
     return (
         "The sizes of a configuration must agree. Not given here, and so as in the first model of its type: "

@@ -39,15 +39,21 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
     if options.lora is not None:
         model = _with_lora(model, options.lora)
     if options.freeze or options.lora is not None:
-        _freeze_statistics(model, options.freeze)
+        # With LoRA all is frozen but the updates, and what peft keeps whole copies of.
+        _freeze_statistics(model, options.freeze, "" if options.lora is None else "modules_to_save")
     return model
 
 
-def _freeze_statistics(model: nn.Module, patterns: list[str]) -> None:
+def _freeze_statistics(model: nn.Module, patterns: list[str], all_but: str) -> None:
     """Keeps BatchNorm layers in evaluation mode whose parameters are frozen: frozen means unchanged.
 
     Otherwise their running statistics would follow the new data. An adapter of LoRA does not hold them, so it would
     give another model on its base than the one that was trained.
+
+    Args:
+        model: with its frozen parameters.
+        patterns: `trainer.freeze`.
+        all_but: the part of a name with which a layer without weights is not frozen, where all others are; else "".
     """
     for name, module in model.named_modules():
         if not isinstance(module, _NormBase) or module.running_mean is None:
@@ -55,6 +61,7 @@ def _freeze_statistics(model: nn.Module, patterns: list[str]) -> None:
         own = list(module.parameters(recurse=False))
         # A layer without weights of its own belongs to the module that a pattern names.
         named = any(_covers(pattern, f"{name}.running_mean") for pattern in patterns)
+        named = named or bool(all_but and all_but not in name)
         if named if not own else not any(parameter.requires_grad for parameter in own):
             module.eval()
             # `train()` of the whole model, which follows each evaluation, must not reach it. A partial is copied

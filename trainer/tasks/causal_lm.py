@@ -343,7 +343,9 @@ class CausalLM:
         assert self._facts and self._sample is not None, "splits() comes first"
         config = self._configuration()
         # Where a configuration has a padding token, models look for it in every batch, which on a GPU means waiting.
-        tokens = self._facts["tokens"] | {"pad_token_id": None}
+        tokens = self._facts["tokens"]
+        if config.model_type not in text.POSITIONS_AFTER_PADDING:  # these need it
+            tokens = tokens | {"pad_token_id": None}
         text.fit_configuration(config, tokens, self._spec, self._scratch)
         fresh: list[str] = []
         model = models.build(

@@ -153,6 +153,7 @@ class ImageClassification:
         """What the model says of its images: its processor if it is pretrained, channels, and size."""
         if isinstance(self._spec, Mapping):
             channels, size = self._spec.get("num_channels"), _as_size(self._spec.get("image_size"))
+            _check_channels(channels)
             bare = pretrained.configuration({"model_type": self._spec["model_type"]})
             model_checks.check_kind(_AUTO, self._spec, bare, self._trust_remote_code)
             self._agree("num_channels", channels, "channels", self._asked_channels)
@@ -163,6 +164,7 @@ class ImageClassification:
         model_checks.check_kind(_AUTO, self._spec, config, self._trust_remote_code)
         processor = _read_processor(self._spec, self._trust_remote_code)
         channels = getattr(config, "num_channels", None)
+        _check_channels(channels)
         if self._pretrained:
             channels = channels or 3
             if self._asked_channels not in (None, channels):
@@ -198,9 +200,16 @@ class ImageClassification:
     def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
         mean, std = self._asked_mean, self._asked_std
         if mean is None or std is None:
-            if processor is not None:
+            if processor is not None and processor.fits(self._channels):
                 mean, std = processor.mean, processor.std
                 self.notes += processor.notes
+            elif processor is not None:
+                mean, std = train.mean_and_std()
+                self.notes.append(
+                    f"the image processor of {self._spec} has {len(processor.mean)} channels, its model takes "
+                    f"{self._channels}: images are normalised by the training set's own mean {mean} and standard "
+                    f"deviation {std}"
+                )
             else:
                 mean, std = train.mean_and_std()
                 if isinstance(self._spec, str) and self._pretrained:
@@ -361,8 +370,9 @@ class ImageClassification:
             raise UserError(f"{folder / _PROCESSOR_FILE} is missing: it says how images are prepared.")
         config: Any = model.config
         self._classes = [config.id2label[i] for i in range(config.num_labels)]
-        self._size, self._mean, self._std = processor.size, processor.mean, processor.std
-        self._channels = len(processor.mean)
+        self._channels = int(getattr(config, "num_channels", 0) or 3)
+        self._size = processor.size
+        self._mean, self._std = (list(v) * (self._channels // len(v)) for v in (processor.mean, processor.std))
         self._constants.clear()
         return model
 
@@ -412,7 +422,13 @@ class _Processor:
     """What a model's own image processor says: size (None if it says none), mean, std, and what is not done here."""
 
     def __init__(self, size: Size | None, mean: list[float], std: list[float], notes: list[str]) -> None:
-        self.size, self.mean, self.std, self.notes = size, mean, std, notes
+        # A model of grey images may come with three equal numbers.
+        self.mean, self.std = (values[:1] if len(set(values)) == 1 else values for values in (mean, std))
+        self.size, self.notes = size, notes
+
+    def fits(self, channels: int) -> bool:
+        """Whether it says how images of so many channels are normalised."""
+        return len(self.mean) in (1, channels) and len(self.std) in (1, channels)
 
 
 def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
@@ -458,6 +474,14 @@ def _side_of(size: Any, name: str) -> int:
         for key in (name, "shortest_edge")
     ]
     return int(values[0] or values[1] or 0)
+
+
+def _check_channels(channels: Any) -> None:
+    if channels not in (None, 1, 3):
+        raise UserError(
+            f'"trainer.task_options.model" takes images of {channels} channels. Images here have 1 (grey) or 3 '
+            "(colours); transparency is dropped. Take another model."
+        )
 
 
 def _listed(value: Any) -> list[Any]:
