@@ -297,3 +297,15 @@ def test_an_adapter_leaves_the_statistics_of_its_base() -> None:
     moved = {name for name, tensor in whole.named_buffers() if not torch.equal(tensor, before[name])}
     assert moved
     assert all("modules_to_save" in name for name in moved)
+
+
+def test_low_rank_updates_of_tied_weights_come_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    """Of peft on tied weights, which `merged` unties, and of transformers on names that peft uses."""
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tied = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=9, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(tied)
+    recwarn.clear()
+    merged(adapt(model, config(lora={"rank": 1, "target_modules": ["lm_head"]})))
+    assert [str(warning.message) for warning in recwarn] == []

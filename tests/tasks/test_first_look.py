@@ -23,6 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("reviews.csv").write_text("review,stars\ngood,5\n")
     Path("odd.csv").write_text("a,b,stars\nx,y,5\n")
     Path("semicolon.csv").write_text("text;label\nx;y\n")
+    Path("mixed.csv").write_text("text, as written;label\nx;y\n")
     Path("quoted.csv").write_text('"te\nxt",label\nx,y\n')
     Path("qa.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "more": 1}\n')
     Path("mine.py").write_text("from other import Imported\nclass MyTask:\n    pass\nAlias = MyTask\n")
@@ -76,6 +77,7 @@ def test_what_is_certainly_wrong_is_said_with_the_flag_to_type(task: str, option
         texts(data="organisation/dataset", model="organisation/model"),
         texts(data="*.csv"),
         texts(data="semicolon.csv", text_column="text", label_column="label"),
+        texts(data="mixed.csv", text_column="text, as written", label_column="label"),
         texts(data="quoted.csv", text_column="te\nxt", label_column="label"),
         texts(data={"train": "reviews.csv", "test": "odd.csv"}),
         ("causal_lm", {"data": "qa.jsonl", "text_column": "more"}),

@@ -40,7 +40,7 @@ def _of_three_channels(model: Any) -> dict[str, Tensor] | None:
     config.num_channels = 3
     state = dict(model.state_dict())
     with torch.device("meta"), quiet():
-        wanted = type(model)._from_config(config).state_dict()
+        wanted = type(model)(config).state_dict()
     other = [name for name, tensor in wanted.items() if name not in state or state[name].shape != tensor.shape]
     if len(other) != 1 or len(wanted) != len(state) or other[0] not in state:
         return None

@@ -162,10 +162,11 @@ def _header(path: Path, suffix: str, options: Mapping[str, Any], wanted: set[str
     separator = options.get("separator") or ("\t" if suffix == ".tsv" else ",")
     if not isinstance(separator, str) or len(separator) != 1 or not line.strip() or line.count('"') % 2:
         return None
+    # Other marks in it may be the separator, too.
+    if options.get("separator") is None and (set(";\t|,") - {separator}) & set(line):
+        return None
     columns = next(csv.reader([line], delimiter=separator))
-    # A single column with other marks in it may be a table with another separator.
-    unclear = len(columns) == 1 and re.search(r"[;\t|,]", line)
-    return None if unclear or not all(columns) else columns
+    return columns if all(columns) else None
 
 
 def _json_keys(path: Path, wanted: set[str]) -> list[str] | None:
