@@ -296,6 +296,7 @@ LONG = {
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",
     "tasks/nodules.py": "a task is one file, as a user's own is",
+    "tasks/text_classification.py": "a task is one file, as a user's own is",
 }
 
 
