@@ -107,7 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         flags = parser.parse_args(arguments)
         if flags.command == "check-task":
-            look(flags.task, {})
             from .check_task import check_task
 
             return check_task(flags.task, dict(parse_override(text) for text in flags.set), flags.ds_config)
@@ -134,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not flags.data:
                 print(plan_table(config, flags.world_sizes))
                 return 0
+            look(config.trainer.task, config.trainer.task_options)
             from .text_work import text_work
 
             print(plan_table(config, flags.world_sizes, text_work(config)))
