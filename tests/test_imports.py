@@ -51,6 +51,7 @@ WITHOUT_TORCH = {
     "engine.rates",
     "commands.show_plan",
     "study.arms",
+    "tasks.first_look",
 }
 HEAVY = {
     "PIL",
@@ -295,6 +296,7 @@ LONG = {
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",
     "tasks/nodules.py": "a task is one file, as a user's own is",
+    "tasks/text_classification.py": "a task is one file, as a user's own is",
 }
 
 

@@ -109,7 +109,7 @@ def test_ranks_with_different_code_of_a_task_are_refused(tmp_path: Path) -> None
         (tmp_path / str(rank)).mkdir()
         (tmp_path / str(rank) / "my_task.py").write_text(source + more)
     config = small_config(tmp_path / "run", task="my_task.py:MyTask")
-    with pytest.raises(UserError, match=r"rank 2 on .* has another task_sha256 than the other ranks"):
+    with pytest.raises(UserError, match=r"rank 2 on .* has another task_code_sha256 than the other ranks"):
         run_ranks(train_from_a_folder_of_its_own, 3, config, str(tmp_path))
 
 

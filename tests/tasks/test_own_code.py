@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.tasks.own_code import task_sha256
+from trainer.tasks.own_code import task_code_sha256
 from trainer.tasks.protocol import load_task
 
 TASK = """
@@ -50,7 +50,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str 
 
     def now() -> str | None:
         name = f"{tmp_path / 'task.py'}:Task"
-        return task_sha256(load_task(name, {}), name)
+        return task_code_sha256(load_task(name, {}), name)
 
     return now
 
@@ -78,12 +78,12 @@ def test_a_class_from_another_file_belongs_to_the_task(tmp_path: Path) -> None:
     (tmp_path / "entry.py").write_text("from the_class import Task\nrate = 1\n")
     name = f"{tmp_path / 'entry.py'}:Task"
     task = load_task(name, {})
-    before = task_sha256(task, name)
+    before = task_code_sha256(task, name)
     (tmp_path / "entry.py").write_text("from the_class import Task\nrate = 2\n")
-    between = task_sha256(task, name)
+    between = task_code_sha256(task, name)
     (tmp_path / "the_class.py").write_text((tmp_path / "the_class.py").read_text() + "more = 2\n")
-    assert len({before, between, task_sha256(task, name)}) == 3
+    assert len({before, between, task_code_sha256(task, name)}) == 3
 
 
 def test_a_task_of_the_trainer_has_none() -> None:
-    assert task_sha256(load_task("digits", {}), "digits") is None
+    assert task_code_sha256(load_task("digits", {}), "digits") is None

@@ -362,7 +362,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
     for split, values in labels.items():
         odd = next((v for v in values if not isinstance(v, (bool, int, str, np.integer))), None)
         if odd is not None:
-            raise UserError(f"A label in {split} is {odd!r}. Labels are whole numbers or strings.")
+            raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
     train = Counter(labels["train"])
     for split, values in labels.items():
         unknown = Counter(v for v in values if v not in train)
@@ -380,6 +380,23 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
     if given is not None:
         return list(given)
     return [str(value) for value in sorted(train)]
+
+
+def _other_labels(value: Any) -> str:
+    """What to do with labels that are no classes."""
+    if isinstance(value, (list, tuple, set, np.ndarray, Mapping)):
+        return (
+            "Several labels a sample (multi-label) are not what this task trains: a label is one whole number or text. "
+            "Choose one, or write a task of your own with a sigmoid and a binary cross-entropy for each class "
+            "(trainer/tasks/README.md, Your own task)."
+        )
+    if isinstance(value, (float, np.floating)):
+        return (
+            "Predicting numbers (regression) is not what this task trains: a label is a whole number or a text, the "
+            "name of a class. Make them classes, or write a task of your own with a squared error "
+            "(trainer/tasks/README.md, Your own task)."
+        )
+    return "Labels are whole numbers or texts."
 
 
 def label_numbers(values: Sequence[Any], names: Sequence[str], declared: bool) -> np.ndarray:

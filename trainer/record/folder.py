@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The file in the folder of a model that says what made it.
+ORIGIN = "trainer.json"
+# The trained weights as they are: beside the model while it is not certain that it was saved rightly.
+RAW = "weights.safetensors"
 # What a run writes. A folder with one of these already holds a run, or files of the user's own.
 _NAMES = (
     "manifest.json",
@@ -27,14 +31,15 @@ _NAMES = (
     "metrics.jsonl",
     "model",
     "adapter",
+    RAW,
     "checkpoints",
     "tensorboard",
     "logs/deepspeed.log",
 )
-# Written beside every model. A folder model/ without it is not a run's.
-ORIGIN = "trainer.json"
 # The names under which files and folders are written before they are whole, and the probe of `_make`.
-_UNFINISHED = re.compile(r"\.(model|adapter|manifest\.json|summary\.json|metrics\.jsonl)\.\d+|\.probe-\d+")
+_UNFINISHED = re.compile(
+    r"\.(model|adapter|weights\.safetensors|manifest\.json|summary\.json|metrics\.jsonl)\.\d+|\.probe-\d+"
+)
 # The time in which a run that is ending must release its folder.
 _LEAVING_S = 20.0
 # The locks that this process holds. A process forked by a task inherits them, and would keep the folder locked after

@@ -28,7 +28,7 @@ from ..ranks import rendezvous
 from ..ranks.collectives import broadcast_tensor, common_value, gather_objects, raise_together
 from ..ranks.place import Ranks
 from ..record.console import DeepSpeedLog, say
-from ..tasks.own_code import task_sha256
+from ..tasks.own_code import task_code_sha256
 from ..tasks.protocol import Task, load_task
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def build(
     raise_together(error)
 
     facts = devices.facts(device, engines.VERSION)
-    own_code = task_sha256(task, config.trainer.task)
+    own_code = task_code_sha256(task, config.trainer.task)
     if own_code is not None:
-        facts["task_sha256"] = own_code
+        facts["task_code_sha256"] = own_code
     if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         facts["transformers"] = importlib.metadata.version("transformers")
     if config.optimizer.type.lower() in LAYERWISE:

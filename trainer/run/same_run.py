@@ -36,7 +36,7 @@ _LABELLED: tuple[str, ...] = (
     "device_type",
     "device_model",
 )
-_LABELLED += ("cpu_capability", "cuda", "cudnn", "tf32", "task_sha256")
+_LABELLED += ("cpu_capability", "cuda", "cudnn", "tf32", "task_code_sha256")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,9 +99,9 @@ def check_same_run(p: Pieces, step: int, facts: Mapping[str, Any], resume: Resum
     reasons = [f"after a checkpoint {change}" for change in changes]
     for name in _LABELLED:
         old, new = facts["facts"].get(name), p.facts.get(name)
-        if name == "task_sha256" and old not in (None, new):  # checkpoints of earlier versions do not have it
+        if name == "task_code_sha256" and old not in (None, new):  # checkpoints of earlier versions do not have it
             reasons.append("the code of the task has changed since the checkpoint")
-        elif name != "task_sha256" and old != new:
+        elif name != "task_code_sha256" and old != new:
             reasons.append(f"the checkpoint was made with {name} {old}, but this is {new}")
     reasons += [reason for reason in facts["inexact"] if reason not in p.inexact + reasons]
     refuse_inexact(p.config, reasons)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def task_sha256(task: object, name: str) -> str | None:
+def task_code_sha256(task: object, name: str) -> str | None:
     """SHA-256 of the code of a task; None for a task of the trainer, whose code has a hash of its own.
 
     It covers the task's file and every module that is imported, at any place and by any of these files, from the
