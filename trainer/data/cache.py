@@ -35,16 +35,14 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strong-scaling-trainer"
 
 
-def hash_files(*paths: Path) -> str:
-    """SHA-256 over the names and contents of files, and of all files in folders."""
+def hash_files(*files: Path) -> str:
+    """SHA-256 over the contents of files."""
     total = hashlib.sha256()
-    for path in paths:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            total.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as content:
-                while chunk := content.read(1 << 20):
-                    total.update(chunk)
+    for file in files:
+        total.update(f"{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                total.update(chunk)
     return total.hexdigest()
 
 
