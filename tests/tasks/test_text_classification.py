@@ -300,7 +300,7 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         ({"new_head": True}, 'new_head" has no effect'),
         ({"text_column": 3}, 'text_column" must be a string, not 3'),
         ({"model": "folder", "tokenizer": "words"}, "were trained with another one"),
-        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect only on the tokenizer "words"'),
+        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect only on the tokenizers "words"'),
         ({"vocabulary": 0}, "at least 1"),
         ({"max_length": 2}, "at least 3"),
         ({"validation_fraction": 1.0}, "below 1"),
