@@ -46,7 +46,7 @@ def test_one_list_of_images_for_training_and_prediction(tmp_path: Path) -> None:
     (folder / "labels.csv").write_text("a,b\n")
     assert counts(folder) == {"train": {"cat": len(KINDS), "dog": len(KINDS)}}
     assert read_images(str(folder)).notes == [
-        "3 files left out, as they are no images in a folder of a class: cat/d2, cat/notes.doc, labels.csv"
+        "3 files left out (no image in a folder of a class): cat/d2, cat/notes.doc, labels.csv"
     ]
     found = sources.find(str(folder))
     assert found is not None
@@ -116,7 +116,7 @@ def test_labels_in_metadata(tmp_path: Path) -> None:
     found = read_images(str(tmp_path / "one"), group_column="patient")
     assert counts(tmp_path / "one") == {"train": {"007": 1, "NA": 2}}
     assert found.groups == {"train": ["p0", "p0", "p1"]}
-    assert found.notes == ["1 file left out, as the metadata do not name them: images/3.png"]
+    assert found.notes == ["1 file left out (not named by the metadata): images/3.png"]
     for split in ("train", "test"):
         for i in range(2):
             picture(tmp_path / "two" / split / f"{i}.png", seed=i)

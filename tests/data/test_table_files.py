@@ -33,6 +33,9 @@ def test_another_encoding_is_an_option_that_the_message_names(tmp_path: Path, en
             UserError, match=r'(?s)a.csv is not UTF-8 text: byte 11 is 0xfc.\n.*"encoding" in trainer.task_options'
         ):
             read_file(tmp_path / "a.csv")
+    else:
+        with pytest.raises(UserError, match=r'a.csv is not UTF-8 text: it is full of zero bytes.*\n.*"utf-16-le"'):
+            read_file(tmp_path / "a.csv")
     assert read_file(tmp_path / "a.csv", Format(encoding=encoding)).columns == COLUMNS
     with pytest.raises(UserError, match=r"a.csv is not ascii text: byte"):
         read_text(tmp_path / "a.csv", "ascii")
@@ -112,9 +115,7 @@ def test_a_folder_of_a_competition(tmp_path: Path) -> None:
     (tmp_path / "sample_submission.csv").write_text("id,label\n3,x\n")
     found = tables.read(str(tmp_path))
     assert {name: len(table) for name, table in found.items()} == {"train": 2, "test": 1}
-    assert tables.notes_of(found) == [
-        "1 file left out, as they are no tables that are called like splits: sample_submission.csv"
-    ]
+    assert tables.notes_of(found) == ["1 file left out (no table that is called like a split): sample_submission.csv"]
 
 
 def test_texts_in_a_folder_for_each_class(tmp_path: Path) -> None:
@@ -131,9 +132,7 @@ def test_texts_in_a_folder_for_each_class(tmp_path: Path) -> None:
     assert found["train"].values("text") == ["b", "c", "a caf\xe9"]
     assert tables.labels(found["train"], "label", "train") == ["rec.autos", "rec.autos", "sci.med"]
     assert tables.labels(found["test"], "label", "test") == ["sci.med"]
-    assert tables.notes_of(found) == [
-        "2 files left out, as they are no texts in a folder of a class: train/urls.txt, README.pdf"
-    ]
+    assert tables.notes_of(found) == ["2 files left out (no text in a folder of a class): train/urls.txt, README.pdf"]
     for name in ("a.png", "b.png"):
         (tmp_path / "empty" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "empty" / name).touch()

@@ -158,6 +158,27 @@ def test_class_names() -> None:
             tables.class_names(labels)  # type: ignore[arg-type]
 
 
+def test_labels_that_are_equal_by_name_or_value_match_across_files() -> None:
+    """A csv file knows only texts, json and parquet have numbers and true; pandas writes 1.0 for 1 beside a gap."""
+    for train, test, names in (
+        (["1", "0", "10"], [10, 1, 0], ["0", "1", "10"]),
+        ([1, 0], ["1.0", "0.0"], ["0", "1"]),
+        (["1.0", "0.0"], [1, 0.0], ["0.0", "1.0"]),
+        ([1, 1.0, 0], [1], ["0", "1"]),
+        (["True", "False"], [True, False], ["False", "True"]),
+        (["007", "012"], ["012"], ["007", "012"]),
+        (["None", "NA", "null"], ["NA"], ["NA", "None", "null"]),
+    ):
+        found = tables.class_names({"train": train, "test": test})  # type: ignore[dict-item]
+        assert found == names
+        numbers = tables.label_numbers(test, found).tolist()  # type: ignore[arg-type]
+        assert [tables.label_name(v).removesuffix(".0") for v in test] == [names[i].removesuffix(".0") for i in numbers]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="The label '7' occurs 1 time in test, but never in train"):
+        tables.class_names({"train": ["007", "012"], "test": ["7"]})
+    with pytest.raises(UserError, match=r"A label in train is 0\.5\. Labels are whole"):
+        tables.class_names({"train": ["0.5", "1.0"]})
+
+
 def test_declared_classes() -> None:
     import datasets
 
@@ -204,7 +225,7 @@ def test_text_files(tmp_path: Path) -> None:
     (named / "notes.txt").write_text("?")
     notes: list[str] = []
     assert set(tables.text_files(str(named), notes=notes) or {}) == {"train", "validation", "test"}
-    assert notes == ["1 file left out, as they are no .txt files that are called like splits: notes.txt"]
+    assert notes == ["1 file left out (no .txt file that is called like a split): notes.txt"]
     assert tables.text_files("imdb") is None
     assert tables.text_files(write(tmp_path / "c.csv", ROWS)) is None
     assert tables.text_files(str(tmp_path)) is None, "a folder with tables is read as such"

@@ -75,7 +75,7 @@ def image_folder(found: Found) -> dict[str, Table] | None:
         place = {name: i for i, name in enumerate(names)}
         columns = {"image": [str(file) for file in group.files], "label": [place[name] for name in group.classes]}
         result[split] = Table(columns, {"label": names}, ["image"])
-    notes = sources.left_out_note(found, [*loose, *others], "as they are no images in a folder of a class")
+    notes = sources.left_out_note(found, [*loose, *others], "no image in a folder of a class")
     next(iter(result.values())).notes += notes
     return result
 
@@ -117,6 +117,6 @@ def _described(
                 splits[split] = Table(columns, table.classes, ["image"], list(table.notes))
         used |= set(paths)
     rest = [f for f in images if str(f) not in used] + [f for f in others if f not in set(described)]
-    notes = sources.left_out_note(found, rest, "as the metadata do not name them")
+    notes = sources.left_out_note(found, rest, "not named by the metadata")
     next(iter(splits.values())).notes += notes
     return {name: splits[name] for name in sources.SPLITS if name in splits}

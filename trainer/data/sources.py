@@ -287,7 +287,13 @@ def by_class(found: Found, files: Sequence[Path]) -> tuple[dict[str, ClassFiles]
 
 
 def left_out_note(found: Found, files: Iterable[Path], why: str) -> list[str]:
-    """A sentence on files that are not read: how many, and of what kind or which. files: of `found`."""
+    """Sentences on files that are not read: how many, and of what kind or which.
+
+    Args:
+        found: where they are.
+        files: these.
+        why: what each is not.
+    """
     files = list(files)
     notes = []
     if files:
@@ -297,7 +303,7 @@ def left_out_note(found: Found, files: Iterable[Path], why: str) -> list[str]:
             kinds = Counter(file.suffix.lower() or "without a suffix" for file in files)
             which = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
             which += f"; the first is {found.name(files[0])}"
-        notes.append(f"{len(files):,} file{'s' * (len(files) > 1)} left out, {why}: {which}")
+        notes.append(f"{len(files):,} file{'s' * (len(files) > 1)} left out ({why}): {which}")
     if found.hidden:
         notes.append(f"{found.hidden:,} hidden file{'s' * (found.hidden > 1)} left out (their names begin with a dot)")
     return notes

@@ -128,6 +128,11 @@ def read_text(path: Path, encoding: str | None = None, where: str | None = None)
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise UserError(f'"trainer.task_options.data": {where} cannot be read: {error}') from error
     used = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    if used == "utf-8" and content.count(0, 0, 1000) > len(content[:1000]) // 4:
+        raise UserError(
+            f'"trainer.task_options.data": {where} is not UTF-8 text: it is full of zero bytes, as UTF-16 has them.\n'
+            'Set "encoding": "utf-16-le" (or "utf-16-be") in trainer.task_options.'
+        )
     try:
         text = content.decode(used)
     except UnicodeError as error:

@@ -129,13 +129,13 @@ def _load(source: str, config_name: str | None, how: Format, folder: FolderReade
         read[name] = joined({file: read_file(file, how, str(file)) for file in group}, names)
     rest = [file for file in found.files if file not in set(files)]
     first = next(iter(read.values()))
-    first.notes += sources.left_out_note(found, [*others, *rest], "as they are no tables that are called like splits")
+    first.notes += sources.left_out_note(found, [*others, *rest], "no table that is called like a split")
     return read
 
 
 def _class_folders(found: Found, how: Format) -> dict[str, Table]:
     """Texts in a folder for each class: BBC News, 20 Newsgroups, IMDB."""
-    texts = [file for file in found.files if (suffix := sources.suffix_of(file)) in _TEXTS or suffix[1:].isdecimal()]
+    texts = _texts_of(found)
     groups, loose = sources.by_class(found, texts)
     if not groups:
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in found.files)
@@ -152,8 +152,13 @@ def _class_folders(found: Found, how: Format) -> dict[str, Table]:
         contents = [read_text(file, how.encoding) for file in group.files]
         read[split] = Table({"text": contents, "label": [place[c] for c in group.classes]}, {"label": names})
     first = next(iter(read.values()))
-    first.notes += sources.left_out_note(found, others, "as they are no texts in a folder of a class")
+    first.notes += sources.left_out_note(found, others, "no text in a folder of a class")
     return read
+
+
+def _texts_of(found: Found) -> list[Path]:
+    """The files that are single texts."""
+    return [file for file in found.files if (suffix := sources.suffix_of(file)) in _TEXTS or suffix[1:].isdecimal()]
 
 
 def _saved(found: Found) -> dict[str, Table]:
@@ -227,7 +232,7 @@ def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None)
     if "train" not in splits:
         raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
     rest = [file for file in found.files if file not in set(files)]
-    notes += sources.left_out_note(found, [*others, *rest], "as they are no .txt files that are called like splits")
+    notes += sources.left_out_note(found, [*others, *rest], "no .txt file that is called like a split")
     return {name: [read_text(file, how.encoding) for file in group] for name, group in splits.items()}
 
 
@@ -359,6 +364,15 @@ def _number(name: str) -> float | None:
     return float(name) if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", name) else None
 
 
+def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
+    """The position of a label's class among names, or None. Where all names are numbers, 1.0 is the class 1."""
+    place = {name: i for i, name in enumerate(names)}
+    numbers = {_number(name): i for i, name in enumerate(names)}
+    if None in numbers:
+        return lambda label: place.get(label_name(label))
+    return lambda label: place.get(name := label_name(label), numbers.get(_number(name)))
+
+
 def _is_label(value: Any) -> bool:
     return isinstance(value, (bool, int, str, np.integer)) or (isinstance(value, float) and value.is_integer())
 
@@ -380,33 +394,36 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         odd = next((v for v in values if not _is_label(v)), None)
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. Labels are whole numbers or strings.")
-    train = Counter(label_name(v) for v in labels["train"])
+    train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
     numbers = {name: number for name in train if (number := _number(name)) is not None}
     fraction = next((name for name, number in numbers.items() if not number.is_integer()), None)
     if fraction is not None and len(numbers) == len(train):
         raise UserError(f"A label in train is {fraction}. Labels are whole numbers or strings.")
+    if len(numbers) == len(train):  # by value, each once: of 1 and 1.0 the shorter
+        train = [next(name for name in train if numbers[name] == value) for value in sorted(set(numbers.values()))]
+    else:
+        train.sort()
+    known = _places(train)
     for split, values in labels.items():
-        unknown = Counter(v for v in values if label_name(v) not in train)
+        unknown = Counter(v for v in values if known(v) is None)
         if unknown:
             label, count = unknown.most_common(1)[0]
             raise UserError(
                 f"The label {label!r} occurs {count} time{'s' * (count > 1)} in {split}, but never in train, so no "
                 f"model can learn it ({len(unknown)} such label{'s' * (len(unknown) > 1)}). "
-                f"Train has: {', '.join(sorted(train)[:20])}."
+                f"Train has: {', '.join(train[:20])}."
             )
     if len({isinstance(v, str) for v in labels["train"]}) > 1:
         raise UserError("Some labels in train are numbers and some are strings. Use one kind.")
     if len(train) < 2:
         raise UserError(f"All labels in train are {labels['train'][0]!r}. A classifier needs at least two classes.")
-    if given is not None:
-        return list(given)
-    return sorted(train, key=lambda name: (numbers[name], name)) if len(numbers) == len(train) else sorted(train)
+    return train if given is None else list(given)
 
 
 def label_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     """(rows,) int64 positions in `names`."""
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[label_name(value)] for value in values], dtype=np.int64)
+    place = _places(names)
+    return np.array([place(value) for value in values], dtype=np.int64)
 
 
 def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -423,11 +440,20 @@ def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def rows_of(source: Path, how: Format = _PLAIN) -> Table:
-    """A file to predict on, at least one row: csv, tsv, json lines, parquet, or a text a line. Raises UserError."""
-    if not source.is_file():
+    """What to predict on, at least one row, read as in training.
+
+    Args:
+        source: a csv, tsv, json, json lines or parquet file; a .txt file, a text a line; or a folder of single texts,
+            whose names are the column "file".
+        how: the options on the format of text files.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    if not source.exists():
         raise UserError(f"--input {source} is not a file here (looked from {Path.cwd()}).")
     try:
-        table = read_file(source, how)
+        table = _single_texts(source, how) if source.is_dir() else read_file(source, how)
     except UserError as error:
         raise UserError(f"--input: {str(error).partition(': ')[2] or error}") from error
     if not len(table):
@@ -435,8 +461,19 @@ def rows_of(source: Path, how: Format = _PLAIN) -> Table:
     return table
 
 
+def _single_texts(folder: Path, how: Format) -> Table:
+    found = sources.find(str(folder))
+    assert found is not None
+    files = _texts_of(found)
+    rest = [file for file in found.files if file not in set(files)]
+    return Table(
+        {"file": [found.name(file) for file in files], "text": [read_text(file, how.encoding) for file in files]},
+        notes=sources.left_out_note(found, rest, "no text"),
+    )
+
+
 def text_column_of(source: Path, table: Table, given: str | None, usual: Sequence[str], option: str) -> str:
-    """The column of texts of a file to predict on: of a .txt file its lines, else as in training. Raises UserError."""
-    if sources.READERS.get(sources.suffix_of(source)) == "txt":
+    """The column of texts to predict on: of a .txt file its lines, else as in training. Raises UserError."""
+    if source.is_dir() or sources.READERS.get(sources.suffix_of(source)) == "txt":
         return "text"
     return find_column(table.column_names, given, usual, option, f"--input {source}")

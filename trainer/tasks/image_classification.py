@@ -391,7 +391,7 @@ class ImageClassification:
         if source.is_dir() and found is not None and not found.saved:
             files, others = image_files.images_of(found)
             if files:
-                self.notes += sources.left_out_note(found, others, "as they are no images")
+                self.notes += sources.left_out_note(found, others, "no image")
                 return "file", ((str(file), file) for file in files)
             raise UserError(f"--input {source}: no images in this folder ({', '.join(image_files.SUFFIXES)}).")
         try:

@@ -400,13 +400,13 @@ class TextClassification:
         return model
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """For each row of a file: its text, the likeliest class and its probability. Longer texts are cut."""
+        """The likeliest class and its probability of each row of a file, or text of a folder. Longer texts are cut."""
         path = Path(source)
         table = tables.rows_of(path, self._how)
         self.notes += table.notes
         column = tables.text_column_of(path, table, self._text_column, self._usual(table.column_names), "text_column")
         texts = tables.texts(table, column, "--input")
-        asked, pairs = {column: texts}, None
+        asked, pairs = {column: texts} if path.is_file() else {"file": table.values("file")}, None
         if self._pair_column is not None:
             tables.find_column(table.column_names, self._pair_column, (), "pair_column", f"--input {source}")
             pairs = tables.texts(table, self._pair_column, "--input")
