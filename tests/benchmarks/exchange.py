@@ -82,8 +82,7 @@ def _collectives(ranks: Ranks, numel: int, rounds: int) -> dict[str, float]:
     gradient = torch.ones(numel)
 
     def tree_way(direct: bool) -> None:
-        gradient_sum.start(W)
-        gradient_sum.add([gradient])
+        gradient_sum.add(gradient_sum.start(W).start, [gradient])
         (exchange._direct if direct else exchange._by_shards)(W)
 
     piece, everyone = torch.ones(numel), torch.empty(ranks.world_size * numel)

@@ -40,13 +40,13 @@ class WholeSum:
         self._exchange, self._leaves = Exchange(self.sum, layout, **place), 0
 
     def start(self, leaves: int) -> range:
-        self._leaves = leaves
-        self.own.start()
-        return self.sum.start(leaves)
+        self._leaves, self._block = leaves, self.sum.start(leaves)
+        return self._block
 
-    def add(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
-        self.sum.add(gradients)
-        self.own.add(loss, None)
+    def add(self, j: int, gradients: Sequence[Tensor | None], loss: Tensor, statistics: Tensor) -> None:
+        self.sum.add(j, gradients)
+        self.own.statistics(j - self._block.start).copy_(statistics)
+        self.own.add(j - self._block.start, loss, None)
 
     def reduce(self) -> Records:
         return self._exchange(self._leaves)
@@ -66,8 +66,7 @@ def one_step(tree: WholeSum, gradients: Sequence[Sequence[Tensor]]) -> tuple[lis
     """(gradient by parameter, flat gradient, records) after a step, as copies."""
     for j in tree.start(len(gradients)):
         loss, statistics = record_of(j)
-        tree.own.statistics.copy_(statistics)
-        tree.add(gradients[j], loss)
+        tree.add(j, gradients[j], loss, statistics)
     records = tree.reduce()
     rows = torch.cat([records.losses[:, None], records.statistics], dim=1)
     return [view.clone() for view in tree.sum.gradient_views], tree.sum.gradient.clone(), rows
@@ -117,7 +116,7 @@ def test_the_gradient_lives_in_one_place() -> None:
 def test_reduce_needs_the_whole_block() -> None:
     tree = make_tree(1, 0, [3])
     tree.start(3)
-    tree.add(random_gradients(1, 0)[0], torch.zeros(()))
+    tree.add(0, random_gradients(1, 0)[0], torch.zeros(()), torch.zeros(3))
     with pytest.raises(AssertionError):
         tree.reduce()
 
@@ -219,8 +218,8 @@ def test_messages_lie_where_collectives_run(monkeypatch: pytest.MonkeyPatch) -> 
     for staging, wanted in ((None, "cpu"), (torch.device("meta"), "meta")):
         total = GradientSum([torch.zeros(3)], leaves=[2], rank=0, world_size=2, head_size=layout.size)
         ranks = Exchange(total, layout, leaves=[2], rank=0, world_size=2, staging=staging)
-        for _ in total.start(2):
-            total.add([torch.ones(3)])
+        for j in total.start(2):
+            total.add(j, [torch.ones(3)])
         with pytest.raises(Sent) as sent:
             ranks(2)
         assert sent.value.args == (wanted, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tests.exact.test_tree import SHAPES, random_gradients, reference_sum, same_bits
 from trainer.exact.gradient_sum import ALIGNMENT, GradientSum, _view_like, norm_of, round_up
+from trainer.exact.packs.pack_sum import PackSum
 from trainer.exact.tree import buffers_needed, cover
 
 
@@ -24,8 +26,8 @@ def made(
 def added(total: GradientSum, gradients: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
     """The sum by parameter after a step; alone, a rank has all of it."""
     for j in total.start(len(gradients)):
-        total.add(gradients[j])
-    assert total.finished()
+        total.add(j, gradients[j])
+    total.finish()
     return total.gradient_views
 
 
@@ -50,9 +52,8 @@ def test_a_rank_is_left_with_the_nodes_of_its_block(M: int, W: int) -> None:
     for rank in range(W):
         total = made([M], rank=rank, world_size=W)
         for j in total.start(M):
-            assert not total.finished()
-            total.add(gradients[j])
-        assert total.finished()
+            total.add(j, gradients[j])
+        total.finish()
         for node, (level, index) in zip(total.nodes, cover(M, W, rank)):
             # A node of the tree is the tree over its own leaves.
             leaves = gradients[index << level : min((index + 1) << level, M)]
@@ -139,7 +140,7 @@ def test_a_gradient_that_is_not_there_counts_as_zeros() -> None:
     gradients = [[torch.full((2,), 2.0**j), torch.ones(3) if j in (1, 4) else None] for j in range(7)]
     present = []
     for j in total.start(7):
-        present.append(total.add(gradients[j]))
+        present.append(total.add(j, gradients[j]))
     assert [view.tolist() for view in total.gradient_views] == [[127.0] * 2, [2.0] * 3]
     assert [leaf[1].tolist() for leaf in present] == [[1.0 * (j in (1, 4))] * 3 for j in range(7)]
     assert [leaf[0].tolist() for leaf in present] == [[2.0**j] * 2 for j in range(7)]
@@ -178,7 +179,7 @@ def test_gradients_of_autograd_that_share_memory() -> None:
         gradients = torch.autograd.grad(((x + y) * (j + 1.5)).sum() + w.sum(), [x, y, w])
         assert gradients[0].data_ptr() == gradients[1].data_ptr()
         assert 0 in gradients[2].stride()
-        total.add(gradients)
+        total.add(j, gradients)
     assert [view.tolist() for view in total.gradient_views] == [[1.5 + 2.5 + 3.5] * 5, [7.5] * 5, [3.0] * 5]
 
 
@@ -248,3 +249,47 @@ def test_sum_of_a_channels_last_parameter(format_of_gradients: torch.memory_form
     ]
     check_sum(added(total, gradients), gradients)
     assert total.gradient_views[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# Any order, one by one or in packs
+
+
+@pytest.mark.parametrize(("M", "W"), [(1, 1), (2, 1), (5, 1), (8, 1), (13, 1), (13, 3), (32, 1), (31, 2), (24, 5)])
+def test_a_block_may_be_added_in_any_order(M: int, W: int) -> None:
+    """And in packs of micro-batches from anywhere: the bits and the counts are those of the tree."""
+    gradients: list[list[Tensor | None]] = [list(leaf) for leaf in random_gradients(M, 3)]
+    for j in range(0, M, 3):
+        gradients[j][1] = None
+    for seed in range(8):
+        draw = random.Random(seed)
+        for rank in range(W):
+            wanted, total = made([M], rank=rank, world_size=W), made([M], rank=rank, world_size=W)
+            block = list(wanted.start(M))
+            for j in block:
+                wanted.add(j, gradients[j])
+            wanted.finish()
+            total.start(M)
+            draw.shuffle(block)
+            while block:
+                part = sorted(block[: draw.choice([1, 1, 2, 3, 4, 7])])
+                block = block[len(part) :]
+                if len(part) == 1:
+                    total.add(part[0], gradients[part[0]])
+                else:
+                    _add_pack(total, M, part, [gradients[j] for j in part])
+            total.finish()
+            for node, other, _ in zip(wanted.nodes, total.nodes, cover(M, W, rank)):
+                assert same_bits(node, other)
+
+
+def _add_pack(total: GradientSum, M: int, part: list[int], gradients: list[list[Tensor | None]]) -> None:
+    given_up = PackSum(total, M, part, norms=False, audited=None)
+    given_up.take(0, torch.ones(len(part), *SHAPES[0]), None)  # changes nothing
+    sink = PackSum(total, M, part, norms=False, audited=None)
+    for place, shape in enumerate(SHAPES):
+        rows = [g[place] for g in gradients]
+        present = [row is not None for row in rows]
+        if any(present):
+            filled = torch.stack([torch.ones(shape) if row is None else row for row in rows])
+            sink.take(place, filled, None if all(present) else present)
+    sink.close()

@@ -14,11 +14,10 @@ def test_what_is_written_is_read_by_name(statistics_size: int, norms: bool) -> N
     layout = RecordLayout(statistics_size, norms)
     rows = torch.zeros(4, layout.size)
     own = OwnRecords(rows, layout)
-    for step in range(2):  # each step begins with the first row again
-        own.start()
+    for step in range(2):  # each step writes all rows again
         for j in range(4):
-            own.statistics.copy_(torch.arange(statistics_size) + 10.0 * j)
-            own.add(torch.tensor(100.0 * step + j), torch.tensor(0.5 * j) if norms else None)
+            own.statistics(j).copy_(torch.arange(statistics_size) + 10.0 * j)
+            own.add(j, torch.tensor(100.0 * step + j), torch.tensor(0.5 * j) if norms else None)
         records = Records(rows, layout)
         assert records.losses.tolist() == [100.0 * step + j for j in range(4)]
         assert records.statistics.tolist() == [[10.0 * j + i for i in range(statistics_size)] for j in range(4)]
@@ -40,16 +39,15 @@ def test_a_flag_that_is_raised_stays_and_hides_nothing() -> None:
     own = OwnRecords(rows, layout)
     own.raise_flag()
     for _ in range(2):
-        own.start()
-        for j in (3.0, 4.0):
-            own.statistics.fill_(10 * j)
-            own.add(torch.tensor(j), torch.tensor(-j))
+        for j, value in enumerate((3.0, 4.0)):
+            own.statistics(j).fill_(10 * value)
+            own.add(j, torch.tensor(value), torch.tensor(-value))
         assert rows.tolist() == [[3.0, 30.0, -3.0, 1.0], [4.0, 40.0, -4.0, 1.0]]
 
 
 def test_a_record_does_not_keep_the_graph_of_a_loss() -> None:
     layout = RecordLayout(0)
     rows = torch.zeros(1, layout.size)
-    OwnRecords(rows, layout).add(torch.ones((), requires_grad=True) * 2, None)
+    OwnRecords(rows, layout).add(0, torch.ones((), requires_grad=True) * 2, None)
     assert not rows.requires_grad
     assert rows[0, 0] == 2.0

@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
+    plan.add_argument("--data", action="store_true", help="read the data, to count padding and uneven ranks of texts")
     verify.add_argument(
         "--packs", nargs="+", type=_pack, default=[None], metavar="G", help="also with these sizes of packs: 1 4 auto"
     )
@@ -128,7 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.command == "plan":
             from .show_plan import plan_table
 
-            print(plan_table(config, flags.world_sizes))
+            if not flags.data:
+                print(plan_table(config, flags.world_sizes))
+                return 0
+            from .text_work import text_work
+
+            print(plan_table(config, flags.world_sizes, text_work(config)))
             return 0
         from .verify import verify as run_verify
 

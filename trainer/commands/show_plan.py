@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from ..config.keys import Config
 from ..errors import UserError
-from ..exact.plan import nearest_possible
+from ..exact.plan import nearest_possible, rank_block
+from ..record import earlier
 from ..record.console import table
 
 
-def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
-    """One row a world size: the batch, micro-batches a rank, accumulation, and whether it is possible."""
+class Work(NamedTuple):
+    """The tokens of a step: of each of its micro-batches with padding, and of all without."""
+
+    micro_batches: list[int]
+    tokens: int
+
+
+def plan_table(config: Config, world_sizes: Sequence[int], work: Sequence[Work] = ()) -> str:
+    """One row a world size: the batch, micro-batches a rank, accumulation, speed, and whether it is possible.
+
+    Args:
+        config: of the run.
+        world_sizes: the rows.
+        work: for texts of different lengths: of each step of an epoch, see `text_work`.
+    """
     keys = (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps)
     rows: list[Sequence[str]] = []
     scaling = ""
+    base = Path("runs") if config.trainer.output_dir is None else Path(config.trainer.output_dir).expanduser().parent
+    measured = earlier.of_this_config(config.as_dict(), base)
     for world_size in world_sizes:
         try:
             plan = config.plan(world_size)
@@ -22,11 +40,13 @@ def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
             nearest = nearest_possible(world_size, *keys)
             if nearest is None:
                 raise  # no world size works: the keys themselves are wrong, and the message says how
-            rows.append((str(world_size), "-", "-", "-", "-", f"no; nearest is {nearest}"))
+            rows.append((str(world_size), "-", "-", "-", "-", "-", f"no; nearest is {nearest}"))
             continue
         scaling = plan.scaling
         # The rank with the most micro-batches determines the step time. Communication can only lower the speed-up.
         ideal = plan.micro_batches / plan.gradient_accumulation_steps
+        if work and scaling == "strong":
+            ideal = _most_speed_up(work, world_size)
         rows.append(
             (
                 str(world_size),
@@ -34,18 +54,58 @@ def plan_table(config: Config, world_sizes: Sequence[int]) -> str:
                 plan.per_rank(),
                 str(plan.gradient_accumulation_steps),
                 f"{ideal:.2f}",
+                f"{measured[world_size].samples_per_s:,.0f}" if world_size in measured else "-",
                 "yes",
             )
         )
-    header = ("ranks", "global batch", "micro-batches per rank", "accumulation", "speed-up at most", "possible")
+    header: Sequence[str] = (
+        "ranks",
+        "global batch",
+        "micro-batches per rank",
+        "accumulation",
+        "speed-up at most",
+        "samples/s",
+        "possible",
+    )
+    if not measured:
+        header, rows = [*header[:-2], header[-1]], [[*row[:-2], row[-1]] for row in rows]
     lines = [table(rows, header)]
     micro = config.train_micro_batch_size_per_gpu
     if scaling == "strong":
         lines.insert(0, f"strong scaling, micro-batches of {micro} samples: every possible row gives the same model\n")
+        if len(measured) > 1:
+            first, *larger = sorted(measured)
+            lines += ["", *(_compared(measured, first, W) for W in larger)]
+        elif measured:
+            lines.append("\nsamples/s is that of an earlier run here.")
+        if work:
+            lines.append(_padding(work))
         lines += _advice(config, world_sizes)
     elif scaling == "weak":
         lines.insert(0, f"weak scaling, micro-batches of {micro} samples: every row is another model\n")
     return "\n".join(lines)
+
+
+def _compared(measured: dict[int, earlier.Earlier], first: int, W: int) -> str:
+    found = measured[W]
+    return f"{found.folder.name}, {W} ranks: " + earlier.compared(W, found.samples_per_s, first, measured[first])
+
+
+def _most_speed_up(work: Sequence[Work], world_size: int) -> float:
+    """All tokens, divided by those of the slowest rank of each step."""
+    slowest = 0
+    for step in work:
+        blocks = (rank_block(len(step.micro_batches), world_size, r) for r in range(world_size))
+        slowest += max(sum(step.micro_batches[block.start : block.stop]) for block in blocks)
+    return sum(sum(step.micro_batches) for step in work) / slowest
+
+
+def _padding(work: Sequence[Work]) -> str:
+    computed, real = sum(sum(step.micro_batches) for step in work), sum(step.tokens for step in work)
+    return (
+        f"\n{1 - real / computed:.1%} of the computed tokens are padding (texts of about the same length share a "
+        "micro-batch). The speed-up counts tokens: the rank with the most of them decides."
+    )
 
 
 # Micro-batches of so many samples are rarely faster if they are larger still.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import rank_block
-from .tree import Merge, buffers_needed, local_program
+from .tree import Growing, Merge, buffers_needed
 
 # 16 float32 are 64 bytes, the alignment of a fresh allocation on the CPU. Every tensor in a flat buffer starts at such
 # a multiple: a math library may choose its kernel by alignment.
@@ -23,11 +23,12 @@ def round_up(value: int, multiple: int) -> int:
 class GradientSum:
     """Adds the gradients of this rank's micro-batches, and holds the sum over all ranks in the end.
 
-    In a step, call `start(M)`, then `add(gradients)` for each micro-batch of this rank's block, in order. Then `nodes`
-    holds the nodes of the tree that cover the block. `exchange.Exchange` leaves the root in `nodes[0]`, which is
-    `gradient`. All buffers are made once.
+    In a step, call `start(M)`, then `add(j, gradients)` for each micro-batch of this rank's block, in any order, then
+    `finish()`. Then `nodes` holds the nodes of the tree that cover the block. `exchange.Exchange` leaves the root in
+    `nodes[0]`, which is `gradient`. All buffers are made once; another order than the block's may need a few more.
 
     Attributes:
+        growing: the nodes of this rank at hand, by their buffers.
         numel: floats of the gradient, which is the same at every world size.
         size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
         storage: (head_size + buffers x size,) float32: `head`, then `nodes`, so that both can be sent as one piece.
@@ -64,8 +65,8 @@ class GradientSum:
         self._views = [[_view_like(p, node, o) for p, o in zip(shapes_of, offsets)] for node in self.nodes]
         self._missing = [node[size : size + count] for node in self.nodes]
         self._zeros: dict[int, Tensor] = {}
-        self._program: tuple[tuple[Merge, ...], ...] = ()
-        self._leaves = self._leaf = self._top = self._begin = 0
+        self.growing = Growing(0)
+        self._leaves = self._left = 0
         self._shapes_of, self._offsets, self._count = list(shapes_of), offsets, count
 
     @property
@@ -84,35 +85,50 @@ class GradientSum:
     def start(self, leaves: int) -> range:
         """Begins a step of M micro-batches. Returns this rank's block of them."""
         block = rank_block(leaves, self._world_size, self._rank)
-        self._program = local_program(leaves, block.start, block.stop)[0]
-        self._leaves, self._leaf, self._top, self._begin = leaves, 0, 0, block.start
+        self.growing = Growing(leaves)
+        self._leaves, self._left = leaves, len(block)
         return block
 
-    def add(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Adds the next micro-batch.
+    def add(self, j: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Adds micro-batch j.
 
         Args:
+            j: of the global batch.
             gradients: one tensor a parameter, in order; None for one that the micro-batch did not use.
 
         Returns:
             The gradients, with zeros in place of None.
         """
-        merges = self._program[self._leaf]
-        # A right-hand leaf is added to its left neighbour's buffer at once, and needs none of its own.
-        buffer = self._top - 1 if merges else self._top
-        if not merges:
-            self._missing[buffer].zero_()  # it still holds counts of an earlier micro-batch
-        present = [g if g is not None else self._note_missing(i, buffer) for i, g in enumerate(gradients)]
-        if merges:
-            torch._foreach_add_(self._views[buffer], present)  # the first merge, for all parameters in one call
-            # The other merges add whole nodes: all parameters and their counts, in one operation each.
-            for merge in merges[1:]:
-                self.nodes[merge.target].add_(self.nodes[merge.source])
+        # A leaf whose neighbour is here is added to that one's buffer at once, and needs none of its own.
+        there = self.growing.neighbour((0, j))
+        place = self.growing.free(1)[0] if there is None else there
+        _, views, missing = self.buffer(place)
+        if there is None:
+            missing.zero_()  # it still holds counts of an earlier micro-batch
+        present = [g if g is not None else self._note_missing(i, missing) for i, g in enumerate(gradients)]
+        if there is None:
+            torch._foreach_copy_(views, present)
+            self.growing.arrive((0, j), place)
         else:
-            torch._foreach_copy_(self._views[buffer], present)
-        self._top += 1 - len(merges)
-        self._leaf += 1
+            torch._foreach_add_(views, present)  # the first merge, for all parameters in one call
+            self.merge(self.growing.join((0, j), place))
+        self._left -= 1
         return present
+
+    def merge(self, merges: Sequence[Merge]) -> None:
+        """Adds whole nodes: all parameters and their counts, in one operation each."""
+        for merge in merges:
+            self.buffer(merge.target)[0].add_(self.buffer(merge.source)[0])
+
+    def note_added(self, count: int) -> None:
+        """So many micro-batches have been added by other means, see `packs.pack_sum`."""
+        self._left -= count
+
+    def finish(self) -> None:
+        """All micro-batches of the block have been added: brings what is left into `nodes`, in order."""
+        assert self._left == 0, f"{self._left} micro-batches are missing"
+        for to, source in self.growing.in_order():
+            self.buffer(to)[0].copy_(self.buffer(source)[0])
 
     def buffer(self, number: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """A buffer, whole, as one tensor a parameter, and its counts of missing gradients.
@@ -127,18 +143,14 @@ class GradientSum:
             self._missing.append(node[end : end + self._count])
         return self._rows[number], self._views[number], self._missing[number]
 
-    def _note_missing(self, parameter: int, buffer: int) -> Tensor:
-        """Counts a missing gradient in a node. Returns zeros to add in its place."""
-        self._missing[buffer][parameter] += 1.0
+    def _note_missing(self, parameter: int, missing: Tensor) -> Tensor:
+        """Counts a missing gradient in a node's counts. Returns zeros to add in its place."""
+        missing[parameter] += 1.0
         # Made once and kept: models that leave a parameter unused mostly do so in every step.
         zeros = self._zeros.get(parameter)
         if zeros is None:
             zeros = self._zeros[parameter] = torch.zeros_like(self._views[0][parameter])
         return zeros
-
-    def finished(self) -> bool:
-        """Whether all micro-batches of this rank's block have been added."""
-        return self._leaf == len(self._program)
 
     def unused(self) -> Tensor:
         """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""

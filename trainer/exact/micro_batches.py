@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -206,11 +206,11 @@ class MicroBatches:
         # The task claims it; the rehearsal checks the claim (see `rehearsal.chunks`).
         self.augments_in_chunks = bool(getattr(task, "augment_in_chunks", False))
 
-    def losses(self, batch: GlobalBatch, block: range) -> Iterator[Tensor]:
-        """The summed losses of a block of micro-batches, each with its graph: () on the device."""
-        for first in range(block.start, block.stop, self._chunk):
+    def losses(self, batch: GlobalBatch, part: Sequence[int]) -> Iterator[Tensor]:
+        """The summed losses of some micro-batches, each with its graph: () on the device."""
+        for first in range(0, len(part), self._chunk):
             # Only the gather is shared by a chunk. Forward and loss are computed for one micro-batch at a time.
-            chunk = range(first, min(first + self._chunk, block.stop))
+            chunk = part[first : first + self._chunk]
             loaded = self.samples(batch, chunk, self.augments_in_chunks)
             self._mark("data")
             for j, arrays in zip(chunk, loaded):
@@ -225,11 +225,11 @@ class MicroBatches:
         """Seeds what a micro-batch's forward and loss draw."""
         return key(self._seed, "forward", batch.step, j)
 
-    def pack_samples(self, batch: GlobalBatch, part: range) -> Batch:
+    def pack_samples(self, batch: GlobalBatch, part: Sequence[int]) -> Batch:
         """The samples of a pack, gathered and augmented: (g m, ...) each."""
         if self._calls.augment is None or self.augments_in_chunks:
             together = self._gathered(batch, part, self.augments_in_chunks)[0]
-            return together if batch.longest is None else self._split.cut(together, batch.longest[part.start])
+            return together if batch.longest is None else self._split.cut(together, batch.longest[part[0]])
         pieces = self.samples(batch, part, False)
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
@@ -301,7 +301,7 @@ class MicroBatches:
         with torch.no_grad(), self._autocast():
             return self._result(outputs, arrays, batch.progress)
 
-    def samples(self, batch: GlobalBatch, chunk: range, together: bool) -> list[Batch]:
+    def samples(self, batch: GlobalBatch, chunk: Sequence[int], together: bool) -> list[Batch]:
         """The samples of some micro-batches, gathered and augmented: a dictionary of fresh tensors for each.
 
         Args:
@@ -321,10 +321,13 @@ class MicroBatches:
             pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
         return pieces
 
-    def _gathered(self, batch: GlobalBatch, chunk: range, augment: bool) -> tuple[Batch, list[tuple[int, int]]]:
+    def _gathered(self, batch: GlobalBatch, chunk: Sequence[int], augment: bool) -> tuple[Batch, list[tuple[int, int]]]:
         """The samples of some micro-batches in one tensor each, and the micro-batches' bounds in the global batch."""
-        bounds = batch.bounds[chunk.start : chunk.stop]
-        indices = batch.indices[bounds[0][0] : bounds[-1][1]]
+        bounds = [batch.bounds[j] for j in chunk]
+        if chunk[-1] - chunk[0] == len(chunk) - 1:  # neighbours
+            indices = batch.indices[bounds[0][0] : bounds[-1][1]]
+        else:
+            indices = torch.cat([batch.indices[start:stop] for start, stop in bounds])
         arrays = self._split.gather(indices)
         if self._calls.augment is not None and augment:
             arrays = self._augmented(arrays, indices, batch.progress)

@@ -52,9 +52,7 @@ class Records:
 
 
 class OwnRecords:
-    """The records of this rank's block, filled one micro-batch after the other.
-
-    In a step, call `start()`, then for each micro-batch fill `statistics` and call `add(...)`.
+    """The records of this rank's block.
 
     Args:
         rows: (most micro-batches of a rank, layout.size) float32, where the records are written.
@@ -62,40 +60,31 @@ class OwnRecords:
     """
 
     def __init__(self, rows: Tensor, layout: RecordLayout) -> None:
-        self._all = everything = Records(rows, layout)
+        everything = Records(rows, layout)
         # Views of single records are made once: an indexing operation costs more than the copy that follows it.
         self._losses = list(everything.losses.unbind())
         self._statistics = list(everything.statistics.unbind())
         self._norms = None if everything.norms is None else list(everything.norms.unbind())
         self._flags = everything.flags
-        self._next = 0
 
-    def start(self) -> None:
-        """Begins a step."""
-        self._next = 0
+    def statistics(self, number: int) -> Tensor:
+        """Where the statistics of the block's micro-batch `number` go: (statistics_size,) float32. Fill it."""
+        return self._statistics[number]
 
-    @property
-    def statistics(self) -> Tensor:
-        """Where the next micro-batch's statistics go: (statistics_size,) float32. Fill it before `add`."""
-        return self._statistics[self._next]
-
-    def add(self, loss: Tensor, norm: Tensor | None) -> None:
-        """Notes the next micro-batch: its summed loss (), and the norm of its gradient () where that is measured."""
-        self._losses[self._next].copy_(loss.detach())
+    def add(self, number: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Notes the block's micro-batch `number`: its summed loss (), and its gradient's norm () where measured."""
+        self._losses[number].copy_(loss.detach())
         if self._norms is not None:
             assert norm is not None
-            self._norms[self._next].copy_(norm)
-        self._next += 1
+            self._norms[number].copy_(norm)
 
-    def add_pack(self, losses: Tensor, statistics: Tensor, norms: Sequence[Tensor]) -> None:
-        """Notes the next micro-batches: losses (g,), statistics (g, statistics_size), and norms where measured."""
-        begin, end = self._next, self._next + len(losses)
-        self._all.losses[begin:end].copy_(losses)
+    def add_pack(self, numbers: Sequence[int], losses: Tensor, statistics: Tensor, norms: Sequence[Tensor]) -> None:
+        """Notes some of the block's micro-batches: losses (g,), statistics (g, size), and norms where measured."""
+        torch._foreach_copy_([self._losses[n] for n in numbers], list(losses.unbind()))
         if statistics.numel():
-            self._all.statistics[begin:end].copy_(statistics)
-        if self._all.norms is not None:
-            self._all.norms[begin:end].copy_(torch.stack(list(norms)))
-        self._next = end
+            torch._foreach_copy_([self._statistics[n] for n in numbers], list(statistics.unbind()))
+        if self._norms is not None:
+            torch._foreach_copy_([self._norms[n] for n in numbers], list(norms))
 
     def raise_flag(self) -> None:
         """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""

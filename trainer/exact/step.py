@@ -153,7 +153,6 @@ class ExactStep:
         self._scale.fill_(1.0 / batch.count)
         M = len(batch.bounds)  # smaller in an epoch's last batch, where some ranks may have no micro-batch at all
         block = self._sum.start(M)
-        own.start()
         audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
         if audit is not None:
             audit.choose(batch.step, M)
@@ -161,12 +160,12 @@ class ExactStep:
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
             packs = self.packs
-            if packs is None or packs.begin(len(block)) == 1:
-                self._add_singly(batch, block, audit)
+            if packs is None or packs.begin(batch, block) == 1:
+                self._add_singly(batch, block, block, audit)
             else:
                 for part in packs.parts(batch, block):
-                    if len(part) == 1 or not self._add_pack(packs, batch, part, audit):
-                        self._add_singly(batch, part, audit)
+                    if len(part) == 1 or not self._add_pack(packs, batch, block, part, audit):
+                        self._add_singly(batch, block, part, audit)
             if packs is not None:
                 packs.end()
             # After this rank's own block: what the second computation leaves in random generators changes nothing.
@@ -204,33 +203,37 @@ class ExactStep:
         self._mark("optimizer")
         return StepResult(records.losses, norm, rate, records.norms, stop)
 
-    def _add_singly(self, batch: GlobalBatch, part: range, audit: Audit | None) -> None:
-        """Computes and adds micro-batches one by one."""
+    def _add_singly(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> None:
+        """Computes and adds some of this rank's micro-batches one by one."""
         statistics, own = self.statistics, self._own
         # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
         for j, loss in zip(part, self.micro_batches.losses(batch, part)):
-            gradients = self._gradients(loss)
+            gradients, number = self._gradients(loss), j - block.start
+            collected = own.statistics(number)
             if statistics.size:
-                statistics.collect(own.statistics)
+                statistics.collect(collected)
             # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
             if audit is not None and j == audit.own:
-                audit.note_summed(loss, own.statistics, gradients)
+                audit.note_summed(loss, collected, gradients)
             if self._look is not None:
-                self._look(j, loss, own.statistics, gradients)
-            added = self._sum.add(gradients)
-            own.add(loss, norm_of(added) if self._measures_norms else None)
+                self._look(j, loss, collected, gradients)
+            added = self._sum.add(j, gradients)
+            own.add(number, loss, norm_of(added) if self._measures_norms else None)
             self._mark("compute")
 
-    def _add_pack(self, packs: Packs, batch: GlobalBatch, part: range, audit: Audit | None) -> bool:
+    def _add_pack(
+        self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
+    ) -> bool:
         """Computes and adds micro-batches as a pack. False if that cannot be done: then nothing has changed."""
         known = packs.known(batch, part)
         if known is None:
-            packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, own, audit))
+            packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
             return True
         if not known:
             return False
         try:
-            return self._add_known_pack(packs, batch, part, audit)
+            self._add_known_pack(packs, batch, block, part, audit)
+            return True
         except RefusedError as error:  # of these values; others may do
             packs.refuse(batch, part, error)
         except Exception as error:  # whatever a task's code does with more samples than in a trial
@@ -240,18 +243,19 @@ class ExactStep:
                 packs.refuse(batch, part, RefusedError(f"{type(error).__name__}: {error}"))
         return False
 
-    def _add_known_pack(self, packs: Packs, batch: GlobalBatch, part: range, audit: Audit | None) -> bool:
-        audited = audit.own - part.start if audit is not None and audit.own is not None and audit.own in part else None
-        added = PackSum(self._sum, len(part), self._measures_norms, audited)
+    def _add_known_pack(
+        self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
+    ) -> None:
+        audited = part.index(audit.own) if audit is not None and audit.own is not None and audit.own in part else None
+        added = PackSum(self._sum, len(batch.bounds), part, self._measures_norms, audited)
         packed = packs.compute(batch, part, self._scale, added)
         added.close()
         if audit is not None and audited is not None:
             audit.note_summed(packed.losses[audited], packed.statistics[audited], added.audited)
-        self._own.add_pack(packed.losses, packed.statistics, added.norms)
+        self._own.add_pack([j - block.start for j in part], packed.losses, packed.statistics, added.norms)
         self._mark("compute")
-        return True
 
-    def _add_noted(self, batch: GlobalBatch, part: range, audit: Audit | None) -> list[Single]:
+    def _add_noted(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> list[Single]:
         """As `_add_singly`; returns hashes of what was computed."""
         found: list[Single] = []
         generator = torch.default_generator
@@ -270,7 +274,7 @@ class ExactStep:
 
         self._look = look
         try:
-            self._add_singly(batch, part, audit)
+            self._add_singly(batch, block, part, audit)
         finally:
             self._look = None
         return found

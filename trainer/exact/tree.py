@@ -17,9 +17,10 @@ This file only plans, with whole numbers. `gradient_sum` adds a rank's own micro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -38,54 +39,102 @@ class Merge:
     source: int
 
 
-def _settle(stack: list[tuple[Node, int]], leaves: int, merges: list[Merge]) -> None:
-    """Merges or lifts the top of a stack of (node, position) as often as the nodes on the stack allow.
+class Growing:
+    """The nodes of the tree that are at hand while more of it is added, and the places where they lie.
 
-    This works like carrying in a binary counter: two nodes of one level become one node of the next level.
+    A node that arrives is merged with its neighbour if that one is here, and so on upwards. This works like carrying in
+    a binary counter. Nodes may arrive in any order: a node is the sum of its two halves either way.
+
+    Args:
+        leaves: M.
+
+    Attributes:
+        places: node -> where it lies.
     """
-    while True:
-        (level, index), position = stack[-1]
-        last = (leaves - 1) >> level  # index of the last node of this level
-        if last == 0:  # the root
-            return
-        # A right-hand node (odd index) is added to its left neighbour, if that one is on the stack, too.
-        if index % 2 == 1 and len(stack) > 1 and stack[-2][0] == (level, index - 1):
-            target = stack[-2][1]
-            merges.append(Merge(target, position))
-            del stack[-2:]
-            stack.append(((level + 1, index // 2), target))
-        # A left-hand node at the end of its level has no right neighbour: it moves up unchanged.
-        elif index % 2 == 0 and index == last:
-            stack[-1] = ((level + 1, index // 2), position)
-        else:
-            return
+
+    def __init__(self, leaves: int) -> None:
+        self._leaves = leaves
+        self.places: dict[Node, int] = {}
+
+    def free(self, count: int) -> list[int]:
+        """The first `count` places in which no node lies. They stay free until nodes arrive there."""
+        taken = set(self.places.values())
+        return list(itertools.islice((place for place in itertools.count() if place not in taken), count))
+
+    def neighbour(self, node: Node) -> int | None:
+        """Where the node lies with which this one would be merged on arrival; None if it is not here."""
+        level, index = self._lifted(node)
+        return self.places.get((level, index ^ 1))
+
+    def arrive(self, node: Node, place: int) -> list[Merge]:
+        """A node has been put at a place. Returns the merges that follow, in order."""
+        merges: list[Merge] = []
+        while True:
+            level, index = self._lifted(node)
+            other = self.places.pop((level, index ^ 1), None)
+            if other is None:
+                self.places[level, index] = place
+                return merges
+            # The sum lies where the left half lay.
+            target, source = (other, place) if index % 2 else (place, other)
+            merges.append(Merge(target, source))
+            node, place = (level + 1, index // 2), target
+
+    def join(self, node: Node, place: int) -> list[Merge]:
+        """A node has been added to its neighbour, which lies at a place. Returns the merges that follow, in order."""
+        level, index = self._lifted(node)
+        del self.places[level, index ^ 1]
+        return self.arrive((level + 1, index // 2), place)
+
+    def _lifted(self, node: Node) -> Node:
+        """A left-hand node at the end of its level has no right neighbour: it moves up unchanged."""
+        level, index = node
+        while index % 2 == 0 and 0 < index == (self._leaves - 1) >> level:
+            level, index = level + 1, index // 2
+        # The root, and what covers all leaves as it does.
+        return level, index
+
+    def in_order(self) -> list[tuple[int, int]]:
+        """Moves the nodes to the places 0, 1, ... in their order. Returns the copies to make, in order: (to, from)."""
+        moves = []
+        for to, node in enumerate(self.nodes()):
+            place = self.places[node]
+            if place == to:
+                continue
+            for other, where in self.places.items():
+                if where == to:
+                    (self.places[other],) = self.free(1)
+                    moves.append((self.places[other], to))
+                    break
+            self.places[node] = to
+            moves.append((to, place))
+        return moves
+
+    def nodes(self) -> list[Node]:
+        """The nodes at hand, in order."""
+        return sorted(self.places, key=lambda node: node[1] << node[0])
 
 
 @cache
 def local_program(leaves: int, begin: int, stop: int) -> tuple[tuple[tuple[Merge, ...], ...], tuple[Node, ...]]:
-    """How a rank adds its block of leaves. Planned once, and followed in every step.
+    """How a rank adds its block of leaves, one after the other.
 
     Args:
         leaves: M, micro-batches of the global batch.
         begin, stop: the rank's block of them.
 
     Returns:
-        For each leaf, the merges that follow its arrival, and the nodes that are left at positions 0, 1, ...
-        Positions are those of a stack of buffers: a new leaf takes the first free one, so its first merge
-        is always with the position below.
+        For each leaf, the merges that follow its arrival, and the nodes that are left at places 0, 1, ...
+        A new leaf takes the first free place.
     """
-    stack: list[tuple[Node, int]] = []
-    program = []
+    growing, program = Growing(leaves), []
     for leaf in range(begin, stop):
-        merges: list[Merge] = []
-        stack.append(((0, leaf), len(stack)))
-        _settle(stack, leaves, merges)
-        program.append(tuple(merges))
-    return tuple(program), tuple(node for node, _ in stack)
+        program.append(tuple(growing.arrive((0, leaf), growing.free(1)[0])))
+    return tuple(program), tuple(growing.nodes())
 
 
 class Level(NamedTuple):
-    """Additions inside a pack: leaves first, first + stride, ... (`number`) each take that `distance` behind them."""
+    """Additions inside a pack: rows first, first + stride, ... (`number`) each take that `distance` behind them."""
 
     first: int
     stride: int
@@ -94,64 +143,69 @@ class Level(NamedTuple):
 
 
 class PackProgram(NamedTuple):
-    """How a pack of neighbouring leaves is added.
+    """How the leaves of a pack are added to one another.
 
     Attributes:
-        levels: additions inside the pack; a node lies where its first leaf lay.
-        nodes: the leaves at which nodes are left, in order.
+        levels: additions, in order; a node lies in the row of its first leaf.
+        nodes: what is left.
+        rows: where it lies.
         sizes: how many leaves each of these covers.
-        merges: additions to and among the rank's buffers: the pack's nodes lie in the first free ones.
-        moves: (to, from): buffers that have to be moved together afterwards.
-        top: buffers in use then.
     """
 
     levels: tuple[Level, ...]
-    nodes: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    rows: tuple[int, ...]
     sizes: tuple[int, ...]
-    merges: tuple[Merge, ...]
-    moves: tuple[tuple[int, int], ...]
-    top: int
 
 
-@cache
-def pack_program(leaves: int, begin: int, first: int, stop: int) -> PackProgram:
-    """How a rank adds the leaves first ... stop - 1 at once, after those from `begin` on.
+def _rounds(merges: list[Merge]) -> list[list[Merge]]:
+    """Merges in rounds, each as early as both of its nodes are complete.
 
-    The additions are those of `local_program`, in another order: a node is the sum of its two halves either way.
+    So a round can be made in one operation, and no order of the additions within it could change a bit.
+    """
+    ready: dict[int, int] = {}
+    rounds: list[list[Merge]] = []
+    for merge in merges:
+        turn = max(ready.get(merge.target, 0), ready.get(merge.source, 0))
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(merge)
+        ready[merge.target] = turn + 1
+    return rounds
+
+
+@lru_cache(maxsize=1024)
+def pack_program(leaves: int, pack: tuple[int, ...]) -> PackProgram:
+    """How the leaves of a pack are added to one another, as far as they are neighbours in the tree.
 
     Args:
         leaves: M.
-        begin: where the rank's block begins.
-        first, stop: the pack's leaves.
+        pack: the leaves in order.
     """
-    levels = []
-    for level in range((stop - first).bit_length()):
-        half, stride = 1 << level, 2 << level
-        start = -(-first // stride) * stride
-        count = 0
-        # A node is complete if all its leaves are here; the last of a level may be cut off at M.
-        while start + count * stride + half < stop and min(start + (count + 1) * stride, leaves) <= stop:
-            count += 1
-        if count:
-            levels.append(Level(start - first, stride, half, count))
-    own = local_program(leaves, first, stop)[1]
-    starts = [index << level for level, index in own]
-    ends = [min((index + 1) << level, leaves) for level, index in own]
-    stack = [(node, position) for position, node in enumerate(local_program(leaves, begin, first)[1])]
-    top = len(stack)
-    merges: list[Merge] = []
-    for k, node in enumerate(own):
-        stack.append((node, top + k))
-        _settle(stack, leaves, merges)
-    moves = tuple((to, position) for to, (_, position) in enumerate(stack) if to != position)
+    growing, merges = Growing(leaves), []
+    for row, leaf in enumerate(pack):
+        merges += growing.arrive((0, leaf), row)
+    levels = [level for merges in _rounds(merges) for level in _runs(merges)]
+    nodes = growing.nodes()
+    rows = [growing.places[node] for node in nodes]
+    ends = [min((index + 1) << level, leaves) for level, index in nodes]
     return PackProgram(
-        tuple(levels),
-        tuple(start - first for start in starts),
-        tuple(end - start for start, end in zip(starts, ends)),
-        tuple(merges),
-        moves,
-        len(stack),
+        tuple(levels), tuple(nodes), tuple(rows), tuple(e - (i << level) for e, (level, i) in zip(ends, nodes))
     )
+
+
+def _runs(merges: list[Merge]) -> list[Level]:
+    """The merges of one round, as few levels: each is one operation."""
+    runs: list[Level] = []
+    for to, distance in sorted((merge.target, merge.source - merge.target) for merge in merges):
+        last = runs[-1] if runs else None
+        if last is not None and distance == last.distance and last.number == 1:
+            runs[-1] = Level(last.first, to - last.first, distance, 2)
+        elif last is not None and distance == last.distance and to == last.first + last.number * last.stride:
+            runs[-1] = last._replace(number=last.number + 1)
+        else:
+            runs.append(Level(to, 1, distance, 1))
+    return runs
 
 
 @cache
@@ -167,26 +221,12 @@ def exchange_program(leaves: int, world_size: int) -> tuple[tuple[Merge, ...], .
 
     Nodes are numbered by rank, then position. The root of the tree ends at node 0.
     """
-    stack: list[tuple[Node, int]] = []
-    merges: list[Merge] = []
-    position = 0
-    for rank in range(world_size):
-        for node in cover(leaves, world_size, rank):
-            stack.append((node, position))
-            _settle(stack, leaves, merges)
-            position += 1
-    assert len(stack) == 1 and stack[0][1] == 0, stack  # all leaves are in the root, in node 0's buffer
-    # A merge belongs to the first round in which both of its nodes are complete. A round can then be made in one
-    # operation, and no order of the additions within it could change a bit.
-    ready: dict[int, int] = {}
-    rounds: list[list[Merge]] = []
-    for merge in merges:
-        turn = max(ready.get(merge.target, 0), ready.get(merge.source, 0))
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(merge)
-        ready[merge.target] = turn + 1
-    return tuple(tuple(r) for r in rounds)
+    growing, merges = Growing(leaves), []
+    nodes = [node for rank in range(world_size) for node in cover(leaves, world_size, rank)]
+    for place, node in enumerate(nodes):
+        merges += growing.arrive(node, place)
+    assert list(growing.places.values()) == [0], growing.places  # all leaves are in the root, at place 0
+    return tuple(tuple(r) for r in _rounds(merges))
 
 
 def buffers_needed(leaves: int, world_size: int, rank: int) -> int:

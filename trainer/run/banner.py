@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..data.report import array_lines
 from ..engine.adapt import frozen_share
 from ..exact.audit import Audit
+from ..record import earlier
 from ..record.console import table
 from .build import Pieces
 
@@ -71,6 +73,15 @@ def _pack_row(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [("packs", f"of {found['size']} micro-batches{gain}")]
 
 
+def _scaling_row(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """How fast the run was, compared with the one that made the same model with the fewest ranks."""
+    others = earlier.of_this_model(summary, folder)
+    if not others or not math.isfinite(summary["samples_per_s"]):
+        return []
+    fewest = min(others)
+    return [("speed-up", earlier.compared(summary["world_size"], summary["samples_per_s"], fewest, others[fewest]))]
+
+
 def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
     """The table at the end of a run: metrics on test (or on another split), speed, and where the files are."""
     metrics = summary["metrics"]
@@ -89,6 +100,7 @@ def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> st
         ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
         ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),
         *_pack_row(summary.get("pack", {})),
+        *_scaling_row(summary, folder),
         ("parameters", f"sha256 {summary['parameters_sha256'][:16]}... ({summary['exactness']})"),
         ("results", str(folder)),
     ]

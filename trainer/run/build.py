@@ -148,8 +148,7 @@ def build(
     host_splits: dict[str, Split] = {}
     model, total_steps = nn.Module(), 0
     try:
-        host_splits = as_splits(task.splits(), type(task).__name__)
-        host_splits["train"] = chosen_samples(host_splits["train"], config.trainer.train_samples)
+        host_splits = _splits(task, config)
         total_steps = _total_steps(config, plan, len(host_splits["train"]))
         seed_generators(key(config.trainer.seed, "model"), device)
         model = _model(task, config)
@@ -205,6 +204,18 @@ def build(
         hosts=gather_objects(f"{socket.gethostname()} {device}"),
         alike=not unlike,
     )
+
+
+def train_split(config: Config) -> Split:
+    """The training split of a config, without a model."""
+    seed_python(key(config.trainer.seed, "task"))
+    return _splits(load_task(config.trainer.task, config.trainer.task_options), config)["train"]
+
+
+def _splits(task: Task, config: Config) -> dict[str, Split]:
+    splits = as_splits(task.splits(), type(task).__name__)
+    splits["train"] = chosen_samples(splits["train"], config.trainer.train_samples)
+    return splits
 
 
 def measures_norms(config: Config) -> bool:

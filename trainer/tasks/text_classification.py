@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import held_out, report, sources, tables, text, unknown
+from ..data import held_out, masks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
 from ..data.table_files import Table
@@ -107,6 +107,7 @@ class TextClassification:
         self._split_seed = o.split_seed
         self._smoothing, self._class_weights = o.label_smoothing, o.class_weights
         self._weights: Tensor | None = None  # (classes,) float32
+        self._longest, self._prepares_masks = 0, False
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
         self._saved: Path | None = None  # where `load` found the model
 
@@ -158,6 +159,7 @@ class TextClassification:
             own = {name: arrays[f"{split}.{name}"] for name in (*padded, "label")}
             counts = classification.counts(own["label"], self._weights)
             result[split] = Split(own, counts, arrays[f"{split}.lengths"], padded)
+            self._longest = max(self._longest, own["input_ids"].shape[1])
         return result
 
     def _read(self) -> dict[str, Table]:
@@ -354,11 +356,15 @@ class TextClassification:
             notes=fresh,
         )
         self.notes += [note for note in fresh if note not in self.notes]
+        self._prepares_masks = masks.may_be_prepared(model, self._longest)
         return model
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (B, classes)."""
-        return model(**{name: batch[name] for name in _INPUTS if name in batch}).logits
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        if self._prepares_masks:
+            inputs["attention_mask"] = masks.for_each_head(inputs["attention_mask"])
+        return model(**inputs).logits
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
         """Summed cross-entropy, and the number of samples or their summed class weights."""

@@ -44,11 +44,18 @@ class Task:
 
 
 def made(
-    model: nn.Module, x: Tensor, size: int | None, task: Any = None, micro_batch_size: int = m, **options: Any
+    model: nn.Module,
+    x: Tensor,
+    size: int | None,
+    task: Any = None,
+    micro_batch_size: int = m,
+    lengths: Tensor | None = None,
+    **options: Any,
 ) -> tuple[ExactStep, Any]:
     """A step with packs of at most `size` micro-batches (0: none; None: auto), and the batches."""
     y = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(1))
-    split, sizes = Split({"x": x, "y": y}), {"micro_batch_size": micro_batch_size}
+    split = Split({"x": x, "y": y}, lengths=lengths, padded=() if lengths is None else ("x",))
+    sizes = {"micro_batch_size": micro_batch_size}
     batches = GlobalBatches(split, CPU, seed=0, drop_last=False, total_steps=STEPS, global_batch_size=B, **sizes)
     optimizer, statistics = PlainSGD(model, 0.01), RunningStatistics(model)
     optimizer.parameters = [p for p in optimizer.parameters if p.requires_grad]

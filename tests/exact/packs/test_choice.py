@@ -17,13 +17,13 @@ def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch
     seconds = {1: 8.0, 2: 5.0, 4: 3.0, 8: 3.5, 16: 4.0}
     choice, asked = Choice(CPU), []
     for _ in range(30):
-        size = choice.begin(16, None, set())
+        size = choice.begin(16, 128, None, set())
         asked.append(size)
         now[0] += seconds[size]
         choice.end(tried=False)
     assert asked[:15] == [1, 2, 4, 8, 16] * 3
     assert set(asked[15:]) == {4}
-    assert choice.begin(16, 2, set()) == 2, "memory allows no more"
+    assert choice.begin(16, 128, 2, set()) == 2, "memory allows no more"
 
 
 def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(by_the_clock.time, "perf_counter", lambda: now[0])
     choice, asked = Choice(CPU), []
     for _ in range(12):
-        asked.append(choice.begin(8, None, {2, 4}))
+        asked.append(choice.begin(8, 64, None, {2, 4}))
         now[0] += 8.0 / asked[-1]
         choice.end(tried=False)
     assert set(asked) == {1, 8}

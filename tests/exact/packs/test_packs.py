@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.exact.packs.packed import InOneCall, dense, floats, made, trained
+from tests.exact.packs.packed import SAMPLES, InOneCall, dense, floats, made, trained
 from trainer.exact.packs import packs as packs_module
 from trainer.exact.packs.packs import Packs
 
@@ -24,7 +24,7 @@ def test_memory_that_runs_out_makes_packs_smaller(monkeypatch: pytest.MonkeyPatc
     expected, _ = trained(model, x, 0)
     compute, sizes = Packs.compute, []
 
-    def limited(self: Packs, batch: Any, part: range, *arguments: Any, **named: Any) -> Any:
+    def limited(self: Packs, batch: Any, part: Any, *arguments: Any, **named: Any) -> Any:
         sizes.append(len(part))
         if len(part) > 2 and batch.step > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -44,7 +44,7 @@ def test_memory_that_runs_out_in_a_trial_makes_packs_smaller(monkeypatch: pytest
     expected, _ = trained(model, x, 0)
     compute = Packs.compute
 
-    def limited(self: Packs, batch: Any, part: range, *arguments: Any, **named: Any) -> Any:
+    def limited(self: Packs, batch: Any, part: Any, *arguments: Any, **named: Any) -> Any:
         if len(part) > 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return compute(self, batch, part, *arguments, **named)
@@ -63,8 +63,8 @@ def test_all_sizes_are_tried_in_one_step_and_the_fastest_is_looked_for(monkeypat
     expected, _ = trained(model, x, 0)
     compute, sizes = Packs.compute, []
 
-    def noted(self: Packs, batch: Any, part: range, *arguments: Any, **named: Any) -> Any:
-        sizes.append((batch.step, part))
+    def noted(self: Packs, batch: Any, part: Any, *arguments: Any, **named: Any) -> Any:
+        sizes.append((batch.step, tuple(part)))
         return compute(self, batch, part, *arguments, **named)
 
     monkeypatch.setattr(Packs, "compute", noted)
@@ -72,15 +72,67 @@ def test_all_sizes_are_tried_in_one_step_and_the_fastest_is_looked_for(monkeypat
     assert found == expected
     assert packs is not None and packs.refusals() == {}
     first = [part for step, part in sizes if step == 0]
-    assert list(dict.fromkeys(first)) == [range(0, 2), range(2, 4), range(4, 8)]
+    assert list(dict.fromkeys(first)) == [(0, 1), (2, 3), (4, 5, 6, 7)]
+
+
+class Words(nn.Module):
+    """The mean of a text's words; word 0 is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(50, 16, padding_idx=0), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x > 0).float()[..., None]
+        return self.out((self.table(x) * there).sum(1) / there.sum(1))
+
+
+@pytest.mark.parametrize(("size", "anywhere"), [(2, True), (4, True), (8, True), (None, True), (8, False)])
+def test_texts_of_equal_length_share_a_pack_wherever_they_lie(
+    size: int | None, anywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(4)
+    lengths = torch.randint(2, 7, (SAMPLES,), generator=draw)
+    x = torch.randint(1, 50, (SAMPLES, 6), generator=draw)
+    x[torch.arange(6) >= lengths[:, None]] = 0
+    model, parts, compute = Words(), [], Packs.compute
+
+    def noted(self: Packs, batch: Any, part: Any, *arguments: Any, **named: Any) -> Any:
+        assert len({batch.longest[j] for j in part}) == 1
+        parts.append(tuple(part))
+        return compute(self, batch, part, *arguments, **named)
+
+    expected, _ = trained(model, x, 0, lengths=lengths)
+    monkeypatch.setattr(Packs, "compute", noted)
+    if not anywhere:
+        monkeypatch.setattr(packs_module, "WAITING_BYTES", 8 * 4 * sum(p.numel() for p in model.parameters()) - 1)
+    found, packs = trained(model, x, size, lengths=lengths)
+    assert found == expected
+    assert packs is not None and packs.refusals() == {}
+    apart = [part for part in parts if part[-1] - part[0] >= len(part)]
+    assert bool(apart) == anywhere, parts
+    assert all(len(part) in (2, 4, 8) for part in apart)
+
+
+def test_texts_of_many_lengths_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs_module, "FREE_SHAPES", 2)
+    monkeypatch.setattr(packs_module, "TRIAL_SHARE", 0.0)
+    draw = torch.Generator().manual_seed(4)
+    lengths = torch.randint(2, 7, (SAMPLES,), generator=draw)
+    model, x = Words(), torch.randint(1, 50, (SAMPLES, 6), generator=draw)
+    expected, _ = trained(model, x, 0, lengths=lengths)
+    found, packs = trained(model, x, None, lengths=lengths)
+    assert found == expected
+    assert packs is not None and len(packs._verdicts) == 2
 
 
 def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
-    step, _ = made(dense(), floats(3), None)
+    step, batches = made(dense(), floats(3), None)
     assert step.packs is not None
     old = step.packs
     packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=49)
-    assert packs.begin(8) == 1
+    assert packs.begin(batches.at(0), range(8)) == 1
 
 
 def test_losses_of_a_pack_are_computed_in_one_call() -> None:
@@ -123,13 +175,19 @@ def test_trials_are_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tried, try_out = [], Packs.try_out
 
-    def noted(self: Packs, batch: Any, part: range, *arguments: Any) -> None:
+    def noted(self: Packs, batch: Any, part: Any, *arguments: Any) -> None:
         tried.append((batch.step, part))
         try_out(self, batch, part, *arguments)
 
     monkeypatch.setattr(Packs, "try_out", noted)
     trained(dense(), floats(3), 4)
-    assert tried[:5] == [(0, range(0, 4)), (0, range(4, 8)), (1, range(0, 4)), (1, range(4, 8)), (2, range(0, 2))]
+    assert tried[:5] == [
+        (0, [0, 1, 2, 3]),
+        (0, [4, 5, 6, 7]),
+        (1, [0, 1, 2, 3]),
+        (1, [4, 5, 6, 7]),
+        (2, [0, 1]),
+    ]
 
 
 def _in_little_memory(answer: Any) -> None:

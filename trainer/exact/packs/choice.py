@@ -22,15 +22,22 @@ class Choice:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._times_s: dict[int, list[float]] = {}
-        self._pending: list[tuple[int, Any, Any]] = []
+        self._times: dict[int, list[float]] = {}
+        self._pending: list[tuple[int, float, Any, Any]] = []
         self._block: int | None = None
         self._began: Any = None
-        self._now = 1
+        self._now, self._work = 1, 1.0
         self.best: int | None = None
 
-    def begin(self, block: int, limit: int | None, refused: set[int]) -> int:
-        """A step of `block` micro-batches begins. Returns the size of its packs."""
+    def begin(self, block: int, work: float, limit: int | None, refused: set[int]) -> int:
+        """A step of `block` micro-batches begins. Returns the size of its packs.
+
+        Args:
+            block: micro-batches of this rank.
+            work: what they have to compute (samples, or tokens): times are compared for each unit of it.
+            limit: the largest size that memory allows; None for any.
+            refused: sizes that are not exact.
+        """
         self._collect()
         if self._block is None:
             self._block = block
@@ -38,7 +45,7 @@ class Choice:
         while sizes[-1] < self._block:
             sizes.append(2 * sizes[-1])
         sizes = [s for s in sizes if s not in refused and (limit is None or s <= limit)]
-        self._now = self._next(sizes)
+        self._now, self._work = self._next(sizes), work
         self._measures = block == self._block and self.best is None
         if self._measures:
             self._began = self._mark()
@@ -49,10 +56,10 @@ class Choice:
             assert self.best is not None
             return self.best
         self.best = None
-        rarest = min(sizes, key=lambda size: len(self._times_s.get(size, [])))
-        if len(self._times_s.get(rarest, [])) < self.STEPS:
+        rarest = min(sizes, key=lambda size: len(self._times.get(size, [])))
+        if len(self._times.get(rarest, [])) < self.STEPS:
             return rarest
-        self.best = min(sizes, key=lambda size: min(self._times_s[size]))
+        self.best = min(sizes, key=lambda size: min(self._times[size]))
         return self.best
 
     def _mark(self) -> Any:
@@ -65,23 +72,23 @@ class Choice:
     def end(self, tried: bool) -> None:
         """The step's micro-batches have been computed; `tried` if some were computed for a comparison only."""
         if self._measures and not tried:
-            self._pending.append((self._now, self._began, self._mark()))
+            self._pending.append((self._now, self._work, self._began, self._mark()))
 
     @property
     def speed_up(self) -> float | None:
         """How many times as fast the best size is as single micro-batches; None while that is not known."""
-        if self.best is None or not self._times_s.get(1) or not self._times_s.get(self.best):
+        if self.best is None or not self._times.get(1) or not self._times.get(self.best):
             return None
-        return min(self._times_s[1]) / min(self._times_s[self.best])
+        return min(self._times[1]) / min(self._times[self.best])
 
     def _collect(self) -> None:
         while self._pending:
-            size, began, ended = self._pending[0]
+            size, work, began, ended = self._pending[0]
             if self._cuda:
                 if not ended.query():
                     return
                 seconds = began.elapsed_time(ended) / 1e3
             else:
                 seconds = ended - began
-            self._times_s.setdefault(size, []).append(seconds)
+            self._times.setdefault(size, []).append(seconds / work)
             self._pending.pop(0)

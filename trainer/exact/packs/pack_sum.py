@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,11 @@ class PackSum:
         audited: after `close`, the gradients of the micro-batch that is audited, where there is one.
     """
 
-    def __init__(self, to: GradientSum, count: int, norms: bool, audited: int | None) -> None:
-        first = to._begin + to._leaf
-        self._to, self._count, self._wants_norms, self._audit = to, count, norms, audited
-        self._program = pack_program(to._leaves, to._begin, first, first + count)
-        self._buffers = [to.buffer(to._top + c) for c in range(len(self._program.nodes))]
+    def __init__(self, to: GradientSum, M: int, part: Sequence[int], norms: bool, audited: int | None) -> None:
+        self._to, self._count, self._wants_norms, self._audit = to, len(part), norms, audited
+        self._program = pack_program(M, tuple(part))
+        self._places = to.growing.free(len(self._program.nodes))
+        self._buffers = [to.buffer(place) for place in self._places]
         for _, _, missing in self._buffers:
             missing.zero_()
         self._pending: list[tuple[int, Tensor]] = []
@@ -46,7 +48,7 @@ class PackSum:
             for k, there in enumerate(present):
                 if not there:
                     rows[k].zero_()
-            for (_, _, missing), start, size in zip(self._buffers, self._program.nodes, self._program.sizes):
+            for (_, _, missing), start, size in zip(self._buffers, self._program.rows, self._program.sizes):
                 missing[place] += sum(not there for there in present[start : start + size])
         self._pending.append((place, rows))
         self._bytes += rows.numel() * rows.element_size()
@@ -67,7 +69,7 @@ class PackSum:
                 [r[first:last:stride] for r in rows],
                 [r[first + distance : last + distance : stride] for r in rows],
             )
-        for (_, views, _), node in zip(self._buffers, self._program.nodes):
+        for (_, views, _), node in zip(self._buffers, self._program.rows):
             torch._foreach_copy_([views[place] for place, _ in self._pending], [r[node] for r in rows])
         self._pending, self._bytes = [], 0
 
@@ -86,9 +88,6 @@ class PackSum:
             self.norms = [torch.linalg.vector_norm(torch.stack(row)) for row in zip(*columns)]
         if self._audit is not None:
             self.audited = [self._audited.get(place) for place in range(to._count)]
-        for merge in program.merges:
-            to.buffer(merge.target)[0].add_(to.buffer(merge.source)[0])
-        for target, source in program.moves:
-            to.buffer(target)[0].copy_(to.buffer(source)[0])
-        to._leaf += self._count
-        to._top = program.top
+        for node, place in zip(program.nodes, self._places):
+            to.merge(to.growing.arrive(node, place))
+        to.note_added(self._count)

@@ -8,6 +8,7 @@ on this device and with these kernels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,8 +29,12 @@ TRIALS = 3
 _NO_MEMORY = "there is not enough memory"
 # Trials of a shape that may end without a verdict.
 MOST_POSTPONED = 20
+# With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
+FREE_SHAPES, TRIAL_SHARE = 8, 0.05
 # The fewest steps for which it pays to look for the fastest size.
 FEWEST_STEPS = 50
+# A rank's micro-batches may be added in another order than theirs if all their gradients take so many bytes at most.
+WAITING_BYTES = 256 << 20
 # Modules that take samples and parameters apart in ways of their own.
 _APART = (nn.RNNBase, nn.MultiheadAttention)
 
@@ -63,6 +68,7 @@ class Packs:
     ) -> None:
         self._micro_batches, self._trained = micro_batches, list(parameters)
         self._model, self._statistics, self._device = model, statistics, device
+        self._bytes = 4 * sum(p.numel() for p in self._trained)
         self._places = {id(p): place for place, p in enumerate(self._trained)}
         tensors = [*model.parameters(), *model.buffers()]
         self._constants = frozenset(id(t) for t in tensors if id(t) not in self._places)
@@ -82,18 +88,20 @@ class Packs:
         self._choice = Choice(device) if size is None and steps >= FEWEST_STEPS else None
         self._mixed_steps = TRIALS if self._choice is not None else 0
         self._mixed = self._tried = False
+        self._began, self._trial_s = time.perf_counter(), 0.0
 
     # ---- how many ------------------------------------------------------------------------------------------------
 
-    def begin(self, block: int) -> int:
-        """A step begins, in which this rank has a block of so many micro-batches. Returns the size of its packs."""
+    def begin(self, batch: GlobalBatch, block: range) -> int:
+        """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
-        self._mixed = self._mixed_steps > 0 and block > 2
+        self._mixed = self._mixed_steps > 0 and len(block) > 2
         if self._mixed:  # packs of 2, 4, 8, ... in one step: a trial of all sizes in the time of one
             self._mixed_steps -= 1
-            self.size = block
+            self.size = len(block)
         elif self._choice is not None:
-            self.size = self._choice.begin(block, self._limit, self._refused_sizes())
+            work = sum(m * max(1, longest) for m, longest in (self._shape(batch, j) for j in block))
+            self.size = self._choice.begin(len(block), work, self._limit, self._refused_sizes())
         elif self._limit is not None:
             self.size = min(self.size, self._limit)
         return self.size
@@ -123,7 +131,7 @@ class Packs:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what was reserved for the large pack is in pieces of no use to smaller ones
 
-    def refuse(self, batch: GlobalBatch, part: range, error: RefusedError) -> None:
+    def refuse(self, batch: GlobalBatch, part: Sequence[int], error: RefusedError) -> None:
         """A pack could not be computed, though its shape can: where that was no chance, it is not tried again."""
         if not error.once:
             self._verdicts[self._key(batch, part)].refusal = str(error)
@@ -146,48 +154,70 @@ class Packs:
 
     # ---- which micro-batches share one ---------------------------------------------------------------------------
 
-    def parts(self, batch: GlobalBatch, block: range) -> Iterator[range]:
+    def parts(self, batch: GlobalBatch, block: range) -> Iterator[Sequence[int]]:
         """A rank's block in parts, each of which may be a pack: at most `size` micro-batches of one shape.
 
-        Parts begin at multiples of the size, so that a part is a branch of the tree.
+        They may lie anywhere in the block if their gradients may wait for their neighbours in the tree.
         """
-        start = block.start
-        while start < block.stop:
-            if self._mixed:
-                # 2, 2, 4, 8, 16, ...: each again as long as all before it
-                done = start - block.start
-                stop = min(block.stop, start + max(2, 1 << max(0, done.bit_length() - 1)))
+        anywhere = len(block) * self._bytes <= WAITING_BYTES
+        groups: list[list[int]] = []
+        latest: dict[tuple[int, int], list[int]] = {}
+        for j in block:
+            shape = self._shape(batch, j)
+            if shape not in latest or not (anywhere or latest[shape][-1] == j - 1):
+                groups.append([])
+                latest[shape] = groups[-1]
+            latest[shape].append(j)
+        for group in groups:
+            yield from self._chunks(group)
+
+    def _chunks(self, group: list[int]) -> Iterator[list[int]]:
+        """Micro-batches of one shape in parts."""
+        neighbours, done = group[-1] - group[0] == len(group) - 1, 0
+        while done < len(group):
+            if self._mixed:  # 2, 2, 4, 8, 16, ...: each again as long as all before it
+                count = max(2, 1 << max(0, done.bit_length() - 1))
+            elif neighbours:  # from multiples of the size on, so that a part is a branch of the tree
+                count = self.size - group[done] % self.size
             else:
-                stop = min(block.stop, (start // self.size + 1) * self.size)
-            first = self._shape(batch, start)
-            end = start + 1
-            while end < stop and self._shape(batch, end) == first:
-                end += 1
-            yield range(start, end)
-            start = end
+                count = self.size
+            if not neighbours:  # powers of two: few sizes, as each has to be tried
+                count = min(count, 1 << ((len(group) - done).bit_length() - 1))
+            yield group[done : done + count]
+            done += count
 
     @staticmethod
     def _shape(batch: GlobalBatch, j: int) -> tuple[int, int]:
         begin, end = batch.bounds[j]
         return end - begin, batch.longest[j] if batch.longest is not None else 0
 
-    def known(self, batch: GlobalBatch, part: range) -> bool | None:
+    def known(self, batch: GlobalBatch, part: Sequence[int]) -> bool | None:
         """Whether a part may be a pack; None if that is not known yet."""
         verdict = self._verdicts.get(self._key(batch, part))
-        if verdict is None or (verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step)):
+        if verdict is None:
+            return None if self._may_try_more() else False
+        if verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step):
             return None
         return verdict.refusal is None
+
+    def _may_try_more(self) -> bool:
+        """Whether there is time for a trial of one more shape. Texts have many."""
+        if self._choice is None or len(self._verdicts) < FREE_SHAPES:
+            return True
+        return self._trial_s <= TRIAL_SHARE * (time.perf_counter() - self._began)
 
     def refusals(self) -> dict[int, str]:
         """Size -> why there are no such packs."""
         return {key[0]: v.refusal for key, v in self._verdicts.items() if v.refusal is not None}
 
-    def _key(self, batch: GlobalBatch, part: range) -> Key:
-        return (len(part), *self._shape(batch, part.start))
+    def _key(self, batch: GlobalBatch, part: Sequence[int]) -> Key:
+        return (len(part), *self._shape(batch, part[0]))
 
     # ---- computing -----------------------------------------------------------------------------------------------
 
-    def compute(self, batch: GlobalBatch, part: range, scale: Tensor, sink: Sink, checks: bool = False) -> Packed:
+    def compute(
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, checks: bool = False
+    ) -> Packed:
         """Computes a pack; its gradients go to the sink.
 
         Args:
@@ -206,7 +236,7 @@ class Packs:
         arrays = self._micro_batches.pack_samples(batch, part)
         leaves = Leaves(self._trained, g, sink)
         streams = Streams([self._micro_batches.forward_key(batch, j) for j in part], self._device)
-        rows = batch.bounds[part[-1]][1] - batch.bounds[part[0]][0]
+        rows = g * self._shape(batch, part[0])[0]
         pack = Pack(
             self._places,
             self._constants,
@@ -249,15 +279,23 @@ class Packs:
 
     # ---- trials --------------------------------------------------------------------------------------------------
 
-    def try_out(self, batch: GlobalBatch, part: range, scale: Tensor, singly: Callable[[range], list[Single]]) -> None:
+    def try_out(
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singly: Callable[[Sequence[int]], list[Single]]
+    ) -> None:
         """Computes micro-batches one by one, as `singly` does, and as a pack, and notes whether the bits are the same.
 
         Args:
             batch, part, scale: as for `compute`.
             singly: computes and adds the micro-batches, and returns the hashes of what it found.
         """
-        key, self._tried = self._key(batch, part), True
+        self._tried = True
         singles = singly(part)
+        began = time.perf_counter()
+        self._compare(batch, part, scale, singles)
+        self._trial_s += time.perf_counter() - began
+
+    def _compare(self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singles: list[Single]) -> None:
+        key = self._key(batch, part)
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
