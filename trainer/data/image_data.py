@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _table_sources(
         )
     label_column = tables.find_column(train.column_names, label_column, LABEL_COLUMNS, "label_column")
     roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
-    folders = [Path(root).expanduser().absolute() for root in roots]
+    folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
     parts = {}
     for split, table in splits.items():
         for column in (image_column, label_column):
@@ -227,7 +228,7 @@ def table_images(
             if (content is not None and len(content)) or not path:
                 yield name, content if content is not None and len(content) else None
                 continue
-            if folders and not any(Path(path).absolute().is_relative_to(folder) for folder in folders):
+            if folders and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in folders):
                 raise UserError(
                     f"{name}: the table only names its images, so changed images would not be noticed.\nPut the table "
                     "into the folder of the images as metadata.csv, with their names in the column file_name, and "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 
 SUBWORDS = "subwords"
@@ -14,19 +16,19 @@ NOTED, REFUSED = 0.2, 0.5
 SUBWORDS_SIZE = 8000
 
 
-def unknown_share(tokenizer: Any, rows: Sequence[Sequence[int]]) -> float:
+def unknown_share(tokenizer: Any, rows: Sequence[Sequence[int] | np.ndarray]) -> float:
     """The share of unknown tokens among those that are not special.
 
     Args:
         tokenizer: a transformers tokenizer.
         rows: token numbers of each text.
     """
-    if tokenizer.unk_token_id is None:
-        return 0.0
     unknown = tokenizer.unk_token_id
-    special = set(tokenizer.all_special_ids) - {unknown}
-    total = sum(token not in special for row in rows for token in row)
-    return sum(token == unknown for row in rows for token in row) / max(total, 1)
+    if unknown is None or not rows:
+        return 0.0
+    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    special = np.isin(tokens, [number for number in tokenizer.all_special_ids if number != unknown])
+    return float((tokens == unknown).sum()) / max(int((~special).sum()), 1)
 
 
 def check_share(shares: dict[str, float], what: str, remedy: str) -> list[str]:

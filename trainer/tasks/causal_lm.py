@@ -294,7 +294,7 @@ class CausalLM:
         for name, split in documents.items():
             sequences = _tokenise(tokenizer, split, f"Tokenising {name}")
             notes += _unknown_note(tokenizer, sequences, name) if built is not None else []
-            shares[name] = unknown.unknown_share(tokenizer, [s.ids.tolist() for s in sequences])
+            shares[name] = unknown.unknown_share(tokenizer, [s.ids for s in sequences])
             if not packed:
                 sequences = self._check_lengths(sequences, name, split.rows, limit, notes)
             own = (pack if packed else pad_rows)(sequences, limit, tokenizer.pad_token_id)

@@ -393,7 +393,8 @@ class ImageClassification:
             if files:
                 self.notes += sources.left_out_note(found, others, "no image")
                 return "file", ((str(file), file) for file in files)
-            raise UserError(f"--input {source}: no images in this folder ({', '.join(image_files.SUFFIXES)}).")
+            if not any(sources.suffix_of(file) in sources.TABLES for file in others):
+                raise UserError(f"--input {source}: no images in this folder ({', '.join(image_files.SUFFIXES)}).")
         try:
             table = tables.read({"train": str(source)})["train"]
         except UserError as error:

@@ -32,6 +32,8 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question",
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
 # Tokenizers that are made of the training texts.
 _BUILT = (text.WORDS, unknown.SUBWORDS)
+# As many texts tell how many words are unknown.
+_SOME_TEXTS = 5000
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
@@ -259,9 +261,10 @@ class TextClassification:
         if self._tokenizer_name == text.WORDS:
             built = text.build_words(texts, self._vocabulary)
             tokenizer = text.wrap(built, limit, types)
-            if self._tokenizer_named:
+            if self._tokenizer_named or self._vocabulary is not None:
                 return tokenizer, built
-            share = unknown.unknown_share(tokenizer, text.encode(tokenizer, texts, None, None, False, "Words").ids)
+            some = texts[:: max(1, len(texts) // _SOME_TEXTS)]
+            share = unknown.unknown_share(tokenizer, text.encode(tokenizer, some, None, None, False, "Words").ids)
             if share <= unknown.REFUSED:
                 return tokenizer, built
             notes.append(
@@ -276,7 +279,7 @@ class TextClassification:
 
     def _tokenizer_remedy(self) -> str:
         if self._tokenizer_name in _BUILT:
-            return 'Set "tokenizer": "subwords" in trainer.task_options.'
+            return 'Set "tokenizer": "subwords" in trainer.task_options, or a larger "vocabulary" if it is set.'
         return "Take a model whose tokenizer knows the language of the texts."
 
     def _usual(self, columns: Sequence[str], label_column: str | None = None) -> list[str]:
