@@ -191,6 +191,20 @@ class Gain(nn.Module):
         return x * self.gain + self.shift
 
 
+class Scale(nn.Module):
+    """Bare parameters: samples are multiplied with one, and another is added; RMSNorm as transformers writes it."""
+
+    def __init__(self, features, ones, norm):
+        super().__init__()
+        shape = (1,) * ones + (features,)
+        self.scale, self.shift, self.norm = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape)), norm
+
+    def forward(self, x):
+        if self.norm:
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.scale * x + self.shift
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()

@@ -303,9 +303,12 @@ class Network:
             self._put({"nn": kind, "args": [self._last()]})
 
     def _odd_weights(self) -> None:
-        kinds = ["Gain", "Unused", "Sometimes"]
+        kinds = ["Gain", "Unused", "Sometimes", "Scale"]
         kind = self._chance.choice(kinds)
-        if kind == "Sometimes":
+        if kind == "Scale":
+            norm = self._chance.random() < 0.5
+            self._put({"own": kind, "features": self._last(), "ones": self._chance.randint(0, 1), "norm": norm})
+        elif kind == "Sometimes":
             self._put({"own": kind, "features": self._last(), "above": self._chance.choice([0.5, 1.5, 2.2])})
         else:
             self._put({"own": kind})

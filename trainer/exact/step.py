@@ -23,10 +23,9 @@ from .exchange import Exchange, most_local
 from .gradient_sum import GradientSum, norm_of
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .packs.functions import RefusedError
 from .packs.pack_sum import PackSum
 from .packs.packs import Packs
-from .packs.verdicts import Single, out_of_memory
+from .packs.verdicts import RefusedError, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
 
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.exact.packs.packed import floats, trained
-from trainer.exact.packs.rules import LINEAR, Rule, Site, cut, piece, put_pieces
+from trainer.exact.packs import layer_functions
+from trainer.exact.packs.layers import Rule, Site, cut, piece, put_pieces
+from trainer.exact.packs.rules import LINEAR
 from trainer.exact.packs.values import drawn_like, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +96,64 @@ def test_random_values_keep_what_a_kernel_depends_on() -> None:
     assert drawn_like(x.detach().t()).stride() == x.t().stride()
     places = torch.arange(3)
     assert drawn_like(places) is places
+
+
+class Scaled(nn.Module):
+    """Bare parameters: on the left and on the right, of fewer dimensions, of size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(8) / 5), nn.Parameter(torch.rand(1, 1, 8) / 5)
+        self.places = nn.Parameter(torch.rand(5, 1) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.shift + self.scale * x) * self.places + self.places
+
+
+class Llamas(nn.Module):
+    """RMSNorm as transformers writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.usefixtures("group_of_one", "early_packs")
+@pytest.mark.parametrize(
+    ("layer", "shape", "name"),
+    [
+        (lambda: nn.RMSNorm(8), (5, 8), "rms_norm"),
+        (lambda: nn.GroupNorm(5, 5), (5, 8), "group_norm"),
+        (lambda: nn.GroupNorm(1, 5, affine=True), (5, 2, 4), "group_norm"),
+        (Scaled, (5, 8), "mul"),
+        (Llamas, (5, 8), "mul"),
+    ],
+)
+def test_layers_of_few_parameters_have_rules(layer: Any, shape: tuple[int, ...], name: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(layer(), nn.Tanh(), layer(), nn.Tanh()), floats(*shape)
+    found, packs = trained(model, x, 4)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}
+    rules = {key[0]: chosen for key, chosen in packs._sites.items()}
+    assert rules[name] >= 0, packs.summary()
+
+
+@pytest.mark.usefixtures("group_of_one", "early_packs")
+def test_a_rule_that_a_device_cannot_compute_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise NotImplementedError("Could not run this kernel on the backend.")
+
+    monkeypatch.setattr(layer_functions, "LINEAR", (Rule(fails, fails), *LINEAR))
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 2), floats(8)
+    found, packs = trained(model, x, 4)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}
+    assert set(packs._sites.values()) == {1}
 
 
 @pytest.mark.usefixtures("group_of_one", "early_packs")

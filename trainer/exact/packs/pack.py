@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..batch_norm import RunningStatistics
-from .functions import FUNCTIONS, RefusedError, name_of
+from .functions import FUNCTIONS
+from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
-from .rules import Cut, Join, Layer, Rule, Site, piece
 from .streams import Streams
 from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
+from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
 ALONE = -1
@@ -495,12 +496,21 @@ class Pack(TorchFunctionMode):
     @staticmethod
     def _fastest(sites: list[Site], tensors: list[Any]) -> int:
         """The place of the fastest rule that is exact; ALONE if none is."""
-        exact = [place for place, site in enumerate(sites) if not site.differs(*tensors)]
+        exact = [place for place, site in enumerate(sites) if _is_exact(site, tensors)]
         if len(exact) < 2:
             return exact[0] if exact else ALONE
         times_s = [sites[place].backward_s(*tensors) for place in exact]
         # The first has the fewest operators, so it wins if the clock does not clearly say otherwise.
         return next(place for place, seconds in zip(exact, times_s) if seconds < 1.2 * min(times_s))
+
+
+def _is_exact(site: Site, tensors: list[Any]) -> bool:
+    try:
+        return not site.differs(*tensors)
+    except RuntimeError as error:  # a device may have no such kernel
+        if out_of_memory(error):
+            raise
+        return False
 
 
 # Functions that look at a tensor or move its values: never another bit.

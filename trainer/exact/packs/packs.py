@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from ..batch_norm import RunningStatistics
 from ..micro_batches import GlobalBatch, MicroBatches
 from .choice import Choice
-from .functions import RefusedError
 from .leaves import Leaves, Sink
 from .pack import ALONE, Key, Pack
 from .streams import Streams
-from .verdicts import HashedSums, Packed, Single, Verdict, difference, out_of_memory
+from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3

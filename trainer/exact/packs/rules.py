@@ -10,226 +10,11 @@ time, on the same inputs (`Site.check_*`), and what differs is computed one at a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..micro_batches import ALIGNMENT_BYTES
-from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
-
-if TYPE_CHECKING:
-    from .pack import Pack
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the input; of weight and bias, (g, *shape)
-
-
-class Rule(NamedTuple):
-    """How a kind of layer is computed for a pack.
-
-    Attributes:
-        forward: (site, x, weight, bias) -> (output, tensors that backward needs).
-        backward: (site, gradient of the output, x, weight, bias, those tensors) -> gradients.
-        needs_input: whether backward looks at x. One that does not is one that lays the gradient out anew.
-    """
-
-    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-    backward: Callable[..., Gradients]
-    needs_input: bool = True
-
-
-class Site:
-    """One use of a layer's function in a packed forward.
-
-    Args:
-        pack: under way.
-        rule: of the function.
-        call: the plain function of (x, weight, bias), of a pack or of one micro-batch.
-        key: names the place, for what trials find out.
-        weight, bias: their numbers among the parameters; None for one that is not trained or not there.
-    """
-
-    def __init__(
-        self,
-        pack: Pack,
-        rule: Rule,
-        call: Callable[..., Tensor],
-        key: tuple[Any, ...],
-        weight: int | None,
-        bias: int | None,
-        **options: Any,
-    ) -> None:
-        self.pack, self.rule, self.call, self.key = pack, rule, call, key
-        self.weight, self.bias, self.options = weight, bias, options
-
-    @property
-    def g(self) -> int:
-        """Micro-batches in the pack."""
-        return self.pack.g
-
-    def alone(self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-        """The gradients by plain autograd, one micro-batch at a time."""
-        dx, rows = [], ([], [])  # type: ignore[var-annotated]
-        wanted = (self.weight is not None, self.bias is not None)
-        for k, (d, i) in enumerate(zip(cut(grad, self.g), cut(x, self.g))):
-            with torch.enable_grad():
-                i = i.detach().requires_grad_(i.is_floating_point())
-                own = [p if p is None else p.detach().requires_grad_(w) for p, w in zip((weight, bias), wanted)]
-                y = self.call(i, *own, place=k)
-                inputs = ([i] if i.requires_grad else []) + [p for p, w in zip(own, wanted) if w and p is not None]
-                found = list(torch.autograd.grad(y, inputs, d))
-            if i.requires_grad:
-                dx.append(found.pop(0))
-            for list_, w in zip(rows, wanted):
-                if w:
-                    list_.append(found.pop(0))
-        stacked = [torch.stack(r) if r else None for r in rows]
-        return (torch.cat(dx) if dx else None), stacked[0], stacked[1]
-
-    def differs(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor | None = None) -> bool:
-        """Whether the rule gives other bits than one micro-batch at a time, of random values of these shapes.
-
-        Args:
-            x, weight, bias: of the layer.
-            like: how the gradient of the output lies in memory; None if as the output does.
-        """
-        compared = 0
-        for draw in range(MOST_DRAWS):
-            own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
-            if draw == 1 and own[1] is not None:
-                own[1].zero_()  # as LoRA begins
-            y, saved = self.rule.forward(self, *own)
-            if not same_bits(
-                y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])
-            ):
-                return True
-            grad = drawn_gradient(y if like is None else like)
-            found = self.rule.backward(self, grad, *own, *saved)
-            if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
-                return True
-            compared += min(y.numel(), x.numel()) if draw != 1 else 0
-            if compared > ENOUGH_VALUES and draw > 1:
-                break
-        return False
-
-    def backward_s(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> float:
-        """Seconds that the rule's backward takes, the shortest of some."""
-        own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
-        y, saved = self.rule.forward(self, *own)
-        grad, times = drawn_gradient(y), []
-        for _ in range(4):
-            _wait_for(x)
-            began_s = time.perf_counter()
-            self.rule.backward(self, grad, *own, *saved)
-            _wait_for(x)
-            times.append(time.perf_counter() - began_s)
-        return min(times[1:])
-
-
-def _wait_for(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-class Layer(torch.autograd.Function):
-    """A layer in a pack: leaves the parameters' gradients with the pack, one a micro-batch."""
-
-    @staticmethod
-    def forward(ctx: Any, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The pack's output."""
-        y, saved = site.rule.forward(site, x, weight, bias)
-        ctx.site = site
-        kept = x if site.rule.needs_input else None
-        ctx.save_for_backward(kept, weight, bias, *saved)
-        ctx.strides = y.stride()
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
-        """The input's gradient; none for the parameters, whose gradients the pack has taken."""
-        site: Site = ctx.site
-        x, weight, bias, *saved = ctx.saved_tensors
-        with torch._C.DisableTorchFunction():
-            # A sum over samples goes through memory in the order of strides, so a trial looks at these, too.
-            if grad.stride() == ctx.strides or x is None or site.pack.holds(site, grad, x, weight, bias):
-                dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
-            else:
-                dx, *rows = site.alone(grad, x, weight, bias)
-            for index, row in zip((site.weight, site.bias), rows):
-                if index is not None:
-                    assert row is not None
-                    site.pack.leaves.put(index, row)
-        return None, dx if ctx.needs_input_grad[1] else None, None, None
-
-
-def piece(tensor: Tensor, k: int, g: int) -> Tensor:
-    """Micro-batch k's part of a pack's tensor, as good as one of its own.
-
-    A piece that starts where no fresh tensor would is copied: a matrix product may give it other bits there.
-    """
-    size = tensor.size(0) // g
-    own = tensor.narrow(0, k * size, size)
-    start = own.storage_offset() * own.element_size()
-    return own.clone() if start % ALIGNMENT_BYTES[tensor.device.type] else own
-
-
-def cut(tensor: Tensor, g: int) -> list[Tensor]:
-    """The parts of a pack's micro-batches, as from `piece`."""
-    own, size, alignment = tensor.chunk(g), tensor.element_size(), ALIGNMENT_BYTES[tensor.device.type]
-    distance = own[-1].storage_offset() - own[0].storage_offset()
-    if distance * size % (alignment * max(1, g - 1)) == 0 and tensor.storage_offset() * size % alignment == 0:
-        return list(own)
-    return [piece(tensor, k, g) for k in range(g)]
-
-
-def put_pieces(tensor: Tensor, pieces: list[Tensor]) -> None:
-    """Writes back what was changed in pieces, where they are copies."""
-    if all(own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for own in pieces):
-        return
-    for there, own in zip(tensor.chunk(len(pieces)), pieces):
-        if there.data_ptr() != own.data_ptr():
-            there.copy_(own)
-
-
-def joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Tensors of micro-batches as the pack's, with their order of strides: dropout draws in the order of memory."""
-    if all(own.is_contiguous() for own in pieces):
-        return torch.cat(pieces)  # type: ignore[arg-type]
-    strides = pieces[0].stride()
-    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-    whole = torch.cat([own.permute(order).contiguous() for own in pieces], dim=order.index(0))
-    return whole.permute([order.index(dim) for dim in range(len(order))])
-
-
-class Cut(torch.autograd.Function):
-    """A pack's tensor as those of its micro-batches, each with memory and, in the backward, a gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, g: int) -> tuple[Tensor, ...]:
-        """The pieces, copied: they may be changed in place."""
-        return tuple(own.clone() for own in tensor.chunk(g))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The gradients, one after the other."""
-        return joined(grads), None
-
-
-class Join(torch.autograd.Function):
-    """The tensors of micro-batches as the pack's. torch.cat would hand back gradients that start anywhere."""
-
-    @staticmethod
-    def forward(ctx: Any, *pieces: Tensor) -> Tensor:
-        """One after the other."""
-        return joined(pieces)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """Each micro-batch's gradient, as good as one of its own."""
-        return tuple(cut(grad, len(ctx.needs_input_grad)))
-
+from .layers import Gradients, Rule, Site, cut
 
 # ---- dense layers -------------------------------------------------------------------------------------------------
 
@@ -326,6 +111,56 @@ def _layer_norm_backward(
     return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
 
 
+def _rms_norm_forward(site: Site, x: Tensor, weight: Tensor, bias: None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, rstd = torch.ops.aten._fused_rms_norm(x, site.options["shape"], weight, site.options["eps"])
+    return y, (rstd,)
+
+
+def _rms_norm_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None, rstd: Tensor) -> Gradients:
+    back, shape, g = torch.ops.aten._fused_rms_norm_backward, site.options["shape"], site.g
+    dx = back(grad, x, shape, rstd, weight, [True, False])[0] if x.requires_grad else None
+    pieces = zip(cut(grad, g), cut(x, g), cut(rstd, g))
+    return dx, torch.stack([back(d, i, shape, r, weight, [False, True])[1] for d, i, r in pieces]), None
+
+
+def _two_step_rms_norm_forward(site: Site, x: Tensor, weight: Tensor, bias: None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return F.rms_norm(x, site.options["shape"], None, site.options["eps"]) * weight, ()
+
+
+def _two_step_rms_norm_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
+    # Where there is no fused kernel, torch scales last, too.
+    with torch.enable_grad():
+        own = x.detach().requires_grad_(x.requires_grad)
+        scaled = F.rms_norm(own, site.options["shape"], None, site.options["eps"])
+    dx = torch.autograd.grad(scaled, own, grad * weight)[0] if x.requires_grad else None
+    sums = [_summed_to(part, weight, first=0) for part in cut(grad * scaled.detach(), site.g)]
+    return dx, torch.stack(sums).view(site.g, *weight.shape), None
+
+
+def _group_norm_forward(
+    site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    N, C, o = x.size(0), x.size(1), site.options
+    y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, N, C, x[0, 0].numel(), o["groups"], o["eps"])
+    return y, (mean, rstd)
+
+
+def _group_norm_backward(
+    site: Site, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Gradients:
+    back, g, sizes = torch.ops.aten.native_group_norm_backward, site.g, (x.size(1), x[0, 0].numel())
+    groups, mask = site.options["groups"], [False, site.weight is not None, site.bias is not None]
+    # The kernel reads the gradient as one piece of memory.
+    grad = grad.contiguous()
+    dx = None
+    if x.requires_grad:
+        dx = back(grad, x, mean, rstd, weight, x.size(0), *sizes, groups, [True, False, False])[0]
+    pieces = zip(cut(grad, g), cut(x, g), cut(mean, g), cut(rstd, g))
+    parts = [back(d, i, mu, r, weight, i.size(0), *sizes, groups, mask) for d, i, mu, r in pieces]
+    dw = torch.stack([part[1] for part in parts]) if mask[1] else None
+    return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
+
+
 def _beside(x: Tensor, g: int) -> Tensor:
     """(g m, C, ...) -> (m, g C, ...): the channels of a micro-batch lie beside another's, as channels of their own."""
     return x.view(g, -1, *x.shape[1:]).transpose(0, 1).reshape(len(x) // g, -1, *x.shape[2:])
@@ -373,6 +208,37 @@ def _batch_norm_backward(
     return _apart(dx, g), dw.view(g, -1) if mask[1] else None, db.view(g, -1) if mask[2] else None
 
 
+# ---- parameters that are multiplied with or added to samples ---------------------------------------------------------
+
+
+def _broadcast_forward(site: Site, x: Tensor, weight: Tensor, bias: None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return site.call(x, weight, None), ()
+
+
+def _broadcast_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
+    by = grad * x if site.options["multiplies"] else grad
+    sums = _summed_to(by.reshape(site.g, -1, *by.shape[1:]), weight, first=1)
+    return _broadcast_input(site, grad, weight), sums.view(site.g, *weight.shape), None
+
+
+def _broadcast_apart_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
+    by = grad * x if site.options["multiplies"] else grad
+    sums = torch.stack([_summed_to(part, weight, first=0) for part in cut(by, site.g)])
+    return _broadcast_input(site, grad, weight), sums.view(site.g, *weight.shape), None
+
+
+def _broadcast_input(site: Site, grad: Tensor, weight: Tensor) -> Tensor:
+    return grad * weight if site.options["multiplies"] else grad
+
+
+def _summed_to(by: Tensor, weight: Tensor, first: int) -> Tensor:
+    """Sums over the dimensions from `first` on in which a parameter is broadcast, as autograd does."""
+    ahead = by.dim() - first - weight.dim()
+    dims = [first + d for d in range(ahead)]
+    dims += [first + ahead + d for d, size in enumerate(weight.shape) if size == 1 != by.size(first + ahead + d)]
+    return by.sum(dims, keepdim=True) if dims else by
+
+
 # For each kind of layer the rules that may do, the one with the fewest operators first. A trial takes the fastest of
 # those that are exact; where there was none, the last is taken.
 LINEAR = (Rule(_linear_forward, _linear_backward),)
@@ -380,4 +246,10 @@ ADDMM = (Rule(_linear_forward, _addmm_backward),)
 CONVOLUTION = (Rule(_linear_forward, _grouped_backward), Rule(_linear_forward, _convolution_backward))
 EMBEDDING = (Rule(_linear_forward, _embedding_backward),)
 LAYER_NORM = (Rule(_layer_norm_forward, _layer_norm_backward),)
+RMS_NORM = (
+    Rule(_rms_norm_forward, _rms_norm_backward),
+    Rule(_two_step_rms_norm_forward, _two_step_rms_norm_backward),
+)
+GROUP_NORM = (Rule(_group_norm_forward, _group_norm_backward),)
+BROADCAST = (Rule(_broadcast_forward, _broadcast_backward), Rule(_broadcast_forward, _broadcast_apart_backward))
 BATCH_NORM = (Rule(_batch_norm_forward, _batch_norm_backward, needs_input=False),)

@@ -12,6 +12,19 @@ from torch import Tensor
 from ..hashes import hash64
 
 
+class RefusedError(Exception):
+    """This pack cannot be computed as one.
+
+    Attributes:
+        parameters: of the function that refuses; their module may be computed one micro-batch at a time instead.
+        once: only this pack: the next may have no such trouble.
+    """
+
+    def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False) -> None:
+        super().__init__(what)
+        self.parameters, self.once = tuple(parameters), once
+
+
 class Packed(NamedTuple):
     """What a pack found besides gradients.
 
