@@ -51,6 +51,7 @@ WITHOUT_TORCH = {
     "engine.rates",
     "commands.show_plan",
     "study.arms",
+    "tasks.first_look",
 }
 HEAVY = {
     "PIL",

@@ -22,7 +22,7 @@ from trainer.config.keys import Config
 from trainer.data import pretrained
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import run_ranks
-from trainer.tasks.protocol import BUILT_IN
+from trainer.tasks.first_look import BUILT_IN
 
 SECRETS = {
     "HF_TOKEN": "hf_aVerySecretTokenOfHuggingFace",

@@ -26,6 +26,7 @@ from trainer.ranks.launchers import remember_launchers  # noqa: E402
 from trainer.ranks.place import Ranks  # noqa: E402
 from trainer.ranks.rendezvous import close  # noqa: E402
 from trainer.ranks.speech import first_to_speak, report  # noqa: E402
+from trainer.tasks.first_look import look  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = Ranks.from_environment(flags.local_rank)
         config = config_from(flags)
         config.plan(ranks.world_size)  # fails early: before torch is loaded
+        look(config.trainer.task, config.trainer.task_options)
         from trainer.run.resume import Resume
         from trainer.run.run import run
 

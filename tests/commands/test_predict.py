@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -144,6 +145,47 @@ def test_a_models_folder_does_not_choose_which_code_runs(folder: Path, capsys: p
     assert not (folder / "ran").exists()
 
 
+def say_code(folder: Path, file: Path, name: str = "Doubles") -> None:
+    """What a run notes of a task of one's own: where its code is, and its hash."""
+    (folder / "run" / "manifest.json").write_text("{}")
+    say_origin(
+        folder, task=f"moved/{file.name}:{name}", task_options={"scale": 3.0}, task_file=str(file.resolve()),
+        task_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+    )  # fmt: skip
+
+
+def test_the_folder_of_a_run_is_enough_for_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_code(folder, folder / "tasks.py")
+    assert predict("--format", "jsonl", "--batch_size", "2", task=None) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == ROWS
+    assert main(["predict", "--model", "run/model", "--input", "in.txt"]) == 0
+
+
+def test_a_task_without_predict_is_told_what_to_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_code(folder, folder / "tasks.py", "Mute")
+    assert predict(task=None) == 2
+    assert "Add one to the class:\n    def predict(self, model, source, batch_size):" in capsys.readouterr().err
+
+
+def test_only_the_code_that_made_a_run_is_run_unasked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever gives away a folder knows neither the files of this machine nor can bring some along."""
+    evil = f"open({str(folder / 'ran')!r}, 'w')\n" + TASK
+    (folder / "run" / "evil.py").write_text(evil)
+    say_code(folder, folder / "run" / "evil.py")
+    assert predict(task=None) == 2
+    assert "is not there now. Add --task" in capsys.readouterr().err
+    say_code(folder, folder / "tasks.py")
+    (folder / "tasks.py").write_text(evil)
+    assert predict(task=None) == 2
+    assert f"has changed since it was trained. To use it as it is now, add --task {folder / 'tasks.py'}:Doubles" in (
+        capsys.readouterr().err
+    )
+    (folder / "tasks.py").unlink()
+    assert predict(task=None) == 2
+    assert "is not there now. Add --task" in capsys.readouterr().err
+    assert not (folder / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [
@@ -152,7 +194,7 @@ def test_a_models_folder_does_not_choose_which_code_runs(folder: Path, capsys: p
         ({}, ("--input", "nowhere.txt"), "--input nowhere.txt does not exist (looked from "),
         ({}, ("--output", "./in.txt"), "--output ./in.txt is the input itself, which would be overwritten"),
         ({}, ("--output", "no/such/out.csv"), "--output no/such/out.csv cannot be written: No such file or directory."),
-        ({}, ("--task", "tasks.py:Mute"), "The task tasks.py:Mute has no predict() method"),
+        ({}, ("--task", "tasks.py:Mute"), "The task tasks.py:Mute has no method predict(), so it cannot predict"),
         ({}, ("--task", "tasks.py:Double"), 'Did you mean "Doubles"?'),
         ({"task": 3}, (), "trainer.json is damaged: it must name a task and its options."),
         ({"task_options": None}, (), "trainer.json is damaged"),

@@ -255,7 +255,7 @@ def test_npz_files_that_must_change(tmp_path: Path) -> None:
         ({"x": x / 255, "y": y}, r"(?s)x is float64 of shape \(4, 5, 5\).*astype\(numpy.uint8\)"),
         ({"x": x.reshape(4, 1, 5, 5), "y": y}, r"(?s)shape \(4, 1, 5, 5\).*transpose"),
         ({"x": x, "y": y[:3]}, r"y has the shape \(3,\), but x has 4 images"),
-        ({"x": x, "y": y / 2}, "A label in train is 0.5. "),
+        ({"x": x, "y": y / 2}, "A label in train is 0.5. Predicting numbers .regression. is not"),
         ({"x": x, "y": np.array([0, None, 1, 0], dtype=object)}, "(?s)Python objects.*not loaded"),
         ({"x": x[:0], "y": y[:0]}, "the split train of .* is empty"),
         ({"x": x, "y": y, "test_x": x, "test_y": y + 1}, "The label 2 occurs 2 times in test, but never in train"),

@@ -143,6 +143,20 @@ def test_missing_values_and_wrong_kinds() -> None:
         tables.as_texts(["a", 3.5], "train", "c")
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (1.5, "Predicting numbers .regression. is not what this task trains"),
+        ([0, 1], "Several labels a sample .multi-label. are not"),
+        ({"a": 1}, "Several labels a sample"),
+        (b"x", "Labels are whole numbers or texts"),
+    ],
+)
+def test_other_labels_say_which_task_they_need(label: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        tables.class_names({"train": [label, label]})
+
+
 def test_class_names() -> None:
     assert tables.class_names({"train": ["b", "a", "b"]}) == ["a", "b"]
     assert tables.class_names({"train": [10, 9, 10]}) == ["9", "10"], "numbers by value"
@@ -151,7 +165,7 @@ def test_class_names() -> None:
     for labels, words in (
         ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' occurs 2 times in test, but never in train"),
         ({"train": ["a", "a"]}, "All labels in train are 'a'. A classifier needs at least two classes"),
-        ({"train": [1.5, 2.5]}, "A label in train is 1.5. Labels are whole numbers or strings"),
+        ({"train": [1.5, 2.5]}, "A label in train is 1.5. Predicting numbers .regression. is not"),
         ({"train": ["a", 1]}, "some are strings"),
     ):
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 import types
@@ -111,6 +112,47 @@ def test_how_much_of_a_model_is_trained() -> None:
     part = nn.Parameter(torch.empty(0))
     part.ds_numel = 12  # type: ignore[attr-defined]  # at ZeRO stage 3
     assert frozen_share(nn.ParameterList([part])) == (12, 12)  # type: ignore[arg-type]
+
+
+class Block(nn.Module):
+    """A nested layer with BatchNorm, and one without weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2)
+        self.bare = nn.BatchNorm1d(2, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bare(self.norm(self.conv(x)))
+
+
+def blocks() -> nn.Module:
+    return nn.Sequential(nn.Sequential(Block(), Block()), Block())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "still"),
+    [
+        ([], set()),
+        (["0"], {"0.0.norm", "0.0.bare", "0.1.norm", "0.1.bare"}),
+        (["0.1"], {"0.1.norm", "0.1.bare"}),
+        (["*.norm.*"], {"0.0.norm", "0.1.norm", "1.norm"}),
+        (["1.norm.weight", "1.norm.bias"], {"1.norm"}),
+        (["*.weight"], set()),
+        (["0", "1.conv"], {"0.0.norm", "0.0.bare", "0.1.norm", "0.1.bare"}),
+    ],
+)
+def test_frozen_means_that_running_statistics_stay_too(patterns: list[str], still: set[str]) -> None:
+    model = adapt(blocks(), config(freeze=patterns))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    for again in (model, copy.deepcopy(model)):  # a copy, too, as of a merged model
+        again.eval()
+        again.train()  # as after an evaluation
+        again(torch.randn(8, 2, 3))
+        moved = {name for name, tensor in again.named_buffers() if not torch.equal(tensor, before[name])}
+        norms = {name for name, module in again.named_modules() if isinstance(module, nn.BatchNorm1d)}
+        assert norms - {name.rpartition(".")[0] for name in moved} == still
+        assert again.training
 
 
 # ---------------------------------------------------------------- gradient checkpointing
@@ -238,3 +280,32 @@ def test_each_shape_is_compiled_for_itself_and_never_left_to_eager_mode(monkeypa
     assert asked == {"dynamic": False}
     assert dynamo.fail_on_recompile_limit_hit
     assert getattr(inductor, "deterministic", True)
+
+
+def test_an_adapter_leaves_the_statistics_of_its_base() -> None:
+    """It does not hold them, so on its base it would be another model than the one that was trained."""
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    model = adapt(blocks(), config(lora={"rank": 1, "target_modules": ["conv"]}))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    model.train()
+    model(torch.randn(8, 2, 3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+    whole = adapt(blocks(), config(lora={"rank": 1, "target_modules": ["conv"], "also_train": ["1"]}))
+    whole.train()
+    before = {name: tensor.clone() for name, tensor in whole.named_buffers()}
+    whole(torch.randn(8, 2, 3))
+    moved = {name for name, tensor in whole.named_buffers() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all("modules_to_save" in name for name in moved)
+
+
+def test_low_rank_updates_of_tied_weights_come_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    """Of peft on tied weights, which `merged` unties, and of transformers on names that peft uses."""
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tied = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=9, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(tied)
+    recwarn.clear()
+    merged(adapt(model, config(lora={"rank": 1, "target_modules": ["lm_head"]})))
+    assert [str(warning.message) for warning in recwarn] == []

@@ -63,6 +63,17 @@ def test_frozen_parameters_are_counted() -> None:
     assert "10 of 19 parameters are trained, the others are frozen" in banner(pieces, AUDIT, 0.1)
 
 
+@pytest.mark.parametrize("key", [{"lora": {"rank": 1}}, {"freeze": ["0"]}, {}])
+def test_random_weights_that_stay_as_they_are_are_noted(key: dict[str, Any]) -> None:
+    pieces = pieces_of(config_of(**key))
+    note = "keeps weights as they are, and those of this model are random"
+    assert note not in "\n".join(banner(pieces, AUDIT, 0.1))
+    pieces.task.random_weights = True  # type: ignore[attr-defined]
+    text = "\n".join(banner(pieces, AUDIT, 0.1))
+    assert (note in text) == bool(key)
+    assert ("adapter/ is of no use without" in text) == ("lora" in key)
+
+
 def test_an_inexact_run_says_why_and_promises_nothing() -> None:
     text = said(inexact=("the device model differs", "ZeRO reduces"))
     assert text.endswith("exactness: tolerance, because the device model differs; ZeRO reduces")

@@ -105,6 +105,12 @@ def test_a_metric_that_is_not_there_is_named_with_its_neighbour() -> None:
         best_of(metric="eror", mode="min").check({"error": 0.5, "loss": 1.0})
 
 
+def test_why_a_metric_is_not_there_is_said() -> None:
+    with pytest.raises(UserError) as caught:
+        best_of(metric="auroc", mode="max").check({"error": 0.1, "loss": 1.0}, lambda name: f"no class for {name}")
+    assert '"auroc": no class for auroc: error, loss.' in str(caught.value)
+
+
 def test_whether_more_or_less_is_better_is_asked_where_it_is_not_known() -> None:
     """Of the loss and of the task's own metric it is."""
     with pytest.raises(UserError, match=r'"trainer\.best\.mode" is needed: is a low or a high f1 better\?'):

@@ -87,6 +87,22 @@ def test_a_misspelt_metric_is_found_before_training(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_metric_that_validation_cannot_give_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Knows(Task):
+        def why_without(self, name: str, batch: dict[str, Tensor]) -> str:
+            return f"{len(batch['y'])} samples of one class have no {name}"
+
+    steps: list[int] = []
+    with pytest.raises(UserError, match='no metric "auroc": 10 samples of one class have no auroc: loss, error'):
+        course_of(
+            tmp_path / "run",
+            Knows(),
+            trace=lambda step, *_: steps.append(step),
+            best={"metric": "auroc", "mode": "max"},
+        )
+    assert not steps
+
+
 @pytest.mark.parametrize("best", [{"metric": "loss"}, {"patience_evaluations": 3}])
 def test_the_best_on_a_validation_that_is_not_there_is_refused(tmp_path: Path, best: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="has no validation split"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.run.small import Task, config_of, pieces_of
-from trainer.record.folder import OutputFolder
-from trainer.run.saving import ORIGIN, save_card, save_model
+from trainer.record.folder import ORIGIN, RAW, OutputFolder
+from trainer.run.saving import save_card, save_model
 
 SUMMARY: dict[str, Any] = {
     "metrics": {"validation": {"loss": 0.5, "error": 0.25}, "test": {"loss": 0.75}}, "steps": 1200,
@@ -49,6 +50,14 @@ def test_the_weights_load_into_the_tasks_model(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_the_code_of_ones_own_task_can_be_found_again(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Task: ...\n")
+    save_model(pieces_of(config_of(task=f"{tmp_path}/mine.py:Task")), folder_of(tmp_path))
+    origin = json.loads((tmp_path / "run" / "model" / ORIGIN).read_text())
+    assert origin["task_file"] == str(tmp_path / "mine.py")
+    assert origin["task_sha256"] == hashlib.sha256(b"class Task: ...\n").hexdigest()
+
+
 def test_a_task_may_save_in_its_own_way(tmp_path: Path) -> None:
     class Own(Task):
         def save(self, model: nn.Module, folder: Path) -> None:
@@ -68,12 +77,27 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
     class Fails(Task):
         def save(self, model: nn.Module, folder: Path) -> None:
             (folder / "half.txt").write_text("half")
-            raise OSError("no space")
+            raise OSError(28, "no space")
 
     with pytest.raises(OSError, match="no space"):
         save_model(pieces_of(config_of(), Fails()), folder)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["model"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["model", RAW]
+
+
+def test_what_fails_in_saving_is_said_and_the_weights_are_there_as_they_are(tmp_path: Path) -> None:
+    class Fails(Task):
+        def save(self, model: nn.Module, folder: Path) -> None:
+            raise ValueError("GenerationConfig is invalid:\nmore")
+
+    pieces = pieces_of(config_of(), Fails())
+    problem = save_model(pieces, folder_of(tmp_path))
+    assert problem == "The model could not be saved in its own format: ValueError: GenerationConfig is invalid:"
+    saved = load_file(tmp_path / "run" / RAW)
+    state = pieces.engine.model_state()
+    assert set(saved) == set(state)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_low_rank_updates_are_merged_and_saved_beside_the_model(tmp_path: Path) -> None:

@@ -80,3 +80,13 @@ def test_metrics_and_predictions() -> None:
     rows = classification.predictions(logits[:2], NAMES)
     assert [row["label"] for row in rows] == ["ham", "rare"]
     assert rows[0]["score"] == pytest.approx(np.exp(2) / (np.exp(2) + 2), abs=1e-6)
+
+
+def test_the_classes_that_a_split_lacks_are_named() -> None:
+    labels = torch.tensor([0, 0, 2])
+    assert classification.why_no_auroc("auroc", ["a", "b", "c"], labels).startswith(
+        'there is no sample of the class "b" in it, and auroc needs every class'
+    )
+    assert 'classes "b", "d"' in classification.why_no_auroc("auroc", ["a", "b", "c", "d"], labels)
+    assert classification.why_no_auroc("auroc", ["a", "b"], torch.tensor([0, 1])) == ""
+    assert classification.why_no_auroc("acuracy", ["a", "b", "c"], labels) == ""

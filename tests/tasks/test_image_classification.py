@@ -141,6 +141,7 @@ def test_every_move_and_both_sides_come_up(tmp_path: Path) -> None:
 def test_what_is_saved_loads_with_the_auto_classes_alone(
     tmp_path: Path, spec: dict[str, Any], channels: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    import deepspeed  # noqa: F401  # it prints when transformers, in saving, is the first to import it
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     torch.manual_seed(1)
@@ -161,7 +162,7 @@ def test_what_is_saved_loads_with_the_auto_classes_alone(
             pictures = [Image.fromarray(pixels) for pixels in file["test_x"]]
         inputs = processor(pictures, return_tensors="pt")
         theirs = network(**inputs).logits
-    assert inputs["pixel_values"].shape == (9, channels, 12, 8)
+    assert inputs["pixel_values"].shape == (9, 3, 12, 8), "grey models are saved with three channels, as pipelines want"
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     assert network.config.id2label == {0: "0", 1: "1", 2: "2"}
 
@@ -201,6 +202,15 @@ def test_prediction_on_files_folders_and_tables(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in this folder"):
         list(task.predict(model, tmp_path / "empty", 4))
+
+
+def folder_of_others(tmp_path: Path, channels: int) -> Path:
+    """A model that transformers saved, without a processor."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.for_model(**RESNET, num_channels=channels, num_labels=3)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 def pretrained_folder(tmp_path: Path, spec: dict[str, Any] = RESNET, **changes: Any) -> Path:
@@ -275,8 +285,39 @@ def test_processors_of_other_kinds(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_take_the_images(tmp_path: Path) -> None:
     folder = pretrained_folder(tmp_path, VIT)
-    with pytest.raises(UserError, match=r"(?s)does not take images of 12x12 pixels.*8\*8.*Set image_size"):
+    with pytest.raises(UserError, match=r"(?s)cannot compute images of 12x12 pixels.*8\*8.*Set image_size"):
         built(tmp_path, model=str(folder), image_size=12)
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "note"),
+    [
+        (1, [0.5], None),
+        (1, [0.5, 0.5, 0.5], None),
+        (1, [0.5, 0.4, 0.6], "has 3 channels, its model takes 1: images are normalised by the training set's own mean"),
+        (3, [0.5], None),
+        (3, [0.5, 0.4, 0.6, 0.5], "has 4 channels, its model takes 3"),
+    ],
+)
+def test_image_processors_of_grey_colours_and_transparency(
+    tmp_path: Path, channels: int, mean: list[float], note: str | None
+) -> None:
+    folder = folder_of_others(tmp_path, channels)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": mean, "image_std": mean}))
+    task, _, _ = built(tmp_path, model=str(folder))
+    assert [text for text in task.notes if "the image processor of" in text] == [
+        text for text in task.notes if note is not None and note in text
+    ]
+    assert len(task._mean) == channels
+    assert (task._mean == (mean * channels)[:channels]) == (note is None)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_of_other_images_than_grey_and_coloured_is_refused(tmp_path: Path, channels: int) -> None:
+    for model in (RESNET | {"num_channels": channels}, str(folder_of_others(tmp_path, channels))):
+        with pytest.raises(UserError, match=f"takes images of {channels} channels. Images here have 1 .grey. or 3"):
+            built(tmp_path, model=model)
 
 
 # ---------------------------------------------------------------- what must change

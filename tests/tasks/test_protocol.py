@@ -12,7 +12,8 @@ from tests.distributed.jobs import USER_TASKS
 from trainer.errors import UserError
 from trainer.tasks import protocol
 from trainer.tasks.digits import Digits
-from trainer.tasks.protocol import BUILT_IN, load_task
+from trainer.tasks.first_look import BUILT_IN
+from trainer.tasks.protocol import load_task
 
 METHODS = """
     def splits(self): ...

@@ -19,6 +19,7 @@ from ..errors import RanksDifferError, UserError
 from ..ranks.place import Ranks
 from ..ranks.workers import WorkerError, run_ranks
 from ..record.console import say
+from ..tasks.first_look import look
 
 if TYPE_CHECKING:
     from ..exact.splits import Batch
@@ -42,6 +43,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
     Raises:
         UserError: the task cannot be built, or breaks the protocol.
     """
+    look(name, {})
     changes = {
         "trainer.device": "cpu",
         "trainer.exactness": "auto",

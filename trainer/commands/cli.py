@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ..config.keys import Config, load_config
 from ..config.schema import parse_override
 from ..errors import UserError
+from ..tasks.first_look import look
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,10 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
             if not flags.data:
                 print(plan_table(config, flags.world_sizes))
                 return 0
+            look(config.trainer.task, config.trainer.task_options)
             from .text_work import text_work
 
             print(plan_table(config, flags.world_sizes, text_work(config)))
             return 0
+        look(config.trainer.task, config.trainer.task_options)
         from .verify import verify as run_verify
 
         return run_verify(config, flags.world_sizes, flags.packs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..config.schema import read_json
 from ..errors import UserError
 from ..files import whole_file
+from ..record.folder import ORIGIN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,8 +74,6 @@ def _say_notes(task: Task) -> None:
 
 
 def _model_folder(path: Path) -> Path:
-    from ..run.saving import ORIGIN
-
     for folder in (path, path / "model"):
         if (folder / ORIGIN).is_file():
             return folder
@@ -86,7 +86,7 @@ def _model_folder(path: Path) -> Path:
 def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Module]:
     import torch
 
-    from ..run.saving import ORIGIN
+    from ..run.saving import load_model
     from ..tasks.protocol import load_task
 
     origin = read_json(folder / ORIGIN)
@@ -94,38 +94,48 @@ def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Mo
     if not isinstance(name, str) or not isinstance(options, dict):
         raise UserError(f"{folder / ORIGIN} is damaged: it must name a task and its options.")
     if ":" in name:
-        # A model's folder may come from anybody, so it must not choose which code runs here.
-        if task_name is None:
-            raise UserError(f"This model belongs to a user's task, {name}. Add --task path/to/file.py:ClassName.")
-        name = task_name
+        name = task_name or _own_code(folder, name, origin)
     else:
         options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})
     task = load_task(name, options)
     if not callable(getattr(task, "predict", None)):
-        raise UserError(f"The task {name} has no predict() method, so it cannot predict on new data.")
+        raise UserError(
+            f"The task {name} has no method predict(), so it cannot predict on new data. Add one to the class:\n"
+            "    def predict(self, model, source, batch_size):  # source: the path of --input\n"
+            "        yields a dictionary, column -> value, for each sample\n"
+            "trainer/tasks/README.md has an example."
+        )
     where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU on this machine.")
-    load = getattr(task, "load", None)
-    network = load(folder) if load is not None else _default_load(task, folder)
-    return task, network.to(where).eval()
+    return task, load_model(task, folder).to(where).eval()
 
 
-def _default_load(task: Task, folder: Path) -> nn.Module:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _own_code(folder: Path, name: str, origin: dict[str, Any]) -> str:
+    """The code of a user's own task, as path/to/file.py:ClassName, for a run's model.
 
-    file = folder / "model.safetensors"
-    try:
-        state = load_file(str(file))
-        network = task.model()
-        network.load_state_dict(state)
-    except UserError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{file} cannot be loaded into the task's model: {reason.splitlines()[0]}") from error
-    return network
+    A model's folder may come from anybody, so it must not choose which code runs here. So only a run's folder may name
+    its task, and only a file outside of it, with the content that it had when the run began.
+
+    Raises:
+        UserError: there is no such file, or it has changed.
+    """
+    advice = "Add --task path/to/file.py:ClassName."
+    file, known = origin.get("task_file"), origin.get("task_sha256")
+    run = folder.parent.resolve()
+    if not isinstance(file, str) or not (run / "manifest.json").is_file():
+        raise UserError(f"This model belongs to a user's task, {name}. {advice}")
+    path = Path(file)
+    if not path.is_file() or path.resolve().is_relative_to(run):
+        raise UserError(
+            f"This model belongs to the task {name}, whose code was in {file} and is not there now. {advice}"
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != known:
+        raise UserError(
+            f"This model belongs to the task {name}, whose code in {file} has changed since it was trained. To use it "
+            f"as it is now, add --task {file}:{name.rpartition(':')[2]}"
+        )
+    return f"{file}:{name.rpartition(':')[2]}"
 
 
 def _write(rows: Iterator[dict[str, Any]], kind: str, file: TextIO) -> int:

@@ -21,7 +21,7 @@ def tables() -> dict[str, str]:
     import importlib
 
     from ..study.declaration import Study
-    from ..tasks.protocol import BUILT_IN
+    from ..tasks.first_look import BUILT_IN
 
     found = {
         "deepspeed": table(Config, skipped=("trainer",)),

@@ -20,7 +20,7 @@ from ..errors import UserError
 
 Spec = str | Mapping[str, Any]
 
-_OPTION = '"trainer.task_options.model"'
+OPTION = '"trainer.task_options.model"'
 
 
 def check_spec(spec: Any, kind: str, example: str) -> None:
@@ -29,12 +29,12 @@ def check_spec(spec: Any, kind: str, example: str) -> None:
         return
     if not isinstance(spec, Mapping) or not isinstance(spec.get("model_type"), str):
         raise UserError(
-            f"{_OPTION} is {spec!r}. It must be a folder or hub name of a {kind}, or a configuration to build "
+            f"{OPTION} is {spec!r}. It must be a folder or hub name of a {kind}, or a configuration to build "
             f"one from, such as {example}."
         )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an error that is not empty; with the next line if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -48,19 +48,19 @@ def _told(spec: Spec) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # many types are possible, depending on the library and the damage
-        reason = _reason(error)
+        why = reason(error)
         if isinstance(spec, str) and not Path(spec).expanduser().is_dir():
             raise UserError(
-                f'{_OPTION}: "{spec}" is not a folder here, and the model hub gives nothing for this name: {reason}\n'
+                f'{OPTION}: "{spec}" is not a folder here, and the model hub gives nothing for this name: {why}\n'
                 "Without a network, give the path of a local folder that holds config.json and model.safetensors."
             ) from error
         if isinstance(spec, str) and "trust_remote_code" in str(error):
             raise UserError(
-                f"{_OPTION}: {spec} comes with Python code of its own. It runs only if the config says "
+                f"{OPTION}: {spec} comes with Python code of its own. It runs only if the config says "
                 '"trust_remote_code": true in trainer.task_options. Read that code first.'
             ) from error
         shown = spec if isinstance(spec, str) else json.dumps(spec)
-        raise UserError(f"{_OPTION}: {shown} cannot be used: {reason}") from error
+        raise UserError(f"{OPTION}: {shown} cannot be used: {why}") from error
 
 
 def trust_note(trusted: bool, *specs: Any) -> list[str]:
@@ -96,16 +96,16 @@ def configuration(spec: Spec, trust_remote_code: bool = False, attention: str | 
         model_type = values.pop("model_type")
         if model_type not in CONFIG_MAPPING:
             raise UserError(
-                f'{_OPTION}: unknown model_type "{model_type}". {near(model_type, list(CONFIG_MAPPING.keys()))}'
+                f'{OPTION}: unknown model_type "{model_type}". {near(model_type, list(CONFIG_MAPPING.keys()))}'
             )
         known = AutoConfig.for_model(model_type).to_dict()
         for name in values:
             # attribute_map: n_embd and hidden_size name the same thing.
             if name not in known and name not in {"num_labels", *(CONFIG_MAPPING[model_type].attribute_map or {})}:
-                raise UserError(f'{_OPTION}: unknown key "{name}" for {model_type}. {near(name, list(known))}')
+                raise UserError(f'{OPTION}: unknown key "{name}" for {model_type}. {near(name, list(known))}')
         with _told(spec):
             return AutoConfig.for_model(model_type, **(values | changes))
-    with _told(spec), _quiet():
+    with _told(spec), quiet():
         return AutoConfig.from_pretrained(where(spec), trust_remote_code=trust_remote_code, **changes)
 
 
@@ -144,7 +144,7 @@ def build(
     folder = Path(spec).expanduser()
     if folder.is_dir():
         _check_weights(folder)
-    with _told(spec), _quiet():
+    with _told(spec), quiet():
         model, loading = cls.from_pretrained(
             where(spec),
             config=config,
@@ -159,11 +159,11 @@ def build(
         name, has, wanted = mismatched[0]
         if classes is not None and wanted and wanted[0] == len(classes):
             raise UserError(
-                f"{_OPTION}: {spec} was trained for {has[0]} classes, but the data has {len(classes)} "
+                f"{OPTION}: {spec} was trained for {has[0]} classes, but the data has {len(classes)} "
                 f"({', '.join(list(classes)[:10])}).\nTo replace its last layer by a new one, set "
                 '"new_head": true in trainer.task_options.'
             )
-        raise UserError(f"{_OPTION}: {name} of {spec} has the shape {tuple(has)}, but the model needs {tuple(wanted)}.")
+        raise UserError(f"{OPTION}: {name} of {spec} has the shape {tuple(has)}, but the model needs {tuple(wanted)}.")
     missing = sorted([*loading["missing_keys"], *(name for name, *_ in mismatched)])
     if missing and notes is not None:
         notes.append(f"{spec} has no weights for {', '.join(missing)}: they are initialised from the seed")
@@ -175,18 +175,18 @@ def _check_weights(folder: Path) -> None:
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(
-            f"{_OPTION}: the weights in {folder} are pickled (.bin or .pt). Such files can run code, so they are not "
+            f"{OPTION}: the weights in {folder} are pickled (.bin or .pt). Such files can run code, so they are not "
             "loaded.\nIf you trust them, convert them once: load the model with transformers and call "
             "save_pretrained, which writes model.safetensors."
         )
     raise UserError(
-        f"{_OPTION}: {folder} has no weights (no .safetensors file).\n"
+        f"{OPTION}: {folder} has no weights (no .safetensors file).\n"
         'To train its architecture from scratch, set "pretrained": false in trainer.task_options.'
     )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences what transformers would print on every rank, such as a report of missing weights: we print it once."""
     from transformers.utils import logging
 
@@ -208,7 +208,7 @@ def tokenizer_of(spec: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True)
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise UserError(
-            f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {_reason(error)}\n'
+            f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {reason(error)}\n'
             "Give a folder that holds tokenizer.json, or one of the tokenizers that are built from the training text."
         ) from error
 
@@ -218,7 +218,7 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
     import transformers
 
     _check_weights(folder)
-    with _told(str(folder)), _quiet():
+    with _told(str(folder)), quiet():
         model, loading = getattr(transformers, auto).from_pretrained(
             str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

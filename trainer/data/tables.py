@@ -393,12 +393,12 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
     for split, values in labels.items():
         odd = next((v for v in values if not _is_label(v)), None)
         if odd is not None:
-            raise UserError(f"A label in {split} is {odd!r}. Labels are whole numbers or strings.")
+            raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
     train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
     numbers = {name: number for name in train if (number := _number(name)) is not None}
     fraction = next((name for name, number in numbers.items() if not number.is_integer()), None)
     if fraction is not None and len(numbers) == len(train):
-        raise UserError(f"A label in train is {fraction}. Labels are whole numbers or strings.")
+        raise UserError(f"A label in train is {fraction}. {_other_labels(numbers[fraction])}")
     if len(numbers) == len(train):  # by value, each once: of 1 and 1.0 the shorter
         train = [next(name for name in train if numbers[name] == value) for value in sorted(set(numbers.values()))]
     else:
@@ -418,6 +418,23 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
     if len(train) < 2:
         raise UserError(f"All labels in train are {labels['train'][0]!r}. A classifier needs at least two classes.")
     return train if given is None else list(given)
+
+
+def _other_labels(value: Any) -> str:
+    """What to do with labels that are no classes."""
+    if isinstance(value, (list, tuple, set, np.ndarray, Mapping)):
+        return (
+            "Several labels a sample (multi-label) are not what this task trains: a label is one whole number or text. "
+            "Choose one, or write a task of your own with a sigmoid and a binary cross-entropy for each class "
+            "(trainer/tasks/README.md, Your own task)."
+        )
+    if isinstance(value, (float, np.floating)):
+        return (
+            "Predicting numbers (regression) is not what this task trains: a label is a whole number or a text, the "
+            "name of a class. Make them classes, or write a task of your own with a squared error "
+            "(trainer/tasks/README.md, Your own task)."
+        )
+    return "Labels are whole numbers or texts."
 
 
 def label_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:

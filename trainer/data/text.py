@@ -39,7 +39,7 @@ CHUNK_CHARACTERS = 1 << 18
 _TOKENIZER_FILES = ("token*", "*.model", "vocab*", "merges*", "special_tokens*", "added_tokens*", "config.json")
 
 # These models count positions from the number of their padding token on, so they take fewer tokens than positions.
-_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
                             "longformer", "ibert", "xmod", "data2vec-text", "luke", "esm")  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def position_limit(config: Any) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    if config.model_type in _POSITIONS_AFTER_PADDING:
+    if config.model_type in POSITIONS_AFTER_PADDING:
         limit -= int(config.pad_token_id or 0) + 1
     return limit
 

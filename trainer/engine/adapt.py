@@ -5,11 +5,15 @@ All of it is applied after the task has made its model. The task's code does not
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import functools
 import shutil
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..config.keys import Config, LoraOptions
 from ..config.schema import near
@@ -32,12 +36,50 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
             model.get_parameter(name).requires_grad_(False)
     if options.gradient_checkpointing:
         _checkpoint(model)
-    return model if options.lora is None else _with_lora(model, options.lora)
+    if options.lora is not None:
+        model = _with_lora(model, options.lora)
+    if options.freeze or options.lora is not None:
+        # With LoRA all is frozen but the updates, and what peft keeps whole copies of.
+        _freeze_statistics(model, options.freeze, "" if options.lora is None else "modules_to_save")
+    return model
+
+
+def _freeze_statistics(model: nn.Module, patterns: list[str], all_but: str) -> None:
+    """Keeps BatchNorm layers in evaluation mode whose parameters are frozen: frozen means unchanged.
+
+    Otherwise their running statistics would follow the new data. An adapter of LoRA does not hold them, so it would
+    give another model on its base than the one that was trained.
+
+    Args:
+        model: with its frozen parameters.
+        patterns: `trainer.freeze`.
+        all_but: the part of a name with which a layer without weights is not frozen, where all others are; else "".
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, _NormBase) or module.running_mean is None:
+            continue
+        own = list(module.parameters(recurse=False))
+        # A layer without weights of its own belongs to the module that a pattern names.
+        named = any(_covers(pattern, f"{name}.running_mean") for pattern in patterns)
+        named = named or bool(all_but and all_but not in name)
+        if named if not own else not any(parameter.requires_grad for parameter in own):
+            module.eval()
+            # `train()` of the whole model, which follows each evaluation, must not reach it. A partial is copied
+            # together with the module; a lambda would go on naming the old one.
+            module.train = functools.partial(_stay, module)  # type: ignore[method-assign,assignment]
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
 
 def _matching(pattern: str, names: list[str], option: str) -> list[str]:
     """The names that a pattern covers. It may have * and ?; a module's name covers all its parameters."""
-    found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
+    found = [n for n in names if _covers(pattern, n)]
     if not found:
         hint = near(pattern, names)
         if hint.startswith("Known"):  # as near as any other: then a few
@@ -74,17 +116,21 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
     also = list(lora.also_train) or (heads if "Classification" in kind else [])
     targets: Any = list(lora.target_modules) or "all-linear"
     try:
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-                modules_to_save=also or None,
-                task_type=next((t for suffix, t in task_type.items() if kind.endswith(suffix)), None),
-            ),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of tied weights, see `merged`, and of deprecated names inside transformers
+            return peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=targets,
+                    modules_to_save=also or None,
+                    task_type=next((t for suffix, t in task_type.items() if kind.endswith(suffix)), None),
+                ),
+            )
     except (ValueError, AttributeError, TypeError) as error:
         modules = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise UserError(
@@ -95,12 +141,34 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A model without adapters: a copy with LoRA's updates added to its weights, or the model itself if it has none."""
+    """A model without adapters: a copy with LoRA's updates added to its weights, or the model itself if it has none.
+
+    An update belongs to one layer. Where the layer shares its weight with another one, as an output layer often does
+    with the embedding, it gets a weight of its own in the copy.
+    """
     if not hasattr(model, "merge_and_unload"):
         return model
-    import copy
-
-    return copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    plain = copy.deepcopy(model)
+    users: dict[Tensor, int] = {}
+    for module in plain.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users[parameter] = users.get(parameter, 0) + 1
+    untied = False
+    for module in plain.modules():
+        base = getattr(module, "base_layer", None)
+        weight = getattr(base, "weight", None)
+        if isinstance(base, nn.Module) and isinstance(weight, nn.Parameter) and users.get(weight, 0) > 1:
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            users[weight] -= 1
+            untied = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says that embeddings are no longer tied
+        plain = plain.merge_and_unload()  # type: ignore[operator]
+    if untied and hasattr(plain, "config"):
+        for config in {id(c): c for c in (plain.config, plain.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    return plain
 
 
 def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The file in the folder of a model that says what made it.
+ORIGIN = "trainer.json"
+# The trained weights as they are: beside the model while it is not certain that it was saved rightly.
+RAW = "weights.safetensors"
 # What a run writes. A folder with one of these already holds a run, or files of the user's own.
 _NAMES = (
     "manifest.json",
@@ -24,6 +28,7 @@ _NAMES = (
     "metrics.jsonl",
     "model",
     "adapter",
+    RAW,
     "checkpoints",
     "tensorboard",
     "logs/deepspeed.log",
@@ -98,7 +103,7 @@ class OutputFolder:
 
     def _clean(self) -> None:
         """Removes the unfinished files of a process that was killed."""
-        for pattern in (".model.*", ".adapter.*", ".*.json.*"):
+        for pattern in (".model.*", ".adapter.*", f".{RAW}.*", ".*.json.*"):
             for leftover in self.path.glob(pattern):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)

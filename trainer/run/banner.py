@@ -48,6 +48,13 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     trained, total = frozen_share(p.engine.model)
     if trained < total:
         lines.append(f"{trained:,} of {total:,} parameters are trained, the others are frozen")
+    if (trainer.lora is not None or trainer.freeze) and getattr(p.task, "random_weights", False):
+        key = "lora" if trainer.lora is not None else "freeze"
+        lines.append(
+            f"note: trainer.{key} keeps weights as they are, and those of this model are random: it is built from a "
+            "configuration. Name a pretrained model"
+            + (". adapter/ is of no use without these weights: model/ holds them" if key == "lora" else "")
+        )
     lines += [f"note: {note}" for note in getattr(p.task, "notes", ())]
     every = "not audited" if audit is None else f"audited every {audit.every_steps:,} steps and in the last"
     checked = f"rehearsed, {every}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -46,11 +46,16 @@ class BestModel:
         """Whether the run may stop: `patience_evaluations` validations have brought no better model."""
         return self._patience > 0 and self._waited >= self._patience
 
-    def check(self, metrics: Mapping[str, float]) -> None:
-        """Raises UserError, on every rank, unless the metric exists and it is known whether low or high is better."""
+    def check(self, metrics: Mapping[str, float], why_without: Callable[[str], str] = lambda name: "") -> None:
+        """Raises UserError, on every rank, unless the metric exists and it is known whether low or high is better.
+
+        `why_without` says of a metric's name why validation does not have it; an empty text if that is not known.
+        """
         if self.metric not in metrics:
+            why = why_without(self.metric)
             raise UserError(
-                f'"trainer.best.metric": validation has no metric "{self.metric}". {near(self.metric, metrics)}',
+                f'"trainer.best.metric": validation has no metric "{self.metric}"'
+                + (f": {why}: {', '.join(metrics)}." if why else f". {near(self.metric, metrics)}"),
                 agreed=True,
             )
         if self._guess_mode:

@@ -192,7 +192,8 @@ def set_out(
             before = history[-2]["world_size"]
             say(f"continuing after step {first_step:,} from a checkpoint of {before} rank{'s' * (before > 1)}")
     if best is not None and options.best.metric != "auto":
-        best.check(record.evaluate("validation", 0, quiet=True))  # finds a misspelt metric before any training
+        # Finds a misspelt metric, or one that validation does not have, before any training.
+        best.check(record.evaluate("validation", 0, quiet=True), lambda name: _why_without(p, name))
     if folder is not None:
         record.open(folder, log)  # only now: the rehearsal has shown that the task works
     return Course(
@@ -235,6 +236,11 @@ def _best_model(p: Pieces) -> BestModel | None:
     if options.best.metric is None or not options.evaluate_every_epochs:
         return None
     return BestModel(p.config, getattr(p.task, "best_metric", None))
+
+
+def _why_without(p: Pieces, name: str) -> str:
+    say_why = getattr(p.task, "why_without", None)
+    return say_why(name, p.host_splits["validation"].arrays) if callable(say_why) else ""
 
 
 def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from ..errors import NonFiniteError, TrainerError
 from ..exact.hashes import state_sha256
 from ..exact.step import ExactStep
-from ..ranks.collectives import raise_together
+from ..ranks.collectives import broadcast_object, raise_together
 from ..record.console import say
+from ..record.folder import RAW
 from .banner import result_table
 from .course import Course
 from .failures import of_the_folder
+from .reload import problems
 from .saving import save_card, save_model
 
 
@@ -28,7 +31,7 @@ def finish(c: Course) -> dict[str, Any]:
         # The hashes are of the last step, even if an earlier model is kept.
         summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
         summary["model_sha256"] = state_sha256(engine.model_state())
-    _save(c)  # before the last evaluations: if a task's metrics fail, the trained model is saved already
+    failure = _save(c)  # before the last evaluations: if a task's metrics fail, the trained model is saved already
     stopped_early = best is not None and best.enough
     metrics: dict[str, dict[str, float]] = {}
     if "validation" in p.splits and not stopped_early:
@@ -39,7 +42,7 @@ def finish(c: Course) -> dict[str, Any]:
         if best.step not in (0, done):
             best.restore(engine)
             metrics["validation"] = best.metrics
-            _save(c)
+            failure = _save(c)
         summary["best"] = best.summary()
     if c.noise is not None:
         summary["gradient_noise"] = c.noise.summary()
@@ -67,24 +70,60 @@ def finish(c: Course) -> dict[str, Any]:
     if isinstance(c.step, ExactStep) and c.step.packs is not None:
         summary["pack"] = c.step.packs.summary()
     _leave(c, summary)
+    _check_saved(c, summary, failure)  # last: loading a model again needs memory, and all else is written now
     if c.folder is not None:
         say("", result_table(summary, c.folder.path, p.config.tensorboard.enabled))
+        say(*_warning(c, summary["saved_model"]))
+    raise_together(TrainerError(failure) if failure is not None else None)
     return summary
+
+
+def _check_saved(c: Course, summary: dict[str, Any], failure: str | None) -> None:
+    """Compares what was saved with what was measured, for the summary. Collective: every rank."""
+    found: list[str] = []
+    with c.pieces.engine.whole_parameters():
+        if c.folder is not None:
+            found = [failure] if failure is not None else _problems(c, c.folder.path)
+            if not found:
+                (c.folder.path / RAW).unlink(missing_ok=True)
+    summary["saved_model"] = broadcast_object(found or "as measured")
+    if c.folder is not None:
+        c.folder.write_json("summary.json", summary)
+
+
+def _problems(c: Course, folder: Path) -> list[str]:
+    try:
+        return problems(c.pieces, folder)
+    except Exception as error:  # of any kind, such as too little memory for a second model
+        return [f"{folder / 'model'} could not be compared with the trained model: {type(error).__name__}: {error}"]
+
+
+def _warning(c: Course, found: list[str] | str) -> list[str]:
+    if isinstance(found, str) or c.folder is None:
+        return []
+    raw = c.folder.path / RAW
+    lines = ["", *(f"WARNING: {problem}." for problem in found)]
+    if raw.exists():
+        lines.append(f"The trained weights are in {raw}, as the trainer had them: PyTorch's names, in safetensors.")
+    return lines
 
 
 def rescue(c: Course, failure: NonFiniteError) -> None:
     """Keeps the last good parameters of a run that stopped being finite. Collective: every rank."""
     c.record.window(c.done, last=True)
-    _save(c)
+    problem = _save(c)
     if c.folder is not None:
+        say(*_warning(c, [problem] if problem is not None else "as measured"))
+        if problem is None:
+            (c.folder.path / RAW).unlink(missing_ok=True)
         c.record.close()
         c.folder.write_json("summary.json", {"status": str(failure), "steps": failure.good_steps})
 
 
-def _save(c: Course) -> None:
+def _save(c: Course) -> str | None:
+    """Saves the model. Collective at ZeRO stage 3: every rank. Returns what went wrong, on rank 0."""
     with c.pieces.engine.whole_parameters():
-        if c.folder is not None:
-            save_model(c.pieces, c.folder)
+        return None if c.folder is None else save_model(c.pieces, c.folder)
 
 
 def _leave(c: Course, summary: dict[str, Any]) -> None:

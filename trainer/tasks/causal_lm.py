@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import held_out, report, sources, tables, text, unknown
+from ..data import held_out, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
 from ..data.table_files import Table
@@ -145,6 +145,7 @@ class CausalLM:
                 '"trainer.task_options.vocabulary" has an effect on the tokenizers "characters" and "words" only.'
             )
         held_out.check_fractions(o.validation_fraction, o.test_fraction)
+        self.random_weights = self._scratch
         sources.check_data(o.data, o.config_name)
         self.notes: list[str] = []
         self.data_lines: list[str] = []
@@ -159,6 +160,7 @@ class CausalLM:
         self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
         self._split_seed, self._max_new_tokens = o.split_seed, o.max_new_tokens
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
+        self._sample: Tensor | None = None  # (2, tokens) int64 of the training set, on which `model` tries the model
         self._saved: Path | None = None  # where `load` found the model
         self._arguments: dict[str, Any] = {}  # what the model is called with beside its inputs
 
@@ -200,6 +202,7 @@ class CausalLM:
             # Packed rows are all full, but for the last one of a split.
             padded = () if self._facts["packed"] else ("input_ids", "targets")
             result[split] = Split(own, own["tokens"].float(), arrays[f"{split}.lengths"], padded)
+        self._sample = arrays["train.input_ids"][:2].clone()
         return result
 
     def _tables(self) -> dict[str, Table]:
@@ -384,7 +387,9 @@ class CausalLM:
     # --- model --------------------------------------------------------------------------------------------------------
 
     def _configuration(self) -> Any:
-        return models.configuration(self._spec, self._trust, attention=self._attention)
+        config = models.configuration(self._spec, self._trust, attention=self._attention)
+        model_checks.check_kind(AUTO, self._spec, config, self._trust)
+        return config
 
     def _limit(self, config: Any) -> int:
         takes = text.position_limit(config)
@@ -401,10 +406,12 @@ class CausalLM:
 
     def model(self) -> nn.Module:
         """input_ids (B, tokens) -> logits (B, tokens, vocabulary)."""
-        assert self._facts, "splits() comes first"
+        assert self._facts and self._sample is not None, "splits() comes first"
         config = self._configuration()
         # Where a configuration has a padding token, models look for it in every batch, which on a GPU means waiting.
-        tokens = self._facts["tokens"] | {"pad_token_id": None}
+        tokens = self._facts["tokens"]
+        if config.model_type not in text.POSITIONS_AFTER_PADDING:  # these need it
+            tokens = tokens | {"pad_token_id": None}
         text.fit_configuration(config, tokens, self._spec, self._scratch)
         fresh: list[str] = []
         model = models.build(
@@ -415,13 +422,30 @@ class CausalLM:
             trust_remote_code=self._trust,
             notes=fresh,
         )
-        self.notes += [note for note in fresh if note not in self.notes]
         if "use_cache" in inspect.signature(model.forward).parameters:
             self._arguments = {"use_cache": False}  # keys and values are kept for generation alone
-        generation = getattr(model, "generation_config", None)
-        if generation is not None and generation.pad_token_id is None:
-            generation.pad_token_id = self._facts["tokens"]["pad_token_id"]
+        fresh += model_checks.settle_generation(model, self._facts["tokens"])
+        self.notes += [note for note in fresh if note not in self.notes]
+        model_checks.check_saving(model, self._spec)
+        self._try(model, self._sample)
         return model
+
+    def _try(self, model: nn.Module, ids: Tensor) -> None:
+        """Two rows of the training set through the model. Raises UserError."""
+
+        def logits_of(ids: Tensor) -> Tensor:
+            return model_checks.tried(
+                model, self._spec, {"input_ids": ids, **self._arguments}, f"{ids.shape[1]:,} tokens of the training set"
+            )
+
+        shape = tuple(logits_of(ids).shape)
+        if shape[:2] != tuple(ids.shape):
+            raise UserError(
+                f'"trainer.task_options.model" gives logits of shape {shape} for tokens of shape {tuple(ids.shape)}. '
+                "A causal language model gives one row a token."
+            )
+        # A few tokens: among many, a single one changes little.
+        model_checks.check_causal(ids[:1, :8], logits_of, self._spec)
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Of each row, nll: the summed negative log-likelihood (B,); in evaluation also correct: right tokens (B,).

@@ -98,6 +98,17 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return result
 
 
+def why_no_auroc(name: str, names: Sequence[str], labels: Tensor) -> str:
+    """Why `metrics` gives no `auroc` for the labels (N,) of a split: the classes that it lacks. Else an empty text."""
+    lacking = [f'"{names[place]}"' for place in sorted(set(range(len(names))) - set(labels.tolist()))]
+    if name != "auroc" or not lacking:
+        return ""
+    return (
+        f"there is no sample of the class{'es' * (len(lacking) > 1)} {', '.join(lacking[:10])} in it, and auroc needs "
+        "every class. Add some, or choose another metric"
+    )
+
+
 def predictions(logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each row of logits (B, classes): {"label": name, "score": its probability}."""
     probabilities = torch.softmax(logits.double(), dim=1).cpu()

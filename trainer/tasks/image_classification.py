@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import is_number, read_options, refuse, required
-from ..data import held_out, image_data, image_files, images, pretrained, report, sources, tables
+from ..data import (
+    grey,
+    held_out,
+    image_data,
+    image_files,
+    images,
+    model_checks,
+    pretrained,
+    report,
+    sources,
+    tables,
+)
 from ..data.image_data import ImageSplit
 from ..data.images import Size
 from ..data.pretrained import check_spec
@@ -85,6 +96,7 @@ class ImageClassification:
     def __init__(self, **given: Any) -> None:
         o = read_options(ImageOptions, given)
         check_spec(o.model, "classifier of images", _EXAMPLE)
+        model_checks.check_problem_type(o.model)
         sources.check_data(o.data, o.config_name)
         held_out.check_fractions(o.validation_fraction, o.test_fraction)
         if o.image_size is not None and not images.is_size(o.image_size):
@@ -107,6 +119,7 @@ class ImageClassification:
         self._data: Any = o.data
         self._spec: Any = o.model
         self._pretrained, self._new_head = o.pretrained, o.new_head
+        self.random_weights = isinstance(o.model, Mapping) or not o.pretrained
         self._trust_remote_code = o.trust_remote_code
         self._asked_size, self._asked_channels = _as_size(o.image_size), o.channels
         self._asked_mean = _per_channel("mean", o.mean, above=None)
@@ -163,13 +176,18 @@ class ImageClassification:
         """What the model says of its images: its processor if it is pretrained, channels, and size."""
         if isinstance(self._spec, Mapping):
             channels, size = self._spec.get("num_channels"), _as_size(self._spec.get("image_size"))
+            _check_channels(channels)
+            bare = pretrained.configuration({"model_type": self._spec["model_type"]})
+            model_checks.check_kind(_AUTO, self._spec, bare, self._trust_remote_code)
             self._agree("num_channels", channels, "channels", self._asked_channels)
             if self._asked_size is not None:
                 self._agree("image_size", size, "image_size", self._asked_size)
             return None, self._asked_channels or channels, self._asked_size or size
         config = pretrained.configuration(self._spec, self._trust_remote_code)
+        model_checks.check_kind(_AUTO, self._spec, config, self._trust_remote_code)
         processor = _read_processor(self._spec, self._trust_remote_code)
         channels = getattr(config, "num_channels", None)
+        _check_channels(channels)
         if self._pretrained:
             channels = channels or 3
             if self._asked_channels not in (None, channels):
@@ -202,9 +220,16 @@ class ImageClassification:
     def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
         mean, std = self._asked_mean, self._asked_std
         if mean is None or std is None:
-            if processor is not None:
+            if processor is not None and processor.fits(self._channels):
                 mean, std = processor.mean, processor.std
                 self.notes += processor.notes
+            elif processor is not None:
+                mean, std = train.mean_and_std()
+                self.notes.append(
+                    f"the image processor of {self._spec} has {len(processor.mean)} channels, its model takes "
+                    f"{self._channels}: images are normalised by the training set's own mean {mean} and standard "
+                    f"deviation {std}"
+                )
             else:
                 mean, std = train.mean_and_std()
                 if isinstance(self._spec, str) and self._pretrained:
@@ -227,6 +252,7 @@ class ImageClassification:
         assert self._classes, "splits() comes first"
         names = self._classes
         changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        changes["problem_type"] = "single_label_classification"  # a base model may have been trained for another
         if isinstance(self._spec, Mapping):
             self._check_labels_in_spec(self._spec)
             known = pretrained.configuration({"model_type": self._spec["model_type"]})
@@ -248,6 +274,7 @@ class ImageClassification:
             trust_remote_code=self._trust_remote_code,
             notes=self.notes,
         )
+        model_checks.check_saving(model, spec)
         self._try(model)
         return model
 
@@ -263,18 +290,13 @@ class ImageClassification:
     def _try(self, model: nn.Module) -> None:
         """One image through the model, so that one of a wrong size is not found out in the first step."""
         where = "x".join(str(side) for side in self._size)
-        model.eval()
-        try:
-            with torch.no_grad():
-                logits = model(pixel_values=torch.zeros(1, self._channels, *self._size)).logits
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f'"trainer.task_options.model" does not take images of {where} pixels with {self._channels} '
-                f"channel{'s' * (self._channels > 1)}: {str(error).splitlines()[0]}\n"
-                "Set image_size in trainer.task_options to what the model takes."
-            ) from error
-        finally:
-            model.train()
+        logits = model_checks.tried(
+            model,
+            self._spec,
+            {"pixel_values": torch.zeros(1, self._channels, *self._size)},
+            f"images of {where} pixels with {self._channels} channel{'s' * (self._channels > 1)}",
+            "Set image_size in trainer.task_options to what the model takes.",
+        )
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
@@ -336,24 +358,27 @@ class ImageClassification:
         """Accuracy, macro F1, and the area under the ROC curve where every class occurs."""
         return classification.metrics(outputs, batch["label"])
 
+    def why_without(self, name: str, batch: Batch) -> str:
+        """Why a split has no metric of this name; an empty text where nothing is known."""
+        return classification.why_no_auroc(name, self._classes, batch["label"])
+
     # ------------------------------------------------------------ afterwards
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Weights, config with the classes' names, and an image processor: what the Auto classes read."""
-        with pretrained._quiet():
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+        channels = grey.save(model, folder)
         # The plain processor of transformers, which resizes, rescales and normalises.
         processor = {
             "image_processor_type": "ViTImageProcessor",
-            "do_convert_rgb": self._channels == 3,
+            "do_convert_rgb": channels == 3,
             "do_resize": True,
             "size": {"height": self._size[0], "width": self._size[1]},
             "resample": 2,  # bilinear
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": self._mean,
-            "image_std": self._std,
+            "image_mean": self._mean * (channels // len(self._mean)),
+            "image_std": self._std * (channels // len(self._std)),
         }
         (folder / _PROCESSOR_FILE).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
@@ -365,8 +390,9 @@ class ImageClassification:
             raise UserError(f"{folder / _PROCESSOR_FILE} is missing: it says how images are prepared.")
         config: Any = model.config
         self._classes = [config.id2label[i] for i in range(config.num_labels)]
-        self._size, self._mean, self._std = processor.size, processor.mean, processor.std
-        self._channels = len(processor.mean)
+        self._channels = int(getattr(config, "num_channels", 0) or 3)
+        self._size = processor.size
+        self._mean, self._std = (list(v) * (self._channels // len(v)) for v in (processor.mean, processor.std))
         self._constants.clear()
         return model
 
@@ -417,7 +443,13 @@ class _Processor:
     """What a model's own image processor says: size (None if it says none), mean, std, and what is not done here."""
 
     def __init__(self, size: Size | None, mean: list[float], std: list[float], notes: list[str]) -> None:
-        self.size, self.mean, self.std, self.notes = size, mean, std, notes
+        # A model of grey images may come with three equal numbers.
+        self.mean, self.std = (values[:1] if len(set(values)) == 1 else values for values in (mean, std))
+        self.size, self.notes = size, notes
+
+    def fits(self, channels: int) -> bool:
+        """Whether it says how images of so many channels are normalised."""
+        return len(self.mean) in (1, channels) and len(self.std) in (1, channels)
 
 
 def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
@@ -425,7 +457,7 @@ def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
     from transformers import AutoImageProcessor
 
     try:
-        with pretrained._quiet():
+        with pretrained.quiet():
             # Pillow's: the same on machines with and without torchvision.
             own = AutoImageProcessor.from_pretrained(
                 pretrained.where(spec), backend="pil", trust_remote_code=trust_remote_code
@@ -463,6 +495,14 @@ def _side_of(size: Any, name: str) -> int:
         for key in (name, "shortest_edge")
     ]
     return int(values[0] or values[1] or 0)
+
+
+def _check_channels(channels: Any) -> None:
+    if channels not in (None, 1, 3):
+        raise UserError(
+            f'"trainer.task_options.model" takes images of {channels} channels. Images here have 1 (grey) or 3 '
+            "(colours); transparency is dropped. Take another model."
+        )
 
 
 def _listed(value: Any) -> list[Any]:

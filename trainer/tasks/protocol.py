@@ -18,6 +18,7 @@ from ..config.schema import near
 from ..config.task_options import check_options, read_arguments
 from ..errors import UserError
 from ..exact.splits import Batch, Split
+from .first_look import BUILT_IN
 
 Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
 
@@ -45,6 +46,10 @@ class Task(Protocol):
       fills; they are printed before the notes. Without it the shapes of the arrays, their classes and first sample are.
     - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: the metric on validation that chooses the
       best model; without it the loss.
+    - `why_without(self, name, batch) -> str`: why `metrics` leaves a metric out for a whole split, as the end of a
+      sentence; an empty text if the task does not know. For the message about `trainer.best.metric`.
+    - `random_weights`: whether `model` returns a model without pretrained weights: then a note says that frozen weights
+      stay random.
     - `save(self, model, folder) -> None`: writes the trained model in its library's own format, into an empty folder
       that exists; on rank 0. Without it, `model.safetensors` holds its parameters and buffers.
     - `load(self, folder) -> nn.Module`: the model that `save` wrote, in a process that never calls `splits`. Without
@@ -83,9 +88,6 @@ class Task(Protocol):
         """Metrics of a whole split, from the outputs of all its samples in order; on the CPU, on rank 0."""
         ...
 
-
-# The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
-BUILT_IN = ("causal_lm", "digits", "image_classification", "nodules", "text_classification")
 
 _METHODS = ("splits", "model", "forward", "loss", "metrics")
 

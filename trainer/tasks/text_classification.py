@@ -17,19 +17,17 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import held_out, masks, report, sources, tables, text, unknown
+from ..data import held_out, masks, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 from . import classification
+from .first_look import LABEL_COLUMNS, TEXT_COLUMNS
 from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForSequenceClassification"
-# Names that columns usually have, the likeliest first.
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
 # Tokenizers that are made of the training texts.
 _BUILT = (text.WORDS, unknown.SUBWORDS)
 # As many texts tell how many words are unknown.
@@ -84,6 +82,7 @@ class TextClassification:
     def __init__(self, **given: Any) -> None:
         o = read_options(TextOptions, given)
         models.check_spec(o.model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
+        model_checks.check_problem_type(o.model)
         self._scratch = isinstance(o.model, Mapping) or not o.pretrained
         if o.new_head and self._scratch:
             raise UserError(
@@ -95,6 +94,7 @@ class TextClassification:
             raise UserError(
                 '"trainer.task_options.vocabulary" has an effect only on the tokenizers "words" and "subwords".'
             )
+        self.random_weights = self._scratch
         sources.check_data(o.data, o.config_name)
         held_out.check_fractions(o.validation_fraction, o.test_fraction)
         self.notes: list[str] = []
@@ -111,6 +111,7 @@ class TextClassification:
         self._weights: Tensor | None = None  # (classes,) float32
         self._longest, self._prepares_masks = 0, False
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
+        self._sample: Batch = {}  # two rows of the training set, on which `model` tries the model
         self._saved: Path | None = None  # where `load` found the model
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -162,6 +163,7 @@ class TextClassification:
             counts = classification.counts(own["label"], self._weights)
             result[split] = Split(own, counts, arrays[f"{split}.lengths"], padded)
             self._longest = max(self._longest, own["input_ids"].shape[1])
+        self._sample = {n: result["train"].arrays[n][:2].clone() for n in _INPUTS if n in result["train"].arrays}
         return result
 
     def _read(self) -> dict[str, Table]:
@@ -304,7 +306,9 @@ class TextClassification:
     # --- model --------------------------------------------------------------------------------------------------------
 
     def _configuration(self, **changes: Any) -> Any:
-        return models.configuration(self._spec, self._trust, attention=self._attention, **changes)
+        config = models.configuration(self._spec, self._trust, attention=self._attention, **changes)
+        model_checks.check_kind(AUTO, self._spec, config, self._trust)
+        return config
 
     def _check_kind(self, config: Any) -> None:
         kind = config.model_type
@@ -344,7 +348,11 @@ class TextClassification:
                     f"({', '.join(names[:10])}). Leave it out, to follow the data."
                 )
         config = self._configuration(
-            num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={n: i for i, n in enumerate(names)},
+            # A base model may have been trained for another: pipelines would give sigmoids, or bare numbers.
+            problem_type="single_label_classification",
         )
         text.fit_configuration(config, self._facts["tokens"], self._spec, self._scratch)
         fresh: list[str] = []
@@ -359,6 +367,15 @@ class TextClassification:
             notes=fresh,
         )
         self.notes += [note for note in fresh if note not in self.notes]
+        model_checks.check_saving(model, self._spec)
+        logits = model_checks.tried(
+            model, self._spec, self._sample, f"texts of {self._sample['input_ids'].shape[1]:,} tokens"
+        )
+        if logits.shape != (len(self._sample["input_ids"]), len(names)):
+            raise UserError(
+                f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for two texts, but the data '
+                f"has {len(names)} classes."
+            )
         self._prepares_masks = masks.may_be_prepared(model, self._longest)
         return model
 
@@ -384,6 +401,10 @@ class TextClassification:
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """Accuracy, macro-F1 and AUROC."""
         return classification.metrics(outputs, batch["label"])
+
+    def why_without(self, name: str, batch: Batch) -> str:
+        """Why a split has no metric of this name; an empty text where nothing is known."""
+        return classification.why_no_auroc(name, self._facts["names"], batch["label"])
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 

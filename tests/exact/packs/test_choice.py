@@ -26,6 +26,15 @@ def test_the_fastest_size_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch
     assert choice.begin(16, 128, 2, set()) == 2, "memory allows no more"
 
 
+def test_a_step_without_micro_batches_is_not_measured() -> None:
+    choice = Choice(CPU)
+    assert choice.begin(0, 0.0, None, set()) == 1
+    choice.end(tried=False)
+    assert choice.begin(4, 32, None, set()) == 1
+    choice.end(tried=False)
+    assert choice.begin(4, 32, None, set()) == 2, "the first was measured"
+
+
 def test_refused_sizes_are_left_out_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(by_the_clock.time, "perf_counter", lambda: now[0])

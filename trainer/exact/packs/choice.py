@@ -39,6 +39,9 @@ class Choice:
             refused: sizes that are not exact.
         """
         self._collect()
+        if block == 0:  # an epoch's last, smaller batch may leave a rank without
+            self._measures = False
+            return 1
         if self._block is None:
             self._block = block
         sizes = [1]
