@@ -406,10 +406,9 @@ def test_images() -> None:
     run_cases("image", case)
 
 
-def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canary: Canary) -> None:
+def test_tables(tmp_path: Path, canary: Canary) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     rows = [{"text": f"colour {i}, or no", "label": "ab"[i % 2], "n": i} for i in range(12)]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     table = "text,label,n\n" + "".join(f'"{row["text"]}",{row["label"]},{row["n"]}\n' for row in rows)
@@ -427,7 +426,7 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canary: Canary)
         tables.texts(found, column, "train")
         label = tables.find_column(found.column_names, None, ("label",), "label_column")
         names = tables.class_names({"train": tables.labels(found, label, "train")})
-        tables.label_numbers(tables.labels(found, label, "train"), names, False)
+        tables.label_numbers(tables.labels(found, label, "train"), names)
 
     run_cases("table", case)
 

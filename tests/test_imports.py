@@ -295,8 +295,8 @@ LONG = {
     "study/runner.py": "the life of a study, from its first run to its report",
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",
-    "tasks/nodules.py": "a task is one file, as a user's own is",
     "tasks/text_classification.py": "a task is one file, as a user's own is",
+    "tasks/nodules.py": "a task is one file, as a user's own is",
 }
 
 

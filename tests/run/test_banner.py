@@ -22,9 +22,11 @@ def said(audit: Any = AUDIT, inexact: tuple[str, ...] = (), **trainer: Any) -> s
 
 def test_the_batch_the_length_and_the_precision() -> None:
     lines = said().splitlines()
+    assert lines.pop(3).startswith("data: first sample: x = ")
     assert lines == [
         "strong scaling: global batch 8 samples = 2 micro-batches x 4 samples; 1 rank x 2 micro-batches",
         "task mine.py:Task: 30 train / 10 validation / 10 test samples; 4 steps an epoch x 3 epochs = 12 steps",
+        "data: one sample: x (2,) float32, y () float32",
         "SGD, learning rate 0.025 at the first step, gradients clipped at norm 1; float32 on a processor",
         "note: a note of the task",
         "exactness: bitwise (rehearsed, audited every 50 steps and in the last). Any 1 to 2 ranks give this very "

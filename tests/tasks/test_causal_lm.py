@@ -290,3 +290,61 @@ def test_bad_data_is_refused(prose: str, records: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abcdef")
     with pytest.raises(UserError, match=r"too short|too few"):
         made(data=str(tmp_path / "short.txt"), validation_fraction=0.1)
+
+
+# --- data as the user gave it -----------------------------------------------------------------------------------------
+
+
+def test_an_instruction_and_its_input_are_one_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add.", "input": f"{i}+1" if i else "", "output": str(i + 1)} for i in range(40)]
+    task, splits, model = made(data=lines(tmp_path / "alpaca.jsonl", rows), test_fraction=0.1)
+    assert task.data_lines[0] == "40 records: train 32, validation 4 (held out of train), test 4 (held out of train)"
+    assert task.data_lines[1].startswith('prompt from "instruction", its input from "input", completion from "output"')
+    tokenizer = task._tokenizer()
+    said = {tokenizer.decode(ids[:n]) for ids, n in zip(splits["train"].arrays["input_ids"], splits["train"].lengths)}
+    assert any(text.startswith("Add.\n7+1") for text in said), said
+    new = lines(
+        tmp_path / "new.jsonl", [{"instruction": "Add.", "input": "3+1"}, {"instruction": "Add.", "input": None}]
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    task.save(model.eval(), folder)
+    assert [row["prompt"] for row in task.predict(task.load(folder), new, 8)] == ["Add.\n3+1", "Add."]
+
+
+@pytest.mark.parametrize("columns", [("question", "context", "answer"), ("prompt", "system", "completion")])
+def test_a_second_column_of_prompts_is_not_left_out_silently(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    file = lines(tmp_path / "a.jsonl", [dict.fromkeys(columns, "ab") for _ in range(20)])
+    with pytest.raises(UserError, match=rf"{columns[0]} and {columns[1]} may all belong to the prompt"):
+        made(data=file)
+    task, _, _ = made(data=file, prompt_column=columns[0], completion_column=columns[2])
+    assert f"not read: {columns[1]}" in task.data_lines[1]
+
+
+def test_the_same_bytes_with_another_suffix_are_read_in_another_way(tmp_path: Path) -> None:
+    content = "text\tlabel\n" + "hello world\tx\n" * 40
+    lengths = []
+    for name in ("a.txt", "a.tsv"):
+        (tmp_path / name).write_text(content)
+        lengths.append(int(made(data=str(tmp_path / name), validation_fraction=0)[1]["train"].arrays["tokens"].sum()))
+    assert lengths[0] > lengths[1]
+
+
+def test_prompts_come_from_the_column_of_training(tmp_path: Path) -> None:
+    data = lines(tmp_path / "a.jsonl", [{"ask": f"{i}?", "say": "yes", "prompt": "no"} for i in range(20)])
+    task, _, model = made(data=data, prompt_column="ask", completion_column="say")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    task.save(model.eval(), folder)
+    with pytest.raises(UserError, match=r'--input .* has no column "ask". It has: prompt'):
+        list(task.predict(task.load(folder), lines(tmp_path / "b.jsonl", [{"prompt": "1?"}]), 8))
+    (tmp_path / "c.txt").write_text("1?\n2?\n")
+    assert [row["prompt"] for row in task.predict(model, tmp_path / "c.txt", 8)] == ["1?", "2?"]
+
+
+def test_a_latin_corpus_needs_its_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("d\xe9j\xe0 vu\n".encode("latin-1") * 30)
+    with pytest.raises(UserError, match=r'(?s)a.txt is not UTF-8 text: byte 1 is 0xe9.*"encoding"'):
+        made(data=str(tmp_path / "a.txt"))
+    task, _, _ = made(data=str(tmp_path / "a.txt"), encoding="latin-1")
+    assert "d\xe9j\xe0" in task.data_lines[2]

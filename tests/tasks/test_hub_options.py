@@ -28,7 +28,7 @@ def test_code_of_a_model_runs_only_where_the_user_says_so() -> None:
 
 
 def test_texts_have_all_that_other_data_has() -> None:
-    assert names(TextModelOptions) - names(HubOptions) == {"text_column", "attention"}
+    assert names(TextModelOptions) - names(HubOptions) == {"text_column", "attention", "separator", "encoding"}
 
 
 def test_every_option_says_what_it_is_for() -> None:

@@ -379,3 +379,39 @@ def test_a_png_of_a_parquet_file_with_one_class(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="A classifier needs at least two classes"):
         built(tmp_path, data=str(tmp_path / "a.parquet"))
+
+
+# ---------------------------------------------------------------- data as the user gave it
+
+
+def test_a_run_says_what_it_read_and_holds_out_both_splits(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "pets", ("train",), side=12)
+    for name in ("cat", "dog"):
+        for k in range(7):
+            Image.fromarray(some_images(12, 12, 3, seed=50 + k)).save(folder / "train" / name / f"more-{k}.png")
+    (folder / "train" / "cat" / "Readme").write_text("no image")
+    for _ in range(2):  # the second time from the cache
+        task, splits, _ = built(tmp_path, data=str(folder / "train"), validation_fraction=0.2, test_fraction=0.2)
+        assert task.data_lines == [
+            "20 images of 12 x 12, RGB: train 12, validation 4 (held out of train), test 4 (held out of train)",
+            "2 classes (train + validation + test): cat 6 + 2 + 2, dog 6 + 2 + 2",
+            "first image: train/cat/0.png -> cat",
+        ]
+        assert task.notes[0] == "1 file left out (no image in a folder of a class): cat/Readme"
+    assert {name: len(split) for name, split in splits.items()} == {"train": 12, "validation": 4, "test": 4}
+
+
+def test_prediction_takes_the_images_that_training_takes(tmp_path: Path) -> None:
+    task, _, model = built(tmp_path)
+    (tmp_path / "new").mkdir()
+    kinds = {"a.avif": "AVIF", "b.jfif": "JPEG", "c.pgm": "PPM", "d": "PNG", "e[1].png": "PNG", "e1.png": "PNG"}
+    for name, kind in kinds.items():
+        Image.fromarray(some_images(12, 12, 3)).save(tmp_path / "new" / name, kind)
+    (tmp_path / "new" / "notes.doc").write_text("no image")
+    rows = list(task.predict(model.eval(), tmp_path / "new", 4))
+    assert [Path(row["file"]).name for row in rows] == sorted(kinds)
+    assert "1 file left out (no image): notes.doc" in task.notes
+    for name in kinds:
+        assert [row["file"] for row in task.predict(model, tmp_path / "new" / name, 4)] == [
+            str(tmp_path / "new" / name)
+        ]

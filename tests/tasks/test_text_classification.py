@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,7 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         ({"new_head": True}, 'new_head" has no effect'),
         ({"text_column": 3}, 'text_column" must be a string, not 3'),
         ({"model": "folder", "tokenizer": "words"}, "were trained with another one"),
-        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect only on the tokenizer "words"'),
+        ({"tokenizer": "folder", "vocabulary": 10}, 'has an effect only on the tokenizers "words"'),
         ({"vocabulary": 0}, "at least 1"),
         ({"max_length": 2}, "at least 3"),
         ({"validation_fraction": 1.0}, "below 1"),
@@ -352,3 +353,113 @@ def test_models_of_other_kinds(data: str, model: dict[str, Any]) -> None:
         for i in (0, int(train.lengths.argmin()), int(train.lengths.argmax())):
             alone = {name: train.arrays[name][i : i + 1, : int(train.lengths[i])] for name in train.padded}
             torch.testing.assert_close(task.forward(network, alone)[0], together[i], atol=1e-9, rtol=1e-9)
+
+
+# --- data as the user gave it -----------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_read(tmp_path: Path) -> None:
+    named = [{"id": i, "utterance": r["text"], "stars": r["label"]} for i, r in enumerate(rows())]
+    options = {"data": write(tmp_path / "a.csv", named), "text_column": "utterance", "label_column": "stars"}
+    expected = [
+        "60 rows: train 42, validation 6 (held out of train), test 12 (held out of train)",
+        'text from "utterance", label from "stars"; not read: id',
+        "2 classes (train + validation + test): ham 21 + 3 + 6, spam 21 + 3 + 6",
+    ]
+    for _ in range(2):  # the second time from the cache
+        task, splits, _ = made(**options, test_fraction=0.2)
+        assert task.data_lines[:3] == expected
+        assert task.data_lines[3].startswith("first sample: '")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 42, "validation": 6, "test": 12}
+    with pytest.raises(UserError, match="leave nothing to train on"):
+        made(**options, test_fraction=0.9)
+
+
+def test_a_content_that_changes_while_time_and_size_stay(tmp_path: Path) -> None:
+    file = tmp_path / "z.csv"
+    said = []
+    for word in ("panda", "tiger"):
+        write(file, [{"text": f"{word} {i % 3}", "label": i % 2} for i in range(40)])
+        os.utime(file, (1_200_000_000,) * 2)
+        said.append(made(data=str(file))[0].data_lines[3])
+    assert said == ["first sample: 'panda 0' -> 0", "first sample: 'tiger 0' -> 0"]
+
+
+def test_words_that_mean_nothing_to_pandas(tmp_path: Path) -> None:
+    words = ["None", "NA", "null", "nan", "007", "012"]
+    task, _, model = made(data=write(tmp_path / "a.csv", rows(60, tuple(words))))
+    assert list(model.config.id2label.values()) == sorted(words)
+    texts = [{"text": ("null", "NA", "cat")[i % 3], "label": i % 2} for i in range(30)]
+    task, _, _ = made(data=write(tmp_path / "b.csv", texts), max_length=8)
+    assert task.data_lines[3] == "first sample: 'null' -> 0"
+    new = write(tmp_path / "new.csv", [{"text": "NA"}, {"text": "None"}])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    task.save(task.model().eval(), folder)
+    assert [row["text"] for row in task.predict(task.load(folder), new, 8)] == ["NA", "None"]
+
+
+THAI = [{"text": f"ภาพยนตร์เรื่องนี้{'ดีมาก' if i % 2 else 'แย่มาก'}{i}", "label": i % 2} for i in range(40)]
+
+
+def test_texts_without_repeated_words_get_subwords(tmp_path: Path) -> None:
+    data = write(tmp_path / "thai.csv", THAI)
+    longer = BERT | {"max_position_embeddings": 64}
+    task, splits, _ = made(data=data, model=longer)
+    assert any('the tokenizer is "subwords" instead of "words"' in note for note in task.notes)
+    assert not (splits["train"].arrays["input_ids"] == task._tokenizer().unk_token_id).any()
+    named, again, _ = made(data=data, model=longer, tokenizer="subwords")
+    assert again["train"].data_hash() == splits["train"].data_hash()
+    assert named.notes == []
+    with pytest.raises(UserError, match=r'(?s)100% of train.* is unknown to the tokenizer "words".*"subwords"'):
+        made(data=data, model=longer, tokenizer="words")
+
+
+def test_prediction_reads_a_file_as_training_did(tmp_path: Path) -> None:
+    named = [{"id": i, "utterance": r["text"], "stars": r["label"]} for i, r in enumerate(rows())]
+    options = {"text_column": "utterance", "label_column": "stars", "encoding": "latin-1", "max_length": 12}
+    task, _, model = made(data=write(tmp_path / "a.csv", named), **options)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    task.save(model.eval(), folder)
+    fresh = TextClassification(data="gone.csv", model=BERT, **options)
+    loaded = fresh.load(folder)
+
+    def read(name: str, content: str) -> list[Any]:
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        return [row[next(iter(row))] for row in fresh.predict(loaded, tmp_path / name, 8)]
+
+    assert read("new.txt", "a red café\nNA\n") == ["a red café", "NA"]
+    assert read("new[1].csv", "id;utterance\n1;a, b\n") == ["a, b"]
+    assert read("new1.csv", "utterance\nanother\n") == ["another"]
+    assert read("new.tsv", 'id\tutterance\n1\t"two\n2\t"words\n') == ['"two', '"words']
+    with pytest.raises(UserError, match=r'--input .*new.csv has no column "utterance". It has: text, label'):
+        read("new.csv", "text,label\na,b\n")
+    (tmp_path / "texts" / "in").mkdir(parents=True)
+    for name in ("in/1", "2.txt", "3.png"):
+        (tmp_path / "texts" / name).write_text("a red\nfox")
+    assert [row["file"] for row in fresh.predict(loaded, tmp_path / "texts", 8)] == ["2.txt", "in/1"]
+    assert "1 file left out (no text): 3.png" in fresh.notes
+
+
+def test_a_competitions_test_file_has_no_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.csv", rows())
+    write(folder / "test.csv", [{"text": "red"}] * 7)
+    write(folder / "sample_submission.csv", [{"id": 1, "label": "ham"}])
+    task, splits, _ = made(data=str(folder), test_fraction=0.1)
+    assert len(splits["test"]) == 6
+    assert task.notes == [
+        "1 file left out (no table that is called like a split): sample_submission.csv",
+        '7 rows of test left out: they have no column "label"',
+    ]
+
+
+def test_groups_stay_in_one_split(tmp_path: Path) -> None:
+    grouped = [r | {"author": i // 5} for i, r in enumerate(rows())]
+    task, splits, _ = made(data=write(tmp_path / "a.csv", grouped), group_column="author", test_fraction=0.2)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 45, "validation": 5, "test": 10}
+    assert 'group from "author"' in task.data_lines[1]
+    with pytest.raises(UserError, match=r'group_column": train has no column "writer"'):
+        made(data=write(tmp_path / "a.csv", grouped), group_column="writer")

@@ -43,17 +43,15 @@ def remember(digest: str, again: Callable[[], str | None]) -> str:
     return digest
 
 
-def hash_files(*paths: Path) -> str:
-    """SHA-256 over the names and contents of files, and of all files in folders."""
+def hash_files(*files: Path) -> str:
+    """SHA-256 over the contents of files."""
     total = hashlib.sha256()
-    for path in paths:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            total.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as content:
-                while chunk := content.read(1 << 20):
-                    total.update(chunk)
-    return remember(total.hexdigest(), lambda: hash_files(*paths))
+    for file in files:
+        total.update(f"{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                total.update(chunk)
+    return remember(total.hexdigest(), lambda: hash_files(*files))
 
 
 def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Cached:
@@ -107,7 +105,7 @@ def _check_unchanged(key: str) -> None:
         if digest in key:
             try:
                 changed = again() != digest
-            except OSError:
+            except (OSError, UserError):  # it is gone
                 changed = True
             if changed:
                 raise UserError("The data changed while it was read. Start again when nothing writes to its files.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import tables
+from . import npz, sources, tables
 from .cache import cached
+from .image_files import image_folder
 from .images import BLOCK, Size, decode_all
+from .table_files import Table
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "y")
 # train_x, x_train, train_images (MedMNIST), plain x; and the same for labels.
 _NPZ_IMAGES, _NPZ_LABELS = ("x", "images", "image"), ("y", "labels", "label")
+# Increase it when the same content is read in another way.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,21 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset of images: its splits, the names of its classes, and what was done to its images, in sentences."""
+    """A dataset of images.
+
+    Attributes:
+        splits: its splits.
+        classes: their names.
+        notes: what was left out, and what was done to the images, in sentences.
+        first: the name of the first image of train, and its class.
+        groups: split -> the group of each image, where a column of groups is named.
+    """
 
     splits: dict[str, ImageSplit]
     classes: list[str]
     notes: list[str]
+    first: tuple[str, str]
+    groups: dict[str, list[Any]]
 
 
 @dataclass
@@ -72,16 +86,18 @@ class _Source:
 
     count: int
     named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or pixels)
-    labels: list[Any]
+    labels: list[Any]  # names of classes, or numbers that are names
+    groups: list[Any] | None = None
 
 
 def read_images(
-    data: tables.Data,
+    data: sources.Data,
     *,
     config_name: str | None = None,
     split_column: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
     channels: int | None = None,
     size: Size | None = None,
 ) -> Images:
@@ -91,6 +107,7 @@ def read_images(
         data: what `tables.read` takes, or an .npz file.
         config_name, split_column: see `tables.read`.
         image_column, label_column: needed if the columns do not have the usual names.
+        group_column: of a table, whose groups are wanted.
         channels: 1 or 3; None for 1 if every image is grey, else 3.
         size: the size of all images; None if they all have the same size already.
 
@@ -98,55 +115,56 @@ def read_images(
         UserError: anything about the data that must change.
     """
     arrays_file = isinstance(data, str) and data.lower().endswith(".npz")
-    if isinstance(data, str) and arrays_file and not Path(data).expanduser().is_file():
-        raise UserError(f'"trainer.task_options.data": {data} does not exist (looked from {Path.cwd()}).')
     columns = {
         "config_name": config_name,
         "split_column": split_column,
         "image_column": image_column,
         "label_column": label_column,
+        "group_column": group_column,
     }
     for name, given in columns.items():
         if arrays_file and given is not None:
             raise UserError(f'"trainer.task_options.{name}" has no effect on an .npz file. Leave it out.')
-    content: Any = tables.fingerprint(data)
+    content: Any = sources.fingerprint(data)
     found = None
     if content is None:
         # A name on the hub: only `datasets` knows a fingerprint of its content.
         found = tables.read(data, config_name=config_name, split_column=split_column)
-        content = {split: table._fingerprint for split, table in found.items()}
+        content = {split: table.content for split, table in found.items()}
     key = {
         "data": content,
         **columns,
         "channels": channels,
         "size": size,
         "versions": [importlib.metadata.version(name) for name in ("pillow", "datasets")],
+        "reading": _VERSION,
     }
 
     def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(data, str) and arrays_file:
-            sources, names = _npz_sources(Path(data).expanduser())
-        else:
-            splits = found or tables.read(data, config_name=config_name, split_column=split_column)
-            sources, names = _table_sources(splits, data, content, image_column, label_column)
-        return _decoded(sources, names, channels, size)
+            return _decoded(_npz_sources(Path(data).expanduser()), None, channels, size, [])
+        splits = found or tables.read(data, config_name=config_name, split_column=split_column, folder=image_folder)
+        parts, declared = _table_sources(splits, data, content, image_column, label_column, group_column)
+        return _decoded(parts, declared, channels, size, tables.notes_of(splits))
 
     arrays, facts = cached("images", key, build)
     parts = ("image", "label", "sums", "digest")
     splits = {name: ImageSplit(*(arrays[f"{name}_{part}"] for part in parts)) for name in facts["splits"]}
-    return Images(splits, facts["classes"], facts["notes"])
+    return Images(splits, facts["classes"], facts["notes"], tuple(facts["first"]), facts["groups"])
 
 
 def _table_sources(
-    splits: dict[str, Any], data: tables.Data, content: Any, image_column: str | None, label_column: str | None
+    splits: dict[str, Table],
+    data: sources.Data,
+    content: Any,
+    image_column: str | None,
+    label_column: str | None,
+    group_column: str | None,
 ) -> tuple[dict[str, _Source], list[str] | None]:
-    """Images and labels of tables, and the classes that these declare."""
-    import datasets
-
+    """Images and labels of tables, and the classes that the training set declares."""
     train = splits["train"]
     if image_column is None:
-        typed = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
-        image_column = typed[0] if len(typed) == 1 else None
+        image_column = train.images[0] if len(train.images) == 1 else None
     image_column = tables.find_column(train.column_names, image_column, IMAGE_COLUMNS, "image_column")
     if label_column is None and not {c.lower() for c in train.column_names} & set(LABEL_COLUMNS):
         raise UserError(
@@ -155,11 +173,9 @@ def _table_sources(
             "with label_column in trainer.task_options."
         )
     label_column = tables.find_column(train.column_names, label_column, LABEL_COLUMNS, "label_column")
-    feature = train.features[label_column]
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
-    folders = [Path(root).expanduser().resolve() for root in roots]
-    sources = {}
+    folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
+    parts = {}
     for split, table in splits.items():
         for column in (image_column, label_column):
             if column not in table.column_names:
@@ -167,22 +183,23 @@ def _table_sources(
                     f'"trainer.task_options.data": the split {split} has no column "{column}", only '
                     f"{', '.join(table.column_names)}."
                 )
-        labels = tables.values_of(table, label_column, split)
-        tables.check_complete(labels, split, label_column)
-        other = table.features[label_column]
-        if names is not None and getattr(other, "names", names) != names:
-            raise UserError(f"The classes of {split} are {other.names}, those of train {names}. They must be the same.")
-        sources[split] = _Source(len(table), table_images(table, split, image_column, folders), labels)
-    return sources, names
+        parts[split] = _Source(
+            len(table),
+            table_images(table, split, image_column, folders),
+            tables.labels(table, label_column, split),
+            tables.groups(table, group_column, split),
+        )
+    return parts, tables.declared_names(train, label_column)
 
 
 def table_images(
-    table: Any, split: str, column: str, folders: Sequence[Path] | None = None
-) -> Iterator[tuple[str, bytes | str | None]]:
-    """(name, bytes or path or None) for each row of a column of images, bytes, paths or nested lists of pixels.
+    table: Table, split: str, column: str, folders: Sequence[Path] | None = None
+) -> Iterator[tuple[str, bytes | str | np.ndarray | None]]:
+    """(name, bytes or path or pixels or None) for each row of a column of images.
 
     Args:
-        table: a datasets.Dataset.
+        table: whose column holds files as bytes, {"bytes": ..., "path": ...} as the datasets library has it, paths, or
+            nested lists of pixels.
         split: for messages.
         column: which.
         folders: where files that are only named by the table may lie: what the cache knows about. None or none
@@ -191,38 +208,46 @@ def table_images(
     Raises:
         UserError: the column holds something else, or a file lies elsewhere.
     """
-    import datasets
-
-    try:
-        table = table.cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f'The column "{column}" holds {table.features[column]}, not images. Name the right one with '
-            "image_column in trainer.task_options."
-        ) from error
     for start in range(0, len(table), BLOCK):
         try:
-            values = table[start : start + BLOCK][column]
+            values = table.values(column, start, start + BLOCK)
         except Exception as error:  # such as paths in a parquet file that are not UTF-8
             raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
-        for offset, value in enumerate(values):
-            content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
-            name = f"row {start + offset} of {split}" + (f", {path}" if path else "")
-            if content or not path:
-                yield name, content or None
+        for row, value in enumerate(values, start=start):
+            content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+            if isinstance(value, str):
+                content, path = None, value
+            if isinstance(value, list):
+                content = _pixels(value)
+            if not isinstance(content, (bytes, np.ndarray, type(None))) or not isinstance(path, (str, type(None))):
+                raise UserError(
+                    f'The column "{column}" holds {str(value)[:50]} ({type(value).__name__}), not images. Name the '
+                    "right one with image_column in trainer.task_options."
+                )
+            name = f"row {row} of {split}" + (f", {path}" if path else "")
+            if (content is not None and len(content)) or not path:
+                yield name, content if content is not None and len(content) else None
                 continue
-            if folders and not any(Path(path).absolute().is_relative_to(folder) for folder in folders):
+            if folders and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in folders):
                 raise UserError(
                     f"{name}: the table only names its images, so changed images would not be noticed.\nPut the table "
                     "into the folder of the images as metadata.csv, with their names in the column file_name, and "
                     "give that folder as data."
                 )
-            yield str(path), str(path)
+            yield path, path
 
 
-def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
-    sources = {}
-    with tables.npz_arrays(path) as file:
+def _pixels(rows: list[Any]) -> np.ndarray | None:
+    """Nested lists as (H, W) or (H, W, 3) uint8; None for anything else."""
+    try:
+        return np.asarray(rows, dtype=np.uint8)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _npz_sources(path: Path) -> dict[str, _Source]:
+    parts = {}
+    with npz.npz_arrays(path) as file:
         pairs = _npz_pairs(file.files)
         if "train" not in pairs:
             raise UserError(
@@ -230,7 +255,7 @@ def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
                 f"or x and y. It has {', '.join(file.files) or 'none'}."
             )
         for split, (x, y) in pairs.items():
-            images, labels = npz_images(path, file, x), tables.npz_array(path, file, y)
+            images, labels = npz_images(path, file, x), npz.npz_array(path, file, y)
             if labels.ndim == 2 and labels.shape[1] == 1:
                 labels = labels[:, 0]
             if labels.shape != (len(images),):
@@ -242,8 +267,8 @@ def _npz_sources(path: Path) -> tuple[dict[str, _Source], None]:
                 raise UserError(f'"trainer.task_options.data": the split {split} of {path} is empty ({x} has no rows).')
             named = ((f"{x}[{row}] of {path}", image) for row, image in enumerate(images))
             values = np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
-            sources[split] = _Source(len(images), named, values.tolist())
-    return sources, None
+            parts[split] = _Source(len(images), named, values.tolist())
+    return parts
 
 
 def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -253,15 +278,15 @@ def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
         words = name.lower().split("_")
         kinds = [k for k, known in (("x", _NPZ_IMAGES), ("y", _NPZ_LABELS)) if set(words) & set(known)]
         rest = [w for w in words if w not in _NPZ_IMAGES + _NPZ_LABELS]
-        split = tables._ALIASES.get(rest[0]) if len(rest) == 1 else None if rest else "train"
+        split = sources.ALIASES.get(rest[0]) if len(rest) == 1 else None if rest else "train"
         if len(kinds) == 1 and split is not None:
             found.setdefault(split, {}).setdefault(kinds[0], name)
-    return {split: (found[split]["x"], found[split]["y"]) for split in tables.SPLITS if len(found.get(split, {})) == 2}
+    return {split: (found[split]["x"], found[split]["y"]) for split in sources.SPLITS if len(found.get(split, {})) == 2}
 
 
 def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
     """(N, H, W) or (N, H, W, 3) uint8, the array `name` of an open .npz file. Raises UserError."""
-    images = tables.npz_array(path, file, name)
+    images = npz.npz_array(path, file, name)
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
         hint = ""
         if images.ndim == 4 and images.shape[1] in (1, 3):
@@ -277,7 +302,7 @@ def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
 
 def read_npz_images(path: Path) -> np.ndarray:
     """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
-    with tables.npz_arrays(path) as file:
+    with npz.npz_arrays(path) as file:
         names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
         chosen = "x" if "x" in names else names[0] if len(names) == 1 else None
         if chosen is None:
@@ -286,20 +311,18 @@ def read_npz_images(path: Path) -> np.ndarray:
 
 
 def _decoded(
-    sources: dict[str, _Source], declared: list[str] | None, channels: int | None, size: Size | None
+    parts: dict[str, _Source], declared: list[str] | None, channels: int | None, size: Size | None, notes: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the cache holds. Labels are checked first: that takes no time."""
     from tqdm import tqdm
 
-    classes = tables.class_names({split: source.labels for split, source in sources.items()}, declared)
-    progress = tqdm(
-        total=sum(s.count for s in sources.values()), desc="images", unit="image", leave=False, disable=None
-    )
+    classes = tables.class_names({split: part.labels for split, part in parts.items()}, declared)
+    progress = tqdm(total=sum(p.count for p in parts.values()), desc="images", unit="image", leave=False, disable=None)
     remarks: Counter[str] = Counter()
     pixels: dict[str, list[np.ndarray]] = {}
     first: tuple[str, Size] | None = None
     with progress:
-        for split, source in sources.items():
+        for split, source in parts.items():
             pixels[split] = []
             for name, image, done in decode_all(source.named, channels, size):
                 height, width = image.shape[:2]
@@ -315,20 +338,26 @@ def _decoded(
                 progress.update()
     grey = sum(image.ndim == 2 for images in pixels.values() for image in images)
     if channels is None:
-        channels = 1 if grey == sum(s.count for s in sources.values()) else 3
+        channels = 1 if grey == sum(p.count for p in parts.values()) else 3
         if channels == 3 and grey:
             remarks["made RGB, since others are not grey"] = grey
     arrays: dict[str, Tensor] = {}
     for split, images in pixels.items():
         tensor = arrays[f"{split}_image"] = stacked(images, channels)
-        arrays[f"{split}_label"] = torch.from_numpy(
-            tables.label_numbers(sources[split].labels, classes, declared is not None)
-        )
+        arrays[f"{split}_label"] = torch.from_numpy(tables.label_numbers(parts[split].labels, classes))
         arrays[f"{split}_sums"] = _sums(tensor)
         hashes = b"".join(hashlib.blake2b(i.numpy().data, digest_size=16).digest() for i in tensor)
         arrays[f"{split}_digest"] = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 16)
-    notes = [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
-    return arrays, {"splits": list(sources), "classes": classes, "notes": notes}
+    notes += [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
+    facts = {"splits": list(parts), "classes": classes, "notes": notes, "first": _first(first, parts)}
+    return arrays, facts | {"groups": {split: part.groups for split, part in parts.items() if part.groups}}
+
+
+def _first(first: tuple[str, Size] | None, parts: dict[str, _Source]) -> tuple[str, str]:
+    """The first image's name (of a file, with its folder), and its class."""
+    name = first[0] if first else ""
+    label = next(iter(parts.values())).labels[0]
+    return "/".join(name.split("/")[-3:]), tables.label_name(label)
 
 
 def stacked(images: list[np.ndarray], channels: int) -> Tensor:
@@ -348,8 +377,3 @@ def _sums(images: Tensor) -> Tensor:
         wide = block.flatten(2).to(torch.int64)
         parts.append(torch.stack([wide.sum(2), (wide * wide).sum(2)], dim=2))
     return torch.cat(parts)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """All images in a folder and below it, by name."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

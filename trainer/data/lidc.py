@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from .cache import Cached, cached, hash_files
-from .tables import npz_array, npz_arrays
+from .npz import npz_array, npz_arrays
 
 SIDE = 32  # voxels, and mm
 BYTES = SIDE**3 // 8  # of a mask, packed

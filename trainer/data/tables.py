@@ -1,16 +1,16 @@
-"""Datasets of a user's own: files, folders and hub names, read by the `datasets` library, as named splits.
+"""Tables of a user's own, from files, folders and hub names, as named splits; their columns, texts and labels.
 
-The tasks for text and images share this file. It finds splits and columns, and checks labels before training
-starts. Heavy packages are imported inside functions: with a warm cache no rank needs them.
+The tasks for text and images share this file. It finds columns, and checks labels before training starts. Heavy
+packages are imported inside functions: with a warm cache no rank needs them.
 """
 
 from __future__ import annotations
 
-import json
+import codecs
 import logging
-import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +18,78 @@ import numpy as np
 
 from ..config.schema import near
 from ..errors import UserError
-from ..exact.order import key
-from .cache import hash_files
+from . import sources
+from .sources import SPLITS, Data, Found
+from .table_files import Format, Table, from_datasets, joined, read_file, read_text
 
-Data = str | Mapping[str, str]
-
-SPLITS = ("train", "validation", "test")
-# Their usual names.
-_ALIASES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
-)
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# How a folder is read that holds no tables; None if it is none of that kind.
+FolderReader = Callable[[Found], dict[str, Table] | None]
+_PLAIN = Format()
+# Suffixes of texts in folders of classes; 20 Newsgroups has none, or a number.
+_TEXTS = (".txt", ".text", ".md", ".eml", ".html", ".htm", "")
 
 
-def check_data(data: Any, config_name: str | None = None) -> None:
-    """Raises UserError unless an option `data` is a path or name, or {split: path or name}."""
-    parts = data if isinstance(data, Mapping) and data else {"": data}
-    if not all(isinstance(part, str) and part for part in parts.values()):
+def checked_format(separator: str | None, encoding: str | None) -> Format:
+    """The options on the format of text files. Raises UserError."""
+    separator = "\t" if separator in ("tab", "\\t") else separator
+    if separator is not None and len(separator) != 1:
+        raise UserError(f'"trainer.task_options.separator" is "{separator}". It must be a single character, or "tab".')
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError as error:
         raise UserError(
-            f'"trainer.task_options.data" is {data!r}. It must be a file, a folder or a name on the dataset hub, or '
-            '{"train": ..., "validation": ..., "test": ...} of such.'
-        )
-    if config_name is not None and all(Path(part).expanduser().exists() for part in parts.values()):
-        raise UserError('"trainer.task_options.config_name" has an effect only on datasets of the hub.')
+            f'"trainer.task_options.encoding" is "{encoding}", which Python does not know. Usual ones are "utf-8", '
+            '"latin-1", "cp1252" and "utf-16".'
+        ) from error
+    return Format(separator, encoding)
 
 
-def fingerprint(data: Data) -> str | None:
-    """A hash of everything that local files and folders contain; None for a hub name, whose content is elsewhere.
-
-    Raises:
-        UserError: it looks like a path, but nothing is there.
-    """
-    if isinstance(data, Mapping):
-        parts = {name: fingerprint(part) for name, part in data.items()}
-        return None if None in parts.values() else json.dumps(parts, sort_keys=True)
-    path = Path(data).expanduser()
-    if path.exists():
-        return hash_files(path)
-    if path.suffix in _READERS or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise UserError(f'"trainer.task_options.data": {data} does not exist (looked from {Path.cwd()}).')
-    return None
-
-
-def read(data: Data, *, config_name: str | None = None, split_column: str | None = None) -> dict[str, Any]:
-    """The splits of a dataset: {"train": datasets.Dataset, ...}, with "validation" and "test" where there are any.
+def read(
+    data: Data,
+    *,
+    config_name: str | None = None,
+    split_column: str | None = None,
+    how: Format = _PLAIN,
+    folder: FolderReader | None = None,
+) -> dict[str, Table]:
+    """The splits of a dataset: {"train": table, ...}, with "validation" and "test" where there are any.
 
     Args:
-        data: a csv, tsv, json, jsonl, parquet or text file; a folder of such, of class folders of images, or one that
-            `save_to_disk` wrote; a dataset's name on the hub; or {split: file or folder}.
+        data: a csv, tsv, json, jsonl, parquet or text file; a folder of such, of class folders, or one that
+            `save_to_disk` wrote; a pattern of files; a dataset's name on the hub; or {split: any of these}.
         config_name: which configuration of a hub dataset.
         split_column: the column of a single table that names each row's split; without it, a column "split" whose
             values are names of splits is taken.
+        how: the options on the format of text files.
+        folder: reads folders of images; without it, folders of classes hold texts.
 
     Raises:
         UserError: nothing is there, it cannot be read, or there is no split for training.
     """
     if isinstance(data, Mapping):
-        tables: dict[str, Any] = {}
+        tables: dict[str, Table] = {}
         for name, part in data.items():
-            if name not in SPLITS:
-                raise UserError(f'"trainer.task_options.data" names the split "{name}". {near(name, SPLITS)}')
-            found = _load(part, config_name)
+            sources.check_split_name(name)
+            found = _load(part, config_name, how, folder)
             if len(found) > 1 and name not in found:
                 raise UserError(f'"trainer.task_options.data.{name}": {part} holds the splits {", ".join(found)}.')
             tables[name] = found[name] if name in found else next(iter(found.values()))
     else:
-        tables = _load(data, config_name)
+        tables = _load(data, config_name, how, folder)
     if list(tables) == ["train"]:
         tables = _by_column(tables["train"], split_column)
     elif split_column is not None:
         raise UserError(
             f'"trainer.task_options.split_column" has no effect: {data} has splits already: {", ".join(tables)}.'
         )
-    named: dict[str, Any] = {}
+    named: dict[str, Table] = {}
+    unused = []
     for name, table in tables.items():
-        known = _ALIASES.get(name.lower())
+        known = sources.ALIASES.get(name.lower())
         if known is not None and known not in named:
             named[known] = table
+        else:
+            unused.append(f"{name} ({len(table):,} rows)")
     if "train" not in named:
         raise UserError(
             f'"trainer.task_options.data": {data} has no split for training, only {", ".join(tables) or "nothing"}.\n'
@@ -103,105 +98,145 @@ def read(data: Data, *, config_name: str | None = None, split_column: str | None
     for name, table in named.items():
         if len(table) == 0:
             raise UserError(f'"trainer.task_options.data": the split {name} of {data} is empty.')
+    if unused:
+        named["train"].notes.append(f"left out of {data}, as they are no known splits: {', '.join(unused)}")
     return {name: named[name] for name in SPLITS if name in named}
 
 
-def text_files(data: Data) -> dict[str, list[str]] | None:
-    """{split: the contents of its files} of a text file, a folder of such, or {split: such}; None for other data.
+def notes_of(tables: Mapping[str, Table]) -> list[str]:
+    """What was not as usual in reading the splits, each sentence once."""
+    return list(dict.fromkeys(note for table in tables.values() for note in table.notes))
 
-    In a folder, files and folders with the names of splits (train.txt, valid.txt, ...) are these splits; else all
-    files are for training. Contents are as they are, ends of lines included.
 
-    Raises:
-        UserError: a file is empty or not UTF-8, or only some of a folder's files have names of splits.
-    """
-    if isinstance(data, Mapping):
-        parts = {name: text_files(part) for name, part in data.items()}
-        if all(part is None for part in parts.values()):
-            return None
-        for name, part in parts.items():
-            if name not in SPLITS:
-                raise UserError(f'"trainer.task_options.data" names the split "{name}". {near(name, SPLITS)}')
-            if part is None:
-                raise UserError(f'"trainer.task_options.data.{name}": {data[name]} holds no text files, but others do.')
-        if "train" not in parts:
-            raise UserError(f'"trainer.task_options.data" has no split "train", only {", ".join(parts)}.')
-        return {name: [t for texts in (part or {}).values() for t in texts] for name, part in parts.items()}
-    path = Path(data).expanduser()
-    if path.is_file():
-        return {"train": [_text_of(path)]} if path.suffix.lower() == ".txt" else None
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else []
-    if not files or any(p.suffix.lower() in _READERS and p.suffix.lower() != ".txt" for p in path.rglob("*")):
-        return None
-    names = {file: _ALIASES.get(file.relative_to(path).with_suffix("").parts[0].lower()) for file in files}
-    named = [file for file, name in names.items() if name is not None]
-    if named and len(named) < len(files):
-        other = next(file for file in files if file not in named)
+def _load(source: str, config_name: str | None, how: Format, folder: FolderReader | None) -> dict[str, Table]:
+    found = sources.find(source)
+    if found is None:
+        return _hub(source, config_name)
+    if found.saved:
+        return _saved(found)
+    if found.single:
+        return {"train": read_file(found.files[0], how, source)}
+    own = None if folder is None else folder(found)
+    if own is not None:
+        return own
+    files = [file for file in found.files if sources.suffix_of(file) in sources.TABLES]
+    if not files:
+        return _class_folders(found, how)
+    splits, others = sources.by_file(found, files)
+    read = {}
+    for name, group in splits.items():
+        names = {file: found.name(file) for file in group}
+        read[name] = joined({file: read_file(file, how, str(file)) for file in group}, names)
+    rest = [file for file in found.files if file not in set(files)]
+    first = next(iter(read.values()))
+    first.notes += sources.left_out_note(found, [*others, *rest], "no table that is called like a split")
+    return read
+
+
+def _class_folders(found: Found, how: Format) -> dict[str, Table]:
+    """Texts in a folder for each class: BBC News, 20 Newsgroups, IMDB."""
+    texts = _texts_of(found)
+    groups, loose = sources.by_class(found, texts)
+    if not groups:
+        kinds = Counter(file.suffix.lower() or "without a suffix" for file in found.files)
+        there = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "no files"
         raise UserError(
-            f'"trainer.task_options.data": in {data}, {named[0].relative_to(path)} is named like a split, but '
-            f"{other.relative_to(path)} is not. Name all of them so, or none."
+            f'"trainer.task_options.data": {found.given} holds neither tables ({", ".join(sources.TABLES)}) nor '
+            f"folders of classes. It has: {there}."
         )
-    if named and "train" not in names.values():
-        raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
-    result: dict[str, list[str]] = {}
-    for file in files:
-        result.setdefault(names[file] or "train", []).append(_text_of(file))
-    return {name: result[name] for name in SPLITS if name in result}
+    others = [*loose, *(file for file in found.files if file not in set(texts))]
+    read = {}
+    for split, group in groups.items():
+        names = sorted(set(group.classes))
+        place = {name: i for i, name in enumerate(names)}
+        contents = [read_text(file, how.encoding) for file in group.files]
+        read[split] = Table({"text": contents, "label": [place[c] for c in group.classes]}, {"label": names})
+    first = next(iter(read.values()))
+    first.notes += sources.left_out_note(found, others, "no text in a folder of a class")
+    return read
 
 
-def _text_of(path: Path) -> str:
+def _texts_of(found: Found) -> list[Path]:
+    """The files that are single texts."""
+    return [file for file in found.files if (suffix := sources.suffix_of(file)) in _TEXTS or suffix[1:].isdecimal()]
+
+
+def _saved(found: Found) -> dict[str, Table]:
+    import datasets
+
     try:
-        content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'"trainer.task_options.data": {path} is not UTF-8 text: byte {error.start:,} is '
-            f"0x{error.object[error.start]:02x}."
-        ) from error
-    if not content:
-        raise UserError(f'"trainer.task_options.data": {path} is empty.')
-    return content
+        result = datasets.load_from_disk(str(found.root))
+        return _tables_of(result)
+    except Exception as error:  # of a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f'"trainer.task_options.data": {found.given} cannot be read: {reason}') from error
 
 
-def _load(source: str, config_name: str | None) -> dict[str, Any]:
+def _hub(source: str, config_name: str | None) -> dict[str, Table]:
     import datasets
 
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises as well
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, from each rank
-    path = Path(source).expanduser()
     try:
-        if path.is_file():
-            reader = _READERS.get(path.suffix.lower())
-            if reader is None:
-                raise UserError(
-                    f'"trainer.task_options.data": {source} is a {path.suffix or "nameless kind of"} file. '
-                    f"Files may be {', '.join(_READERS)}."
-                )
-            extra = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            result = datasets.load_dataset(reader, data_files={"train": str(path)}, **extra)
-        elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            result = datasets.load_from_disk(str(path))
-        elif path.is_dir():
-            result = datasets.load_dataset(str(path.resolve()))
-        else:
-            result = datasets.load_dataset(source, config_name)
-    except UserError:
-        raise
-    except Exception as error:  # of a dozen kinds, by file format and kind of failure
+        return _tables_of(datasets.load_dataset(source, config_name))
+    except Exception as error:  # of a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if path.exists():
-            cause = error.__cause__ or error.__context__
-            detail = f" ({str(cause).strip().splitlines()[0]})" if cause is not None and str(cause).strip() else ""
-            raise UserError(f'"trainer.task_options.data": {source} cannot be read: {reason}{detail}') from error
         raise UserError(
             f'"trainer.task_options.data": "{source}" is no file or folder here, and as a name on the dataset hub it '
             f"cannot be loaded: {reason}\nWithout a network, give a local file or folder: csv, json lines, parquet, "
             "class folders of images, or what datasets' save_to_disk writes."
         ) from error
-    return dict(result) if isinstance(result, datasets.DatasetDict) else {"train": result}
 
 
-def _by_column(table: Any, split_column: str | None) -> dict[str, Any]:
+def _tables_of(result: Any) -> dict[str, Table]:
+    import datasets
+
+    splits = dict(result) if isinstance(result, datasets.DatasetDict) else {"train": result}
+    return {str(name): from_datasets(table) for name, table in splits.items()}
+
+
+def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None) -> dict[str, list[str]] | None:
+    """{split: the contents of its files} of a text file, a folder of such, or {split: such}; None for other data.
+
+    In a folder, files and folders with the names of splits (train.txt, valid.txt, ...) are these splits; else all
+    files are for training. Contents are as they are, ends of lines included.
+
+    Args:
+        data: the option.
+        how: the options on the format of text files.
+        notes: takes sentences on what is left out.
+
+    Raises:
+        UserError: a file is empty or cannot be decoded, or no file is for training.
+    """
+    notes = [] if notes is None else notes
+    if isinstance(data, Mapping):
+        parts = {name: text_files(part, how, notes) for name, part in data.items()}
+        if all(part is None for part in parts.values()):
+            return None
+        for name, part in parts.items():
+            sources.check_split_name(name)
+            if part is None:
+                raise UserError(f'"trainer.task_options.data.{name}": {data[name]} holds no text files, but others do.')
+        if "train" not in parts:
+            raise UserError(f'"trainer.task_options.data" has no split "train", only {", ".join(parts)}.')
+        return {name: [t for texts in (part or {}).values() for t in texts] for name, part in parts.items()}
+    found = sources.find(data)
+    if found is None or found.saved:
+        return None
+    files = [file for file in found.files if sources.suffix_of(file) == ".txt"]
+    if not files or any(sources.suffix_of(file) in sources.TABLES for file in found.files):
+        return None
+    splits, others = sources.by_file(found, files) if not found.single else ({"train": files}, [])
+    if "train" not in splits:
+        raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
+    rest = [file for file in found.files if file not in set(files)]
+    notes += sources.left_out_note(found, [*others, *rest], "no .txt file that is called like a split")
+    return {name: [read_text(file, how.encoding) for file in group] for name, group in splits.items()}
+
+
+def _by_column(table: Table, split_column: str | None) -> dict[str, Table]:
     """One table, cut by a column that names splits."""
     if split_column is not None and split_column not in table.column_names:
         raise UserError(
@@ -212,10 +247,10 @@ def _by_column(table: Any, split_column: str | None) -> dict[str, Any]:
         return {"train": table}
     values = values_of(table, column, "the data")
     names = dict.fromkeys(values)
-    if split_column is None and not all(isinstance(n, str) and n.lower() in _ALIASES for n in names):
+    if split_column is None and not all(isinstance(n, str) and n.lower() in sources.ALIASES for n in names):
         return {"train": table}
     of = np.array([str(v) for v in values])
-    return {str(name): table.select(np.flatnonzero(of == str(name))) for name in names}
+    return {str(name): table.select(np.flatnonzero(of == str(name)).tolist()) for name in names}
 
 
 def find_column(
@@ -240,52 +275,16 @@ def find_column(
     return found[0]
 
 
-def npz_arrays(path: Path) -> Any:
-    """An open .npz of plain arrays: {name: array}, each read when asked for; `files` names them. Raises UserError."""
+def values_of(table: Table, column: str, split: str) -> list[Any]:
+    """A column of a table. Raises UserError, such as for texts in a parquet file that are not UTF-8."""
     try:
-        file = np.load(path, allow_pickle=False)
-    except Exception as error:  # zip files, their compressions and numpy have a dozen kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "pickle" in reason:
-            reason = "it is neither a zip file of arrays nor an array"
-        raise UserError(f"{path} cannot be read as an .npz of plain arrays: {reason}") from error
-    if not hasattr(file, "files"):
-        raise UserError(f"{path} holds one plain array. Write it with numpy.savez(file, x=images, y=labels).")
-    return file
-
-
-def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
-    """One array of an open .npz. Raises UserError, also for one of Python objects: they are never unpickled."""
-    try:
-        entry = next((i for i in file.zip.infolist() if i.filename in (name, f"{name}.npy")), None)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if entry is not None and entry.file_size > memory:  # a compressed array of zeros is small on disk
-            raise UserError(f"{path}: {name} would take {entry.file_size:,} bytes of this machine's {memory:,}.")
-        array = file[name]
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        if "pickle" in str(error):
-            raise UserError(
-                f"{path}: {name} is an array of Python objects. It is stored pickled and is not loaded, because "
-                "it could run code.\nSave plain arrays of numbers; labels and names may be whole numbers or strings."
-            ) from error
-        raise UserError(f"{path}: {name} cannot be read: {str(error) or type(error).__name__}") from error
-    if not isinstance(array, np.ndarray):  # a zip file may hold other files, too
-        raise UserError(f"{path}: {name} is not an array.")
-    return array
-
-
-def values_of(table: Any, column: str, split: str) -> list[Any]:
-    """A column of a datasets table. Raises UserError, such as for texts in a parquet file that are not UTF-8."""
-    try:
-        return list(table[column][:])
+        return table.values(column)
     except Exception as error:  # pyarrow's and Python's own
         raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
 
 
-def texts(table: Any, column: str, split: str) -> list[str]:
-    """A column of texts of a datasets table, complete. Raises UserError."""
+def texts(table: Table, column: str, split: str) -> list[str]:
+    """A column of texts, complete. Raises UserError."""
     return as_texts(values_of(table, column, split), split, column)
 
 
@@ -301,13 +300,12 @@ def as_texts(values: Sequence[Any], split: str, column: str) -> list[str]:
     return list(values)
 
 
-def declared_names(table: Any, column: str) -> list[str] | None:
-    """The names of classes that a dataset declares for a column of numbers (datasets.ClassLabel), or None."""
-    names = getattr(table.features[column], "names", None)
-    return None if names is None else [str(name) for name in names]
+def declared_names(table: Table, column: str) -> list[str] | None:
+    """The names of classes that a dataset declares for a column of numbers, or None."""
+    return table.classes.get(column)
 
 
-def labels(table: Any, column: str, split: str) -> list[Any]:
+def labels(table: Table, column: str, split: str) -> list[Any]:
     """A column of labels, complete: strings and numbers as they are, numbers with declared names as these names.
 
     Raises:
@@ -328,6 +326,16 @@ def labels(table: Any, column: str, split: str) -> list[Any]:
     return [names[value] for value in values]
 
 
+def groups(table: Table, column: str | None, split: str) -> list[Any] | None:
+    """A column of groups, complete; None where no column is named, or a split other than train lacks it."""
+    if column is None or (split != "train" and column not in table.column_names):
+        return None
+    find_column(table.column_names, column, (), "group_column", split)
+    values = values_of(table, column, split)
+    check_complete(values, split, column)
+    return values
+
+
 def check_complete(values: Sequence[Any], split: str, column: str) -> None:
     """Raises UserError if a value is missing (None, nan, or an empty or blank text), with the row."""
     missing = [
@@ -346,6 +354,29 @@ def check_complete(values: Sequence[Any], split: str, column: str) -> None:
         )
 
 
+def label_name(value: Any) -> str:
+    """The name of a class: its label as it is written. 1 of a json file is "1" of a csv file, and 1.0 is "1.0"."""
+    return str(value)
+
+
+def _number(name: str) -> float | None:
+    """The number that a label is, if it is written as numbers usually are: 007 is a text."""
+    return float(name) if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", name) else None
+
+
+def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
+    """The position of a label's class among names, or None. Where all names are numbers, 1.0 is the class 1."""
+    place = {name: i for i, name in enumerate(names)}
+    numbers = {_number(name): i for i, name in enumerate(names)}
+    if None in numbers:
+        return lambda label: place.get(label_name(label))
+    return lambda label: place.get(name := label_name(label), numbers.get(_number(name)))
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (bool, int, str, np.integer)) or (isinstance(value, float) and value.is_integer())
+
+
 def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None = None) -> list[str]:
     """The classes of a dataset, in the order of their numbers.
 
@@ -360,26 +391,33 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         UserError: a label is something else, a split has a label that train lacks, or there is only one class.
     """
     for split, values in labels.items():
-        odd = next((v for v in values if not isinstance(v, (bool, int, str, np.integer))), None)
+        odd = next((v for v in values if not _is_label(v)), None)
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
-    train = Counter(labels["train"])
+    train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
+    numbers = {name: number for name in train if (number := _number(name)) is not None}
+    fraction = next((name for name, number in numbers.items() if not number.is_integer()), None)
+    if fraction is not None and len(numbers) == len(train):
+        raise UserError(f"A label in train is {fraction}. {_other_labels(numbers[fraction])}")
+    if len(numbers) == len(train):  # by value, each once: of 1 and 1.0 the shorter
+        train = [next(name for name in train if numbers[name] == value) for value in sorted(set(numbers.values()))]
+    else:
+        train.sort()
+    known = _places(train)
     for split, values in labels.items():
-        unknown = Counter(v for v in values if v not in train)
+        unknown = Counter(v for v in values if known(v) is None)
         if unknown:
             label, count = unknown.most_common(1)[0]
             raise UserError(
                 f"The label {label!r} occurs {count} time{'s' * (count > 1)} in {split}, but never in train, so no "
                 f"model can learn it ({len(unknown)} such label{'s' * (len(unknown) > 1)}). "
-                f"Train has: {', '.join(str(v) for v in sorted(train, key=str)[:20])}."
+                f"Train has: {', '.join(train[:20])}."
             )
-    if len({isinstance(v, str) for v in train}) > 1:
+    if len({isinstance(v, str) for v in labels["train"]}) > 1:
         raise UserError("Some labels in train are numbers and some are strings. Use one kind.")
     if len(train) < 2:
-        raise UserError(f"All labels in train are {next(iter(train))!r}. A classifier needs at least two classes.")
-    if given is not None:
-        return list(given)
-    return [str(value) for value in sorted(train)]
+        raise UserError(f"All labels in train are {labels['train'][0]!r}. A classifier needs at least two classes.")
+    return train if given is None else list(given)
 
 
 def _other_labels(value: Any) -> str:
@@ -399,31 +437,10 @@ def _other_labels(value: Any) -> str:
     return "Labels are whole numbers or texts."
 
 
-def label_numbers(values: Sequence[Any], names: Sequence[str], declared: bool) -> np.ndarray:
-    """(rows,) int64 positions in `names`; `declared` if labels are such positions already."""
-    if declared:
-        return np.asarray(values, dtype=np.int64)
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[str(value)] for value in values], dtype=np.int64)
-
-
-def hold_out(count: int, fraction: float, seed: int, labels: np.ndarray | None = None) -> np.ndarray:
-    """The rows of a training set that become validation: (n,) sorted int64. Only `seed` determines the choice.
-
-    Args:
-        count: the number of rows.
-        fraction: the fraction of them to hold out; with labels, of each class (at least one row of any class
-            that has two).
-        seed: `split_seed`, the same whatever the run's seed.
-        labels: (count,) int64.
-    """
-    rng = np.random.default_rng(key(seed, "hold out"))
-    groups = [np.arange(count)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    taken = []
-    for rows in groups:
-        wanted = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-        taken.append(rng.permutation(rows)[:wanted])
-    return np.sort(np.concatenate(taken))
+def label_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+    """(rows,) int64 positions in `names`."""
+    place = _places(names)
+    return np.array([place(value) for value in values], dtype=np.int64)
 
 
 def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -439,20 +456,41 @@ def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
     return notes
 
 
-def lines_of(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file to predict on: csv, tsv, json lines, parquet, or a text a line. Raises UserError."""
-    if not source.is_file():
+def rows_of(source: Path, how: Format = _PLAIN) -> Table:
+    """What to predict on, at least one row, read as in training.
+
+    Args:
+        source: a csv, tsv, json, json lines or parquet file; a .txt file, a text a line; or a folder of single texts,
+            whose names are the column "file".
+        how: the options on the format of text files.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    if not source.exists():
         raise UserError(f"--input {source} is not a file here (looked from {Path.cwd()}).")
-    table = _load(str(source), None)["train"]
     try:
-        yield from table
-    except (ValueError, OSError) as error:
-        raise UserError(f"--input {source} cannot be read: {error}") from error
-
-
-def rows_of(source: Path) -> list[dict[str, Any]]:
-    """All rows of a file to predict on, at least one. Raises UserError."""
-    rows = list(lines_of(source))
-    if not rows:
+        table = _single_texts(source, how) if source.is_dir() else read_file(source, how)
+    except UserError as error:
+        raise UserError(f"--input: {str(error).partition(': ')[2] or error}") from error
+    if not len(table):
         raise UserError(f"--input {source} holds no rows.")
-    return rows
+    return table
+
+
+def _single_texts(folder: Path, how: Format) -> Table:
+    found = sources.find(str(folder))
+    assert found is not None
+    files = _texts_of(found)
+    rest = [file for file in found.files if file not in set(files)]
+    return Table(
+        {"file": [found.name(file) for file in files], "text": [read_text(file, how.encoding) for file in files]},
+        notes=sources.left_out_note(found, rest, "no text"),
+    )
+
+
+def text_column_of(source: Path, table: Table, given: str | None, usual: Sequence[str], option: str) -> str:
+    """The column of texts to predict on: of a .txt file its lines, else as in training. Raises UserError."""
+    if source.is_dir() or sources.READERS.get(sources.suffix_of(source)) == "txt":
+        return "text"
+    return find_column(table.column_names, given, usual, option, f"--input {source}")

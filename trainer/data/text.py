@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import pretrained
 from .cache import hash_files
+from .unknown import SUBWORDS
 
 # The tokenizers that are built from the training texts, so that nothing has to be downloaded.
 WORDS, CHARACTERS = "words", "characters"
@@ -194,7 +195,7 @@ def load_tokenizer(spec: str, trust_remote_code: bool) -> Any:
 
 def tokenizer_key(spec: str, trust_remote_code: bool) -> Any:
     """A tokenizer's part of a cache key: hashes of its files, or the content of a tokenizer from the hub."""
-    if spec in (WORDS, CHARACTERS):
+    if spec in (WORDS, CHARACTERS, SUBWORDS):
         return {"built": spec, "at_least": MIN_WORD_COUNT}
     folder = Path(spec).expanduser()
     if folder.is_dir():

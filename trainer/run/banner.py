@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..data.report import array_lines
 from ..engine.adapt import frozen_share
 from ..exact.audit import Audit
 from ..record import earlier
@@ -14,7 +15,7 @@ from .build import Pieces
 
 
 def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int = 0) -> list[str]:
-    """The start-up lines: the batch arithmetic as an equation, the length of the run, and what is exact.
+    """The start-up lines: the batch arithmetic as an equation, the length of the run, its data, and what is exact.
 
     Args:
         p: of the run.
@@ -38,6 +39,9 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",
     ]
+    # A task of a user's own need not say what it read: its arrays do.
+    read = getattr(p.task, "data_lines", None) or array_lines({n: s.arrays for n, s in p.host_splits.items()})
+    lines[2:2] = [f"data: {line}" for line in read]
     warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
     if warmup_steps >= p.total_steps:
         lines.append(f"note: warm-up ({warmup_steps:,} steps) is as long as the run, so it never reaches the full rate")

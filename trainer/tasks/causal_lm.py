@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import model_checks, tables, text
+from ..data import held_out, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
+from ..data.table_files import Table
 from ..data.token_rows import IGNORED, TokenSequence, pack, pad_rows
 from ..errors import UserError
 from ..exact.splits import Batch, Split
@@ -35,11 +36,15 @@ AUTO = "AutoModelForCausalLM"
 TEXT_COLUMNS = ("text", "content", "document", "story")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
+# The two columns of a prompt in Alpaca and Dolly: what to do, and with what. The second is often empty.
+INSTRUCTION, INPUTS = "instruction", ("input", "context")
+# Columns that belong to a prompt, and must not be left out without a word.
+_OF_PROMPTS = (*PROMPT_COLUMNS, "context", "system", "history", "passage")
 # A model that takes 100,000 tokens is trained on that many only if the config says so.
 USUAL_LENGTH = 1024
 _NOT_CUT = '"trainer.task_options.truncate" has no effect on packed rows: texts of any length go into them.'
 # Increase it when the arrays of a cache file change their meaning.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -53,10 +58,20 @@ class _Documents:
     prompts: list[str] | None = None
     whole: bool = False
     rows: np.ndarray | None = None
+    groups: list[Any] | None = None
 
     def take(self, places: np.ndarray) -> _Documents:
         prompts = None if self.prompts is None else [self.prompts[i] for i in places]
         return _Documents([self.texts[i] for i in places], prompts, rows=places)
+
+
+@dataclass
+class _Read:
+    """What the data holds: documents by split, lines on what was read, and notes."""
+
+    documents: dict[str, _Documents]
+    columns: str
+    notes: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +79,18 @@ class LanguageOptions(TextModelOptions):
     """The options of `causal_lm`."""
 
     data: Any = required(
-        "a text file or a folder of such; a csv, tsv, json, jsonl or parquet file; a folder, a name on the dataset "
-        "hub; or {split: file or folder}"
+        "a text file or a folder of such; a csv, tsv, json, jsonl or parquet file or a folder of such (also .gz); a "
+        "pattern of files; a name on the dataset hub; or {split: any of these}"
     )
     model: Any = required(
         'a model\'s folder or hub name, or a configuration such as {"model_type": "gpt2", "n_layer": 4, "n_head": 4, '
         '"n_embd": 128}'
     )
-    prompt_column: str | None = option(None, "the column of prompts, which are given")
+    prompt_column: str | None = option(
+        None,
+        "the column of prompts, which are given; without it the usual names are found, and instruction and input (or "
+        "context) are joined by a line break",
+    )
     completion_column: str | None = option(None, "the column of completions, which are learnt")
     tokenizer: str | None = option(
         None,
@@ -125,14 +144,13 @@ class CausalLM:
             raise UserError(
                 '"trainer.task_options.vocabulary" has an effect on the tokenizers "characters" and "words" only.'
             )
-        if o.validation_fraction + o.test_fraction >= 1:
-            raise UserError(
-                f'"trainer.task_options.validation_fraction" ({o.validation_fraction}) and "test_fraction" '
-                f"({o.test_fraction}) leave nothing to train on: together they must be below 1."
-            )
+        held_out.check_fractions(o.validation_fraction, o.test_fraction)
         self.random_weights = self._scratch
-        tables.check_data(o.data, o.config_name)
+        sources.check_data(o.data, o.config_name)
         self.notes: list[str] = []
+        self.data_lines: list[str] = []
+        self._how = tables.checked_format(o.separator, o.encoding)
+        self._group_column = o.group_column
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
         self._text_column = o.text_column
         self._prompt_column, self._completion_column = o.prompt_column, o.completion_column
@@ -151,15 +169,22 @@ class CausalLM:
     def splits(self) -> dict[str, Split]:
         """input_ids and targets (N, sequence_length) int64; tokens and bytes (N,) int64 of the valid targets."""
         limit = self._limit(self._configuration())
-        content = tables.fingerprint(self._data)
-        found: Mapping[str, Any] | None = None
+        content = sources.fingerprint(self._data)
+        found: dict[str, Table] | None = None
         if content is None:  # the hub's: only datasets knows which content a name has today
             found = self._tables()
-            content = repr({name: table._fingerprint for name, table in found.items()})
+            content = repr({name: table.content for name, table in found.items()})
         key = {
             "version": _VERSION,
             "data": content,
-            "columns": [self._split_column, self._text_column, self._prompt_column, self._completion_column],
+            "format": [self._how.separator, self._how.encoding],
+            "columns": [
+                self._split_column,
+                self._text_column,
+                self._prompt_column,
+                self._completion_column,
+                self._group_column,
+            ],
             "tokenizer": text.tokenizer_key(self._tokenizer_name, self._trust),
             "vocabulary": self._vocabulary,
             "rows": [limit, self._packed, self._truncate],
@@ -168,6 +193,7 @@ class CausalLM:
         }
         arrays, self._facts = cached("causal-lm", key, lambda: self._build(self._read(found), limit))
         made = (text.CHARACTERS, text.WORDS)
+        self.data_lines[:] = self._facts["read"]
         others = None if self._tokenizer_name in made else self._tokenizer_name
         self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, others)
         result = {}
@@ -179,22 +205,25 @@ class CausalLM:
         self._sample = arrays["train.input_ids"][:2].clone()
         return result
 
-    def _tables(self) -> dict[str, Any]:
-        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column)
+    def _tables(self) -> dict[str, Table]:
+        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column, how=self._how)
 
-    def _read(self, found: Mapping[str, Any] | None) -> dict[str, _Documents]:
+    def _read(self, found: dict[str, Table] | None) -> _Read:
         """The splits that the data has."""
+        notes: list[str] = []
         if found is None:
-            files = tables.text_files(self._data)
+            files = tables.text_files(self._data, self._how, notes)
             if files is not None:
                 for option, column in (
                     ("text_column", self._text_column),
                     ("prompt_column", self._prompt_column),
                     ("split_column", self._split_column),
+                    ("group_column", self._group_column),
                 ):
                     if column is not None:
                         raise UserError(f'"trainer.task_options.{option}" has no effect on text files.')
-                return {name: _Documents(texts, whole=len(texts) == 1) for name, texts in files.items()}
+                documents = {name: _Documents(texts, whole=len(texts) == 1) for name, texts in files.items()}
+                return _Read(documents, "whole text files", notes)
             found = self._tables()
         columns = found["train"].column_names
         lower = [column.lower() for column in columns]
@@ -203,27 +232,50 @@ class CausalLM:
             and any(name in lower for name in PROMPT_COLUMNS)
             and any(name in lower for name in COMPLETION_COLUMNS)
         )
-        if not prompted:
-            column = tables.find_column(columns, self._text_column, TEXT_COLUMNS, "text_column")
-            return {name: _Documents(self._texts(table, column, "text_column", name)) for name, table in found.items()}
-        prompt = tables.find_column(columns, self._prompt_column, PROMPT_COLUMNS, "prompt_column")
-        completion = tables.find_column(columns, self._completion_column, COMPLETION_COLUMNS, "completion_column")
-        return {
-            name: _Documents(
-                self._texts(table, completion, "completion_column", name),
-                self._texts(table, prompt, "prompt_column", name),
+        documents = {}
+        if prompted:
+            prompts = self._prompt_columns(columns)
+            learnt = tables.find_column(columns, self._completion_column, COMPLETION_COLUMNS, "completion_column")
+            used = dict(zip(("prompt", "its input"), prompts)) | {"completion": learnt}
+        else:
+            prompts, learnt = [], tables.find_column(columns, self._text_column, TEXT_COLUMNS, "text_column")
+            used = {"text": learnt}
+        for split, table in found.items():
+            documents[split] = _Documents(
+                self._texts(table, learnt, "completion_column" if prompted else "text_column", split),
+                _prompts(table, prompts, split) if prompted else None,
+                groups=tables.groups(table, self._group_column, split),
             )
-            for name, table in found.items()
-        }
+        said = report.columns_line(columns, {**used, "group": self._group_column})
+        return _Read(documents, said, tables.notes_of(found))
+
+    def _prompt_columns(self, columns: Sequence[str]) -> list[str]:
+        """The columns of prompts: the one that is named, Alpaca's two, or the one with a usual name.
+
+        Raises:
+            UserError: another column would be left out that may belong to the prompt.
+        """
+        if self._prompt_column is not None:
+            return [tables.find_column(columns, self._prompt_column, (), "prompt_column")]
+        lower = {column.lower(): column for column in columns}
+        usual = [lower[name] for name in _OF_PROMPTS if name in lower]
+        if len(usual) == 2 and usual[0].lower() == INSTRUCTION and usual[1].lower() in INPUTS:
+            return usual
+        if len(usual) > 1:
+            raise UserError(
+                f'"trainer.task_options.prompt_column" is needed: {" and ".join(usual)} may all belong to the prompt, '
+                "and only one column is read. Name it, or join them into one column."
+            )
+        return [tables.find_column(columns, None, PROMPT_COLUMNS, "prompt_column")]
 
     @staticmethod
-    def _texts(table: Any, column: str, option: str, split: str) -> list[str]:
+    def _texts(table: Table, column: str, option: str, split: str) -> list[str]:
         tables.find_column(table.column_names, column, (), option, where=split)
         return tables.texts(table, column, split)
 
-    def _build(self, documents: dict[str, _Documents], limit: int) -> Cached:
+    def _build(self, read: _Read, limit: int) -> Cached:
         """What the cache keeps: arrays by "split.name", and facts."""
-        documents = self._hold_out(documents)
+        documents = self._hold_out(read.documents)
         train = documents["train"]
         packed = (train.prompts is None) if self._packed is None else self._packed
         if packed and self._truncate:
@@ -239,12 +291,13 @@ class CausalLM:
             name: split.texts if split.prompts is None else list(zip(split.prompts, split.texts))
             for name, split in documents.items()
         }
-        notes = tables.duplicates_note(rows_of) if not train.whole else []
+        notes = read.notes + (tables.duplicates_note(rows_of) if not train.whole else [])
+        shares = {}
         arrays: dict[str, Tensor] = {}
         for name, split in documents.items():
             sequences = _tokenise(tokenizer, split, f"Tokenising {name}")
-            unknown = _unknown_note(tokenizer, sequences, name)
-            notes += unknown if built is not None else []
+            notes += _unknown_note(tokenizer, sequences, name) if built is not None else []
+            shares[name] = unknown.unknown_share(tokenizer, [s.ids for s in sequences])
             if not packed:
                 sequences = self._check_lengths(sequences, name, split.rows, limit, notes)
             own = (pack if packed else pad_rows)(sequences, limit, tokenizer.pad_token_id)
@@ -253,10 +306,26 @@ class CausalLM:
                     f'"trainer.task_options.data": {name} has no token to predict, its texts are too short.'
                 )
             arrays |= {f"{name}.{array}": torch.from_numpy(values) for array, values in own.items()}
+        notes += unknown.check_share(
+            shares,
+            f'the tokenizer "{self._tokenizer_name}"' if built else f"the tokenizer of {self._tokenizer_name}",
+            'Set "tokenizer": "characters" in trainer.task_options.'
+            if built
+            else "Take a model whose tokenizer knows the language of the texts.",
+        )
+        unit = "text" if train.prompts is None else "record"
+        first = train.texts[0] if train.prompts is None else f"{train.prompts[0]} -> {train.texts[0]}"
+        characters = {name: sum(map(len, split.texts)) for name, split in documents.items()}
+        lines = [
+            report.rows_line({name: len(split.texts) for name, split in documents.items()}, list(read.documents), unit),
+            f"{read.columns}; characters to learn: {', '.join(f'{n} {c:,}' for n, c in characters.items())}",
+            report.sample_line(first),
+        ]
         facts = {
             "splits": list(documents),
             "packed": packed,
             "notes": notes,
+            "read": lines,
             "tokens": text.facts_of(tokenizer),
             "limit": limit,
             "tokenizer": built,
@@ -280,18 +349,15 @@ class CausalLM:
             if not all(split.texts[0] for split in held.values()):
                 raise UserError(f'"trainer.task_options.data": the text has {len(whole)} characters, too few to split.')
         else:
-            places, left = np.arange(len(train.texts)), 1.0
-            for name, part in wanted.items():
-                out = tables.hold_out(len(places), part / left, self._split_seed)
-                held[name] = train.take(places[out])
-                places, left = np.delete(places, out), left - part
-                if not held[name].texts or not len(places):
-                    raise UserError(
-                        f'"trainer.task_options.data": {len(train.texts)} records are too few to hold out {name}.'
-                    )
-            held["train"] = train.take(places)
+            chosen = held_out.held_out(len(train.texts), wanted, self._split_seed, groups=train.groups)
+            held = {name: train.take(places) for name, places in chosen.items()}
+            lacking = [name for name in (*wanted, "train") if name not in held or not held[name].texts]
+            if lacking:
+                raise UserError(
+                    f'"trainer.task_options.data": {len(train.texts)} records are too few to hold out {lacking[-1]}.'
+                )
         every = documents | held
-        return {name: every[name] for name in tables.SPLITS if name in every}
+        return {name: every[name] for name in sources.SPLITS if name in every}
 
     def _check_lengths(
         self, sequences: list[TokenSequence], split: str, rows: np.ndarray | None, limit: int, notes: list[str]
@@ -433,21 +499,30 @@ class CausalLM:
         self._saved = Path(folder)
         return model
 
+    def _asked(self, source: Path, table: Table) -> list[str]:
+        """The prompts of a file to predict on, read as in training."""
+        given = self._prompt_column or self._text_column
+        lower = {column.lower() for column in table.column_names}
+        if given is None and lower & set(PROMPT_COLUMNS) and len(lower & set(_OF_PROMPTS)) > 1:
+            return _prompts(table, self._prompt_columns(table.column_names), "--input")
+        option = "text_column" if self._text_column else "prompt_column"
+        usual = (*PROMPT_COLUMNS, *TEXT_COLUMNS)
+        return tables.texts(table, tables.text_column_of(source, table, given, usual, option), "--input")
+
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """Continues each prompt of a file with the likeliest tokens: a prompt a line, or a column of prompts.
 
         One at a time: padding to the left, which a batch would need, changes what a model computes.
         """
-        rows = tables.rows_of(Path(source))
-        usual = (*PROMPT_COLUMNS, *TEXT_COLUMNS)
-        given = self._prompt_column or self._text_column
-        column = tables.find_column(list(rows[0]), given if given in rows[0] else None, usual, "prompt_column")
+        path = Path(source)
+        table = tables.rows_of(path, self._how)
+        self.notes += table.notes
         tokenizer = self._tokenizer()
         limit = text.position_limit(model.config)
         new = min(self._max_new_tokens, (limit or 2 * self._max_new_tokens) // 2)
         device = next(model.parameters()).device
         prefix = [tokenizer.bos_token_id] if text.adds_bos(tokenizer) else []
-        for prompt in tables.as_texts([row[column] for row in rows], "--input", column):
+        for prompt in self._asked(path, table):
             ids = prefix + tokenizer(prompt, add_special_tokens=False)["input_ids"]
             ids = ids if limit is None else ids[-(limit - new) :]
             inputs = torch.tensor([ids], device=device)
@@ -461,6 +536,20 @@ class CausalLM:
                 )
             completion = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             yield {"prompt": prompt, "completion": completion}
+
+
+def _prompts(table: Table, columns: Sequence[str], split: str) -> list[str]:
+    """The prompts of a table: of two columns, joined by a line break where the second has a text."""
+    for column in columns:
+        tables.find_column(table.column_names, column, (), "prompt_column", where=split)
+    first = tables.texts(table, columns[0], split)
+    if len(columns) == 1:
+        return first
+    second = [value if value is not None else "" for value in tables.values_of(table, columns[1], split)]
+    odd = next((value for value in second if not isinstance(value, str)), None)
+    if odd is not None:
+        raise UserError(f'The column "{columns[1]}" in {split} must hold texts, but one row is {str(odd)[:50]!r}.')
+    return [f"{a}\n{b}" if b.strip() else a for a, b in zip(first, second)]
 
 
 def _tokenise(tokenizer: Any, documents: _Documents, what: str) -> list[TokenSequence]:

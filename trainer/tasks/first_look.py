@@ -25,7 +25,15 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question",
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
 
 _OPTION = "trainer.task_options."
-_COLUMNS = ("text_column", "pair_column", "label_column", "prompt_column", "completion_column", "image_column")
+_COLUMNS = (
+    "text_column",
+    "pair_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "image_column",
+    "group_column",
+)
 _FILE = re.compile(r"\.(csv|tsv|json|jsonl|parquet|txt|npz|gz|zip|sqlite)$", re.IGNORECASE)
 # In larger json files, a column is not looked for: that would take longer than importing torch.
 _MOST_BYTES = 5_000_000
@@ -165,7 +173,7 @@ def _header(path: Path, suffix: str, options: Mapping[str, Any], wanted: set[str
     # Other marks in it may be the separator, too.
     if options.get("separator") is None and (set(";\t|,") - {separator}) & set(line):
         return None
-    columns = next(csv.reader([line], delimiter=separator))
+    columns = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
     return columns if all(columns) else None
 
 

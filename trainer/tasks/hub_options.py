@@ -15,6 +15,9 @@ class HubOptions:
     split_column: str | None = option(None, "the column of a single table that names each row's split")
     pretrained: bool = option(True, "read the weights of the model; false trains its architecture from scratch")
     trust_remote_code: bool = option(False, "run Python code that comes with a model")
+    group_column: str | None = option(
+        None, "the column of groups (patients, authors, ...) whose samples stay together when splits are held out"
+    )
     split_seed: int = option(0, "chooses the samples that are held out, independently of the run's seed", minimum=0)
 
 
@@ -23,6 +26,8 @@ class TextModelOptions(HubOptions):
     """Texts, and a model of them."""
 
     text_column: str | None = option(None, "the column of texts; the usual names are found")
+    separator: str | None = option(None, "between the fields of csv files; without it the one in the header")
+    encoding: str | None = option(None, 'of text files, such as "latin-1"; without it UTF-8, or what the file says')
     attention: str | None = option(
         None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
     )

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import is_number, read_options, refuse, required
-from ..data import grey, image_data, images, model_checks, pretrained, tables
+from ..data import (
+    grey,
+    held_out,
+    image_data,
+    image_files,
+    images,
+    model_checks,
+    pretrained,
+    report,
+    sources,
+    tables,
+)
 from ..data.image_data import ImageSplit
 from ..data.images import Size
 from ..data.pretrained import check_spec
@@ -34,7 +44,8 @@ class ImageOptions(HubOptions):
     """The options of `image_classification`."""
 
     data: Any = required(
-        "a folder of class folders (also with train/ and test/ above them), a parquet file with a column of images, a "
+        "a folder of class folders (also with train/ and test/ above them), or with a metadata.csv (columns file_name "
+        "and label); a parquet file with a column of images, a "
         "folder that save_to_disk wrote, a dataset's name on the hub, {split: any of these}, or an .npz file with "
         "uint8 arrays train_x, train_y, test_x, test_y (and validation_x, validation_y), or x and y"
     )
@@ -71,6 +82,7 @@ class ImageOptions(HubOptions):
         minimum=0,
         below=1,
     )
+    test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
     label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
     class_weights: Any = option(None, '"balanced", a list, or {class: weight}')
 
@@ -85,7 +97,8 @@ class ImageClassification:
         o = read_options(ImageOptions, given)
         check_spec(o.model, "classifier of images", _EXAMPLE)
         model_checks.check_problem_type(o.model)
-        tables.check_data(o.data, o.config_name)
+        sources.check_data(o.data, o.config_name)
+        held_out.check_fractions(o.validation_fraction, o.test_fraction)
         if o.image_size is not None and not images.is_size(o.image_size):
             refuse("image_size", o.image_size, "a side in pixels, or [height, width]")
         if (o.mean is None) != (o.std is None):
@@ -101,6 +114,7 @@ class ImageClassification:
             "split_column": o.split_column,
             "image_column": o.image_column,
             "label_column": o.label_column,
+            "group_column": o.group_column,
         }
         self._data: Any = o.data
         self._spec: Any = o.model
@@ -111,10 +125,12 @@ class ImageClassification:
         self._asked_mean = _per_channel("mean", o.mean, above=None)
         self._asked_std = _per_channel("std", o.std, above=0)
         self._crop_padding, self._flip, self._erasing = o.crop_padding, o.flip, o.erasing
-        self._validation_fraction, self._split_seed = o.validation_fraction, o.split_seed
+        self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
+        self._split_seed = o.split_seed
         self._smoothing = o.label_smoothing
         self._class_weights_option = o.class_weights
         self.notes: list[str] = []
+        self.data_lines: list[str] = []
         # Known once the data or a saved model is read.
         self._classes: list[str] = []
         self._size: Size = (0, 0)
@@ -132,7 +148,7 @@ class ImageClassification:
         self._constants.clear()
         processor, channels, size = self._wanted()
         found = image_data.read_images(self._data, channels=channels, size=size, **self._columns)
-        splits = self._with_validation(found.splits)
+        splits = self._with_held_out(found.splits, found.groups.get("train"))
         self._classes = found.classes
         self.notes += found.notes
         self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
@@ -143,6 +159,13 @@ class ImageClassification:
         self._size = (sides[0], sides[1])
         self._settle_normalisation(processor, splits["train"])
         labels = splits["train"].label
+        height, width = self._size
+        shape = f"{height} x {width}, {'grey' if self._channels == 1 else 'RGB'}"
+        self.data_lines[:] = [
+            report.rows_line({n: len(s.label) for n, s in splits.items()}, list(found.splits), "image", f" of {shape}"),
+            report.classes_line(found.classes, {name: s.label for name, s in splits.items()}),
+            f"first image: {' -> '.join(found.first)}",
+        ]
         self._weights = classification.class_weights(self._class_weights_option, self._classes, labels.numpy())
         return {
             name: Split({"image": s.image, "label": s.label}, classification.counts(s.label, self._weights))
@@ -184,18 +207,15 @@ class ImageClassification:
                 f"{_shown(in_model)}. Leave one of them out."
             )
 
-    def _with_validation(self, splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
-        """The splits in order, with a validation split taken from train where there is none."""
+    def _with_held_out(self, splits: dict[str, ImageSplit], groups: list[Any] | None) -> dict[str, ImageSplit]:
+        """The splits in order, with parts of train as those that the data lacks."""
         train = splits["train"]
-        if "validation" in splits or not self._validation_fraction:
+        wanted = {name: part for name, part in self._fractions.items() if name not in splits}
+        chosen = held_out.held_out(len(train.label), wanted, self._split_seed, train.label.numpy(), groups)
+        if list(chosen) == ["train"]:
             return splits
-        held = tables.hold_out(len(train.label), self._validation_fraction, self._split_seed, train.label.numpy())
-        if len(held) == 0:
-            return splits
-        rest = np.setdiff1d(np.arange(len(train.label)), held)
-        return {"train": train.select(rest), "validation": train.select(held)} | {
-            name: split for name, split in splits.items() if name != "train"
-        }
+        every = splits | {name: train.select(rows) for name, rows in chosen.items()}
+        return {name: every[name] for name in sources.SPLITS if name in every}
 
     def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
         mean, std = self._asked_mean, self._asked_std
@@ -389,23 +409,24 @@ class ImageClassification:
 
     def _sources(self, source: Path) -> tuple[str, Iterator[tuple[Any, Any]]]:
         """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
-        if source.suffix.lower() in image_data.SUFFIXES:
-            return "file", iter([(str(source), source)])
         if source.suffix.lower() == ".npz":
             return "row", iter(enumerate(image_data.read_npz_images(source)))
-        saved = (source / "dataset_dict.json").exists() or (source / "state.json").exists()
-        if source.is_dir() and not saved:
-            files = image_data.files_in(source)
-            if not files:
-                raise UserError(f"--input {source}: no images in this folder ({', '.join(image_data.SUFFIXES)}).")
-            return "file", ((str(file), file) for file in files)
+        if source.is_file() and image_files.is_image(source):
+            return "file", iter([(str(source), source)])
+        found = sources.find(str(source))
+        if source.is_dir() and found is not None and not found.saved:
+            files, others = image_files.images_of(found)
+            if files:
+                self.notes += sources.left_out_note(found, others, "no image")
+                return "file", ((str(file), file) for file in files)
+            if not any(sources.suffix_of(file) in sources.TABLES for file in others):
+                raise UserError(f"--input {source}: no images in this folder ({', '.join(image_files.SUFFIXES)}).")
         try:
             table = tables.read({"train": str(source)})["train"]
         except UserError as error:
             raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
-        column = tables.find_column(
-            table.column_names, self._columns["image_column"], image_data.IMAGE_COLUMNS, "image_column", str(source)
-        )
+        given = self._columns["image_column"] or (table.images[0] if len(table.images) == 1 else None)
+        column = tables.find_column(table.column_names, given, image_data.IMAGE_COLUMNS, "image_column", str(source))
         pictures = image_data.table_images(table, str(source), column)
         return "row", ((row, content) for row, (_, content) in enumerate(pictures))
 

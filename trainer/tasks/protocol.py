@@ -42,6 +42,8 @@ class Task(Protocol):
       on the rank.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
       `splits` and `model` fill; they are printed once, before the first step.
+    - `data_lines`: what was read (rows, what is left out, classes, the first sample), a list of lines that `splits`
+      fills; they are printed before the notes. Without it the shapes of the arrays, their classes and first sample are.
     - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: the metric on validation that chooses the
       best model; without it the loss.
     - `why_without(self, name, batch) -> str`: why `metrics` leaves a metric out for a whole split, as the end of a

@@ -1,7 +1,7 @@
 """Classifies texts with any sequence-classification model of the transformers library, on data of one's own.
 
 A csv, json lines or parquet file, a folder or a hub name; a model's folder or hub name, or a configuration to train
-from scratch with a word-level tokenizer made of the training texts, which needs no download at all.
+from scratch with a tokenizer made of the training texts, which needs no download at all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import masks, model_checks, tables, text
+from ..data import held_out, masks, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
+from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 from . import classification
@@ -27,10 +28,14 @@ from .first_look import LABEL_COLUMNS, TEXT_COLUMNS
 from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForSequenceClassification"
+# Tokenizers that are made of the training texts.
+_BUILT = (text.WORDS, unknown.SUBWORDS)
+# As many texts tell how many words are unknown.
+_SOME_TEXTS = 5000
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,8 @@ class TextOptions(TextModelOptions):
     """The options of `text_classification`."""
 
     data: Any = required(
-        "a csv, tsv, json, jsonl or parquet file, a folder, a name on the dataset hub, or {split: file or folder}"
+        "a csv, tsv, json, jsonl or parquet file (also .gz); a folder of such, or of a folder of texts for each class; "
+        "a pattern of files; a name on the dataset hub; or {split: any of these}"
     )
     model: Any = required(
         "a model's folder or hub name, or a configuration such as "
@@ -49,17 +55,20 @@ class TextOptions(TextModelOptions):
     new_head: bool = option(False, "replace a head that was trained for another number of classes")
     tokenizer: str | None = option(
         None,
-        '"words" (made of the training texts), or a folder or hub name; without it the model\'s own, or "words" where '
-        "the model is a configuration",
+        '"words" or "subwords" (made of the training texts), or a folder or hub name; without it the model\'s own, or, '
+        'where the model is a configuration, "words", and "subwords" if most words occur only once',
     )
     vocabulary: int | None = option(
-        None, 'the most words for "words"; without it all that occur twice or more', minimum=1
+        None,
+        "the most words or subwords; without it all words that occur twice or more, or 8,000 subwords",
+        minimum=1,
     )
     max_length: int | None = option(None, "tokens of a text; without it what the model takes", minimum=3)
     truncate: bool = option(False, "cut longer texts instead of refusing them")
     validation_fraction: float = option(
         0.1, "of the training set, of each class, if the data has no validation split; 0 for none", minimum=0, below=1
     )
+    test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
     label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
     class_weights: Any = option(None, '"balanced", a list in the order of the classes, or {class: weight}')
 
@@ -79,17 +88,25 @@ class TextClassification:
             raise UserError(
                 '"trainer.task_options.new_head" has no effect: a model from scratch has a new head anyway.'
             )
-        self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.WORDS, (text.WORDS,))
-        if o.vocabulary is not None and self._tokenizer_name != text.WORDS:
-            raise UserError('"trainer.task_options.vocabulary" has an effect only on the tokenizer "words".')
+        self._tokenizer_name = text.check_tokenizer(o.tokenizer, o.model, not self._scratch, text.WORDS, _BUILT)
+        self._tokenizer_named = o.tokenizer is not None
+        if o.vocabulary is not None and self._tokenizer_name not in _BUILT:
+            raise UserError(
+                '"trainer.task_options.vocabulary" has an effect only on the tokenizers "words" and "subwords".'
+            )
         self.random_weights = self._scratch
-        tables.check_data(o.data, o.config_name)
+        sources.check_data(o.data, o.config_name)
+        held_out.check_fractions(o.validation_fraction, o.test_fraction)
         self.notes: list[str] = []
+        self.data_lines: list[str] = []
+        self._how = tables.checked_format(o.separator, o.encoding)
+        self._group_column = o.group_column
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
         self._text_column, self._pair_column, self._label_column = o.text_column, o.pair_column, o.label_column
         self._spec, self._new_head, self._trust, self._attention = o.model, o.new_head, o.trust_remote_code, o.attention
         self._vocabulary, self._max_length, self._truncate = o.vocabulary, o.max_length, o.truncate
-        self._validation_fraction, self._split_seed = o.validation_fraction, o.split_seed
+        self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
+        self._split_seed = o.split_seed
         self._smoothing, self._class_weights = o.label_smoothing, o.class_weights
         self._weights: Tensor | None = None  # (classes,) float32
         self._longest, self._prepares_masks = 0, False
@@ -106,27 +123,35 @@ class TextClassification:
         limit = self._limit(config)
         known = [] if self._scratch else [str(name) for name in (config.id2label or {}).values()]
         token_types = _takes_types(config)
-        content = tables.fingerprint(self._data)
-        found: dict[str, Any] | None = None
+        content = sources.fingerprint(self._data)
+        found: dict[str, Table] | None = None
         if content is None:  # the hub's: only datasets knows which content a name has today
             found = self._read()
-            content = repr({name: table._fingerprint for name, table in found.items()})
+            content = repr({name: table.content for name, table in found.items()})
         key = {
             "version": _VERSION,
             "data": content,
-            "columns": [self._split_column, self._text_column, self._pair_column, self._label_column],
-            "tokenizer": text.tokenizer_key(self._tokenizer_name, self._trust),
+            "format": [self._how.separator, self._how.encoding],
+            "columns": [
+                self._split_column,
+                self._text_column,
+                self._pair_column,
+                self._label_column,
+                self._group_column,
+            ],
+            "tokenizer": [text.tokenizer_key(self._tokenizer_name, self._trust), self._tokenizer_named],
             "vocabulary": self._vocabulary,
             "limit": limit,
             "truncate": self._truncate,
-            "held_out": [self._validation_fraction, self._split_seed],
+            "held_out": [self._fractions, self._split_seed],
             "model": [known, token_types],
             "versions": text.versions("datasets", "tokenizers", "transformers"),
         }
         arrays, self._facts = cached(
             "text-classification", key, lambda: self._build(found or self._read(), limit, known, token_types)
         )
-        other = None if self._tokenizer_name == text.WORDS else self._tokenizer_name
+        other = None if self._tokenizer_name in _BUILT else self._tokenizer_name
+        self.data_lines[:] = self._facts["read"]
         self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, other)
         result = {}
         self._weights = classification.class_weights(
@@ -141,16 +166,24 @@ class TextClassification:
         self._sample = {n: result["train"].arrays[n][:2].clone() for n in _INPUTS if n in result["train"].arrays}
         return result
 
-    def _read(self) -> dict[str, Any]:
-        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column)
+    def _read(self) -> dict[str, Table]:
+        return tables.read(self._data, config_name=self._config_name, split_column=self._split_column, how=self._how)
 
-    def _build(self, found: Mapping[str, Any], limit: int | None, known: list[str], token_types: bool) -> Cached:
+    def _build(self, found: dict[str, Table], limit: int | None, known: list[str], token_types: bool) -> Cached:
         """What the cache keeps: arrays by "split.name", and facts."""
         columns = found["train"].column_names
         label_column = tables.find_column(columns, self._label_column, LABEL_COLUMNS, "label_column")
-        text_column = self._find_text_column(columns, label_column)
+        usual = self._usual(columns, label_column)
+        text_column = tables.find_column(columns, self._text_column, usual, "text_column")
         if self._pair_column is not None:
             tables.find_column(columns, self._pair_column, (), "pair_column")
+        notes = tables.notes_of(found)
+        if isinstance(self._data, str):  # a test.csv of a competition has no labels
+            without = [s for s, table in found.items() if s != "train" and label_column not in table.column_names]
+            for split in without:
+                rows_without = len(found[split])
+                notes.append(f'{rows_without:,} rows of {split} left out: they have no column "{label_column}"')
+            found = {split: table for split, table in found.items() if split not in without}
         rows: dict[str, dict[str, Any]] = {}
         for split, table in found.items():
             needed = {"text_column": text_column, "label_column": label_column, "pair_column": self._pair_column}
@@ -162,31 +195,28 @@ class TextClassification:
                 "pair": None if self._pair_column is None else tables.texts(table, self._pair_column, split),
                 "label": tables.labels(table, label_column, split),
                 "row": np.arange(len(table)),
+                "group": tables.groups(table, self._group_column, split),
             }
-        names = tables.class_names({split: row["label"] for split, row in rows.items()})
         declared = tables.declared_names(found["train"], label_column)
-        if declared is not None:
-            names = declared
+        names = tables.class_names({split: row["label"] for split, row in rows.items()}, declared)
         # A folder that was trained on the same classes keeps their order, so that its head goes on being right.
         place = {name.casefold(): i for i, name in enumerate(known)}
         if len(place) == len(names) and all(name.casefold() in place for name in names):
             names.sort(key=lambda name: place[name.casefold()])
         for row in rows.values():
-            row["label"] = tables.label_numbers(row["label"], names, False)
+            row["label"] = tables.label_numbers(row["label"], names)
         rows = self._hold_out(rows)
 
         train = rows["train"]
-        tokenizer_text = None
-        if self._tokenizer_name == text.WORDS:
-            tokenizer_text = text.build_words([*train["text"], *(train["pair"] or [])], self._vocabulary)
-            tokenizer = text.wrap(tokenizer_text, limit, token_types and self._pair_column is not None)
-        else:
-            tokenizer = text.load_tokenizer(self._tokenizer_name, self._trust)
+        types = token_types and self._pair_column is not None
+        tokenizer, tokenizer_text = self._made_tokenizer(train, limit, types, notes)
         contents = {s: r["text"] if r["pair"] is None else list(zip(r["text"], r["pair"])) for s, r in rows.items()}
-        notes = tables.duplicates_note(contents)
+        notes += tables.duplicates_note(contents)
+        shares = {}
         arrays: dict[str, Tensor] = {}
         for split, row in rows.items():
             encoded = text.encode(tokenizer, row["text"], row["pair"], limit, self._truncate, f"Tokenising {split}")
+            shares[split] = unknown.unknown_share(tokenizer, encoded.ids)
             if encoded.too_long and limit is not None:
                 message = text.length_message(encoded, split, limit, row["row"])
                 if not self._truncate:
@@ -203,41 +233,75 @@ class TextClassification:
                 arrays[f"{split}.token_type_ids"] = text.pad(encoded.types, tokenizer.pad_token_type_id)
             arrays[f"{split}.label"] = torch.from_numpy(row["label"])
             arrays[f"{split}.lengths"] = lengths
+        notes += unknown.check_share(shares, self._tokenizer_said(), self._tokenizer_remedy())
+        used = {"text": text_column, "pair": self._pair_column, "label": label_column, "group": self._group_column}
+        read = [
+            report.rows_line({split: len(row["label"]) for split, row in rows.items()}, list(found)),
+            report.columns_line(columns, used),
+            report.classes_line(names, {split: row["label"] for split, row in rows.items()}),
+            report.sample_line(train["text"][0], names[train["label"][0]]),
+        ]
         facts = {
             "splits": list(rows),
             "names": names,
             "notes": notes,
+            "read": read,
             "tokens": text.facts_of(tokenizer),
             "limit": limit,
             "tokenizer": tokenizer_text,
-            "token_types": token_types and self._pair_column is not None,
+            "token_types": types,
         }
         return arrays, facts
 
-    def _find_text_column(self, columns: Sequence[str], label_column: str | None) -> str:
-        """The column of texts: as given, by its name, or the only one that is left."""
-        known = {label_column, self._pair_column, self._split_column or "split"}
+    def _made_tokenizer(
+        self, train: Mapping[str, Any], limit: int | None, types: bool, notes: list[str]
+    ) -> tuple[Any, str | None]:
+        """The tokenizer, and as JSON if it is made of the training texts."""
+        if self._tokenizer_name not in _BUILT:
+            return text.load_tokenizer(self._tokenizer_name, self._trust), None
+        texts = [*train["text"], *(train["pair"] or [])]
+        if self._tokenizer_name == text.WORDS:
+            built = text.build_words(texts, self._vocabulary)
+            tokenizer = text.wrap(built, limit, types)
+            if self._tokenizer_named or self._vocabulary is not None:
+                return tokenizer, built
+            some = texts[:: max(1, len(texts) // _SOME_TEXTS)]
+            share = unknown.unknown_share(tokenizer, text.encode(tokenizer, some, None, None, False, "Words").ids)
+            if share <= unknown.REFUSED:
+                return tokenizer, built
+            notes.append(
+                f'{share:.0%} of the words of train occur only once, so the tokenizer is "subwords" instead of "words"'
+            )
+        built = unknown.build_subwords(texts, self._vocabulary)
+        return text.wrap(built, limit, types), built
+
+    def _tokenizer_said(self) -> str:
+        built = self._tokenizer_name in _BUILT
+        return f'the tokenizer "{self._tokenizer_name}"' if built else f"the tokenizer of {self._tokenizer_name}"
+
+    def _tokenizer_remedy(self) -> str:
+        if self._tokenizer_name in _BUILT:
+            return 'Set "tokenizer": "subwords" in trainer.task_options, or a larger "vocabulary" if it is set.'
+        return "Take a model whose tokenizer knows the language of the texts."
+
+    def _usual(self, columns: Sequence[str], label_column: str | None = None) -> list[str]:
+        """The names that the column of texts may have: the usual ones, and that of the only column that is left."""
+        known = {label_column, self._pair_column, self._split_column or "split", self._group_column}
         others = [c for c in columns if c not in known and c.lower() not in LABEL_COLUMNS]
-        usual = (*TEXT_COLUMNS, *(others if len(others) == 1 else ()))
-        return tables.find_column(columns, self._text_column, [name.lower() for name in usual], "text_column")
+        return [name.lower() for name in (*TEXT_COLUMNS, *(others if len(others) == 1 else ()))]
 
     def _hold_out(self, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The splits, with a part of train as validation where there is none."""
-        if "validation" in rows or not self._validation_fraction:
-            return rows
+        """The splits, with parts of train as those that the data lacks."""
         train = rows["train"]
-        label = train["label"]
-        out = tables.hold_out(len(label), self._validation_fraction, self._split_seed, label)
-        if not len(out):
-            return rows
-        kept = np.setdiff1d(np.arange(len(label)), out)
+        wanted = {name: part for name, part in self._fractions.items() if name not in rows}
+        chosen = held_out.held_out(len(train["label"]), wanted, self._split_seed, train["label"], train["group"])
 
         def take(places: np.ndarray) -> dict[str, Any]:
-            lists = {name: train[name] and [train[name][i] for i in places] for name in ("text", "pair")}
+            lists = {name: train[name] and [train[name][i] for i in places] for name in ("text", "pair", "group")}
             return lists | {name: train[name][places] for name in ("label", "row")}
 
-        cut = {"train": take(kept), "validation": take(out)}
-        return cut | {name: row for name, row in rows.items() if name != "train"}
+        every = rows | {name: take(places) for name, places in chosen.items()}
+        return {name: every[name] for name in sources.SPLITS if name in every}
 
     # --- model --------------------------------------------------------------------------------------------------------
 
@@ -253,10 +317,11 @@ class TextClassification:
                 f'"trainer.task_options.model": {kind} reads its answer off the last place, so it needs padding to the '
                 "left; here padding stands to the right. Take another model."
             )
-        if config.is_encoder_decoder and self._tokenizer_name == text.WORDS:
+        if config.is_encoder_decoder and self._tokenizer_name in _BUILT:
             raise UserError(
                 f'"trainer.task_options.model": {kind}, an encoder with a decoder, reads its answer off an end-of-text '
-                'token, which the tokenizer "words" lacks. Take a pretrained one, or an encoder such as bert.'
+                f'token, which the tokenizer "{self._tokenizer_name}" lacks. Take a pretrained one, or an '
+                "encoder such as bert."
             )
 
     def _limit(self, config: Any) -> int | None:
@@ -365,14 +430,16 @@ class TextClassification:
         return model
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """For each row of a file: its text, the likeliest class and its probability. Longer texts are cut."""
-        rows = tables.rows_of(Path(source))
-        text_column = self._find_text_column(list(rows[0]), None)
-        texts = tables.as_texts([row[text_column] for row in rows], "--input", text_column)
-        asked, pairs = {text_column: texts}, None
+        """The likeliest class and its probability of each row of a file, or text of a folder. Longer texts are cut."""
+        path = Path(source)
+        table = tables.rows_of(path, self._how)
+        self.notes += table.notes
+        column = tables.text_column_of(path, table, self._text_column, self._usual(table.column_names), "text_column")
+        texts = tables.texts(table, column, "--input")
+        asked, pairs = {column: texts} if path.is_file() else {"file": table.values("file")}, None
         if self._pair_column is not None:
-            tables.find_column(list(rows[0]), self._pair_column, (), "pair_column")
-            pairs = tables.as_texts([row[self._pair_column] for row in rows], "--input", self._pair_column)
+            tables.find_column(table.column_names, self._pair_column, (), "pair_column", f"--input {source}")
+            pairs = tables.texts(table, self._pair_column, "--input")
             asked[self._pair_column] = pairs
         tokenizer = self._tokenizer()
         limit = text.tokenizer_limit(tokenizer)
@@ -382,7 +449,7 @@ class TextClassification:
         config: Any = model.config
         names = [config.id2label[i] for i in range(len(config.id2label))]
         takes_types, device = _takes_types(config), next(model.parameters()).device
-        for start in range(0, len(rows), batch_size):
+        for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
             lengths = torch.tensor([len(ids) for ids in encoded.ids[part]])
             batch = {"input_ids": text.pad(encoded.ids[part], tokenizer.pad_token_id)}

@@ -1,0 +1,40 @@
+"""What a run says of its data: rows, columns, classes and the first sample."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.data import report
+
+
+def test_rows_and_columns() -> None:
+    assert report.rows_line({"train": 1080, "validation": 120}, ["train"]) == (
+        "1,200 rows: train 1,080, validation 120 (held out of train)"
+    )
+    assert report.columns_line(["id", "text", "stars"], {"text": "text", "pair": None, "label": "stars"}) == (
+        'text from "text", label from "stars"; not read: id'
+    )
+
+
+def test_classes_are_counted_in_every_split() -> None:
+    labels = {"train": [0, 0, 1], "test": [1]}
+    assert report.classes_line(["cat", "dog"], labels) == "2 classes (train + test): cat 2 + 0, dog 1 + 1"
+    many = report.classes_line([f"c{i}" for i in range(30)], {"train": [0, *range(30)]})
+    assert many.startswith("30 classes (train): c0 2, c1 1, ") and many.endswith("18 more, the smallest, c29 1")
+
+
+def test_the_first_sample_is_one_line() -> None:
+    assert (
+        report.sample_line("a\nb" + "x" * 99, "cat")
+        == f"first sample: {('a' + chr(10) + 'b' + 'x' * 77 + '...')!r} -> cat"
+    )
+
+
+def test_arrays_of_a_users_own_task() -> None:
+    x, y = torch.arange(24.0).view(3, 8), torch.tensor([4, 7, 7])
+    assert report.array_lines({"train": {"x": x, "y": y}, "test": {"x": x[:1], "y": y[:1]}}) == [
+        "one sample: x (8,) float32, y () int64",
+        "y: 2 classes (train + test): 4 1 + 1, 7 2 + 0",
+        "first sample: x = 0, 1, 2, 3, 4, 5, ...; y = 4",
+    ]
+    assert len(report.array_lines({"train": {"y": torch.arange(50)}})) == 2, "numbers to regress on are no classes"

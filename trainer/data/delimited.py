@@ -1,0 +1,115 @@
+"""Rows of csv and tsv files, as text. Nothing is guessed of what a field means: every value is what is written.
+
+Quotes are the difficulty. In csv a text with a comma or a line break stands in quotes, and a quote in it is doubled.
+Files of tweets and the like use no quoting, and a text may begin with a quote. Read with quoting, such a text takes in
+all lines up to the next quote. So both readings are made where there are quotes, and the one that fits is taken.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+
+SEPARATORS = (",", ";", "\t", "|")
+
+Rows = list[list[str]]
+
+
+def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple[list[str], Rows, list[str]]:
+    """The header, the rows, and notes on what was not as usual.
+
+    Args:
+        text: of the file.
+        where: its name, for messages.
+        separator: between fields; None for the tab of a .tsv file, or the one in the header of a .csv file.
+        tabs: a file of tab-separated values. Without need it is read without quoting.
+
+    Raises:
+        UserError: it has no header, or its rows differ in their number of fields.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    header_line = next((line for line in lines if line.strip()), "")
+    if not header_line:
+        raise UserError(f'"trainer.task_options.data": {where} is empty.')
+    notes = []
+    short = where.rpartition("/")[2]  # notes are cached with the content, which may lie elsewhere the next time
+    if separator is None:
+        separator = "\t" if tabs else _separator_in(header_line)
+        if not tabs and separator != ",":
+            notes.append(f"{short} is separated by {'tabs' if separator == chr(9) else repr(separator)}")
+    blank = sum(not line.strip(" ") for line in lines)
+    plain = [line.split(separator) for line in lines if line.strip(" ")]
+    rows, note = _chosen(text, plain, where, short, separator, tabs) if '"' in text else (plain, None)
+    width = len(rows[0])
+    for number, row in enumerate(rows):
+        if len(row) != width:
+            raise UserError(
+                f'"trainer.task_options.data": {where} cannot be read: row {number} (the header is 0) has {len(row)} '
+                f"field{'s' * (len(row) != 1)}, but the header has {width}: {separator.join(row)[:60]!r}.\n"
+                'A text that holds the separator must stand in quotes. Another separator is set with "separator" in '
+                "trainer.task_options."
+            )
+    header = [name.strip() for name in rows[0]]
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f'"trainer.task_options.data": {where} has two columns "{twice}".')
+    if note:
+        notes.append(note)
+    if blank and len(rows) == len(plain):
+        notes.append(f"{blank:,} blank line{'s' * (blank > 1)} of {short} left out")
+    return header, rows[1:], notes
+
+
+def _separator_in(header: str) -> str:
+    """A comma, if the header has one; else whichever of the usual separators it has."""
+    return next((s for s in SEPARATORS if s in header), ",")
+
+
+def _chosen(text: str, plain: Rows, where: str, short: str, separator: str, tabs: bool) -> tuple[Rows, str | None]:
+    """The reading that fits, of those with and without quoting, and a note if the other one was to be expected."""
+    strict = _quoted(text, separator, strict=True)
+    fits = len({len(row) for row in plain}) == 1
+    if isinstance(strict, list) and len({len(row) for row in strict}) == 1:
+        unquoted = tabs and fits and (len(strict) < len(plain) or not _consistent(plain, separator))
+        if not unquoted:
+            fewer = f"{len(plain):,} lines of {short} are {len(strict):,} rows, since quoted texts hold line breaks"
+            return strict, fewer if len(strict) < len(plain) else None
+    if fits:
+        return plain, None if tabs else f"quotes in {short} do not pair up, so they are read as they are written"
+    loose = _quoted(text, separator, strict=False)
+    if isinstance(loose, list) and len(loose) == len(plain) and len({len(row) for row in loose}) == 1:
+        return loose, f"some texts of {short} have quotes inside quotes that are not doubled"
+    if isinstance(strict, str):
+        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {strict}.')
+    return strict, None
+
+
+def _quoted(text: str, separator: str, strict: bool) -> Rows | str:
+    """The rows of a reading with quoting, or what is wrong."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
+    rows = []
+    try:
+        for row in reader:
+            if len(row) > 1 or (row and row[0].strip(" ")):
+                rows.append(row)
+    except csv.Error as error:
+        return f"line {reader.line_num}: {error}"
+    return rows
+
+
+def _consistent(plain: Rows, separator: str) -> bool:
+    """Whether each column has quotes around all of its fields, or around those alone that need them."""
+
+    def quoted(field: str) -> bool:
+        return len(field) > 1 and field[0] == field[-1] == '"'
+
+    def needed(field: str) -> bool:
+        return separator in field[1:-1] or '"' in field[1:-1]
+
+    columns: list[Sequence[str]] = list(zip(*plain[1:]))
+    return all(all(quoted(f) for f in column if f) or all(needed(f) for f in column if quoted(f)) for column in columns)

@@ -1,0 +1,74 @@
+"""What a run says of the data that it read, so that one sees at once when something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Classes that are listed; of more, the largest ones and the smallest.
+MOST_CLASSES = 12
+SAMPLE_CHARACTERS = 80
+# Names that arrays of labels usually have.
+_LABELS = ("y", "label", "labels", "target")
+
+
+def rows_line(rows: Mapping[str, int], given: Sequence[str], unit: str = "row", of: str = "") -> str:
+    """The number of rows in each split. given: the splits that the data has; the others are held out of train."""
+    parts = [f"{name} {count:,}" + ("" if name in given else " (held out of train)") for name, count in rows.items()]
+    total = sum(rows.values())
+    return f"{total:,} {unit}{'s' * (total != 1)}{of}: {', '.join(parts)}"
+
+
+def columns_line(columns: Sequence[str], used: Mapping[str, str | None]) -> str:
+    """Which columns are read, and which are not. used: what a column is -> its name."""
+    read = ", ".join(f'{what} from "{column}"' for what, column in used.items() if column is not None)
+    rest = [column for column in columns if column not in used.values()]
+    return read + (f"; not read: {', '.join(rest)}" if rest else "")
+
+
+def classes_line(names: Sequence[str], labels: Mapping[str, Any]) -> str:
+    """The number of samples of each class. labels: split -> (samples,) numbers of classes."""
+    counts = np.stack([np.bincount(np.asarray(values), minlength=len(names)) for values in labels.values()])
+    order = list(range(len(names)))
+    shown, rest = order, []
+    if len(names) > MOST_CLASSES:
+        order.sort(key=lambda i: (-counts[0, i], i))
+        shown, rest = [*order[: MOST_CLASSES - 1], order[-1]], order[MOST_CLASSES - 1 : -1]
+    parts = [f"{names[i]} {' + '.join(f'{n:,}' for n in counts[:, i])}" for i in shown]
+    if rest:
+        parts.insert(-1, f"{len(rest)} more, the smallest")
+    return f"{len(names)} classes ({' + '.join(labels)}): {', '.join(parts)}"
+
+
+def sample_line(text: str, label: str | None = None) -> str:
+    """The first sample of the training set, in one line of limited length."""
+    cut = text[:SAMPLE_CHARACTERS] + ("..." if len(text) > SAMPLE_CHARACTERS else "")
+    return f"first sample: {cut!r}" + ("" if label is None else f" -> {label}")
+
+
+def array_lines(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The arrays of a task of a user's own: their shapes, the classes if there are labels, and the first sample.
+
+    Args:
+        splits: name -> tensors by name, samples in the first dimension.
+    """
+    train = splits["train"]
+    shapes = [f"{name} {tuple(a.shape[1:])} {str(a.dtype).removeprefix('torch.')}" for name, a in train.items()]
+    lines = [f"one sample: {', '.join(shapes)}"]
+    for name, array in train.items():
+        if name in _LABELS and array.ndim == 1 and not array.is_floating_point():
+            values = {split: arrays[name].numpy() for split, arrays in splits.items() if name in arrays}
+            found = np.unique(np.concatenate(list(values.values())))
+            if len(found) <= max(MOST_CLASSES, len(array) // 2):
+                numbers = {split: np.searchsorted(found, own) for split, own in values.items()}
+                lines.append(f"{name}: {classes_line([str(v) for v in found], numbers)}")
+    first = [f"{name} = {_shown(array[0])}" for name, array in train.items()]
+    return [*lines, f"first sample: {'; '.join(first)}"]
+
+
+def _shown(sample: Any) -> str:
+    """The first numbers of one sample, without torch's line breaks."""
+    values = [f"{value:.4g}" for value in sample.flatten()[:6].tolist()]
+    return ", ".join(values) + (", ..." if sample.numel() > len(values) else "")

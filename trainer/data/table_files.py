@@ -1,0 +1,227 @@
+"""One file as a table: csv, tsv, json, json lines, parquet or text, as it is or compressed.
+
+Training and prediction read files by the same function. It reads the content each time; only arrays that are made of
+it are cached, under a hash of the content.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .delimited import read_rows
+from .sources import READERS, suffix_of
+
+_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What Windows and others write before a text. The longer ones come first.
+_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xef\xbb\xbf", "utf-8-sig"),
+          (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """How text is read: the options `separator` and `encoding`, where None is found out from the file."""
+
+    separator: str | None = None
+    encoding: str | None = None
+
+
+@dataclass
+class Table:
+    """Rows, as columns.
+
+    Attributes:
+        columns: name -> values, a list or a pyarrow array.
+        classes: for a column of numbers whose classes the data declares, their names.
+        images: the columns that the data declares to be of images.
+        notes: what was not as usual, in sentences.
+        content: a hash, for data that only its library can tell apart.
+    """
+
+    columns: dict[str, Any]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    content: str = ""
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns, in the order of the file."""
+        return list(self.columns)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(next(iter(self.columns.values()), ()))
+
+    def values(self, column: str, start: int = 0, stop: int | None = None) -> list[Any]:
+        """Some rows of a column."""
+        part = self.columns[column][start:stop]
+        return list(part) if isinstance(part, list) else list(part.to_pylist())
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """Some rows, in the order given."""
+        columns = {
+            name: [values[i] for i in rows] if isinstance(values, list) else values.take(list(rows))
+            for name, values in self.columns.items()
+        }
+        return Table(columns, self.classes, self.images, self.notes, self.content)
+
+
+def read_file(path: Path, how: Format = Format(), where: str | None = None) -> Table:
+    """A file as a table. A .txt file has the column `text`, a line a row.
+
+    Args:
+        path: of a file.
+        how: the options on its format.
+        where: its name, for messages.
+
+    Raises:
+        UserError: it is of no known kind, or cannot be read.
+    """
+    where = where or str(path)
+    kind = READERS.get(suffix_of(path))
+    if kind is None:
+        raise UserError(
+            f'"trainer.task_options.data": {where} is a {path.suffix or "nameless kind of"} file. '
+            f"Files may be {', '.join(READERS)}, also compressed ({', '.join(_OPEN)})."
+        )
+    try:
+        if kind == "parquet":
+            return _parquet(path)
+        text = read_text(path, how.encoding, where)
+        if kind in ("csv", "tsv"):
+            header, rows, notes = read_rows(text, where, how.separator, kind == "tsv")
+            columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+            return Table(columns, notes=notes)
+        if kind == "txt":
+            return Table({"text": text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")})
+        return _json(text, lines=kind == "jsonl")
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen kinds, by file format and kind of failure
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {reason}') from error
+
+
+def read_text(path: Path, encoding: str | None = None, where: str | None = None) -> str:
+    """The text of a file, ends of lines included.
+
+    Args:
+        path: of a file, which may be compressed.
+        encoding: None for UTF-8, or what the mark at the file's beginning says.
+        where: its name, for messages.
+
+    Raises:
+        UserError: it cannot be read or decoded, or is empty.
+    """
+    where = where or str(path)
+    try:
+        with _OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+            content: bytes = file.read()
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {error}') from error
+    used = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    if used == "utf-8" and content.count(0, 0, 1000) > len(content[:1000]) // 4:
+        raise UserError(
+            f'"trainer.task_options.data": {where} is not UTF-8 text: it is full of zero bytes, as UTF-16 has them.\n'
+            'Set "encoding": "utf-16-le" (or "utf-16-be") in trainer.task_options.'
+        )
+    try:
+        text = content.decode(used)
+    except UnicodeError as error:
+        at = getattr(error, "start", 0)
+        name = "UTF-8" if used.startswith("utf-8") else used
+        raise UserError(
+            f'"trainer.task_options.data": {where} is not {name} text: byte {at:,} is 0x{content[at : at + 1].hex()}.\n'
+            'Another encoding is set with "encoding" in trainer.task_options, such as "latin-1" or "cp1252".'
+        ) from error
+    if not text:
+        raise UserError(f'"trainer.task_options.data": {where} is empty.')
+    return text
+
+
+def _json(text: str, lines: bool) -> Table:
+    """Records, one a line or in a list; or a dictionary of columns."""
+    if not lines:
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError:
+            lines = True  # json lines are often called .json
+        else:
+            if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+                if len({len(column) for column in whole.values()}) == 1:
+                    return Table(whole)
+                raise ValueError("its columns differ in length")
+            rows = whole if isinstance(whole, list) else [whole]
+    if lines:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+    odd = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if odd is not None:
+        raise ValueError(f"row {odd} is no record of column and value, but {str(rows[odd])[:50]!r}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path).read()
+    # What the datasets library writes beside the columns: which are images, and the names of classes.
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    features = json.loads(metadata).get("info", {}).get("features", {}) if metadata else {}
+    features = {name: f for name, f in features.items() if isinstance(f, Mapping) and name in table.column_names}
+    return Table(
+        dict(zip(table.column_names, table.columns)),
+        {name: [str(n) for n in f["names"]] for name, f in features.items() if f.get("_type") == "ClassLabel"},
+        [name for name, f in features.items() if f.get("_type") == "Image"],
+    )
+
+
+def from_datasets(data: Any) -> Table:
+    """A table of the datasets library."""
+    import datasets
+
+    arrow = data.with_format("arrow")[:]
+    return Table(
+        dict(zip(arrow.column_names, arrow.columns)),
+        {name: list(f.names) for name, f in data.features.items() if isinstance(f, datasets.ClassLabel)},
+        [name for name, f in data.features.items() if isinstance(f, datasets.Image)],
+        content=data._fingerprint,
+    )
+
+
+def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
+    """The rows of several files, one after another.
+
+    Raises:
+        UserError: they have other columns, or declare other classes.
+    """
+    (first, whole), *others = tables.items()
+    if not others:
+        return whole
+    columns = {name: whole.values(name) for name in whole.columns}
+    notes = list(whole.notes)
+    for file, table in others:
+        if set(table.columns) != set(columns) or table.classes != whole.classes:
+            raise UserError(
+                f'"trainer.task_options.data": {names[file]} has the columns {", ".join(table.columns)}, but '
+                f"{names[first]} has {', '.join(columns)}. Files of one split must have the same columns.\n"
+                'Name the files to read: "data": {"train": "a.csv", "test": "b.csv"}.'
+            )
+        for name, values in columns.items():
+            values += table.values(name)
+        notes += table.notes
+    return Table(columns, whole.classes, whole.images, notes)
