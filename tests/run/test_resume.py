@@ -20,6 +20,7 @@ from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import UserError
 from trainer.exact.hashes import state_sha256
+from trainer.exact.splits import Split
 from trainer.record.checkpoints import list_checkpoints, way_on
 from trainer.run.banner import banner
 
@@ -213,7 +214,7 @@ def test_the_start_up_lines_name_the_step_of_their_learning_rate(first_step: int
     pieces: Any = SimpleNamespace(
         config=config,
         plan=config.plan(1),
-        host_splits={"train": range(500)},
+        host_splits={"train": Split({"x": torch.zeros(500, 2)})},
         total_steps=1500,
         steps_per_epoch=5,
         facts={"device_model": "a device"},
