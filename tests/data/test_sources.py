@@ -72,6 +72,19 @@ def test_what_is_no_hub_name_must_be_there(name: str) -> None:
         find(name)
 
 
+def test_what_runs_write_beside_the_data_is_not_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with data="." and the output folder that a run chooses by itself."""
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    first = fingerprint(str(tmp_path))
+    for name in ("cache/words.safetensors", "runs/one-001/logs/deepspeed.log", "runs/one-001/model/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert fingerprint(str(tmp_path)) == first
+    found = find(str(tmp_path))
+    assert found is not None and [file.name for file in found.files] == ["a.csv"]
+
+
 def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     made(tmp_path / "store", "bird/1.png", "bird/2.png")
     data = tmp_path / "data"

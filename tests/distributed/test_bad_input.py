@@ -115,7 +115,7 @@ def test_output_folders(capsys: pytest.CaptureFixture[str], config_file: Any, tm
     taken.mkdir()
     (taken / "summary.json").write_text("{}")
     message = refused(capsys, "--ds_config", strong, "--output_dir", str(taken))
-    assert "already holds a run" in message
+    assert "taken holds summary.json" in message and "never overwritten" in message
     message = refused(capsys, "--ds_config", strong, "--output_dir", str(taken / "summary.json" / "below"))
     assert "cannot be written" in message
     assert [p.name for p in taken.iterdir()] == ["summary.json"]

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..config.schema import near
 from ..errors import UserError
+from .cache import folder as cache_folder
 from .cache import remember
 
 Data = str | Mapping[str, str]
@@ -130,6 +131,8 @@ def _walk(given: str, root: Path) -> Found:
             ) from error
         for entry in entries:
             own = shown and not entry.name.startswith(".") and entry.name not in ("__MACOSX", "__pycache__")
+            if entry.is_dir() and _is_of_a_run(entry):
+                continue
             if entry.is_dir():
                 enter(entry, (*above, real), own)
             elif not own or entry.name.lower() in _SYSTEM:
@@ -149,6 +152,12 @@ def suffix_of(path: Path) -> str:
     """The suffix in lower case, without that of a compression: ".csv" of a.CSV.gz."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a folder beside the data holds our cache, or what a run has written: it changes while data is read."""
+    written = ("logs/deepspeed.log", "metrics.jsonl", "manifest.json")
+    return path.resolve() == cache_folder().resolve() or any((path / name).is_file() for name in written)
 
 
 def fingerprint(data: Data) -> str | None:
