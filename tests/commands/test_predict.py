@@ -211,6 +211,41 @@ def test_what_cannot_be_predicted(
     assert (folder / "in.txt").read_bytes() == before
 
 
+@pytest.mark.parametrize("output", ["./in.txt", "link.txt", "texts/a.txt", "run/model/model.safetensors", "m/trainer.json"])
+def test_no_file_of_the_input_or_the_model_is_overwritten(
+    folder: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("1\n")
+    (folder / "link.txt").symlink_to("in.txt")
+    (folder / "m").symlink_to("run/model")
+    before = (folder / output).read_bytes()
+    assert predict("--output", output, *(("--input", "texts") if output.startswith("texts") else ())) == 2
+    assert "would be overwritten" in (err := capsys.readouterr().err) or "is a file in the folder of --" in err
+    assert (folder / output).read_bytes() == before
+
+
+FORMULAS = ["=HYPERLINK(1)", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1"]
+
+
+@pytest.mark.parametrize("text", [*FORMULAS, "-1.5", "+3", "-", "+", "a=b", "", "-1e-3", "'=1", "a\rb"])
+def test_a_spreadsheet_runs_no_text_of_the_data(folder: Path, text: str) -> None:
+    """Numbers, signs alone and json lines stay as they are."""
+    with (folder / "tasks.py").open("a") as file:
+        file.write(
+            "\n\nclass Says(Doubles):\n    def predict(self, model, source, batch_size):\n"
+            f"        yield {{'label': {text!r}, '=x': -0.5}}\n"
+        )
+    assert predict("--output", "out.csv", task="tasks.py:Says") == 0
+    with (folder / "out.csv").open(newline="", encoding="utf-8") as file:
+        header, row = csv.reader(file)
+    assert header == ["label", "'=x"]
+    shown = text.replace("\r", "\n")
+    assert row == [f"'{shown}" if text in FORMULAS else shown, "-0.5"]
+    assert predict("--output", "out.jsonl", task="tasks.py:Says") == 0
+    assert json.loads((folder / "out.jsonl").read_text()) == {"label": text, "=x": -0.5}
+
+
 @pytest.mark.parametrize("damage", ["no file", "no safetensors", "another shape"])
 def test_weights_that_do_not_fit_are_named(folder: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     file = folder / "run" / "model" / "model.safetensors"

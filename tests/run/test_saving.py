@@ -154,3 +154,12 @@ def test_a_card_promises_what_the_run_can_keep(
     tmp_path: Path, inexact: tuple[str, ...], trainer: dict[str, Any], said: str
 ) -> None:
     assert said in card(tmp_path, inexact, **trainer)
+
+
+def test_a_name_in_the_card_is_only_a_text(tmp_path: Path) -> None:
+    """A class of the data may have any name, and is part of its metric's."""
+    name = "f1 of <script>alert(1)</script> | ![x](http://a/b.png) `\n# no"
+    text = card(tmp_path, inexact=("the rank of <b>",), summary=SUMMARY | {"metrics": {"te<i>st": {name: 0.5}}})
+    assert r"| f1 of &lt;script&gt;alert(1)&lt;/script&gt; \| !\[x\](http://a/b.png) \` # no | 0.5000 |" in text
+    assert "| | te&lt;i&gt;st |" in text
+    assert "the rank of &lt;b&gt;" in text

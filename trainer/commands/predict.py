@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,8 @@ def predict(
     path = Path(source)
     if not path.exists():
         raise UserError(f"--input {source} does not exist (looked from {Path.cwd()}).")
-    if output is not None and Path(output).exists() and Path(output).resolve() == path.resolve():
-        raise UserError(f"--output {output} is the input itself, which would be overwritten. Name another file.")
+    if output is not None:
+        _check_overwrites_nothing(output, path, folder)
     if kind is None:
         kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
     task, network = _load(folder, task_name, device)
@@ -66,6 +67,18 @@ def predict(
     _say_notes(task)
     print(f"{count:,} predictions in {target}", file=sys.stderr)
     return 0
+
+
+def _check_overwrites_nothing(output: str, source: Path, model: Path) -> None:
+    """Raises UserError if the output is a file of the input or of the model. Paths are compared without their links."""
+    target = Path(output).resolve()
+    if not target.exists():
+        return
+    if target == source.resolve():
+        raise UserError(f"--output {output} is the input itself, which would be overwritten. Name another file.")
+    for flag, folder in (("--input", source), ("--model", model)):
+        if target.is_relative_to(folder.resolve()):
+            raise UserError(f"--output {output} is a file in the folder of {flag}, {folder}. Name another file.")
 
 
 def _say_notes(task: Task) -> None:
@@ -149,7 +162,29 @@ def _write(rows: Iterator[dict[str, Any]], kind: str, file: TextIO) -> int:
             else:
                 if writer is None:
                     writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(row)
+                    writer.writerow({name: _no_formula(name) for name in row})
+                writer.writerow({name: _no_formula(value) for name, value in row.items()})
             count += 1
     return count
+
+
+# A spreadsheet takes a cell that begins so for a formula. The last four are their wide forms, as in Japanese.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def _no_formula(value: Any) -> Any:
+    """A csv value that no spreadsheet runs: a text that begins like a formula gets a quote mark in front.
+
+    Such a text may come from anybody, as part of the data, and a formula can send away the cells beside it. The rule
+    is OWASP's, https://owasp.org/www-community/attacks/CSV_Injection. Numbers stay, and so does a sign alone.
+    """
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"\r(?!\n)", "\n", value)  # before version 3.13, Python's csv would not quote it
+    if not value.startswith(_FORMULA) or len(value.strip()) < 2:
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

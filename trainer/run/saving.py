@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +97,20 @@ def load_model(task: Any, folder: Path) -> nn.Module:
     return model
 
 
+def _plain(text: str) -> str:
+    """A text of the user's or of the data as it is shown in Markdown: no HTML, link, code or cell of a table."""
+    escaped = re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(text, quote=False))
+    return " ".join(escaped.split())
+
+
 def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
     """Writes the model card, model/README.md: the model, its metrics, and how it was trained. Rank 0."""
     trainer, plan = p.config.trainer, p.plan
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
+    sizes = ", ".join(f"{len(split):,} {_plain(name)}" for name, split in p.host_splits.items())
     splits = list(summary["metrics"])
     names = list(dict.fromkeys(name for metrics in summary["metrics"].values() for name in metrics))
     rows = [
-        f"| {name} | "
+        f"| {_plain(name)} | "
         + " | ".join(f"{summary['metrics'][split].get(name, float('nan')):.4f}" for split in splits)
         + " |"
         for name in names
@@ -115,13 +123,13 @@ def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
         "",
         f"# {type(p.task).__name__}, trained on {len(p.host_splits['train']):,} samples",
         "",
-        f"Task `{trainer.task}`; {sizes} samples. {summary['steps']:,} steps of {plan.global_batch_size} samples "
+        f"Task {_plain(trainer.task)}; {sizes} samples. {summary['steps']:,} steps of {plan.global_batch_size} samples "
         f"({plan.scaling} scaling, micro-batches of {plan.micro_batch_size}), seed {trainer.seed}.",
-        *([f"The model of step {kept['step']:,}, the best {kept['metric']} on validation."] if kept else []),
+        *([f"The model of step {kept['step']:,}, the best {_plain(kept['metric'])} on validation."] if kept else []),
         "",
         "## Metrics",
         "",
-        f"| | {' | '.join(splits)} |",
+        f"| | {' | '.join(map(_plain, splits))} |",
         f"|---|{'---|' * len(splits)}",
         *rows,
         "",
@@ -131,12 +139,12 @@ def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
         + (
             f"Any 1 to {plan.micro_batches} ranks give these very bits, on the same device model and versions."
             if p.exactness == "bitwise" and plan.scaling == "strong"
-            else "; ".join(p.inexact)
+            else _plain("; ".join(p.inexact))
         ),
         "",
         f"- parameters after the last step: sha256 `{summary['parameters_sha256']}`",
-        *[f"- data of {name}: sha256 `{split.data_hash()}`" for name, split in p.host_splits.items()],
-        *[f"- {name}: {value}" for name, value in p.facts.items()],
+        *[f"- data of {_plain(name)}: sha256 `{split.data_hash()}`" for name, split in p.host_splits.items()],
+        *[f"- {name}: {_plain(str(value))}" for name, value in p.facts.items()],
         "",
         "The config as resolved:",
         "",
