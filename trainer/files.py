@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,18 @@ def whole_folder(path: Path, *, synced: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_DAY_S = 86400.0
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Removes files with these names that nobody has written to for a day: those of processes that were killed."""
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            with contextlib.suppress(OSError):  # another process may remove it, too
+                if names.fullmatch(file.name) and time.time() - file.lstat().st_mtime > _DAY_S:
+                    file.unlink()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-_STARTED_AT_S = time.time()
+_STARTED_AT_S, _BEGAN_S = time.time(), time.monotonic()
 
 import contextlib  # noqa: E402
 import os  # noqa: E402
@@ -26,6 +26,7 @@ from trainer.ranks.launchers import remember_launchers  # noqa: E402
 from trainer.ranks.place import Ranks  # noqa: E402
 from trainer.ranks.rendezvous import close  # noqa: E402
 from trainer.ranks.speech import first_to_speak, report  # noqa: E402
+from trainer.ranks.stopping import EndedBySignal  # noqa: E402
 from trainer.tasks.first_look import look  # noqa: E402
 
 
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             ranks,
             config_name=Path(flags.ds_config).stem,
             started_at_s=_STARTED_AT_S,
+            began_s=_BEGAN_S,
             resume=Resume(flags.resume, flags.allow_changed_config),
         )
     except TrainerError as error:
@@ -59,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.first:
             print("\nstopped from the keyboard", file=sys.stderr)
         return 130
+    except EndedBySignal as end:
+        if ranks.first:
+            print(f"\nstopped by {end.signal.name} before the first step", file=sys.stderr)
+        return 128 + end.signal
     except Exception:
         if not first_to_speak(ranks):
             time.sleep(2.0)  # another rank prints the traceback, and the launcher ends it as soon as this one ends

@@ -211,7 +211,9 @@ def test_what_cannot_be_predicted(
     assert (folder / "in.txt").read_bytes() == before
 
 
-@pytest.mark.parametrize("output", ["./in.txt", "link.txt", "texts/a.txt", "run/model/model.safetensors", "m/trainer.json"])
+@pytest.mark.parametrize(
+    "output", ["./in.txt", "link.txt", "texts/a.txt", "run/model/model.safetensors", "m/trainer.json"]
+)
 def test_no_file_of_the_input_or_the_model_is_overwritten(
     folder: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:

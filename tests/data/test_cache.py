@@ -196,3 +196,17 @@ def test_data_that_changes_between_its_hash_and_its_reading_is_not_cached(
     file.write_text("a,b\n")
     cached("words", {"data": fingerprint({"train": source})}, Build())
     assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+def test_what_a_killed_start_has_left_is_removed_after_a_day(folder: Path) -> None:
+    """Only files with our names: other files, whole ones, and what is being written now stay."""
+    folder.mkdir()
+    name = f".words-{'a1' * 16}.safetensors.123"
+    old = [name, name.replace("words", "grey_images"), name[1:], f"{name}.txt", ".words.123", name[1:-4]]
+    for file in [*old, name.replace("123", "124")]:
+        (folder / file).write_bytes(b"half")
+    for file in old:
+        os.utime(folder / file, (time.time() - 90_000,) * 2)
+    cached("words", {"data": "a"}, Build())
+    assert not any((folder / file).exists() for file in old[:2])
+    assert all((folder / file).exists() for file in [*old[2:], name.replace("123", "124")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,26 @@ def test_configurations() -> None:
         pretrained.configuration({"model_type": "bert", "hidden_siz": 8})
     with pytest.raises(UserError, match=r'"trainer.task_options.model".*cannot be used'):
         built({**BERT, "hidden_size": 9})  # no multiple of the number of heads
+
+
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn2", "someone/else@main:forward", "paged|a/b"])
+def test_code_of_the_hub_in_place_of_attention_runs_only_if_it_is_trusted(folder: Path, name: str) -> None:
+    """Whether an option names it, or the config.json of a model that somebody gave away."""
+    wanted = "trust_remote_code"
+    for spec in (BERT, str(folder)):
+        with pytest.raises(UserError, match=wanted):
+            pretrained.configuration(spec, attention=name)
+        assert pretrained.configuration(spec, True, attention=name)._attn_implementation == name
+    file = folder / "config.json"
+    for key in ("attn_implementation", "experts_implementation"):
+        kept = file.read_text()
+        file.write_text(json.dumps(json.loads(kept) | {key: name}))
+        with pytest.raises(UserError, match=wanted):
+            pretrained.configuration(str(folder))
+        with pytest.raises(UserError, match=wanted):
+            pretrained.load_saved(AUTO, folder)
+        file.write_text(kept)
+    assert pretrained.load_saved(AUTO, folder) is not None
 
 
 def test_from_scratch_and_from_a_folder(folder: Path) -> None:

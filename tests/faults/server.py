@@ -171,7 +171,7 @@ def _rank(session: dict[str, Any], rank: int) -> None:
         import trainer.run.resume
         import trainer.run.run
 
-        trainer.main._STARTED_AT_S = time.time()
+        trainer.main._STARTED_AT_S, trainer.main._BEGAN_S = time.time(), time.monotonic()
         mine = [Disturbance(d, folder) for d in session["disturbances"] if d["rank"] in (None, rank)]
         steps = [0]
 

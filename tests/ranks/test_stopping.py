@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from trainer.ranks import stopping
-from trainer.ranks.stopping import SignalPipe, StopWish
+from trainer.ranks.stopping import EndedBySignal, SignalPipe, StopWish, raised
 
 
 class Clock:
@@ -49,6 +49,39 @@ def test_a_signal_that_comes_twice_at_once_is_one(clock: Clock) -> None:
     assert not wish.signalled("SIGINT")
     clock.now_s += 0.2
     assert wish.signalled("SIGINT")
+
+
+def test_a_clock_that_is_set_changes_no_budget(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = StopWish(1010.0)
+    monkeypatch.setattr(clock, "time", lambda: 1e9, raising=False)
+    assert wish.reason is None
+    monkeypatch.setattr(clock, "time", lambda: 0.0)
+    clock.now_s = 1010.0
+    assert wish.reason is not None
+
+
+@pytest.mark.parametrize("number", [n for n in stopping.SIGNALS if n != signal.SIGINT])
+def test_before_a_run_reacts_to_signals_they_end_it_as_ctrl_c_does(number: signal.Signals) -> None:
+    """And only then: outside, and in children, they have their usual effect. SIGHUP stays ignored under nohup."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(EndedBySignal) as ended, raised(True):
+            os.kill(os.getpid(), number)
+        assert ended.value.signal == number
+        assert signal.getsignal(number) == signal.SIG_DFL
+        with raised(True):
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), number)
+                os._exit(0)
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+        with raised(False):
+            assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with raised(True):
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
 
 
 def test_the_budget_is_no_signal(clock: Clock) -> None:

@@ -94,9 +94,15 @@ class Lazy(Task):
         return nn.Sequential(nn.LazyLinear(3))
 
 
+class Sparse(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 3), nn.ModuleDict({"words": nn.Embedding(3, 3, sparse=True)}))
+
+
 @pytest.mark.parametrize(
     ("task", "trainer", "said"),
     [
+        (Sparse(), {}, r"The gradient of 1\.words\.weight is sparse, .* Leave out its sparse=True"),
         (NoModule(), {}, r"NoModule\.model\(\) must return a torch\.nn\.Module, not str"),
         (Lazy(), {}, r"The parameter 0\.weight has no shape yet\. Call the model once in model\(\)"),
         (None, {"train_samples": 31}, r"train_samples is 31, but the training split has only 30 samples"),
@@ -104,7 +110,7 @@ class Lazy(Task):
         (None, {"train_batch_size": 4, "gradient_noise": True}, "the global batch of 4 samples is a single one"),
         (Task(("test",)), {}, 'must return a dictionary with a "train" split'),
     ],
-    ids=["no module", "lazy", "too many samples", "too large a batch", "noise of one", "no training split"],
+    ids=["sparse", "no module", "lazy", "too many samples", "too large a batch", "noise of one", "no training split"],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused(
     monkeypatch: pytest.MonkeyPatch, task: Any, trainer: dict[str, Any], said: str

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tests.run.small import Task, config_of, records
 from trainer.errors import NonFiniteError, Stopped, TrainerError, UserError
 from trainer.ranks.place import Ranks
+from trainer.ranks.stopping import EndedBySignal
 from trainer.record import checkpoints
 from trainer.record.checkpoints import list_checkpoints
 from trainer.run import build as build_module
@@ -262,16 +263,29 @@ def test_a_task_that_ends_the_process_is_an_error(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+class Waits(Task):
+    """A scheduler ends the run while it reads its data."""
+
+    def splits(self) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().splits()
+
+
+def test_a_signal_before_the_first_step_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EndedBySignal, match="SIGTERM"):
+        make(monkeypatch, tmp_path / "new" / "run", Waits())
+    assert not (tmp_path / "new").exists()
+
+
 def tamper(checkpoint: Path, part: str, value: Any) -> None:
     """Changes a checkpoint's facts as a program would that writes one by itself, with checksums that are right."""
     path = checkpoint / "manifest.json"
     content = json.loads(json.loads(path.read_bytes())["content"])
     if part == "dtype":
-        weights = load_file(checkpoint / "model.safetensors")
-        save_file({n: t.double() for n, t in weights.items()}, checkpoint / "model.safetensors")
-        data = (checkpoint / "model.safetensors").read_bytes()
-        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        content["files"]["model.safetensors"] = entry
+        file = checkpoint / f"{value[0]}.safetensors"
+        save_file({n: t.to(value[1]) for n, t in load_file(file).items()}, file)
+        data = file.read_bytes()
+        content["files"][file.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     else:
         content[part] = value
     path.write_bytes(checkpoints._sealed(content))
@@ -284,7 +298,10 @@ def tamper(checkpoint: Path, part: str, value: Any) -> None:
         ("window", {}, "is whole, but no run has written it so"),
         ("window", {"filled": "many"}, "is whole, but no run has written it so"),
         ("best", [], "is whole, but no run has written it so"),
-        ("dtype", None, r"is torch\.float64 in it, torch\.float32 here"),
+        ("dtype", ("model", torch.float64), r"of another model: .* is torch\.float64 in it, torch\.float32 here"),
+        ("dtype", ("optimizer", torch.float64), r"of another optimizer: .*\.momentum_buffer is torch\.float64"),
+        ("dtype", ("optimizer", torch.int32), r"of another optimizer: .*\.momentum_buffer is torch\.int32"),
+        ("dtype", ("best", torch.float16), r"of another model: .* is torch\.float16 in it, torch\.float32 here"),
         ("step", 6, "is a copy of the checkpoint of step 6"),
     ],
 )

@@ -158,3 +158,21 @@ def test_a_search_that_has_ended_gives_its_cells_their_runs(tmp_path: Path) -> N
     read = Results(folder)
     assert read.missing() == 0
     assert {cell["id"] for cell in read.cells} >= {"run0", "run1", "run2", "run3"}
+
+
+def test_files_of_others_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies, notes and damaged files in a study's folder are named, and change no number."""
+    out = results(tmp_path)
+    timed(out, 1)
+    before, times = rows_of(Results(out)), Results(out).timings
+    assert "passed over" not in capsys.readouterr().out
+    one = next((out / "runs").glob("*.json"))
+    foreign = [out / "runs" / name for name in (f"{one.stem} (copy).json", "notes.json", "list.json", "half.json")]
+    for file, text in zip(foreign, (one.read_text(), '{"id": "notes"}', "[]", '{"id": ')):
+        file.write_text(text)
+    copy = out / "timing" / "W1-0 (copy).json"
+    copy.write_text((out / "timing" / "W1-0.json").read_text())
+    again = Results(out)
+    assert (rows_of(again), again.timings) == (before, times)
+    said = capsys.readouterr().out
+    assert all(f"note: {file} is not the result of a" in said for file in [*foreign, copy])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..exact.hashes import tensors_sha256
-from ..files import whole_file
+from ..files import remove_leftovers, whole_file
 
 Cached = tuple[dict[str, Tensor], dict[str, Any]]
 
 # Hash of a user's files -> computes it again.
 _again: dict[str, Callable[[], str | None]] = {}
+# What `whole_file` leaves of a cache file if the process is killed while it writes.
+_UNFINISHED = re.compile(r"\.[a-z_-]+-[0-9a-f]{32}\.safetensors\.\d+")
 # Increase it when the meaning of cached values changes.
 _FORMAT = 1
 
@@ -129,6 +132,7 @@ def _digest(arrays: Mapping[str, Tensor], facts: str) -> str:
 def _write(path: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
+    remove_leftovers(path.parent, _UNFINISHED)
     contents, described = {n: a.contiguous() for n, a in arrays.items()}, json.dumps(facts)
     try:
         with whole_file(path) as temporary:

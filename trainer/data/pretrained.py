@@ -83,7 +83,7 @@ def configuration(spec: Spec, trust_remote_code: bool = False, attention: str | 
     `attention` is transformers' attn_implementation, None for the model's default.
 
     Raises:
-        UserError: there is none, or its model_type or a value is unknown.
+        UserError: there is none, its model_type or a value is unknown, or it names code that is not trusted.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -104,9 +104,26 @@ def configuration(spec: Spec, trust_remote_code: bool = False, attention: str | 
             if name not in known and name not in {"num_labels", *(CONFIG_MAPPING[model_type].attribute_map or {})}:
                 raise UserError(f'{OPTION}: unknown key "{name}" for {model_type}. {near(name, list(known))}')
         with _told(spec):
-            return AutoConfig.for_model(model_type, **(values | changes))
-    with _told(spec), quiet():
-        return AutoConfig.from_pretrained(where(spec), trust_remote_code=trust_remote_code, **changes)
+            config = AutoConfig.for_model(model_type, **(values | changes))
+    else:
+        with _told(spec), quiet():
+            config = AutoConfig.from_pretrained(where(spec), trust_remote_code=trust_remote_code, **changes)
+    if not trust_remote_code:
+        _refuse_kernels(config)
+    return config
+
+
+def _refuse_kernels(config: Any) -> None:
+    """Raises UserError if an option, or the config.json of a model, names code to fetch from the hub (owner/name)."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for kind in ("_attn_implementation", "_experts_implementation"):
+            value = getattr(part, kind, None)
+            if isinstance(value, str) and "/" in value:
+                raise UserError(
+                    f"{kind[1:]} is {value}: code that transformers would fetch from the model hub and run. It runs "
+                    'only if the config says "trust_remote_code": true in trainer.task_options. Read that code first.\n'
+                    '"trainer.task_options.attention" can name another one, such as "sdpa".'
+                )
 
 
 def build(
@@ -218,9 +235,10 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
     import transformers
 
     _check_weights(folder)
+    config = configuration(str(folder))
     with _told(str(folder)), quiet():
         model, loading = getattr(transformers, auto).from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            str(folder), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would initialise them at random

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BY_EXIT_CODE, TrainerError, UserError
-from ..files import whole_file
+from ..files import remove_leftovers, whole_file
 from .collectives import broadcast_object, raise_together
 from .launchers import began, launch_name, launcher
 from .place import Ranks
@@ -219,6 +220,7 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
                 f"Another start from this shell waits for its ranks with the same MASTER_PORT (process {other[1]}).\n"
                 "End it, or choose another MASTER_PORT."
             )
+        remove_leftovers(notice.parent, re.compile(r"ranks-.+|\.ranks-.+\.\d+"))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         listener.listen(ranks.world_size + 16)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,7 +23,7 @@ class StopWish:
     """Whether this rank has been asked to stop, and why.
 
     Args:
-        deadline_s: time.time() at which the run stops by itself; None for never.
+        deadline_s: time.monotonic() at which the run stops by itself; None for never.
     """
 
     def __init__(self, deadline_s: float | None) -> None:
@@ -32,7 +34,7 @@ class StopWish:
     @property
     def reason(self) -> str | None:
         """Why this rank has to stop; None if it does not."""
-        if self._asked is None and self._deadline_s is not None and time.time() >= self._deadline_s:
+        if self._asked is None and self._deadline_s is not None and time.monotonic() >= self._deadline_s:
             return "the wall-time budget (trainer.max_wall_time_s) is used up"
         return self._asked
 
@@ -50,6 +52,42 @@ class StopWish:
         if self._signalled_at_s is None:
             self._signalled_at_s = time.monotonic()
         return time.monotonic() - self._signalled_at_s > _SAME_SIGNAL_S
+
+
+class EndedBySignal(BaseException):
+    """A signal has come before the run reacts to signals by itself, so it ends here, as with Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def raised(wanted: bool) -> Iterator[None]:
+    """Signals that would end the process at once raise EndedBySignal, so that what it has made is removed.
+
+    Args:
+        wanted: only for a process that has something to remove. While C++ code waits for other ranks, Python's
+            handlers have to wait, too.
+    """
+    process, handled = os.getpid(), []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise EndedBySignal(number)
+        signal.signal(number, signal.SIG_DFL)  # a child, which has inherited this handler
+        os.kill(os.getpid(), number)
+
+    if wanted and threading.current_thread() is threading.main_thread():
+        # SIGINT raises KeyboardInterrupt already. Under nohup, SIGHUP is ignored, and others may have handlers.
+        handled = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -43,7 +43,7 @@ class Watch:
     Args:
         ranks: this rank, and how many.
         hang_timeout_s: how long a rank may not answer.
-        deadline_s: time.time() at which the run stops by itself; None for never.
+        deadline_s: time.monotonic() at which the run stops by itself; None for never.
     """
 
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:

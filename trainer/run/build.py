@@ -250,6 +250,12 @@ def _model(task: Task, config: Config) -> nn.Module:
             f"The parameter {lazy[0]} has no shape yet. Call the model once in model(): a lazy layer takes its shape "
             "from its first input."
         )
+    sparse = [n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    if sparse:
+        raise UserError(
+            f"The gradient of {sparse[0]}.weight is sparse, but the ranks add dense gradients. Leave out its "
+            "sparse=True."
+        )
     model = adapt(model, config)
     if config.trainer.compile:
         compile_in_place(model)

@@ -235,6 +235,11 @@ def _check_shapes(p: Pieces, snapshot: Snapshot) -> None:
             f"{own.get(name, 'missing')} here."
         )
     types = {n: t.dtype for n, t in [*p.engine.model.named_parameters(), *p.engine.model.named_buffers()]}
-    for name, tensor in snapshot.tensors["model"].items():
-        if tensor.dtype != types[name]:
-            raise UserError(f"The checkpoint is of another model: {name} is {tensor.dtype} in it, {types[name]} here.")
+    for part, tensors in snapshot.tensors.items():
+        for key, tensor in tensors.items():
+            # Torch gives an optimizer's state the type of its parameter when it is loaded.
+            name = key.rpartition(".")[0] if part == "optimizer" else key
+            wanted = types.get(name, tensor.dtype)
+            if tensor.dtype != wanted and (part != "optimizer" or tuple(tensor.shape) == own[name]):
+                of = "optimizer" if part == "optimizer" else "model"
+                raise UserError(f"The checkpoint is of another {of}: {key} is {tensor.dtype} in it, {wanted} here.")

@@ -6,6 +6,7 @@ promise is kept.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..config.keys import Config
 from ..errors import NonFiniteError, TrainerError, UserError
 from ..ranks.collectives import broadcast_object, raise_together
 from ..ranks.place import Ranks
+from ..ranks.stopping import raised
 from ..ranks.watch import Watch
 from ..record.checkpoints import way_on
 from ..record.console import DeepSpeedLog, say
@@ -35,6 +37,7 @@ def run(
     *,
     config_name: str,
     started_at_s: float,
+    began_s: float | None = None,
     trace: Trace | None = None,
     resume: Resume = NO_RESUME,
 ) -> dict[str, Any]:
@@ -45,6 +48,7 @@ def run(
         ranks: this rank's place.
         config_name: names the output folder if the config does not.
         started_at_s: time.time() at which this process began.
+        began_s: time.monotonic() at that moment, for max_wall_time_s: the clock may be set; None for now.
         trace: called after every step.
         resume: whether to continue from a checkpoint.
 
@@ -54,7 +58,21 @@ def run(
     Raises:
         TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
+    with raised(ranks.first):
+        return _run(config, ranks, config_name, started_at_s, began_s, trace, resume)
+
+
+def _run(
+    config: Config,
+    ranks: Ranks,
+    config_name: str,
+    started_at_s: float,
+    began_s: float | None,
+    trace: Trace | None,
+    resume: Resume,
+) -> dict[str, Any]:
     plan = config.plan(ranks.world_size)
+    budget_s, began_s = config.trainer.max_wall_time_s, time.monotonic() if began_s is None else began_s
     folder: OutputFolder | None = None
     source: Path | None = None
     failed: TrainerError | None = None
@@ -69,8 +87,7 @@ def run(
 
     def met() -> None:
         nonlocal watch
-        deadline_s = None if config.trainer.max_wall_time_s is None else started_at_s + config.trainer.max_wall_time_s
-        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s)
+        watch = Watch(ranks, config.trainer.hang_timeout_s, None if budget_s is None else began_s + budget_s)
 
     try:
         pieces = build(config, ranks, plan, log, met, failed)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.schema import build, read_json
 from ..errors import UserError
+from ..record.console import say
 from .arms import SEQUENTIAL, WEAK, Place, title_of
 from .declaration import Study
 from .inference import Comparison, Judgement, Reference, Rules, judge
@@ -19,11 +20,18 @@ CLAIMS = {"loses": "loses against its sequential runs", "fails": "fails to conve
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> result, of all finished runs."""
+    """Run id -> result, of all finished runs. Other files in runs/ are passed over with a note."""
     results = {}
     for file in sorted((folder / "runs").glob("*.json")):
-        result = read_json(file)
-        results[str(result["id"])] = result
+        try:
+            result = read_json(file)
+        except UserError:
+            result = {}
+        # A copy has another name than its content says.
+        if result.get("id") == file.stem and {"metrics", "status", "facts"} <= result.keys():
+            results[file.stem] = result
+        else:
+            say(f"note: {file} is not the result of a run, and is passed over")
     return results
 
 

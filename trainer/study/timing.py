@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import statistics
 import time
@@ -46,8 +47,8 @@ def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
         say(f"timing: there is one device, and {most} micro-batches: nothing to run on several ranks")
     out = folder / "timing"
     out.mkdir(exist_ok=True)
-    for file in out.glob("W*-*.json"):
-        if read_json(file)["max_steps"] != timing.max_steps:
+    for file, run in _timed_runs(out):
+        if run["max_steps"] != timing.max_steps:
             file.unlink()  # of another length, so its bits and its time cannot be compared with those of these runs
     missing = [(r, W) for r in range(timing.repeats) for W in sizes if not (out / f"W{W}-{r}.json").exists()]
     if missing:
@@ -167,9 +168,21 @@ class Timings:
         return {W: [a / b for a, b in zip(one, values)] for W, values in self.steps_s.items()}
 
 
+def _timed_runs(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The timed runs in a folder, each with its file. Other files are passed over with a note."""
+    runs = []
+    for file in sorted(out.glob("W*.json")):
+        run = read_json(file) if re.fullmatch(r"W\d+-\d+", file.stem) else {}
+        if {"world_size", "max_steps"} <= run.keys():
+            runs.append((file, run))
+        else:
+            say(f"note: {file} is not the result of a timed run, and is passed over")
+    return runs
+
+
 def read_timings(folder: Path) -> Timings | None:
     """What `time_ranks` has left; None if nothing. Raises UserError for a damaged file."""
-    runs: list[Mapping[str, Any]] = [read_json(file) for file in sorted((folder / "timing").glob("W*-*.json"))]
+    runs: list[Mapping[str, Any]] = [run for _, run in _timed_runs(folder / "timing")]
     if not any(run["world_size"] == 1 for run in runs):
         return None
     runs.sort(key=lambda run: run["world_size"])

@@ -29,5 +29,7 @@ class TextModelOptions(HubOptions):
     separator: str | None = option(None, "between the fields of csv files; without it the one in the header")
     encoding: str | None = option(None, 'of text files, such as "latin-1"; without it UTF-8, or what the file says')
     attention: str | None = option(
-        None, 'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default'
+        None,
+        'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default; a kernel of the '
+        "hub (owner/name) needs trust_remote_code",
     )
