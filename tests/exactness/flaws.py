@@ -48,9 +48,9 @@ FLAWS: dict[str, Flaw] = {
     "tally": Flaw(r"buffer .*own_tally", "FlawedTally"),
     # Its power iteration may have converged to the last bit before the weights first move.
     "spectral_norm": Flaw(r"buffer .*_[uv]\b", "FlawedSpectral", later=True),
-    "writes_parameter": Flaw(r"parameter .*shrinking", "FlawedWriter"),
-    "first_batch": Flaw(r"parameter .*first_scale|started", "FlawedStart"),
-    "max_norm": Flaw(r"parameter .*layers\.0\.inner\.weight", tokens=True),
+    "writes_parameter": Flaw(r"(parameter|optimizer) .*shrinking", "FlawedWriter"),
+    "first_batch": Flaw(r"(parameter|optimizer) .*first_scale|started", "FlawedStart"),
+    "max_norm": Flaw(r"(parameter|optimizer) .*layers\.0\.inner\.weight", tokens=True),
     "rank": Flaw(r"\brank", several_ranks=True),
     "clock": Flaw(r"computed again"),
     # The rehearsal finds them where it looks at the end of an epoch.
