@@ -236,7 +236,7 @@ def _check_shapes(p: Pieces, snapshot: Snapshot) -> None:
         )
     types = {n: t.dtype for n, t in [*p.engine.model.named_parameters(), *p.engine.model.named_buffers()]}
     for part, tensors in snapshot.tensors.items():
-        for key, tensor in tensors.items():
+        for key, tensor in sorted(tensors.items()):
             # Torch gives an optimizer's state the type of its parameter when it is loaded.
             name = key.rpartition(".")[0] if part == "optimizer" else key
             wanted = types.get(name, tensor.dtype)
