@@ -319,6 +319,7 @@ def test_an_integer_beyond_any_float_is_an_error_too(values: dict[str, Any]) -> 
 
 
 CONTRADICTIONS = [
+    (base(trainer={"cpu_threads": 100_000}), ('"trainer.cpu_threads" is 100000. It must be at most 1024.',)),
     (base(trainer={"pack": "fast"}), ('"trainer.pack" is "fast"', '"auto", or a whole number of at least 1')),
     (base(trainer={"pack": 0}), ('"trainer.pack" is 0',)),
     (
