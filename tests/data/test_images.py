@@ -139,3 +139,12 @@ def test_pixels_that_are_no_bytes_are_refused() -> None:
             decode(encoded(Image.fromarray(values), "tiff"), None, None)
     small = np.array([[1, 255]], np.int32)
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(small), "tiff"), None, None)[0], small)
+
+
+@pytest.mark.parametrize(("kind", "several"), [("tiff", True), ("gif", True), ("tiff", False)])
+def test_an_image_of_several_frames_is_its_first_one_and_that_is_said(kind: str, several: bool) -> None:
+    frames = [Image.fromarray(some_images(6, 6, seed=i)) for i in range(3)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:] if several else [])
+    pixels, done = decode(data, None, None)
+    assert pixels.shape[:2] == (6, 6)
+    assert ("reduced to its first frame of several" in done) == several

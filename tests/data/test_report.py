@@ -38,3 +38,16 @@ def test_arrays_of_a_users_own_task() -> None:
         "first sample: x = 0, 1, 2, 3, 4, 5, ...; y = 4",
     ]
     assert len(report.array_lines({"train": {"y": torch.arange(50)}})) == 2, "numbers to regress on are no classes"
+
+
+def test_classes_that_look_alike_are_named() -> None:
+    line = report.classes_line(["pos", " pos", "neg"], {"train": [0, 1, 2, 0]})
+    assert "pos 2, ' pos' 1, neg 1" in line
+    assert "'pos' and ' pos' differ only in blanks, case or accents' encoding" in line
+    assert "differ" not in report.classes_line(["pos", "neg"], {"train": [0, 1]})
+    assert "differ only" in report.classes_line(["caf\u00e9", "cafe\u0301"], {"train": [0, 1]})
+
+
+def test_a_missing_validation_split_is_said() -> None:
+    assert "Nothing is held out for validation" in report.rows_line({"train": 48}, ["train"])
+    assert "Nothing" not in report.rows_line({"train": 48, "validation": 4}, ["train"])

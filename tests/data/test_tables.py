@@ -54,6 +54,13 @@ def test_splits_from_files_folders_and_columns(tmp_path: Path) -> None:
     named_file = write(tmp_path / "d.csv", named)
     assert list(tables.read(named_file)) == ["train"]
     assert list(tables.read(named_file, split_column="part")) == ["train", "validation", "test"]
+    twice = write(
+        tmp_path / "f.csv", [row | {"split": name} for row, name in zip(ROWS, ("train", "Train", "test") * 2)]
+    )
+    with pytest.raises(
+        UserError, match=r"several splits of one meaning: train is given twice, once as Train \(2 rows\)"
+    ):
+        tables.read(twice)
     other = write(tmp_path / "e.csv", [row | {"split": "north"} for row in ROWS])
     assert len(tables.read(other)["train"]) == 6, "a column of that name need not hold splits"
 

@@ -50,11 +50,14 @@ def decode(
     if isinstance(source, np.ndarray):
         return _fitted(Image.fromarray(source), channels, size)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        frames = getattr(picture, "n_frames", 1)
         orientation = picture.getexif().get(0x0112, 1)
         picture.load()
         if orientation in range(2, 9):
             picture = ImageOps.exif_transpose(picture)
         pixels, done = _fitted(picture, channels, size)
+    if frames > 1:
+        done += "reduced to its first frame of several; "
     return pixels, ("turned upright, as EXIF data says; " if orientation in range(2, 9) else "") + done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,16 @@ def rows_line(rows: Mapping[str, int], given: Sequence[str], unit: str = "row", 
     """The number of rows in each split. given: the splits that the data has; the others are held out of train."""
     parts = [f"{name} {count:,}" + ("" if name in given else " (held out of train)") for name, count in rows.items()]
     total = sum(rows.values())
-    return f"{total:,} {unit}{'s' * (total != 1)}{of}: {', '.join(parts)}"
+    line = f"{total:,} {unit}{'s' * (total != 1)}{of}: {', '.join(parts)}"
+    if "validation" not in rows:
+        line += ". Nothing is held out for validation, so the model of the last step is kept"
+    return line
 
 
 def columns_line(columns: Sequence[str], used: Mapping[str, str | None]) -> str:
     """Which columns are read, and which are not. used: what a column is -> its name."""
     read = ", ".join(f'{what} from "{column}"' for what, column in used.items() if column is not None)
-    rest = [column for column in columns if column not in used.values()]
+    rest = [column.strip() or repr(column) for column in columns if column not in used.values()]
     return read + (f"; not read: {', '.join(rest)}" if rest else "")
 
 
@@ -36,10 +40,18 @@ def classes_line(names: Sequence[str], labels: Mapping[str, Any]) -> str:
     if len(names) > MOST_CLASSES:
         order.sort(key=lambda i: (-counts[0, i], i))
         shown, rest = [*order[: MOST_CLASSES - 1], order[-1]], order[MOST_CLASSES - 1 : -1]
-    parts = [f"{names[i]} {' + '.join(f'{n:,}' for n in counts[:, i])}" for i in shown]
+    shown_names = [repr(name) if name != name.strip() or not name else name for name in names]
+    parts = [f"{shown_names[i]} {' + '.join(f'{n:,}' for n in counts[:, i])}" for i in shown]
     if rest:
         parts.insert(-1, f"{len(rest)} more, the smallest")
-    return f"{len(names)} classes ({' + '.join(labels)}): {', '.join(parts)}"
+    line = f"{len(names)} classes ({' + '.join(labels)}): {', '.join(parts)}"
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), []).append(name)
+    twins = next((group for group in alike.values() if len(group) > 1), None)
+    if twins is not None:
+        line += f". Look: {' and '.join(map(repr, twins))} differ only in blanks, case or accents' encoding"
+    return line
 
 
 def sample_line(text: str, label: str | None = None) -> str:

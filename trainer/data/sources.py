@@ -27,7 +27,7 @@ Data = str | Mapping[str, str]
 SPLITS = ("train", "validation", "test")
 # Their usual names.
 ALIASES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
+    ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
 )
 COMPRESSED = (".gz", ".bz2", ".xz")
 TABLES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",

@@ -86,7 +86,12 @@ def read(
     unused = []
     for name, table in tables.items():
         known = sources.ALIASES.get(name.lower())
-        if known is not None and known not in named:
+        if known in named:
+            raise UserError(
+                f'"trainer.task_options.data": {data} has several splits of one meaning: {known} is given twice, '
+                f"once as {name} ({len(table):,} rows). Give both the same name, or leave one out."
+            )
+        if known is not None:
             named[known] = table
         else:
             unused.append(f"{name} ({len(table):,} rows)")
