@@ -143,6 +143,20 @@ def test_layers_of_few_parameters_have_rules(layer: Any, shape: tuple[int, ...],
 
 
 @pytest.mark.usefixtures("group_of_one", "early_packs")
+def test_a_stride_that_is_as_large_as_the_pack_is_no_number_of_samples() -> None:
+    """A convolution of one sample has another kernel than of two, on many processors (the fuzzer found it)."""
+    torch.manual_seed(0)
+    frozen = nn.Conv1d(1, 1, 2, stride=2).requires_grad_(False)
+    model, x = nn.Sequential(nn.Linear(11, 11), frozen, nn.Tanh()), floats(1, 11)
+    one, two = (torch.cat([frozen(part) for part in x.split(size)]) for size in (1, 2))
+    found, packs = trained(model, x, 2, micro_batch_size=1)
+    assert found == trained(model, x, 0, micro_batch_size=1)[0]
+    assert packs is not None
+    alone = [key[0] for key, rule in packs._sites.items() if rule < 0]
+    assert ("conv1d" in alone) == (not same_bits(one, two))
+
+
+@pytest.mark.usefixtures("group_of_one", "early_packs")
 def test_a_rule_that_a_device_cannot_compute_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any) -> Any:
         raise NotImplementedError("Could not run this kernel on the backend.")

@@ -60,7 +60,7 @@ def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Random numbers of the shape of an argument, or of a shape whose first number is that of the samples."""
     if kwargs.get("generator") is not None:
         raise RefusedError(f"{name_of(func)} with a generator of its own")
-    return pack.apart(func, args, kwargs, random=True) if pack.has_parts((args, kwargs)) else NotImplemented
+    return pack.apart(func, args, kwargs, random=True) if pack.has_parts((args, kwargs), func) else NotImplemented
 
 
 def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

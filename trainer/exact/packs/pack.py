@@ -172,7 +172,8 @@ class Pack(TorchFunctionMode):
                     if not isinstance(together, Tensor) or not together.is_floating_point():
                         return False
                     pieces = [
-                        func(*_cloned(self.part(own[0], k)), **_cloned(self.part(own[1], k))) for k in range(self.g)
+                        func(*_cloned(self.part(own[0], k, func)), **_cloned(self.part(own[1], k, func)))
+                        for k in range(self.g)
                     ]
                     if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
                         return False  # it mixes samples: the comparison of the whole tells
@@ -229,7 +230,7 @@ class Pack(TorchFunctionMode):
 
     def _with_parameters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> Any:
         """A function without a rule that is given trained parameters."""
-        if self._has_part((args, kwargs)):
+        if self._has_part((args, kwargs), func):
             return self.apart(func, args, kwargs)
         graphs = self._graphs((args, kwargs))
         found = func(*graphs[0], **graphs[1])
@@ -278,15 +279,19 @@ class Pack(TorchFunctionMode):
             and self._statistics.scratch_piece(tensor, self.scratch) is None
         )
 
-    def _has_part(self, value: Any) -> bool:
+    def _has_part(self, value: Any, func: Any) -> bool:
         if isinstance(value, Tensor):
             return self.has_part(value)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value == self._rows
-        return any(self._has_part(v) for v in _parts(value))
+            return value == self._rows and name_of(func) in _SIZES
+        return any(self._has_part(v, func) for v in _parts(value))
 
-    def part(self, value: Any, k: int, same: dict[int, Tensor] | None = None) -> Any:
-        """What micro-batch k sees of an argument; an argument that is given twice is one tensor here, too."""
+    def part(self, value: Any, k: int, func: Any = "", same: dict[int, Tensor] | None = None) -> Any:
+        """What micro-batch k sees of an argument; an argument that is given twice is one tensor here, too.
+
+        A whole number may be that of the pack's samples, among the sizes that a function is given. Others, such as the
+        stride of a convolution, may only happen to be as large.
+        """
         same = {} if same is None else same
         if isinstance(value, Tensor):
             if self.has_part(value):
@@ -295,8 +300,8 @@ class Pack(TorchFunctionMode):
                 return same[id(value)]
             return self._own(value, k)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value // self.g if value == self._rows else value
-        return _mapped(value, lambda v: self.part(v, k, same))
+            return value // self.g if value == self._rows and name_of(func) in _SIZES else value
+        return _mapped(value, lambda v: self.part(v, k, func, same))
 
     def _piece(self, value: Tensor, k: int) -> Tensor:
         if not (value.requires_grad and torch.is_grad_enabled()):
@@ -332,7 +337,7 @@ class Pack(TorchFunctionMode):
         found = []
         for k in range(self.g):
             with self._streams.of(k) if random else contextlib.nullcontext():
-                found.append(func(*self.part(args, k), **self.part(kwargs, k)))
+                found.append(func(*self.part(args, k, func), **self.part(kwargs, k, func)))
         return self.joined(found, func)
 
     def joined(self, found: Sequence[Any], what: Any) -> Any:
@@ -422,9 +427,9 @@ class Pack(TorchFunctionMode):
         """Where the micro-batches' statistics of a layer go: (g, features)."""
         return None if running is None else self._statistics.scratch_piece(running, self.scratch)
 
-    def has_parts(self, value: Any) -> bool:
-        """Whether each micro-batch has its own part of one of some arguments."""
-        return self._has_part(value)
+    def has_parts(self, value: Any, func: Any) -> bool:
+        """Whether each micro-batch has its own part of one of a function's arguments."""
+        return self._has_part(value, func)
 
     def reduced(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A number of a whole tensor; each micro-batch has its own, in case that the host reads it."""
@@ -513,6 +518,13 @@ def _is_exact(site: Site, tensors: list[Any]) -> bool:
         return False
 
 
+# Functions that are given sizes.
+_SIZES = frozenset(
+    (
+        *("view", "reshape", "expand", "broadcast_to", "rand", "randn", "randint", "normal", "zeros", "ones", "empty"),
+        *("full", "new_zeros", "new_ones", "new_empty", "new_full"),
+    )
+)
 # Functions that look at a tensor or move its values: never another bit.
 _MOVES = frozenset(
     (
