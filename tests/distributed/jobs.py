@@ -51,6 +51,12 @@ def train(ranks: Ranks, config: Config) -> dict[str, Any]:
     return summary | {"trace": trace}
 
 
+def linear_is_torchs(ranks: Ranks) -> bool:
+    import torch
+
+    return torch.nn.functional.linear is torch._C._nn.linear
+
+
 def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resume: str = "auto") -> dict[str, Any]:
     """A run that goes on from its newest checkpoint; rank `stops[step]` gets a SIGTERM after `step` steps.
 

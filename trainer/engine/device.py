@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .. import __version__
 from ..config.keys import Config
@@ -55,6 +58,16 @@ def settle(config: Config) -> None:
     # The benchmark chooses a kernel by timing, so two ranks could choose differently.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+@contextlib.contextmanager
+def linear_kept() -> Iterator[None]:
+    """Gives `F.linear` back: ZeRO stage 3 replaces it for the whole process, whose later runs would have other bits."""
+    linear = F.linear
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.keys import Config
+from ..engine.device import linear_kept
 from ..errors import NonFiniteError, TrainerError, UserError
 from ..ranks.collectives import broadcast_object, raise_together
 from ..ranks.place import Ranks
@@ -58,7 +59,7 @@ def run(
     Raises:
         TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
-    with raised(ranks.first):
+    with raised(ranks.first), linear_kept():
         return _run(config, ranks, config_name, started_at_s, began_s, trace, resume)
 
 
