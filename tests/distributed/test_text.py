@@ -117,6 +117,19 @@ def test_the_same_bits_at_every_world_size(tmp_path: Path, task: str, make: Any,
         assert again[name] == pytest.approx(metrics[name], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("task", "make"), [("text_classification", classification), ("causal_lm", language)], ids=["classes", "records"]
+)
+def test_packs_of_equal_lengths_change_no_bit(tmp_path: Path, task: str, make: Any) -> None:
+    """Equal shapes lie anywhere in a rank's block: what they share is computed in another order than the block's."""
+    options, packs = make(tmp_path), {2: 1, 1: 8, 3: 4}
+    sizes = {"train_batch_size": 54, "train_micro_batch_size_per_gpu": 2}  # 27 micro-batches of 2 to 10 tokens
+    same_everywhere(lambda W: config(tmp_path / str(W), task, options, pack=packs[W], **sizes), [2, 1, 3], train_here)
+    for W in (1, 3):
+        used = json.loads((tmp_path / str(W) / "summary.json").read_text())["pack"]
+        assert used["size"] == packs[W] and "refused" not in used
+
+
 def batch_and_model(task: Any) -> tuple[Any, Any, torch.Tensor]:
     """The first global batch of a run, and the model it starts from, in float64."""
     split = task.splits()["train"]

@@ -69,8 +69,8 @@ def look(task: str, options: Mapping[str, Any]) -> None:
         _look_at_columns(task, Path(train).expanduser(), options)
 
 
-def _look_at_code(task: str) -> None:
-    """As `protocol.load_task`, without running the file."""
+def task_file(task: str) -> tuple[Path, str]:
+    """The file and the class of a task that is given as path/to/file.py:ClassName. Raises UserError."""
     file, _, name = task.rpartition(":")
     if not file or not name:
         raise UserError(f'The task "{task}" must be given as path/to/file.py:ClassName.')
@@ -81,6 +81,12 @@ def _look_at_code(task: str) -> None:
             f"The task file {path} does not exist (looked from {Path.cwd()})."
             + (f" There is {found}: --task {found}:{name}" if found else "")
         )
+    return path, name
+
+
+def _look_at_code(task: str) -> None:
+    """As `protocol.load_task`, without running the file."""
+    path, name = task_file(task)
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
@@ -90,7 +96,7 @@ def _look_at_code(task: str) -> None:
     if name not in names and not (imported and re.search(rf"\b{re.escape(name)}\b", path.read_text(errors="ignore"))):
         if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in tree.body):
             return
-        raise UserError(f"The task file {path} has no class {name}. {_typed(f'--task {file}:', near(name, names))}")
+        raise UserError(f"The task file {path} has no class {name}. {_typed(f'--task {path}:', near(name, names))}")
 
 
 def _typed(flag: str, said: str) -> str:

@@ -9,7 +9,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..config.schema import near
 from ..config.task_options import check_options, read_arguments
 from ..errors import UserError
 from ..exact.splits import Batch, Split
-from .first_look import BUILT_IN
+from .first_look import BUILT_IN, task_file
 
 Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
 
@@ -153,12 +152,7 @@ def _from_folder(name: str) -> Any:
 
 
 def _from_file(name: str) -> Any:
-    file, _, cls_name = name.rpartition(":")
-    if not file or not cls_name:
-        raise UserError(f'The task "{name}" must be given as path/to/file.py:ClassName.')
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"The task file {path} does not exist (looked from {Path.cwd()}).")
+    path, cls_name = task_file(name)
     module_name = f"user_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

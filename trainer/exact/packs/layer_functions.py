@@ -34,11 +34,12 @@ def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
     )
 
 
-def _linear(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_linear(pack, *args, **kwargs)
+def _by_name(function: Callable[..., Any]) -> Callable[[Pack, Any, tuple[Any, ...], dict[str, Any]], Any]:
+    """Lets a function name its arguments, as torch's own does."""
+    return lambda pack, func, args, kwargs: function(pack, *args, **kwargs)
 
 
-def _call_linear(pack: Pack, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear(pack: Pack, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not _concerns(pack, input, weight, bias):
         return NotImplemented
 
@@ -94,11 +95,7 @@ def _convolution(n: int, transposed: bool) -> Callable[..., Any]:
     return rule
 
 
-def _embedding(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_embedding(pack, *args, **kwargs)
-
-
-def _call_embedding(
+def _embedding(
     pack: Pack,
     input: Tensor,
     weight: Tensor,
@@ -120,11 +117,7 @@ def _call_embedding(
     return pack.layer(EMBEDDING, "embedding", call, input, weight, None, casts=False, **options)
 
 
-def _layer_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_layer_norm(pack, *args, **kwargs)
-
-
-def _call_layer_norm(
+def _layer_norm(
     pack: Pack,
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -143,11 +136,7 @@ def _call_layer_norm(
     )
 
 
-def _rms_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_rms_norm(pack, *args, **kwargs)
-
-
-def _call_rms_norm(
+def _rms_norm(
     pack: Pack, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
     if not _concerns(pack, input, weight):
@@ -160,11 +149,7 @@ def _call_rms_norm(
     return pack.layer(RMS_NORM, "rms_norm", call, input, weight, None, casts=False, shape=shape, eps=eps)
 
 
-def _group_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_group_norm(pack, *args, **kwargs)
-
-
-def _call_group_norm(
+def _group_norm(
     pack: Pack,
     input: Tensor,
     num_groups: int,
@@ -203,11 +188,7 @@ def _broadcast(multiplies: bool) -> Callable[..., Any]:
     return rule
 
 
-def _batch_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _call_batch_norm(pack, *args, **kwargs)
-
-
-def _call_batch_norm(
+def _batch_norm(
     pack: Pack,
     input: Tensor,
     running_mean: Tensor | None,
@@ -240,15 +221,15 @@ def _instance_norm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 LAYER_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
+    F.linear: _by_name(_linear),
     torch.addmm: _addmm,
-    F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
+    F.embedding: _by_name(_embedding),
+    F.layer_norm: _by_name(_layer_norm),
+    F.batch_norm: _by_name(_batch_norm),
     F.instance_norm: _instance_norm,
-    F.rms_norm: _rms_norm,
-    torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
+    F.rms_norm: _by_name(_rms_norm),
+    torch.rms_norm: _by_name(_rms_norm),
+    F.group_norm: _by_name(_group_norm),
 }
 LAYER_FUNCTIONS |= {
     function: _convolution(n, transposed)
