@@ -36,8 +36,8 @@ def _call_dropout(
     # As torch's dropout on the CPU: only the draws are one micro-batch at a time.
     noise = torch.empty_like(input)
     pieces = cut(noise, pack.g)
-    for k in pack.each_stream():
-        pieces[k].bernoulli_(1 - p)
+    for k in range(pack.g):
+        pieces[k].bernoulli_(1 - p, generator=pack.generator(k, input.device))
     put_pieces(noise, pieces)
     return input * noise.div_(1 - p)
 
@@ -69,8 +69,8 @@ def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[s
         raise RefusedError(f"{name_of(func)}, whose numbers are not those of a micro-batch")
     rest = [(pack.part(args[1:], k), pack.part(kwargs, k)) for k in range(pack.g)]
     pieces = cut(args[0], pack.g)
-    for k in pack.each_stream():
-        func(pieces[k], *rest[k][0], **rest[k][1])
+    for k in range(pack.g):
+        func(pieces[k], *rest[k][0], **rest[k][1] | {"generator": pack.generator(k, pieces[k].device)})
     put_pieces(args[0], pieces)
     return args[0]
 

@@ -419,9 +419,9 @@ class Pack(TorchFunctionMode):
 
     # ---- random numbers, statistics, values that the host reads ---------------------------------------------------
 
-    def each_stream(self) -> Iterator[int]:
-        """The micro-batches in order; meanwhile torch's generators are those of the one at hand."""
-        return self._streams.each()
+    def generator(self, k: int, device: torch.device) -> torch.Generator:
+        """The generator of micro-batch k on this device."""
+        return self._streams.generator(k, device)
 
     def scratch_of(self, running: Tensor | None) -> Tensor | None:
         """Where the micro-batches' statistics of a layer go: (g, features)."""

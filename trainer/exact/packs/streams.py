@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 
 class Streams:
@@ -18,37 +17,33 @@ class Streams:
     """
 
     def __init__(self, keys: Sequence[int], device: torch.device) -> None:
-        self._generators = [torch.default_generator]
+        self._torchs = [torch.default_generator]
         if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index])
+            self._torchs.append(torch.cuda.default_generators[device.index])
         self._keys = keys
-        self._states: list[list[Tensor] | None] = [None] * len(keys)
+        self._own: list[list[torch.Generator] | None] = [None] * len(keys)
         # A function that draws without its stream is found by this state, which nothing else moves.
-        for generator in self._generators:
+        for generator in self._torchs:
             generator.manual_seed(0)
-        self._resting = [generator.get_state() for generator in self._generators]
+        self._resting = [generator.get_state() for generator in self._torchs]
         self._disturbed = False
+
+    def generator(self, k: int, device: torch.device) -> torch.Generator:
+        """Micro-batch k's generator, for a function that takes one."""
+        return self._of(k)[device.type == "cuda"]
 
     @contextlib.contextmanager
     def of(self, k: int) -> Iterator[None]:
-        """Torch's generators are those of micro-batch k."""
+        """Torch's generators are those of micro-batch k, for functions that take none."""
         self._look()
-        self._take_up(k)
+        own = self._of(k)
+        for generator, from_ in zip(self._torchs, own):
+            generator.set_state(from_.get_state())
         try:
             yield
         finally:
-            self._put_down(k)
-            self._rest()
-
-    def each(self) -> Iterator[int]:
-        """All micro-batches in order; torch's generators are those of the one at hand."""
-        self._look()
-        try:
-            for k in range(len(self._keys)):
-                self._take_up(k)
-                yield k
-                self._put_down(k)
-        finally:
+            for generator, to in zip(self._torchs, own):
+                to.set_state(generator.get_state())
             self._rest()
 
     @contextlib.contextmanager
@@ -60,24 +55,20 @@ class Streams:
         finally:
             self._rest()
 
-    def _take_up(self, k: int) -> None:
-        states = self._states[k]
-        for i, generator in enumerate(self._generators):
-            if states is None:
-                generator.manual_seed(self._keys[k])
-            else:
-                generator.set_state(states[i])
-
-    def _put_down(self, k: int) -> None:
-        self._states[k] = [generator.get_state() for generator in self._generators]
+    def _of(self, k: int) -> list[torch.Generator]:
+        own = self._own[k]
+        if own is None:
+            own = [torch.Generator(generator.device).manual_seed(self._keys[k]) for generator in self._torchs]
+            self._own[k] = own
+        return own
 
     def _rest(self) -> None:
-        for generator, state in zip(self._generators, self._resting):
+        for generator, state in zip(self._torchs, self._resting):
             generator.set_state(state)
 
     def _look(self) -> None:
         self._disturbed |= any(
-            not torch.equal(generator.get_state(), state) for generator, state in zip(self._generators, self._resting)
+            not torch.equal(generator.get_state(), state) for generator, state in zip(self._torchs, self._resting)
         )
 
     def disturbed(self) -> bool:
