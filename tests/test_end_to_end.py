@@ -131,9 +131,11 @@ def test_torchrun_is_understood(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--epochs", "x"], "invalid int value"),  # before the config is read
+        pytest.param(["--epochs", "x"], "invalid int value", marks=pytest.mark.slow),  # before the config is read
         (["--set", "trainer.epoch=3"], 'Did you mean "epochs"?'),  # before torch is loaded
-        (["--task", "nosuch"], 'unknown task "nosuch"'),  # after it, before the ranks have met
+        pytest.param(
+            ["--task", "nosuch"], 'unknown task "nosuch"', marks=pytest.mark.slow
+        ),  # before the ranks have met
         (
             ["--task", "bad_tasks.py:MeanLoss", "--set", "trainer.task_options={}"],
             "MeanLoss.loss()",

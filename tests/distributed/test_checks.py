@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_exact_is_labelled_or_refused(tmp_path: Path, tas
     assert not (tmp_path / "bitwise").exists()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_trains_within_tolerance_and_says_so(tmp_path: Path, stage: int) -> None:
     """Uneven blocks and a last batch smaller than the world, with DeepSpeed's own reduction."""
     exact = run_ranks(train, 1, small_config(tmp_path / "exact", epochs=2))[0]

@@ -33,7 +33,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
         yield server, choices, place
 
 
-@pytest.mark.parametrize("life", LIVES)
+LONG = ("disk", "meeting")
+
+
+@pytest.mark.parametrize("life", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in LIVES])
 def test_a_fault_leaves_no_trace(started: tuple[Server, list[Workload], Path], life: str) -> None:
     server, choices, place = started
     number = list(LIVES).index(life)

@@ -181,7 +181,7 @@ def test_going_on_elsewhere(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_goes_on_within_tolerance(tmp_path: Path, stage: int) -> None:
     zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
     whole = run_ranks(train, 2, small_config(tmp_path / "whole", **zero))[0]
