@@ -112,7 +112,7 @@ class TrainerOptions:
     pack: int | str = option(
         "auto",
         "micro-batches that one forward computes at most; no bit depends on it. auto: each rank finds what is fastest "
-        "while the run goes on, if it has 150 steps or more; 1: one at a time",
+        "while the run goes on, if it has 60 steps or more; 1: one at a time",
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
