@@ -76,6 +76,7 @@ def image_folder(found: Found) -> dict[str, Table] | None:
         columns = {"image": [str(file) for file in group.files], "label": [place[name] for name in group.classes]}
         result[split] = Table(columns, {"label": names}, ["image"])
     notes = sources.left_out_note(found, [*loose, *others], "no image in a folder of a class")
+    notes += sources.twins_note(found, [file for group in groups.values() for file in group.files])
     next(iter(result.values())).notes += notes
     return result
 
@@ -84,6 +85,11 @@ def _described(
     found: Found, images: Sequence[Path], described: Sequence[Path], others: Sequence[Path]
 ) -> dict[str, Table]:
     """Images whose labels stand in metadata files, in the folder of the images or of a split."""
+    if pairs := sources.twins(found, described):
+        raise UserError(
+            f'"trainer.task_options.data": in {found.given}, {" and ".join(map(found.name, pairs[0]))} describe the '
+            "same images, which would count twice. Remove one of them."
+        )
     known = {os.path.normpath(file): str(file) for file in images}
     splits: dict[str, Table] = {}
     used: set[str] = set()

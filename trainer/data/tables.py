@@ -143,11 +143,11 @@ def _class_folders(found: Found, how: Format) -> dict[str, Table]:
     texts = _texts_of(found)
     groups, loose = sources.by_class(found, texts)
     if not groups:
-        kinds = Counter(file.suffix.lower() or "without a suffix" for file in found.files)
-        there = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "no files"
+        there = sources.kinds_of(found.files) or "no files"
+        left_out = "".join(f"\n{note}." for note in sources.left_out_note(found, [], ""))
         raise UserError(
             f'"trainer.task_options.data": {found.given} holds neither tables ({", ".join(sources.TABLES)}) nor '
-            f"folders of classes. It has: {there}."
+            f"folders of classes. It has: {there}.{left_out}"
         )
     others = [*loose, *(file for file in found.files if file not in set(texts))]
     read = {}
@@ -158,6 +158,8 @@ def _class_folders(found: Found, how: Format) -> dict[str, Table]:
         read[split] = Table({"text": contents, "label": [place[c] for c in group.classes]}, {"label": names})
     first = next(iter(read.values()))
     first.notes += sources.left_out_note(found, others, "no text in a folder of a class")
+    named = [file for group in groups.values() for file in group.files if sources.suffix_of(file) in _TEXTS[:-1]]
+    first.notes += sources.twins_note(found, named)
     return read
 
 
