@@ -26,6 +26,7 @@ RECORDS = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}]
         {"reviews": RECORDS},
         {"version": "1.0", "rows": RECORDS, "licence": {"name": "MIT"}},
         {"data": COLUMNS},
+        {"name": "reviews", "data": COLUMNS},
         {"text": {"0": "good", "1": "bad"}, "label": {"0": "a", "1": "b"}},  # DataFrame.to_json()
         {"0": RECORDS[0], "1": RECORDS[1]},  # orient="index"
         {"r17": RECORDS[0], "r4": RECORDS[1]},

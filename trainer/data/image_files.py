@@ -41,8 +41,7 @@ def is_image(file: Path) -> bool:
 def images_of(found: Found) -> tuple[list[Path], list[Path]]:
     """The files that are images, and the others."""
     images = [file for file in found.files if is_image(file)]
-    chosen = set(images)
-    return images, [file for file in found.files if file not in chosen]
+    return images, found.others(images)
 
 
 def image_folder(found: Found) -> dict[str, Table] | None:
@@ -122,7 +121,7 @@ def _described(
             else:
                 splits[split] = Table(columns, table.classes, ["image"], list(table.notes))
         used |= set(paths)
-    rest = [f for f in images if str(f) not in used] + [f for f in others if f not in set(described)]
+    rest = found.others([*map(Path, used), *described])
     notes = sources.left_out_note(found, rest, "not named by the metadata")
     next(iter(splits.values())).notes += notes
-    return {name: splits[name] for name in sources.SPLITS if name in splits}
+    return sources.in_order(splits)

@@ -54,8 +54,10 @@ def _of_object(whole: dict[str, Any]) -> tuple[Columns, list[str]]:
     values = list(whole.values())
     if {"columns", "data"} <= set(whole) <= {"columns", "data", "index"}:  # pandas, orient="split"
         return _of_lists(whole["columns"], whole["data"]), []
-    if len(whole) == 1 and isinstance(values[0], dict) and next(iter(whole)) in RECORD_KEYS:
-        return _of_object(values[0])
+    inner = [key for key, value in whole.items() if key in RECORD_KEYS and _holds_lists(value)]
+    if len(inner) == 1:
+        columns, notes = _of_object(whole[inner[0]])
+        return columns, notes + _not_read(whole, inner)
     tables = [key for key, value in whole.items() if _are_records(value)]
     if tables and all(key.lower() in ALIASES for key in tables):
         rows = [{**row, "split": key} for key in tables for row in whole[key]]
@@ -87,6 +89,10 @@ def _of_lists(names: Any, rows: Any) -> Columns:
 
 def _are_records(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _holds_lists(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(inner, list) for inner in value.values())
 
 
 def _not_read(whole: dict[str, Any], read: list[str]) -> list[str]:

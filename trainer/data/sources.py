@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config.schema import near
 from ..errors import UserError
@@ -23,6 +23,7 @@ from . import not_data
 from .cache import remember
 
 Data = str | Mapping[str, str]
+Part = TypeVar("Part")
 
 SPLITS = ("train", "validation", "test")
 # Their usual names.
@@ -85,6 +86,11 @@ class Found:
     def name(self, file: Path) -> str:
         """A file, for messages. Names that are no UTF-8 are written with question marks."""
         return "/".join(self.parts(file)).encode("utf-8", "replace").decode()
+
+    def others(self, chosen: Iterable[Path]) -> list[Path]:
+        """The files that are none of these."""
+        known = set(chosen)
+        return [file for file in self.files if file not in known]
 
     @property
     def saved(self) -> bool:
@@ -219,6 +225,11 @@ def split_in(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def in_order(splits: Mapping[str, Part]) -> dict[str, Part]:
+    """The splits as they are always given: train, validation, test."""
+    return {name: splits[name] for name in SPLITS if name in splits}
+
+
 def stem_of(path: Path) -> str:
     """A file's name without its suffixes: train of train.csv.gz."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
@@ -338,7 +349,7 @@ def by_class(found: Found, files: Sequence[Path]) -> tuple[dict[str, ClassFiles]
         group.files.append(file)
         # macOS writes é as two characters, other systems as one.
         group.classes.append(unicodedata.normalize("NFC", parts[depth]).encode("utf-8", "replace").decode())
-    return {name: groups[name] for name in SPLITS if name in groups}, loose
+    return in_order(groups), loose
 
 
 def kinds_of(files: Sequence[Path]) -> str:

@@ -108,8 +108,12 @@ def read_file(path: Path, how: Format = Format(), where: str | None = None) -> T
     except UserError:
         raise
     except Exception as error:  # of a dozen kinds, by file format and kind of failure
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {reason}') from error
+        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {reason_of(error)}') from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_text(path: Path, encoding: str | None = None, where: str | None = None) -> str:
