@@ -130,7 +130,7 @@ def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
     step, batches = made(dense(), floats(3), None)
     assert step.packs is not None
     old = step.packs
-    packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=149)
+    packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=59)
     assert packs.begin(batches.at(0), range(8)) == 1
 
 

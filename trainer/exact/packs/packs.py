@@ -31,7 +31,7 @@ MOST_POSTPONED = 20
 # With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
 FREE_SHAPES, TRIAL_SHARE = 8, 0.05
 # The fewest steps for which it pays to look for the fastest size.
-FEWEST_STEPS = 150
+FEWEST_STEPS = 60
 # A rank's micro-batches may be added in another order than theirs if all their gradients take so many bytes at most.
 WAITING_BYTES = 256 << 20
 # Modules that take samples and parameters apart in ways of their own.
