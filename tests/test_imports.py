@@ -289,6 +289,7 @@ LONG = {
     "config/keys.py": "every key of a config, and what contradicts what",
     "data/tables.py": "every kind of table is read by the same steps",
     "data/text.py": "tokenizers, from the text to padded rows",
+    "engine/deepspeed_engine.py": "the only file that imports deepspeed",
     "exact/packs/pack.py": "one object, that sees every function of a forward",
     "study/declaration.py": "what a study file may say, and the checks of it",
     "study/drawing.py": "one function a figure",

@@ -5,18 +5,20 @@ Engines are made in a rank of its own: DeepSpeed keeps much in globals.
 
 from __future__ import annotations
 
-import os
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator, real_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from torch import Tensor, nn
 
 from tests.distributed.jobs import small_config
 from trainer.config.keys import Config
-from trainer.engine.deepspeed_engine import as_local_rank
+from trainer.engine.deepspeed_engine import use_accelerator
 from trainer.errors import UserError
 from trainer.ranks.place import Ranks
 from trainer.ranks.rendezvous import start
@@ -292,15 +294,13 @@ def test_which_optimizers_deepspeed_compiles(optimizer: dict[str, Any], built: b
     assert builds_an_op(small_config(tmp_path, optimizer=optimizer)) is built
 
 
-def test_deepspeed_takes_the_gpu_of_a_rank_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the one that LOCAL_RANK names."""
-    monkeypatch.setenv("LOCAL_RANK", "5")
-    with as_local_rank(torch.device("cuda", 1)):
-        assert os.environ["LOCAL_RANK"] == "1"
-    assert os.environ["LOCAL_RANK"] == "5"
-    monkeypatch.delenv("LOCAL_RANK")
-    with as_local_rank(torch.device("cuda", 0)):
-        assert os.environ["LOCAL_RANK"] == "0"
-    assert "LOCAL_RANK" not in os.environ
-    with as_local_rank(torch.device("cpu")):
-        assert "LOCAL_RANK" not in os.environ
+@pytest.mark.parametrize(("device", "other"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_deepspeed_works_on_the_device_that_we_chose(device: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it chose by itself, or by DS_ACCELERATOR."""
+    made = {"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[other]()
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", made)
+    use_accelerator(torch.device(device, 0))
+    assert get_accelerator().device_name() == device
+    chosen = get_accelerator()
+    use_accelerator(torch.device(device, 0))
+    assert get_accelerator() is chosen

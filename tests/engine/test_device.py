@@ -191,3 +191,17 @@ def test_a_processor_that_the_system_does_not_describe(monkeypatch: pytest.Monke
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert device._cpu_model() == "arm64 (?/?)"
+
+
+def test_deepspeed_takes_the_gpu_of_a_rank_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the one that LOCAL_RANK names."""
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with device.as_local_rank(torch.device("cuda", 1)):
+        assert os.environ["LOCAL_RANK"] == "1"
+    assert os.environ["LOCAL_RANK"] == "5"
+    monkeypatch.delenv("LOCAL_RANK")
+    with device.as_local_rank(torch.device("cuda", 0)):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert "LOCAL_RANK" not in os.environ
+    with device.as_local_rank(torch.device("cpu")):
+        assert "LOCAL_RANK" not in os.environ

@@ -12,12 +12,14 @@ This is the only module that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from torch import Tensor, nn
 
 from ..config import deepspeed_keys
@@ -25,6 +27,7 @@ from ..config.keys import Config
 from ..errors import UserError
 from . import contract as engine_contract
 from .adapt import parameter_groups
+from .device import as_local_rank
 from .optimizers import client_optimizer, for_vectors
 
 VERSION: str = deepspeed.__version__
@@ -39,24 +42,14 @@ def builds_an_op(config: Config) -> bool:
     return name in deepspeed_keys.OPTIMIZERS and not config.optimizer.params.get("torch_adam")
 
 
-@contextlib.contextmanager
-def as_local_rank(device: torch.device) -> Iterator[None]:
-    """LOCAL_RANK is the index of the device meanwhile: DeepSpeed takes the GPU that it names.
+def use_accelerator(device: torch.device) -> None:
+    """Has DeepSpeed work on the device that we chose.
 
-    Ranks that share a GPU, or that see only their own, have another local rank than their GPU's index.
+    It made its own choice when it was imported: by what is installed, or by DS_ACCELERATOR, which a user or another
+    program may have set.
     """
-    if device.type != "cuda":
-        yield
-        return
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
+    if get_accelerator().device_name() != device.type:
+        set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
 
 
 class Engine:
@@ -97,6 +90,7 @@ class Engine:
                     "be float32. For speed use torch_autocast: it computes in bfloat16 and keeps float32 weights."
                 )
         self.device = self.parameters[0].device
+        use_accelerator(self.device)
         engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed)
         # Otherwise DeepSpeed compiles a kernel for CPU ranks, for half a minute. Only its own all-reduce would use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -74,6 +74,26 @@ def linear_kept() -> Iterator[None]:
         F.linear = linear
 
 
+@contextlib.contextmanager
+def as_local_rank(device: torch.device) -> Iterator[None]:
+    """LOCAL_RANK is the index of the device meanwhile: DeepSpeed takes the GPU that it names.
+
+    Ranks that share a GPU, or that see only their own, have another local rank than their GPU's index.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
 @functools.cache
 def code_sha256() -> str:
     """SHA-256 of the trainer's own source files: it says which code made a result."""
