@@ -53,11 +53,11 @@ def test_packs_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_looking_for_the_fastest_packs_changes_no_bit(tmp_path: Path) -> None:
-    """A run of 150 steps or more tries and times all sizes."""
+    """A run of 60 steps or more tries and times all sizes."""
 
     def looks(W: int) -> Config:
         return small_config(
-            tmp_path / str(W), task="digits", task_options={"model": "mlp"}, epochs=13, max_steps=155, pack=packs[W]
+            tmp_path / str(W), task="digits", task_options={"model": "mlp"}, epochs=6, max_steps=65, pack=packs[W]
         )
 
     packs = {2: 1, 1: "auto", 3: "auto"}

@@ -89,11 +89,13 @@ def test_more_ranks_than_gpus(count: int, shared: int, ranks: int, words: str, g
 def settings_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     was = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
+    tf32 = cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(was[0])
     cudnn.benchmark, cudnn.deterministic = was[1:]
+    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
@@ -147,6 +149,15 @@ def test_a_gpus_facts_name_its_model_and_libraries(monkeypatch: pytest.MonkeyPat
     found = device.facts(torch.device("cuda", 1), "0.19.8")
     assert found["device_model"] == "GPU number 1"
     assert set(found) >= {"cuda", "cudnn", "tf32"}
+    assert found["cpu_model"] == device.facts(CPU, "0.19.8")["device_model"], "it draws the first weights"
+
+
+@pytest.mark.usefixtures("settings_kept")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_float32_is_float32_unless_tf32_is_wanted(wanted: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = not wanted
+    device.settle(config(tf32=wanted))
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == wanted
 
 
 @pytest.mark.parametrize(

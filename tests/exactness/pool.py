@@ -51,8 +51,8 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
     from trainer.exact.packs import packs
     from trainer.run.run import run
 
-    packs.FEWEST_STEPS = 1
-    packs.TRIALS = 1  # runs are short: packs are used from the second step on
+    # Runs are short: packs are used from the second step on.
+    packs.FEWEST_STEPS = packs.TRIALS = packs.Choice.STEPS = 1
     trace: list[dict[str, str]] = []
 
     def watch(step: int, engine: Any, losses: Any) -> None:

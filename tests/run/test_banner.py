@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.run.small import config_of, pieces_of
 from trainer.run.banner import banner, result_table
@@ -42,6 +43,13 @@ def test_a_part_of_an_epoch_and_one_epoch() -> None:
 def test_no_clipping_and_bfloat16() -> None:
     text = said(gradient_clipping=0.0, torch_autocast={"enabled": True, "dtype": "bfloat16"})
     assert "no clipping; bfloat16 autocast on a processor" in text
+
+
+def test_tf32_is_said_where_it_is_used() -> None:
+    pieces = pieces_of(config_of(tf32=True))
+    assert "TF32" not in "\n".join(banner(pieces, AUDIT, 0.1)), "a processor has none"
+    pieces.device = torch.device("cuda")
+    assert "; float32, products in TF32 on " in "\n".join(banner(pieces, AUDIT, 0.1))
 
 
 def test_a_warm_up_that_never_ends_is_noted() -> None:

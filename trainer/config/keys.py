@@ -98,6 +98,9 @@ class TrainerOptions:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes GPUs if there are any")
     ranks_per_gpu: int = option(1, "ranks that share one GPU, over gloo: to check exactness, not for speed", minimum=1)
+    tf32: bool = option(
+        False, "on GPUs, compute float32 matrix products and convolutions in TF32: faster, less precise, as exact"
+    )
     cpu_threads: int = option(1, "intra-op threads of a rank; the bits depend on it", minimum=1, maximum=1024)
     evaluate_every_epochs: int = option(1, "epochs between validations; 0 for none", minimum=0)
     evaluate_micro_batch_size: int = option(128, "samples of one forward in evaluation", minimum=1)
@@ -112,7 +115,7 @@ class TrainerOptions:
     pack: int | str = option(
         "auto",
         "micro-batches that one forward computes at most; no bit depends on it. auto: each rank finds what is fastest "
-        "while the run goes on, if it has 150 steps or more; 1: one at a time",
+        "while the run goes on, if it has 60 steps or more; 1: one at a time",
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")

@@ -58,6 +58,9 @@ def settle(config: Config) -> None:
     # The benchmark chooses a kernel by timing, so two ranks could choose differently.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    # By default torch's convolutions take TF32, whose products have 10 bits, where float32 is meant.
+    torch.backends.cudnn.allow_tf32 = config.trainer.tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.trainer.tf32
 
 
 @contextlib.contextmanager
@@ -106,6 +109,7 @@ def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
     }
     if device.type == "cuda":
         result["device_model"] = torch.cuda.get_device_name(device)
+        result["cpu_model"] = _cpu_model()  # of rank 0, which draws the first weights
         result["cuda"] = str(torch.version.cuda)
         result["cudnn"] = str(torch.backends.cudnn.version())
         result["tf32"] = f"matmul={torch.backends.cuda.matmul.allow_tf32} cudnn={torch.backends.cudnn.allow_tf32}"

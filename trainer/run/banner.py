@@ -27,6 +27,8 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     sizes = " / ".join(f"{len(split):,} {name}" for name, split in p.host_splits.items())
     epochs = p.total_steps / p.steps_per_epoch
     precision = "bfloat16 autocast" if p.config.torch_autocast.enabled else "float32"
+    if trainer.tf32 and p.device.type == "cuda":
+        precision += ", products in TF32"
     clipping = p.config.gradient_clipping
     # With AdaScale, the gains decide when the run ends, and this is the most steps that it can take.
     most = "at most " if trainer.learning_rate.adascale_steps is not None else ""

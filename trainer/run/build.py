@@ -348,6 +348,8 @@ def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Spli
     everyone = gather_objects((socket.gethostname(), own))
     unlike: list[str] = []
     for name in sorted({name for _, facts_of in everyone for name in facts_of}):
+        if name == "cpu_model":  # rank 0's weights are sent to all
+            continue
         values = [facts_of.get(name) for _, facts_of in everyone]
         usual = common_value(values)
         for rank, value in enumerate(values):

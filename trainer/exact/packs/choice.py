@@ -11,8 +11,9 @@ import torch
 class Choice:
     """Finds the fastest size while the run goes on: since it changes no bit, every step may try another.
 
-    Sizes are measured in turn, so that a machine that is busy for a while slows all of them. The shortest of a size's
-    times counts, as other work only adds to it.
+    Single micro-batches are measured, then packs from the largest down, as long as smaller ones are faster. The two
+    fastest are then measured again in turn, so that a machine that is busy for a while slows both. The shortest of a
+    size's times counts, as other work only adds to it.
 
     Args:
         device: of the model. A GPU is timed by events, which nobody waits for.
@@ -59,11 +60,22 @@ class Choice:
             assert self.best is not None
             return self.best
         self.best = None
-        rarest = min(sizes, key=lambda size: len(self._times.get(size, [])))
-        if len(self._times.get(rarest, [])) < self.STEPS:
-            return rarest
-        self.best = min(sizes, key=lambda size: min(self._times[size]))
+        measured: list[int] = []
+        for size in [1, *sorted(set(sizes) - {1}, reverse=True)]:
+            if len(self._times.get(size, [])) < self.STEPS:
+                return size
+            measured.append(size)
+            if len(measured) > 2 and self._shortest(size) > 0.95 * self._shortest(measured[-2]):
+                break  # each size has to be tried first, which costs time
+        fastest = sorted(measured, key=self._shortest)[:2]
+        rarer = min(fastest, key=lambda size: len(self._times[size]))
+        if len(self._times[rarer]) < 2 * self.STEPS and len(fastest) > 1:
+            return rarer
+        self.best = fastest[0]
         return self.best
+
+    def _shortest(self, size: int) -> float:
+        return min(self._times[size])
 
     def _mark(self) -> Any:
         if not self._cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..micro_batches import ALIGNMENT_BYTES
 from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
+from .verdicts import out_of_memory
 
 if TYPE_CHECKING:
     from .pack import Pack
@@ -93,10 +95,11 @@ class Site:
             like: how the gradient of the output lies in memory; None if as the output does.
         """
         compared = 0
+        zero = weight is not None and not weight.any()  # as LoRA begins
         for draw in range(MOST_DRAWS):
             own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
-            if draw == 1 and own[1] is not None:
-                own[1].zero_()  # as LoRA begins
+            if zero and draw == 0:
+                own[1].zero_()
             y, saved = self.rule.forward(self, *own)
             if not same_bits(
                 y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])
@@ -106,23 +109,29 @@ class Site:
             found = self.rule.backward(self, grad, *own, *saved)
             if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
                 return True
-            compared += min(y.numel(), x.numel()) if draw != 1 else 0
-            if compared > ENOUGH_VALUES and draw > 1:
+            compared += 0 if zero and draw == 0 else min(y.numel(), x.numel())
+            if compared > ENOUGH_VALUES:
                 break
         return False
 
     def backward_s(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> float:
-        """Seconds that the rule's backward takes, the shortest of some."""
+        """Seconds that the rule's backward takes, the shortest of some; infinity where a device has no such kernel."""
         own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
-        y, saved = self.rule.forward(self, *own)
-        grad, times = drawn_gradient(y), []
-        for _ in range(4):
-            _wait_for(x)
-            began_s = time.perf_counter()
-            self.rule.backward(self, grad, *own, *saved)
-            _wait_for(x)
-            times.append(time.perf_counter() - began_s)
-        return min(times[1:])
+        times: list[float] = []
+        try:
+            y, saved = self.rule.forward(self, *own)
+            grad = drawn_gradient(y)
+            for _ in range(3):
+                _wait_for(x)
+                began_s = time.perf_counter()
+                self.rule.backward(self, grad, *own, *saved)
+                _wait_for(x)
+                times.append(time.perf_counter() - began_s)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            return math.inf
+        return min(times)
 
 
 def _wait_for(tensor: Tensor) -> None:

@@ -31,7 +31,7 @@ MOST_POSTPONED = 20
 # With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
 FREE_SHAPES, TRIAL_SHARE = 8, 0.05
 # The fewest steps for which it pays to look for the fastest size.
-FEWEST_STEPS = 150
+FEWEST_STEPS = 60
 # A rank's micro-batches may be added in another order than theirs if all their gradients take so many bytes at most.
 WAITING_BYTES = 256 << 20
 # Modules that take samples and parameters apart in ways of their own.
@@ -85,8 +85,7 @@ class Packs:
         self.notes: list[str] = []
         self._limit: int | None = None  # what fits into memory
         self._choice = Choice(device) if size is None and steps >= FEWEST_STEPS else None
-        self._mixed_steps = TRIALS if self._choice is not None else 0
-        self._mixed = self._tried = False
+        self._tried = False
         self._began, self._trial_s = time.perf_counter(), 0.0
 
     # ---- how many ------------------------------------------------------------------------------------------------
@@ -94,11 +93,7 @@ class Packs:
     def begin(self, batch: GlobalBatch, block: range) -> int:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
-        self._mixed = self._mixed_steps > 0 and len(block) > 2
-        if self._mixed:  # packs of 2, 4, 8, ... in one step: a trial of all sizes in the time of one
-            self._mixed_steps -= 1
-            self.size = len(block)
-        elif self._choice is not None:
+        if self._choice is not None:
             work = sum(m * max(1, longest) for m, longest in (self._shape(batch, j) for j in block))
             self.size = self._choice.begin(len(block), work, self._limit, self._refused_sizes())
         elif self._limit is not None:
@@ -107,7 +102,7 @@ class Packs:
 
     def end(self) -> None:
         """The micro-batches of the step have been computed."""
-        if self._choice is not None and not self._mixed:
+        if self._choice is not None:
             self._choice.end(self._tried)
 
     def _alone(self) -> list[Key]:
@@ -174,14 +169,10 @@ class Packs:
         """Micro-batches of one shape in parts."""
         neighbours, done = group[-1] - group[0] == len(group) - 1, 0
         while done < len(group):
-            if self._mixed:  # 2, 2, 4, 8, 16, ...: each again as long as all before it
-                count = max(2, 1 << max(0, done.bit_length() - 1))
-            elif neighbours:  # from multiples of the size on, so that a part is a branch of the tree
+            if neighbours:  # from multiples of the size on, so that a part is a branch of the tree
                 count = self.size - group[done] % self.size
-            else:
-                count = self.size
-            if not neighbours:  # powers of two: few sizes, as each has to be tried
-                count = min(count, 1 << ((len(group) - done).bit_length() - 1))
+            else:  # powers of two: few sizes, as each has to be tried
+                count = min(self.size, 1 << ((len(group) - done).bit_length() - 1))
             yield group[done : done + count]
             done += count
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
 # small.
-ENOUGH_VALUES, MOST_DRAWS = 2048, 128
+ENOUGH_VALUES, MOST_DRAWS = 4096, 128
 
 
 def drawn_like(tensor: Tensor) -> Tensor:
