@@ -26,7 +26,9 @@ def test_the_newest_run_is_that_of_the_highest_number(
     monkeypatch.chdir(tmp_path)
     for name in names:
         (tmp_path / "runs" / name / "checkpoints" / "step-000000500").mkdir(parents=True)
-        (tmp_path / "runs" / name / "manifest.json").write_text('{"batch_plan": {}, "exactness": "bitwise", "config": {}}')
+        (tmp_path / "runs" / name / "manifest.json").write_text(
+            '{"batch_plan": {}, "exactness": "bitwise", "config": {}}'
+        )
     folder, source = claim(Resume("auto", False), config_of(output_dir=None), "small")
     folder.unlock()
     assert (folder.path.name, source) == (newest, folder.path / "checkpoints")
