@@ -17,16 +17,21 @@ from trainer.errors import NonFiniteError, UserError
 
 ZERO = "ZeRO stage 1 reduces gradients in an order that depends on the number of ranks"
 MODELS = "rank 1 on node7 runs on NVIDIA A100, others on NVIDIA H100"
+SECONDS = {"seconds": 1.25}
 STOP = "Step 4 is not finite: the loss of micro-batch 7 is nan."
 
 
 def finished(losses: str = "abcde", **summary: Any) -> tuple[str, dict[str, Any]]:
     """A run's trace, a letter a step for the digest of its loss, and its summary."""
-    return losses, {"steps": len(losses), "metrics": {"test": {"loss": 0.5}}, "parameters_sha256": "f" * 64} | summary
+    return losses, {
+        "steps": len(losses),
+        "metrics": {"test": {"loss": 0.5}},
+        "parameters_sha256": "f" * 64,
+    } | SECONDS | summary
 
 
 def stopped(losses: str = "abc", why: str = STOP, **summary: Any) -> tuple[str, dict[str, Any]]:
-    return losses, {"steps": 3, "metrics": {}, "stopped": why, "inexact": []} | summary
+    return losses, {"steps": 3, "metrics": {}, "stopped": why, "inexact": []} | SECONDS | summary
 
 
 @pytest.fixture
@@ -39,7 +44,8 @@ def say_of(
         def run_ranks(job: Any, W: int, config: Any, folder: str, **options: Any) -> list[dict[str, Any]]:
             lines = [json.dumps({"loss": letter, "parameter w": letter}) for letter in runs[W][0]]
             (Path(folder) / "trace.jsonl").write_text("".join(line + "\n" for line in lines))
-            return [runs[W][1]]
+            summary = runs[W][1]
+            return summary.pop("of_ranks", [summary])
 
         monkeypatch.setattr(verifying, "run_ranks", run_ranks)
         return verify(small_config(tmp_path / "run"), list(runs)), capsys.readouterr().out
@@ -148,6 +154,21 @@ def test_another_error_names_the_world_size(tmp_path: Path, monkeypatch: pytest.
         verify(small_config(tmp_path / "run"), [2])
 
 
+def test_seconds_are_those_of_the_run_without_the_start_of_its_processes(say_of: Any) -> None:
+    _, out = say_of({1: finished(seconds=2.34), 2: stopped(seconds=0.5)})
+    assert " 2.3 " in row(out, 1)
+    assert " 0.5 " in row(out, 2)
+
+
+def test_refused_packs_are_named_with_the_ranks_that_refused_them(say_of: Any) -> None:
+    why = "the losses differ"
+    exact, odd = finished()[1], finished(pack={"size": 1, "refused": {"4": why}})[1]
+    _, out = say_of(
+        {1: finished(of_ranks=[odd]), 2: finished(of_ranks=[odd, odd]), 3: finished(of_ranks=[exact, odd, odd])}
+    )
+    assert f"packs of 4, refused at 1 rank, 2 ranks, 3 ranks (ranks 1, 2): {why}." in out.splitlines()
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_what_a_stopped_run_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: bool) -> None:
     def run_traced(*arguments: Any) -> dict[str, Any]:
@@ -161,6 +182,7 @@ def test_what_a_stopped_run_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "manifest.json").write_text(json.dumps({"inexact": [ZERO]}))
     found = run_to_a_stop(None, config, str(tmp_path))  # type: ignore[arg-type]
+    assert found.pop("seconds") >= 0
     assert found == {"steps": 3, "stopped": STOP, "metrics": {}, "inexact": [ZERO] if started else []}
 
 

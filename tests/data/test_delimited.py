@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from trainer.errors import UserError
 
 
 def rows(text: str, tabs: bool = False, separator: str | None = None) -> list[list[str]]:
-    return read_rows(text, "folder/a.csv", separator, tabs)[1]
+    return list(map(list, read_rows(text, "folder/a.csv", separator, tabs)[1]))
 
 
 def notes(text: str, tabs: bool = False, separator: str | None = None) -> list[str]:
@@ -107,3 +108,14 @@ def test_long_fields() -> None:
 def test_rows_that_cannot_be_right(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         rows(text)
+
+
+def test_large_files_are_read_in_little_memory() -> None:
+    """A reading that is not needed is not made, and no copy has four bytes a character: this was 25 times the text."""
+    text = written([[f"text, {i} and so on", "a"] for i in range(20_000)])
+    tracemalloc.start()
+    try:
+        read_rows(text, "a.csv", None, tabs=False)
+        assert tracemalloc.get_traced_memory()[1] < 15 * len(text)
+    finally:
+        tracemalloc.stop()

@@ -127,3 +127,16 @@ def test_labels_in_metadata(tmp_path: Path) -> None:
     (tmp_path / "one" / "metadata.csv").write_text("file_name,label\n../outside.png,a\n")
     with pytest.raises(UserError, match=r"names .*outside.png, which is no image in"):
         read_images(str(tmp_path / "one"))
+
+
+def test_images_twice_in_two_formats(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/1.bmp", "dog/1.png"):
+        picture(tmp_path / name, name[-3:].upper())
+    assert (
+        "2 files differ from another one only in their format, such as cat/1.bmp" in read_images(str(tmp_path)).notes[0]
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,label\ncat/1.png,a\ndog/1.png,b\n")
+    assert counts(tmp_path) == {"train": {"a": 1, "b": 1}}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/1.png", "label": "a"}\n')
+    with pytest.raises(UserError, match=r"metadata.csv and metadata.jsonl describe the same images"):
+        read_images(str(tmp_path))

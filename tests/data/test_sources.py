@@ -228,3 +228,44 @@ def test_names_that_look_alike_are_one_class(tmp_path: Path) -> None:
         "train": {"bar": 1, "caf\u00e9": 1},
         "test": {"caf\u00e9": 1},
     }
+
+
+# --- the same samples in two formats ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "typed"),
+    [
+        (("data.csv", "data.parquet"), "data.csv and data.parquet", "*.csv"),
+        (("train.csv", "train.jsonl", "test.jsonl"), "train.csv and train.jsonl", "*.jsonl"),
+        (("train.csv", "train.csv.gz"), "train.csv and train.csv.gz", "*.csv"),
+        (("corpus.txt", "corpus.txt.xz"), "corpus.txt and corpus.txt.xz", "*.txt"),
+        (("csv/v1.2.csv", "parquet/v1.2.parquet"), "csv/v1.2.csv and parquet/v1.2.parquet", "**/*.csv"),
+    ],
+)
+def test_one_name_in_two_formats_is_refused(tmp_path: Path, names: tuple[str, ...], said: str, typed: str) -> None:
+    found = made(tmp_path, *names)
+    with pytest.raises(UserError) as caught:
+        by_file(found, found.files)
+    assert f"{said} differ only in their format" in str(caught.value)
+    pattern = f"{tmp_path}/{typed}"
+    assert f"--set 'trainer.task_options.data={pattern}'" in str(caught.value)
+    taken = find(pattern)
+    assert taken is not None
+    by_file(taken, taken.files)
+
+
+def test_other_names_in_two_formats_are_parts(tmp_path: Path) -> None:
+    assert splits(tmp_path, "2023.csv", "2024.jsonl") == ({"train": ["2023.csv", "2024.jsonl"]}, [])
+
+
+def test_a_format_of_another_split_is_no_twin(tmp_path: Path) -> None:
+    assert splits(tmp_path, "train/a.csv", "test/a.jsonl")[0] == {"train": ["train/a.csv"], "test": ["test/a.jsonl"]}
+
+
+def test_samples_of_classes_in_two_formats_are_noted(tmp_path: Path) -> None:
+    found = made(tmp_path, "cat/1.jpg", "cat/1.png", "cat/2.jpg", "dog/1.jpg")
+    assert sources.twins_note(found, found.files) == [
+        "2 files differ from another one only in their format, such as cat/1.jpg and cat/1.png. If these hold the same "
+        "sample, it counts twice: remove one"
+    ]

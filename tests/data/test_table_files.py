@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,28 @@ def test_files_of_one_split_have_the_same_columns(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("id,price\n1,2\n")
     with pytest.raises(UserError, match=r"c.csv has the columns id, price, but a.csv has text, label"):
         tables.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(("one", "other"), [("a.csv", "export.jsonl"), ("a.csv", "b.parquet"), ("a.csv", "a (1).csv")])
+def test_two_files_with_the_same_rows_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    import pyarrow.parquet
+
+    columns: dict[str, list[object]] = {"text": ["a", "b", "c"], "label": [1, 2, None]}
+    for name in (one, other):
+        if name.endswith(".csv"):
+            (tmp_path / name).write_text("text,label\na,1\nb,2\nc,\n")
+        elif name.endswith(".jsonl"):
+            (tmp_path / name).write_text(
+                "".join(json.dumps(dict(zip(columns, r))) + "\n" for r in zip(*columns.values()))
+            )
+        else:
+            pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name)
+    first, second = sorted((one, other))
+    with pytest.raises(UserError, match=f"{re.escape(second)} holds the same 3 rows as {re.escape(first)}"):
+        tables.read(str(tmp_path))
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,2\nd,2\n")
+    if other != "a (1).csv":
+        assert len(tables.read(str(tmp_path))["train"]) == 6
 
 
 def test_a_folder_of_a_competition(tmp_path: Path) -> None:

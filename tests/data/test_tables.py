@@ -38,6 +38,20 @@ def test_files_of_every_kind(tmp_path: Path, kind: str) -> None:
     assert found["train"].values("label") == [row["label"] for row in ROWS]
 
 
+def test_a_file_beside_a_hub_name_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Table({"text": ["c"], "label": ["a"]}, content="today's")
+    monkeypatch.setattr(tables, "_hub", lambda source, config_name: {"test": hub})
+    data = {"train": str(tmp_path / "a.csv"), "test": "owner/name"}
+    keys = []
+    for word in ("panda", "tiger"):
+        (tmp_path / "a.csv").write_text(f"text,label\n{word},a\n")
+        content, found = tables.content_of(data, lambda: tables.read(data))
+        assert found is not None and found["train"].values("text") == [word]
+        assert "today's" in json.dumps(content)
+        keys.append(json.dumps(content))
+    assert len(set(keys)) == 2
+
+
 def test_splits_from_files_folders_and_columns(tmp_path: Path) -> None:
     train, test = write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.jsonl", ROWS[:2])
     assert {n: len(t) for n, t in tables.read({"test": test, "train": train}).items()} == {"train": 6, "test": 2}

@@ -5,6 +5,7 @@ Engines are made in a rank of its own: DeepSpeed keeps much in globals.
 
 from __future__ import annotations
 
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.distributed.jobs import small_config
 from trainer.config.keys import Config
+from trainer.engine.deepspeed_engine import as_local_rank
 from trainer.errors import UserError
 from trainer.ranks.place import Ranks
 from trainer.ranks.rendezvous import start
@@ -288,3 +290,17 @@ def test_which_optimizers_deepspeed_compiles(optimizer: dict[str, Any], built: b
     from trainer.engine.deepspeed_engine import builds_an_op
 
     assert builds_an_op(small_config(tmp_path, optimizer=optimizer)) is built
+
+
+def test_deepspeed_takes_the_gpu_of_a_rank_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the one that LOCAL_RANK names."""
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with as_local_rank(torch.device("cuda", 1)):
+        assert os.environ["LOCAL_RANK"] == "1"
+    assert os.environ["LOCAL_RANK"] == "5"
+    monkeypatch.delenv("LOCAL_RANK")
+    with as_local_rank(torch.device("cuda", 0)):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert "LOCAL_RANK" not in os.environ
+    with as_local_rank(torch.device("cpu")):
+        assert "LOCAL_RANK" not in os.environ

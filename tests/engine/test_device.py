@@ -63,6 +63,13 @@ def test_ranks_that_share_a_gpu_go_round_and_meet_over_gloo(gpus: Any) -> None:
     assert [(d.index, backend) for d, backend in chosen] == [(0, "gloo"), (1, "gloo"), (0, "gloo"), (1, "gloo")]
 
 
+def test_a_rank_that_sees_only_its_own_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's --gpus-per-task."""
+    gpus(1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert device.choose(config(), Ranks(7, 8, 3, 4)) == (torch.device("cuda", 0), "nccl")
+
+
 def test_a_device_that_is_not_there(gpus: Any) -> None:
     gpus(0)
     with pytest.raises(UserError, match=r'trainer\.device is "cuda", but torch finds no GPU.*Use "auto" or "cpu"'):

@@ -25,6 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("semicolon.csv").write_text("text;label\nx;y\n")
     Path("mixed.csv").write_text("text, as written;label\nx;y\n")
     Path("quoted.csv").write_text('"te\nxt",label\nx,y\n')
+    Path("split.json").write_text('{"columns": ["words"], "index": [0], "data": [["a"]]}\n')
+    Path("nested.json").write_text('{"version": 1, "data": [{"words": "a"}]}\n')
     Path("qa.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "more": 1}\n')
     Path("mine.py").write_text("from other import Imported\nclass MyTask:\n    pass\nAlias = MyTask\n")
     return tmp_path
@@ -81,6 +83,8 @@ def test_what_is_certainly_wrong_is_said_with_the_flag_to_type(task: str, option
         texts(data="quoted.csv", text_column="te\nxt", label_column="label"),
         texts(data={"train": "reviews.csv", "test": "odd.csv"}),
         ("causal_lm", {"data": "qa.jsonl", "text_column": "more"}),
+        ("causal_lm", {"data": "split.json", "text_column": "words"}),
+        ("causal_lm", {"data": "nested.json", "text_column": "words"}),
         ("causal_lm", {}),
     ],
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,15 @@ class Traced:
     Attributes:
         trace: rank 0's file, with a line of digests for each step.
         summary: as in summary.json. For a stopped run: the steps before the bad one, and the reason under "stopped".
+            In both, the "seconds" from the start of the run.
+        refused: size of packs -> why -> the ranks on which such packs were not exact.
     """
 
     world_size: int
     pack: Pack
     trace: Path
     summary: dict[str, Any]
+    refused: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -91,13 +95,17 @@ def run_to_a_stop(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     # A short run looks for no packs, because that would not pay. Here they are to be compared. The process ends with
     # this run.
     packs.FEWEST_STEPS = 1
+    # Imported before the clock starts: in a new process, as on GPUs, that takes seconds.
+    importlib.import_module("trainer.run.run")
+    began_s = time.perf_counter()
     try:
-        return run_traced(ranks, config, folder)
+        summary = run_traced(ranks, config, folder)
     except NonFiniteError as error:
         manifest = Path(str(config.trainer.output_dir)) / "manifest.json"
         inexact = json.loads(manifest.read_text())["inexact"] if manifest.exists() else []
         why = str(error).splitlines()[0]
-        return {"steps": error.good_steps, "stopped": why, "metrics": {}, "inexact": inexact}
+        summary = {"steps": error.good_steps, "stopped": why, "metrics": {}, "inexact": inexact}
+    return summary | {"seconds": time.perf_counter() - began_s}
 
 
 def first_difference(one: Path, other: Path, steps: int | None = None) -> tuple[int, str] | None:
@@ -157,30 +165,28 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
                 own = dataclasses.replace(own, pack=pack)
             this = dataclasses.replace(quiet, trainer=own)
             say(f"{_title(W, pack)}: {plan.equation()} ...")
-            began_s = time.perf_counter()
             try:
-                summary = run_ranks(run_to_a_stop, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)[0]
+                own_of = run_ranks(run_to_a_stop, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)
             except RanksDifferError as error:
                 verdicts.append(f"NO: {str(error).splitlines()[0]}")
                 rows.append((str(W), str(pack), plan.per_rank(), "-", "-", "-", verdicts[-1]))
                 continue
             except TrainerError as error:
                 raise type(error)(f"at {_title(W, pack)}: {error}") from error
-            seconds = time.perf_counter() - began_s
-            run = Traced(W, pack, folder / "trace.jsonl", summary)
+            summary = own_of[0]
+            run = Traced(W, pack, folder / "trace.jsonl", summary, _refused(own_of))
             runs.append(run)
             verdicts.append(("reference" if run is runs[0] else _verdict(runs[0], run)) + run.label)
             steps = f"{run.steps}, stopped at {run.steps + 1}" if run.stopped else str(run.steps)
             digits = summary.get("parameters_sha256", "-")[:16]
             shown = _packs_used(pack, summary)
-            rows.append((str(W), shown, plan.per_rank(), steps, f"{seconds:.1f}", digits, verdicts[-1]))
+            rows.append((str(W), shown, plan.per_rank(), steps, f"{summary['seconds']:.1f}", digits, verdicts[-1]))
     header = ("ranks", "packs of", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
     if list(packs) == [None]:
         header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]  # type: ignore[operator, assignment]
     say("", table(rows, header), "")
     say(*[f"{run.title}, stopped: {run.stopped}" for run in runs if run.stopped])
-    refused = {(run.pack, why): None for run in runs for why in run.summary.get("pack", {}).get("refused", {}).values()}
-    say(*[f"packs of {pack}, refused: {why}." for pack, why in refused])
+    say(*_refusals(runs))
     labelled = [run for run in runs if run.label]
     say(*[f"{r.title}, labelled tolerance: {'; '.join(r.summary['inexact'])}." for r in labelled])
     if labelled:
@@ -215,6 +221,29 @@ def _packs_used(pack: Pack, summary: dict[str, Any]) -> str:
     if found is None:
         return f"{pack} (none)"
     return f"{pack} ({found['size']})" if found["size"] != pack else str(pack)
+
+
+def _refused(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """`Traced.refused`. summaries: of each rank, which finds out for its own micro-batches what is exact."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for rank, summary in enumerate(summaries):
+        for size, why in summary.get("pack", {}).get("refused", {}).items():
+            found.setdefault(size, {}).setdefault(why, []).append(rank)
+    return found
+
+
+def _refusals(runs: Sequence[Traced]) -> list[str]:
+    """Sentences on packs that were refused: their size, at which numbers of ranks and on which of these, and why."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for size, reasons in run.refused.items():
+            for why, ranks in reasons.items():
+                some = f" (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
+                title = _ranks(run.world_size) + some * (len(ranks) < run.world_size)
+                where.setdefault((size, why), [])
+                if title not in where[size, why]:
+                    where[size, why].append(title)
+    return [f"packs of {size}, refused at {', '.join(titles)}: {why}." for (size, why), titles in where.items()]
 
 
 def _same(run: Traced, where: str) -> str:

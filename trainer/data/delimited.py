@@ -16,7 +16,8 @@ from ..errors import UserError
 
 SEPARATORS = (",", ";", "\t", "|")
 
-Rows = list[list[str]]
+# Tuples, because Python's garbage collector stops looking at those of texts. It would look at lists again and again.
+Rows = list[tuple[str, ...]]
 
 
 def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple[list[str], Rows, list[str]]:
@@ -41,9 +42,12 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
         separator = "\t" if tabs else _separator_in(header_line)
         if not tabs and separator != ",":
             notes.append(f"{short} is separated by {'tabs' if separator == chr(9) else repr(separator)}")
-    blank = sum(not line.strip(" ") for line in lines)
-    plain = [line.split(separator) for line in lines if line.strip(" ")]
-    rows, note = _chosen(text, plain, where, short, separator, tabs) if '"' in text else (plain, None)
+    filled = [line for line in lines if line.strip(" ")]
+    blank = len(lines) - len(filled)
+    if '"' in text:
+        rows, note = _chosen(text, filled, where, short, separator, tabs)
+    else:
+        rows, note = _plain(filled, separator), None
     width = len(rows[0])
     for number, row in enumerate(rows):
         if len(row) != width:
@@ -59,7 +63,7 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
         raise UserError(f'"trainer.task_options.data": {where} has two columns "{twice}".')
     if note:
         notes.append(note)
-    if blank and len(rows) == len(plain):
+    if blank and len(rows) == len(filled):
         notes.append(f"{blank:,} blank line{'s' * (blank > 1)} of {short} left out")
     return header, rows[1:], notes
 
@@ -69,37 +73,47 @@ def _separator_in(header: str) -> str:
     return next((s for s in SEPARATORS if s in header), ",")
 
 
-def _chosen(text: str, plain: Rows, where: str, short: str, separator: str, tabs: bool) -> tuple[Rows, str | None]:
+def _chosen(
+    text: str, lines: Sequence[str], where: str, short: str, separator: str, tabs: bool
+) -> tuple[Rows, str | None]:
     """The reading that fits, of those with and without quoting, and a note if the other one was to be expected."""
     strict = _quoted(text, separator, strict=True)
-    fits = len({len(row) for row in plain}) == 1
-    if isinstance(strict, list) and len({len(row) for row in strict}) == 1:
-        unquoted = tabs and fits and (len(strict) < len(plain) or not _consistent(plain, separator))
+    # Of csv, the reading without quoting is not made unless it is needed: it takes as long again.
+    plain = _plain(lines, separator) if tabs or isinstance(strict, str) or not _one_width(strict) else []
+    fits = _one_width(plain)
+    if isinstance(strict, list) and _one_width(strict):
+        unquoted = fits and (len(strict) < len(plain) or not _consistent(plain, separator))
         if not unquoted:
-            fewer = f"{len(plain):,} lines of {short} are {len(strict):,} rows, since quoted texts hold line breaks"
-            return strict, fewer if len(strict) < len(plain) else None
+            fewer = f"{len(lines):,} lines of {short} are {len(strict):,} rows, since quoted texts hold line breaks"
+            return strict, fewer if len(strict) < len(lines) else None
     if fits:
         return plain, None if tabs else f"quotes in {short} do not pair up, so they are read as they are written"
     loose = _quoted(text, separator, strict=False)
-    if isinstance(loose, list) and len(loose) == len(plain) and len({len(row) for row in loose}) == 1:
+    if isinstance(loose, list) and len(loose) == len(plain) and _one_width(loose):
         return loose, f"some texts of {short} have quotes inside quotes that are not doubled"
     if isinstance(strict, str):
         raise UserError(f'"trainer.task_options.data": {where} cannot be read: {strict}.')
     return strict, None
 
 
+def _plain(lines: Sequence[str], separator: str) -> Rows:
+    return [tuple(line.split(separator)) for line in lines]
+
+
+def _one_width(rows: Rows) -> bool:
+    return len(set(map(len, rows))) == 1
+
+
 def _quoted(text: str, separator: str, strict: bool) -> Rows | str:
     """The rows of a reading with quoting, or what is wrong."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
-    rows = []
+    # From bytes, because StringIO would hold four bytes a character.
+    file = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogatepass")), "utf-8", "surrogatepass", newline="")
+    reader = csv.reader(file, delimiter=separator, strict=strict)
     try:
-        for row in reader:
-            if len(row) > 1 or (row and row[0].strip(" ")):
-                rows.append(row)
+        return [tuple(row) for row in reader if len(row) > 1 or (row and row[0].strip(" "))]
     except csv.Error as error:
         return f"line {reader.line_num}: {error}"
-    return rows
 
 
 def _consistent(plain: Rows, separator: str) -> bool:

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label",
 # train_x, x_train, train_images (MedMNIST), plain x; and the same for labels.
 _NPZ_IMAGES, _NPZ_LABELS = ("x", "images", "image"), ("y", "labels", "label")
 # Increase it when the same content is read in another way.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,8 @@ def read_images(
     for name, given in columns.items():
         if arrays_file and given is not None:
             raise UserError(f'"trainer.task_options.{name}" has no effect on an .npz file. Leave it out.')
-    content: Any = sources.fingerprint(data)
-    found = None
-    if content is None:
-        # A name on the hub: only `datasets` knows a fingerprint of its content.
-        found = tables.read(data, config_name=config_name, split_column=split_column)
-        content = {split: table.content for split, table in found.items()}
+    read = partial(tables.read, data, config_name=config_name, split_column=split_column, folder=image_folder)
+    content, found = tables.content_of(data, read)
     key = {
         "data": content,
         **columns,
@@ -143,7 +140,7 @@ def read_images(
     def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(data, str) and arrays_file:
             return _decoded(_npz_sources(Path(data).expanduser()), None, channels, size, [])
-        splits = found or tables.read(data, config_name=config_name, split_column=split_column, folder=image_folder)
+        splits = found or read()
         parts, declared = _table_sources(splits, data, content, image_column, label_column, group_column)
         return _decoded(parts, declared, channels, size, tables.notes_of(splits))
 

@@ -41,8 +41,7 @@ def is_image(file: Path) -> bool:
 def images_of(found: Found) -> tuple[list[Path], list[Path]]:
     """The files that are images, and the others."""
     images = [file for file in found.files if is_image(file)]
-    chosen = set(images)
-    return images, [file for file in found.files if file not in chosen]
+    return images, found.others(images)
 
 
 def image_folder(found: Found) -> dict[str, Table] | None:
@@ -76,6 +75,7 @@ def image_folder(found: Found) -> dict[str, Table] | None:
         columns = {"image": [str(file) for file in group.files], "label": [place[name] for name in group.classes]}
         result[split] = Table(columns, {"label": names}, ["image"])
     notes = sources.left_out_note(found, [*loose, *others], "no image in a folder of a class")
+    notes += sources.twins_note(found, [file for group in groups.values() for file in group.files])
     next(iter(result.values())).notes += notes
     return result
 
@@ -84,6 +84,11 @@ def _described(
     found: Found, images: Sequence[Path], described: Sequence[Path], others: Sequence[Path]
 ) -> dict[str, Table]:
     """Images whose labels stand in metadata files, in the folder of the images or of a split."""
+    if pairs := sources.twins(found, described):
+        raise UserError(
+            f'"trainer.task_options.data": in {found.given}, {" and ".join(map(found.name, pairs[0]))} describe the '
+            "same images, which would count twice. Remove one of them."
+        )
     known = {os.path.normpath(file): str(file) for file in images}
     splits: dict[str, Table] = {}
     used: set[str] = set()
@@ -116,7 +121,7 @@ def _described(
             else:
                 splits[split] = Table(columns, table.classes, ["image"], list(table.notes))
         used |= set(paths)
-    rest = [f for f in images if str(f) not in used] + [f for f in others if f not in set(described)]
+    rest = found.others([*map(Path, used), *described])
     notes = sources.left_out_note(found, rest, "not named by the metadata")
     next(iter(splits.values())).notes += notes
-    return {name: splits[name] for name in sources.SPLITS if name in splits}
+    return sources.in_order(splits)

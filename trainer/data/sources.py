@@ -15,14 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config.schema import near
 from ..errors import UserError
-from .cache import folder as cache_folder
+from . import not_data
 from .cache import remember
 
 Data = str | Mapping[str, str]
+Part = TypeVar("Part")
 
 SPLITS = ("train", "validation", "test")
 # Their usual names.
@@ -68,6 +69,7 @@ class Found:
         files: by name; links are followed.
         single: the user named one file, not a folder or a pattern.
         hidden: how many files were left out because their names, or those of their folders, begin with a dot.
+        aside: files that were left out because they hold settings or descriptions.
     """
 
     given: str
@@ -75,6 +77,7 @@ class Found:
     files: list[Path]
     single: bool = False
     hidden: int = 0
+    aside: Sequence[Path] = ()
 
     def parts(self, file: Path) -> tuple[str, ...]:
         """The names of the folders below `root`, and of the file."""
@@ -83,6 +86,11 @@ class Found:
     def name(self, file: Path) -> str:
         """A file, for messages. Names that are no UTF-8 are written with question marks."""
         return "/".join(self.parts(file)).encode("utf-8", "replace").decode()
+
+    def others(self, chosen: Iterable[Path]) -> list[Path]:
+        """The files that are none of these."""
+        known = set(chosen)
+        return [file for file in self.files if file not in known]
 
     @property
     def saved(self) -> bool:
@@ -98,13 +106,18 @@ def find(given: str) -> Found | None:
     """
     path = Path(given).expanduser()
     if path.is_file():
+        if not_data.is_config(path):
+            raise UserError(
+                f'"trainer.task_options.data": {given} is a config of DeepSpeed or of this trainer, not data. Name the '
+                "file or folder that holds the samples: --set trainer.task_options.data=PATH"
+            )
         return Found(given, path.parent, [path], single=True)
     if path.is_dir():
         return _walk(given, path)
     if glob.has_magic(given):
         files = sorted((Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f)), key=str)
         if files:
-            return Found(given, Path(os.path.commonpath([file.parent for file in files])), files)
+            return _without_settings(given, Path(os.path.commonpath([file.parent for file in files])), files)
         raise UserError(
             f'"trainer.task_options.data": no file has the name {given}, or matches it as a pattern (looked from '
             f"{Path.cwd()})."
@@ -131,7 +144,7 @@ def _walk(given: str, root: Path) -> Found:
             ) from error
         for entry in entries:
             own = shown and not entry.name.startswith(".") and entry.name not in ("__MACOSX", "__pycache__")
-            if entry.is_dir() and _is_of_a_run(entry):
+            if entry.is_dir() and not_data.is_of_a_run(entry):
                 continue
             if entry.is_dir():
                 enter(entry, (*above, real), own)
@@ -145,19 +158,19 @@ def _walk(given: str, root: Path) -> Found:
                 )
 
     enter(root, (), True)
-    return Found(given, root, sorted(files, key=str), hidden=hidden)
+    return _without_settings(given, root, sorted(files, key=str), hidden)
+
+
+def _without_settings(given: str, root: Path, files: Sequence[Path], hidden: int = 0) -> Found:
+    aside = [file for file in files if not_data.is_beside_data(file, root)]
+    others = set(aside)
+    return Found(given, root, [file for file in files if file not in others], hidden=hidden, aside=aside)
 
 
 def suffix_of(path: Path) -> str:
     """The suffix in lower case, without that of a compression: ".csv" of a.CSV.gz."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a folder beside the data holds our cache, or what a run has written: it changes while data is read."""
-    written = ("logs/deepspeed.log", "metrics.jsonl", "manifest.json")
-    return path.resolve() == cache_folder().resolve() or any((path / name).is_file() for name in written)
 
 
 def fingerprint(data: Data) -> str | None:
@@ -185,6 +198,8 @@ def fingerprint(data: Data) -> str | None:
                 f'"trainer.task_options.data": {file} cannot be read: {error.strerror or error}.'
             ) from error
         total.update(os.fsencode(name) + b"\0" + content)
+    for file in found.aside:  # their names stand in a note, which is cached
+        total.update(os.fsencode(str(file.relative_to(found.root))) + b"\0")
     return remember(total.hexdigest(), lambda: fingerprint(data))
 
 
@@ -210,6 +225,11 @@ def split_in(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def in_order(splits: Mapping[str, Part]) -> dict[str, Part]:
+    """The splits as they are always given: train, validation, test."""
+    return {name: splits[name] for name in SPLITS if name in splits}
+
+
 def stem_of(path: Path) -> str:
     """A file's name without its suffixes: train of train.csv.gz."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
@@ -222,8 +242,24 @@ def by_file(found: Found, files: Sequence[Path]) -> tuple[dict[str, list[Path]],
     other files are left out. Without such, all files whose names hold one of the words are taken; else all are train.
 
     Raises:
-        UserError: only some of the files have such a word in their names.
+        UserError: only some of the files have such a word in their names, or a split has a file in two formats.
     """
+    splits, others = _by_name(found, files)
+    for group in splits.values():
+        if pairs := twins(found, group):
+            one, other, *_ = map(found.name, pairs[0])
+            suffix = Counter(file.name[len(stem_of(file)) :] for file in files).most_common(1)[0][0]
+            deep = "**/" if any(len(found.parts(file)) > 1 for file in files) else ""
+            pattern = f"{glob.escape(str(found.root))}/{deep}*{suffix}"
+            raise UserError(
+                f'"trainer.task_options.data": in {found.given}, {one} and {other} differ only in their format, so '
+                "they seem to hold the same samples, which would count twice.\nTo read one format, type --set "
+                f"'trainer.task_options.data={pattern}'. If they hold different samples, rename one of them."
+            )
+    return splits, others
+
+
+def _by_name(found: Found, files: Sequence[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
     names = {file: (*found.parts(file)[:-1], stem_of(file)) for file in files}
     for one in (split_of, split_in):
         of = {file: next((s for part in parts if (s := one(part))), None) for file, parts in names.items()}
@@ -238,6 +274,26 @@ def by_file(found: Found, files: Sequence[Path]) -> tuple[dict[str, list[Path]],
                 f'{found.name(other)} is not.\nName the files: "data": {{"train": "a.csv", "test": "b.csv"}}.'
             )
     return {"train": list(files)}, []
+
+
+def twins(found: Found, files: Sequence[Path]) -> list[list[Path]]:
+    """Groups of files that differ only in their format: a.csv and a.csv.gz, or csv/a.csv and parquet/a.parquet."""
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    for file in files:
+        folders = [part for part in found.parts(file)[:-1] if "." + part.lower() not in READERS]
+        groups.setdefault((*folders, stem_of(file)), []).append(file)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def twins_note(found: Found, files: Sequence[Path]) -> list[str]:
+    """A sentence on files of classes that differ only in their format."""
+    pairs = twins(found, files)
+    if not pairs:
+        return []
+    return [
+        f"{sum(map(len, pairs)):,} files differ from another one only in their format, such as "
+        f"{' and '.join(map(found.name, pairs[0][:2]))}. If these hold the same sample, it counts twice: remove one"
+    ]
 
 
 @dataclass(frozen=True)
@@ -293,7 +349,13 @@ def by_class(found: Found, files: Sequence[Path]) -> tuple[dict[str, ClassFiles]
         group.files.append(file)
         # macOS writes é as two characters, other systems as one.
         group.classes.append(unicodedata.normalize("NFC", parts[depth]).encode("utf-8", "replace").decode())
-    return {name: groups[name] for name in SPLITS if name in groups}, loose
+    return in_order(groups), loose
+
+
+def kinds_of(files: Sequence[Path]) -> str:
+    """The most frequent suffixes of files, with their counts: 12 .jpg, 3 without a suffix."""
+    kinds = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
 
 
 def left_out_note(found: Found, files: Iterable[Path], why: str) -> list[str]:
@@ -304,16 +366,13 @@ def left_out_note(found: Found, files: Iterable[Path], why: str) -> list[str]:
         files: these.
         why: what each is not.
     """
-    files = list(files)
     notes = []
-    if files:
-        if len(files) <= 3:
-            which = ", ".join(found.name(file) for file in files)
-        else:
-            kinds = Counter(file.suffix.lower() or "without a suffix" for file in files)
-            which = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
-            which += f"; the first is {found.name(files[0])}"
-        notes.append(f"{len(files):,} file{'s' * (len(files) > 1)} left out ({why}): {which}")
+    for some, reason in ((list(files), why), (found.aside, "settings or descriptions, not data")):
+        if some:
+            which = kinds_of(some) + f"; the first is {found.name(some[0])}"
+            if len(some) <= 3:
+                which = ", ".join(found.name(file) for file in some)
+            notes.append(f"{len(some):,} file{'s' * (len(some) > 1)} left out ({reason}): {which}")
     if found.hidden:
         notes.append(f"{found.hidden:,} hidden file{'s' * (found.hidden > 1)} left out (their names begin with a dot)")
     return notes

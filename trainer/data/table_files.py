@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 from .delimited import read_rows
+from .json_layouts import read_json
 from .memory import machine_bytes
 from .parquet import read_parquet
 from .sources import READERS, suffix_of
@@ -104,12 +104,17 @@ def read_file(path: Path, how: Format = Format(), where: str | None = None) -> T
             return Table(columns, notes=notes)
         if kind == "txt":
             return Table({"text": text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")})
-        return _json(text, lines=kind == "jsonl")
+        json_columns, notes = read_json(text, lines=kind == "jsonl")
+        return Table(json_columns, notes=[f"in {path.name}, {note}" for note in notes])
     except UserError:
         raise
     except Exception as error:  # of a dozen kinds, by file format and kind of failure
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {reason}') from error
+        raise UserError(f'"trainer.task_options.data": {where} cannot be read: {reason_of(error)}') from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_text(path: Path, encoding: str | None = None, where: str | None = None) -> str:
@@ -162,34 +167,6 @@ def _content(file: BinaryIO, where: str) -> bytearray:
     return content
 
 
-def _json(text: str, lines: bool) -> Table:
-    """Records, one a line or in a list; or a dictionary of columns."""
-    if not lines:
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError:
-            lines = True  # json lines are often called .json
-        else:
-            if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
-                if len({len(column) for column in whole.values()}) == 1:
-                    return Table(whole)
-                raise ValueError("its columns differ in length")
-            rows = whole if isinstance(whole, list) else [whole]
-    if lines:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from error
-    odd = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if odd is not None:
-        raise ValueError(f"row {odd} is no record of column and value, but {str(rows[odd])[:50]!r}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return Table({name: [row.get(name) for row in rows] for name in names})
-
-
 def _parquet(path: Path, where: str) -> Table:
     columns, features = read_parquet(path, where)
     return Table(
@@ -216,13 +193,14 @@ def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
     """The rows of several files, one after another.
 
     Raises:
-        UserError: they have other columns, or declare other classes.
+        UserError: they have other columns, declare other classes, or two hold the same rows.
     """
     (first, whole), *others = tables.items()
     if not others:
         return whole
     columns = {name: whole.values(name) for name in whole.columns}
     notes = list(whole.notes)
+    begins = {_beginning(whole): first}
     for file, table in others:
         if set(table.columns) != set(columns) or table.classes != whole.classes:
             raise UserError(
@@ -230,7 +208,32 @@ def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
                 f"{names[first]} has {', '.join(columns)}. Files of one split must have the same columns.\n"
                 'Name the files to read: "data": {"train": "a.csv", "test": "b.csv"}.'
             )
+        twin = begins.setdefault(_beginning(table), file)
+        if twin != file and len(table) and _same_rows(tables[twin], table):
+            raise UserError(
+                f'"trainer.task_options.data": {names[file]} holds the same {len(table):,} rows as {names[twin]}, '
+                'which would count twice. Remove one of them, or name the file to read in "data".'
+            )
         for name, values in columns.items():
             values += table.values(name)
         notes += table.notes
     return Table(columns, whole.classes, whole.images, notes)
+
+
+def _beginning(table: Table) -> tuple[Any, ...]:
+    """What equal tables have in common for certain, and few others."""
+    return len(table), *(_written(value) for name in sorted(table.columns) for value in table.values(name, 0, 1))
+
+
+def _same_rows(one: Table, other: Table) -> bool:
+    """Whether two tables with the same columns hold the same values, as text: one may be csv and the other json."""
+    return all(
+        all(_written(a) == _written(b) for a, b in zip(one.values(name), other.values(name))) for name in one.columns
+    )
+
+
+def _written(value: Any) -> str | bytes:
+    """A value as csv has it, where nothing is an empty field."""
+    if isinstance(value, bytes):
+        return value
+    return "" if value is None or value != value else str(value)

@@ -19,8 +19,8 @@ import numpy as np
 from ..config.schema import near
 from ..errors import UserError
 from . import sources
-from .sources import SPLITS, Data, Found
-from .table_files import Format, Table, from_datasets, joined, read_file, read_text
+from .sources import Data, Found
+from .table_files import Format, Table, from_datasets, joined, read_file, read_text, reason_of
 
 # How a folder is read that holds no tables; None if it is none of that kind.
 FolderReader = Callable[[Found], dict[str, Table] | None]
@@ -105,7 +105,22 @@ def read(
             raise UserError(f'"trainer.task_options.data": the split {name} of {data} is empty.')
     if unused:
         named["train"].notes.append(f"left out of {data}, as they are no known splits: {', '.join(unused)}")
-    return {name: named[name] for name in SPLITS if name in named}
+    return sources.in_order(named)
+
+
+def content_of(data: Data, read: Callable[[], dict[str, Table]]) -> tuple[Any, dict[str, Table] | None]:
+    """What tells the content of some data apart, for the key of a cache; and the splits, if they had to be read.
+
+    Args:
+        data: the option.
+        read: reads the splits. Of a name on the hub, only the datasets library knows which content it has today.
+    """
+    content = sources.fingerprint(data)
+    if content is not None:
+        return content, None
+    found = read()
+    local = {name: sources.fingerprint(part) for name, part in data.items()} if isinstance(data, Mapping) else {}
+    return {name: [table.content, local.get(name)] for name, table in found.items()}, found
 
 
 def notes_of(tables: Mapping[str, Table]) -> list[str]:
@@ -132,9 +147,8 @@ def _load(source: str, config_name: str | None, how: Format, folder: FolderReade
     for name, group in splits.items():
         names = {file: found.name(file) for file in group}
         read[name] = joined({file: read_file(file, how, str(file)) for file in group}, names)
-    rest = [file for file in found.files if file not in set(files)]
     first = next(iter(read.values()))
-    first.notes += sources.left_out_note(found, [*others, *rest], "no table that is called like a split")
+    first.notes += sources.left_out_note(found, [*others, *found.others(files)], "no table that is called like a split")
     return read
 
 
@@ -143,13 +157,13 @@ def _class_folders(found: Found, how: Format) -> dict[str, Table]:
     texts = _texts_of(found)
     groups, loose = sources.by_class(found, texts)
     if not groups:
-        kinds = Counter(file.suffix.lower() or "without a suffix" for file in found.files)
-        there = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "no files"
+        there = sources.kinds_of(found.files) or "no files"
+        left_out = "".join(f"\n{note}." for note in sources.left_out_note(found, [], ""))
         raise UserError(
             f'"trainer.task_options.data": {found.given} holds neither tables ({", ".join(sources.TABLES)}) nor '
-            f"folders of classes. It has: {there}."
+            f"folders of classes. It has: {there}.{left_out}"
         )
-    others = [*loose, *(file for file in found.files if file not in set(texts))]
+    others = [*loose, *found.others(texts)]
     read = {}
     for split, group in groups.items():
         names = sorted(set(group.classes))
@@ -158,6 +172,8 @@ def _class_folders(found: Found, how: Format) -> dict[str, Table]:
         read[split] = Table({"text": contents, "label": [place[c] for c in group.classes]}, {"label": names})
     first = next(iter(read.values()))
     first.notes += sources.left_out_note(found, others, "no text in a folder of a class")
+    named = [file for group in groups.values() for file in group.files if sources.suffix_of(file) in _TEXTS[:-1]]
+    first.notes += sources.twins_note(found, named)
     return read
 
 
@@ -173,8 +189,7 @@ def _saved(found: Found) -> dict[str, Table]:
         result = datasets.load_from_disk(str(found.root))
         return _tables_of(result)
     except Exception as error:  # of a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f'"trainer.task_options.data": {found.given} cannot be read: {reason}') from error
+        raise UserError(f'"trainer.task_options.data": {found.given} cannot be read: {reason_of(error)}') from error
 
 
 def _hub(source: str, config_name: str | None) -> dict[str, Table]:
@@ -186,11 +201,10 @@ def _hub(source: str, config_name: str | None) -> dict[str, Table]:
     try:
         return _tables_of(datasets.load_dataset(source, config_name))
     except Exception as error:  # of a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f'"trainer.task_options.data": "{source}" is no file or folder here, and as a name on the dataset hub it '
-            f"cannot be loaded: {reason}\nWithout a network, give a local file or folder: csv, json lines, parquet, "
-            "class folders of images, or what datasets' save_to_disk writes."
+            f"cannot be loaded: {reason_of(error)}\nWithout a network, give a local file or folder: csv, json lines, "
+            "parquet, class folders of images, or what datasets' save_to_disk writes."
         ) from error
 
 
@@ -236,8 +250,7 @@ def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None)
     splits, others = sources.by_file(found, files) if not found.single else ({"train": files}, [])
     if "train" not in splits:
         raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
-    rest = [file for file in found.files if file not in set(files)]
-    notes += sources.left_out_note(found, [*others, *rest], "no .txt file that is called like a split")
+    notes += sources.left_out_note(found, [*others, *found.others(files)], "no .txt file that is called like a split")
     return {name: [read_text(file, how.encoding) for file in group] for name, group in splits.items()}
 
 
@@ -487,10 +500,9 @@ def _single_texts(folder: Path, how: Format) -> Table:
     found = sources.find(str(folder))
     assert found is not None
     files = _texts_of(found)
-    rest = [file for file in found.files if file not in set(files)]
     return Table(
         {"file": [found.name(file) for file in files], "text": [read_text(file, how.encoding) for file in files]},
-        notes=sources.left_out_note(found, rest, "no text"),
+        notes=sources.left_out_note(found, found.others(files), "no text"),
     )
 
 

@@ -12,6 +12,7 @@ This is the only module that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,26 @@ def builds_an_op(config: Config) -> bool:
     """Whether DeepSpeed compiles a kernel when this optimizer is made for the first time."""
     name = config.optimizer.type.lower()
     return name in deepspeed_keys.OPTIMIZERS and not config.optimizer.params.get("torch_adam")
+
+
+@contextlib.contextmanager
+def as_local_rank(device: torch.device) -> Iterator[None]:
+    """LOCAL_RANK is the index of the device meanwhile: DeepSpeed takes the GPU that it names.
+
+    Ranks that share a GPU, or that see only their own, have another local rank than their GPU's index.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 class Engine:
@@ -82,13 +103,14 @@ class Engine:
         groups = parameter_groups(model, config, for_vectors(config))
         odd = self._send_odd_parameters()
         try:
-            self._engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                model_parameters=groups,
-                optimizer=client_optimizer(config, groups),
-                config=_deepspeed_config(config, micro_batch_size, world_size, self._max_norm),
-                dist_init_required=False,
-            )
+            with as_local_rank(self.device):
+                self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                    model=model,
+                    model_parameters=groups,
+                    optimizer=client_optimizer(config, groups),
+                    config=_deepspeed_config(config, micro_batch_size, world_size, self._max_norm),
+                    dist_init_required=False,
+                )
         except (ValueError, TypeError) as error:
             raise UserError(f"The optimizer {config.optimizer.type} cannot be built: {error}") from error
         except (RuntimeError, ImportError, OSError) as error:

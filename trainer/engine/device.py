@@ -34,13 +34,14 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
         # Otherwise DeepSpeed picks its accelerator by the packages that are installed.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), "gloo"
-    if ranks.local_world_size > gpus * shared:
+    own = "SLURM_GPUS_PER_TASK" in os.environ  # then SLURM shows each rank its own GPUs only
+    if not own and ranks.local_world_size > gpus * shared:
         raise UserError(
             f"There are {ranks.local_world_size} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}.\n"
             f"Start at most {gpus * shared}, or set trainer.device=cpu, or, only to check exactness, "
             f"trainer.ranks_per_gpu={-(-ranks.local_world_size // gpus)}."
         )
-    device = torch.device("cuda", ranks.local_rank % gpus)
+    device = torch.device("cuda", 0 if own else ranks.local_rank % gpus)
     torch.cuda.set_device(device)
     # NCCL refuses two ranks on one GPU.
     return device, "nccl" if shared == 1 else "gloo"

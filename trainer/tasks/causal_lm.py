@@ -44,7 +44,7 @@ _OF_PROMPTS = (*PROMPT_COLUMNS, "context", "system", "history", "passage")
 USUAL_LENGTH = 1024
 _NOT_CUT = '"trainer.task_options.truncate" has no effect on packed rows: texts of any length go into them.'
 # Increase it when the arrays of a cache file change their meaning.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -169,11 +169,7 @@ class CausalLM:
     def splits(self) -> dict[str, Split]:
         """input_ids and targets (N, sequence_length) int64; tokens and bytes (N,) int64 of the valid targets."""
         limit = self._limit(self._configuration())
-        content = sources.fingerprint(self._data)
-        found: dict[str, Table] | None = None
-        if content is None:  # the hub's: only datasets knows which content a name has today
-            found = self._tables()
-            content = repr({name: table.content for name, table in found.items()})
+        content, found = tables.content_of(self._data, self._tables)
         key = {
             "version": _VERSION,
             "data": content,
@@ -357,7 +353,7 @@ class CausalLM:
                     f'"trainer.task_options.data": {len(train.texts)} records are too few to hold out {lacking[-1]}.'
                 )
         every = documents | held
-        return {name: every[name] for name in sources.SPLITS if name in every}
+        return sources.in_order(every)
 
     def _check_lengths(
         self, sequences: list[TokenSequence], split: str, rows: np.ndarray | None, limit: int, notes: list[str]

@@ -187,8 +187,8 @@ def _json_keys(path: Path, wanted: set[str]) -> list[str] | None:
     """The keys of a json file's records, of the first one only if it has those that are wanted; None if unclear."""
     with path.open("rb") as file:
         first = json.loads(file.readline(1 << 20))
-    if not isinstance(first, dict) or path.stat().st_size > _MOST_BYTES:
-        return None
+    if not isinstance(first, dict) or "columns" in first or path.stat().st_size > _MOST_BYTES:
+        return None  # with "columns", their names stand in a list (pandas, orient="split")
     if wanted <= set(first):
         return list(first)
     keys = re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', path.read_text(encoding="utf-8"))

@@ -215,7 +215,7 @@ class ImageClassification:
         if list(chosen) == ["train"]:
             return splits
         every = splits | {name: train.select(rows) for name, rows in chosen.items()}
-        return {name: every[name] for name in sources.SPLITS if name in every}
+        return sources.in_order(every)
 
     def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
         mean, std = self._asked_mean, self._asked_std

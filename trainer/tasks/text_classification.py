@@ -35,7 +35,7 @@ _SOME_TEXTS = 5000
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +123,7 @@ class TextClassification:
         limit = self._limit(config)
         known = [] if self._scratch else [str(name) for name in (config.id2label or {}).values()]
         token_types = _takes_types(config)
-        content = sources.fingerprint(self._data)
-        found: dict[str, Table] | None = None
-        if content is None:  # the hub's: only datasets knows which content a name has today
-            found = self._read()
-            content = repr({name: table.content for name, table in found.items()})
+        content, found = tables.content_of(self._data, self._read)
         key = {
             "version": _VERSION,
             "data": content,
@@ -301,7 +297,7 @@ class TextClassification:
             return lists | {name: train[name][places] for name in ("label", "row")}
 
         every = rows | {name: take(places) for name, places in chosen.items()}
-        return {name: every[name] for name in sources.SPLITS if name in every}
+        return sources.in_order(every)
 
     # --- model --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,85 @@
+"""Settings and descriptions beside the data are left out with a note, or refused by name where they alone are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.data import tables
+from trainer.data.sources import find, fingerprint
+from trainer.errors import UserError
+
+CONFIGS: dict[str, Any] = {
+    "strong.json": {"train_batch_size": 8, "trainer": {"task": "causal_lm"}},
+    "ds.json": {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}},
+    "study.json": {"train_batch_size": 8, "study": {"seeds": 3}},
+    "bert/config.json": {"model_type": "bert"},
+    "bert/tokenizer.json": {"model": {"vocab": {}}},
+    "accelerate_config.json": {"use_cpu": True},
+    "dataset_infos.json": {"default": {"features": {}}},
+}
+CSV = "text,label\nx,1\ny,2\n"
+
+
+def with_settings(folder: Path, **files: str) -> str:
+    for name, values in CONFIGS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(values))
+    for name in ("requirements.txt", "README.txt", "bert/vocab.txt"):
+        (folder / name).write_text("torch\n")
+    for stem, content in files.items():
+        (folder / stem.replace("_", ".")).write_text(content)
+    return str(folder)
+
+
+def test_tables_beside_settings(tmp_path: Path) -> None:
+    found = tables.read(with_settings(tmp_path, a_csv=CSV, b_json='[{"text": "z", "label": "1"}]'))
+    assert {split: table.values("text") for split, table in found.items()} == {"train": ["x", "y", "z"]}
+    assert tables.notes_of(found) == [
+        "10 files left out (settings or descriptions, not data): 7 .json, 3 .txt; the first is README.txt"
+    ]
+
+
+def test_a_corpus_beside_settings(tmp_path: Path) -> None:
+    notes: list[str] = []
+    data = with_settings(tmp_path, corpus_txt="To be, or not to be\n")
+    assert tables.text_files(data, notes=notes) == {"train": ["To be, or not to be\n"]}
+    assert notes[0].startswith("10 files left out (settings or descriptions, not data): ")
+
+
+def test_folders_of_texts_beside_settings(tmp_path: Path) -> None:
+    for name in ("good/readme.txt", "bad/2.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    found = tables.read(with_settings(tmp_path))
+    assert sorted(found["train"].values("text")) == ["bad/2.txt", "good/readme.txt"]
+
+
+def test_a_pattern_takes_no_settings_either(tmp_path: Path) -> None:
+    with_settings(tmp_path, rows_json='{"text": ["x"], "label": ["1"]}')
+    found = find(str(tmp_path / "*.json"))
+    assert found is not None and [file.name for file in found.files] == ["rows.json"]
+
+
+def test_settings_that_change_leave_the_data_as_it_is(tmp_path: Path) -> None:
+    before = fingerprint(with_settings(tmp_path, a_csv=CSV))
+    (tmp_path / "strong.json").write_text('{"train_batch_size": 16}')
+    assert fingerprint(str(tmp_path)) == before
+
+
+def test_settings_alone_are_refused_by_name(tmp_path: Path) -> None:
+    data = with_settings(tmp_path)
+    with pytest.raises(UserError, match=r"strong.json is a config of DeepSpeed or of this trainer, not data"):
+        tables.read(data + "/strong.json")
+    with pytest.raises(UserError, match=r"(?s)holds neither tables .* no files\.\n10 files left out \(settings or"):
+        tables.read(data)
+
+
+def test_records_that_speak_of_settings_are_data(tmp_path: Path) -> None:
+    """A record in a file of its own, and files whose names only resemble those of settings."""
+    for name, text in {"configs.json": "train_batch_size", "reading.json": "trainer"}.items():
+        (tmp_path / name).write_text(json.dumps({"text": text, "label": "a"}))
+    assert sorted(tables.read(str(tmp_path))["train"].values("text")) == ["train_batch_size", "trainer"]
