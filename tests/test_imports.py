@@ -308,3 +308,18 @@ def test_long_files_have_a_reason() -> None:
         if len(path.read_text().splitlines()) > 400
     }
     assert long == set(LONG)
+
+
+def test_the_clock_only_makes_stamps() -> None:
+    """A clock may be set while a run goes on, so a duration comes from time.monotonic() or time.perf_counter()."""
+
+    def of_the_clock(tree: ast.AST) -> bool:
+        return any(ast.unparse(node) == "time.time()" for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+    compared = {
+        str(path.relative_to(TRAINER))
+        for path in TRAINER.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.BinOp, ast.Compare)) and of_the_clock(node)
+    }
+    assert compared == {"files.py"}  # with the stamp of a file

@@ -39,7 +39,7 @@ class Store:
 
     def multi_get(self, names: list[str]) -> list[bytes]:
         self._here()
-        return [self.values.get(name, b"[0, 0]") for name in names]
+        return [self.values.get(name, b'[0, 0, ""]') for name in names]
 
     def compare_set(self, name: str, expected: str, value: str) -> None:
         self._here()
@@ -64,7 +64,7 @@ def beating(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def beat(store: Store, rank: int, count: int, meetings: int) -> None:
-    store.set(f"beat/{rank}", json.dumps([count, meetings]))
+    store.set(f"beat/{rank}", json.dumps([count, meetings, f"in {rank}"]))
 
 
 def until(condition: Any) -> None:
@@ -97,9 +97,10 @@ def test_the_ranks_that_the_others_wait_for(beating: Any) -> None:
     store, heart = beating
     beat(store, 0, 1, 7)
     beat(store, 2, 1, 6)
-    until(lambda: heart.behind(7) and 0 not in heart.behind(7))
-    assert 2 in heart.behind(7)
-    assert heart.behind(0) == []
+    until(lambda: heart.counts().get(2) == 6)
+    assert heart.counts()[0] == 7
+    assert heart.where(2) == "in 2"
+    assert __file__ in heart.where(1)  # this rank: here
 
 
 def test_what_another_rank_says(beating: Any) -> None:

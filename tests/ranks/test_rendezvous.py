@@ -194,13 +194,33 @@ def test_two_processes_of_one_rank_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ranks_that_do_not_come_are_counted() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"Only 1 of 3 ranks came within 0\.2 s"):
+    store.add("rank/2", 1)
+    store.add("came", 1)
+    with pytest.raises(UserError, match=r"Only 2 of 3 ranks came within 0\.2 s\. Missing: rank 1\.$"):
         rendezvous._meet(store, Ranks(0, 3, 0, 1), timedelta(seconds=0.2), None)
 
 
 def test_rank_0_that_never_comes_is_named() -> None:
     with pytest.raises(UserError, match=r"Rank 0 did not start within 0\.2 s\."):
         start(Ranks(1, 2, 1, 2), "gloo", 0.2)
+
+
+def test_a_rank_that_is_long_in_coming_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that hangs where its task is imported. Only one rank says it, at longer and longer intervals."""
+    monkeypatch.setattr(rendezvous, "_TELL_S", 0.1)
+    for place in (Ranks(0, 12, 0, 1), Ranks(1, 12, 0, 1)):
+        with pytest.raises(UserError):
+            rendezvous._meet(dist.HashStore(), place, timedelta(seconds=1.0), None)  # type: ignore[attr-defined]
+    lines = capsys.readouterr().err.split()
+    said = " ".join(lines)
+    assert said.count("note:") in (3, 4)
+    assert "the other ranks have waited for ranks 1, 2, 3, 4, 5, 6, 7, 8, ...: still starting, or hanging" in said
+    for place in (Ranks(1, 3, 1, 3), Ranks(2, 3, 2, 3)):
+        with pytest.raises(UserError):
+            start(place, "gloo", 0.5)
+    assert capsys.readouterr().err.count("have waited for rank 0: still starting") in (2, 3)
 
 
 def test_launches_do_not_meet_one_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ class Heart:
         self.failed: tuple[int, int] | None = None
         self.lost: str | None = None
         self.silent_ranks: list[int] = []
-        self.behind_ranks: list[int] = []
+        self.entered: dict[int, int] = {}  # rank -> collectives
         self.said: list[Any] = []
         self.forgiven = 0
         self.unheard_s = 0.0  # for how long the store has not answered
@@ -41,8 +41,11 @@ class Heart:
     def silent(self, silent_s: float) -> list[int]:
         return self.silent_ranks
 
-    def behind(self, count: int) -> list[int]:
-        return self.behind_ranks
+    def counts(self) -> dict[int, int]:
+        return self.entered
+
+    def where(self, rank: int) -> str:
+        return "splits() (my_task.py, line 12)" if rank > 1 else "cached() (cache.py, line 9)"
 
     def forgive(self, now_s: float) -> None:
         self.forgiven += 1
@@ -199,27 +202,68 @@ def test_a_rank_for_which_the_others_wait(run: Watched, capsys: pytest.CaptureFi
     """It still beats. What counts is how long this rank has waited in the same collective."""
     made = run.watch(timeout_s=0.5)
     made.begin()
-    run.heart.behind_ranks = [3]
+    run.heart.entered = {0: meetings.count + 1, 3: meetings.count}
     time.sleep(0.4)  # this rank computes: it waits for nobody
     assert run.codes == []
     with meetings:
         run.ended()
-    assert "Rank 3 on node3 did not come to the exchange within 0.2 s, in step 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Rank 3 on node3 did not come to the exchange within 0.2 s, in step 1" in said
+    assert "\nLast seen: rank 3 on node3 in splits() (my_task.py, line 12).\nThe other ranks leave." in said
 
 
-def test_before_the_first_step_ranks_may_work_for_long(run: Watched) -> None:
-    """One builds a cache, the others wait."""
-    run.watch(timeout_s=0.5)
-    run.heart.behind_ranks = [3]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_before_the_first_step_ranks_may_work_for_long(
+    run: Watched, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """One tokenises, the others wait. Rank 0 says so, after the time that a hang takes in training, then less often."""
+    run.watch(rank, timeout_s=0.2)
+    run.heart.entered = {0: 2, 1: 2, 2: 1, 3: 1}
     with meetings:
-        time.sleep(0.5)
+        time.sleep(1.1)
     assert run.codes == []
+    said = capsys.readouterr().err
+    if rank == 1:
+        assert said == ""
+        return
+    assert said.count("note:") in (2, 3)
+    assert "the other ranks have waited for ranks 2 on node2, 3 on node3 in splits() (my_task.py, line 12)." in said
+    assert "They wait for up to 1799.6 s." in said
+    run.heart.entered = dict.fromkeys(range(4), 2)  # on one machine, they wait in the cache
+    until(lambda: "note" in (text := capsys.readouterr().err) and print(text) is None)
+    said = capsys.readouterr().out
+    assert (
+        "the ranks have prepared the first step: ranks 0 on node0, 1 on node1 in cached() (cache.py, line 9); " in said
+    )
+
+
+def test_ranks_that_come_together_now_and_then_are_not_told_of(
+    run: Watched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.watch(0, timeout_s=0.3)
+    for count in range(20):
+        run.heart.entered = {0: count + 1, 1: count}
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_given_up_at_last(
+    run: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch, "COLLECTIVE_TIMEOUT_S", 0.9)
+    run.watch(timeout_s=0.2)
+    run.heart.entered = {0: meetings.count + 1, 2: meetings.count}
+    with meetings:
+        run.ended()
+    said = capsys.readouterr().err
+    assert "Rank 2 on node2 did not come to the others within 0.5 s, before the first step" in said
+    assert "Last seen: rank 2 on node2 in splits() (my_task.py, line 12)." in said
 
 
 def test_short_collectives_add_up_to_no_hang(run: Watched) -> None:
     made = run.watch(timeout_s=0.5)
     made.begin()
-    run.heart.behind_ranks = [3]
+    run.heart.entered = {0: 10**9, 3: 0}
     for _ in range(10):
         with meetings:
             time.sleep(0.05)

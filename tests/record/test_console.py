@@ -70,6 +70,17 @@ def test_deepspeed_speaks_in_its_file_and_not_on_the_console(
     assert path.read_text() == said
 
 
+def test_a_full_disk_under_the_log_alone_ends_no_run(tmp_path: Path, console: io.StringIO) -> None:
+    logger, log = logging.getLogger("DeepSpeed"), DeepSpeedLog(keep=True)
+    log.install()
+    (tmp_path / "deepspeed.log").symlink_to("/dev/full")
+    log.open(tmp_path / "deepspeed.log")
+    for _ in range(3):
+        logger.warning("no room for this")
+    log.close()
+    assert console.getvalue() == ""
+
+
 def test_other_ranks_keep_nothing(console: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
     logger, log = logging.getLogger("DeepSpeed"), DeepSpeedLog(keep=False)
     log.install()

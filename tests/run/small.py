@@ -182,7 +182,7 @@ def course_of(
     claimed = OutputFolder.claim(str(folder), "test")
     watch: Any = SimpleNamespace(step=0, stop_reason=None)
     log = DeepSpeedLog(keep=True)
-    course = set_out(pieces, claimed, log, watch, snapshot, trace, time.time())
+    course = set_out(pieces, claimed, log, watch, snapshot, trace, time.time(), time.monotonic())
     _open.append((course, log))
     return course
 

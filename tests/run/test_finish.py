@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def test_the_summary_is_what_stands_in_the_folder(tmp_path: Path) -> None:
     assert set(summary["metrics"]) == {"validation", "test"}
     assert 0 < summary["time_to_first_step_s"] < summary["wall_time_s"]
     assert (tmp_path / "run" / "model" / "README.md").exists()
+
+
+def test_a_clock_that_is_set_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    course = course_of(tmp_path / "run")
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600.0)
+    summary = finished(course)
+    assert 0 < summary["time_to_first_step_s"] < summary["wall_time_s"] < 600
 
 
 def test_the_best_model_is_kept_and_tested_once(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from .memory import machine_bytes
 
 
 def npz_arrays(path: Path) -> Any:
@@ -29,7 +29,7 @@ def npz_array(path: Path, file: Any, name: str) -> np.ndarray:
     """One array of an open .npz. Raises UserError, also for one of Python objects: they are never unpickled."""
     try:
         entry = next((i for i in file.zip.infolist() if i.filename in (name, f"{name}.npy")), None)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = machine_bytes()
         if entry is not None and entry.file_size > memory:  # a compressed array of zeros is small on disk
             raise UserError(f"{path}: {name} would take {entry.file_size:,} bytes of this machine's {memory:,}.")
         array = file[name]

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 from .delimited import read_rows
 from .json_layouts import read_json
+from .memory import machine_bytes
+from .parquet import read_parquet
 from .sources import READERS, suffix_of
 
 _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -95,7 +96,7 @@ def read_file(path: Path, how: Format = Format(), where: str | None = None) -> T
         )
     try:
         if kind == "parquet":
-            return _parquet(path)
+            return _parquet(path, where)
         text = read_text(path, how.encoding, where)
         if kind in ("csv", "tsv"):
             header, rows, notes = read_rows(text, where, how.separator, kind == "tsv")
@@ -130,7 +131,7 @@ def read_text(path: Path, encoding: str | None = None, where: str | None = None)
     where = where or str(path)
     try:
         with _OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-            content: bytes = file.read()
+            content = _content(file, where)
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise UserError(f'"trainer.task_options.data": {where} cannot be read: {error}') from error
     used = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
@@ -153,16 +154,23 @@ def read_text(path: Path, encoding: str | None = None, where: str | None = None)
     return text
 
 
-def _parquet(path: Path) -> Table:
-    import pyarrow.parquet
+def _content(file: BinaryIO, where: str) -> bytearray:
+    """All bytes of a file. Compressed, they may be a thousand times as many as they look."""
+    content, memory = bytearray(), machine_bytes()
+    while part := file.read(1 << 24):
+        content += part
+        if 2 * len(content) > memory:  # as bytes, and as text
+            raise UserError(
+                f'"trainer.task_options.data": {where} holds more than half of this machine\'s memory of {memory:,} '
+                "bytes.\nKeep the rows that are needed, in another file."
+            )
+    return content
 
-    table = pyarrow.parquet.ParquetFile(path).read()
-    # What the datasets library writes beside the columns: which are images, and the names of classes.
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    features = json.loads(metadata).get("info", {}).get("features", {}) if metadata else {}
-    features = {name: f for name, f in features.items() if isinstance(f, Mapping) and name in table.column_names}
+
+def _parquet(path: Path, where: str) -> Table:
+    columns, features = read_parquet(path, where)
     return Table(
-        dict(zip(table.column_names, table.columns)),
+        columns,
         {name: [str(n) for n in f["names"]] for name, f in features.items() if f.get("_type") == "ClassLabel"},
         [name for name, f in features.items() if f.get("_type") == "Image"],
     )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Ranks wait this long for one another before giving up; the first step may compile kernels.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
 
 class _Meetings:
     """Counts the collectives that this rank has entered, and notes since when it waits in the present one.

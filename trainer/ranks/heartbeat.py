@@ -1,7 +1,7 @@
 """The heartbeat: every second, each rank writes a message into the store at which the ranks met.
 
-The message holds the number of collectives that the rank has entered. A rank also reads there whether another rank has
-failed, or has been given up as lost.
+The message holds the number of collectives that the rank has entered, and where its own thread is. A rank also reads
+there whether another rank has failed, or has been given up as lost.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from .collectives import gather_objects, meetings
 from .place import Ranks
 from .rendezvous import side_store
+from .whereabouts import whereabouts
 
 BEAT_S = 1.0
 # How long to wait for the store when there is another way to go on.
@@ -56,7 +57,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._count += 1
-        self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count]))
+        self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count, whereabouts()]))
 
     def _talk(self) -> None:
         """The thread: beats, and notes the others' messages. Its reads have no limit: cut off, it waits forever."""
@@ -82,9 +83,13 @@ class Heartbeat:
         found = [r for r, (_, heard_s) in list(self._heard.items()) if self.answered_at_s - heard_s > silent_s]
         return [r for r in found if r != self._ranks.rank]
 
-    def behind(self, count: int) -> list[int]:
-        """The ranks that have entered fewer than `count` collectives."""
-        return [rank for rank, (beat, _) in sorted(self._heard.items()) if json.loads(beat)[1] < count]
+    def counts(self) -> dict[int, int]:
+        """Rank -> the collectives that it has entered. Ranks that wait for one another have the same count."""
+        return {rank: json.loads(beat)[1] for rank, (beat, _) in sorted(self._heard.items())}
+
+    def where(self, rank: int) -> str:
+        """Where a rank's own thread was at its last beat."""
+        return str(json.loads(self._heard[rank][0])[2])
 
     def forgive(self, now_s: float) -> None:
         """Counts every rank as heard now: this process itself was stopped for a while, the others were not silent."""

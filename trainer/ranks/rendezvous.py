@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import tempfile
 import time
 import uuid
@@ -114,6 +115,9 @@ def _store_at_address(ranks: Ranks, timeout: timedelta) -> Any:
 
 # The time between two looks whether all ranks have come.
 _LOOK_S = 0.1
+# Ranks come within seconds of one another, or minutes where machines start late. After this time, and after twice as
+# long, and so on, one that has come says for whom it waits.
+_TELL_S = 120.0
 # Rank 0 holds the store in which the others read that a rank has failed. They may still be loading torch.
 _TELLING_S = 30.0
 
@@ -128,6 +132,40 @@ def _for_all(failed: BaseException | None, ranks: Ranks) -> TrainerError | None:
 def _raise_own(failed: BaseException | None) -> None:
     if failed is not None and not isinstance(failed, TrainerError):
         raise failed
+
+
+class _Waiting:
+    """The time that a rank waits for others before they have met."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._began_s, self._timeout_s, self._told = time.monotonic(), timeout.total_seconds(), 0
+
+    @property
+    def over(self) -> bool:
+        """Whether it has waited too long."""
+        return time.monotonic() - self._began_s > self._timeout_s
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to say so."""
+        return time.monotonic() - self._began_s > _TELL_S * 2**self._told
+
+    def tell(self, who: str) -> None:
+        """Says for whom it waits."""
+        self._told += 1
+        waited_s = time.monotonic() - self._began_s
+        print(
+            f"\nnote: for {waited_s:.0f} s the other ranks have waited for {who}: still starting, or hanging where the "
+            f"task is loaded. They wait for up to {self._timeout_s:g} s.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _missing(store: Any, ranks: Ranks) -> str:
+    """The ranks that have not come to a store, for messages."""
+    missing = [str(rank) for rank in range(ranks.world_size) if not store.check([f"rank/{rank}"])]
+    return f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
 
 
 def _meet(store: Any, ranks: Ranks, timeout: timedelta, failed: BaseException | None) -> None:
@@ -146,13 +184,16 @@ def _meet(store: Any, ranks: Ranks, timeout: timedelta, failed: BaseException | 
         # The first error counts, so that all raise the same.
         store.compare_set("failed", "", json.dumps([ranks.rank, said.exit_code, str(said)]))
     store.add("came", 1)
-    deadline_s = time.monotonic() + timeout.total_seconds()
+    waiting = _Waiting(timeout)
     while not store.check(["failed"]):
         came = store.add("came", 0)
         if came >= ranks.world_size:
             return
-        if time.monotonic() > deadline_s:
-            raise UserError(f"Only {came} of {ranks.world_size} ranks came within {timeout.total_seconds():g} s.")
+        if waiting.over:
+            limit, who = f"{timeout.total_seconds():g} s", _missing(store, ranks)
+            raise UserError(f"Only {came} of {ranks.world_size} ranks came within {limit}. Missing: {who}.")
+        if ranks.first and waiting.due:
+            waiting.tell(_missing(store, ranks))
         time.sleep(_LOOK_S)
     rank, code, message = json.loads(store.get("failed"))
     store.add("left", 1)
@@ -231,10 +272,12 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
         with whole_file(notice) as temporary:
             temporary.write_text(f"{port} {os.getpid()} {began(os.getpid())}")
     else:
-        deadline_s = time.monotonic() + timeout.total_seconds()
+        waiting = _Waiting(timeout)
         while (found := _read_notice(notice)) is None:
-            if time.monotonic() > deadline_s:
+            if waiting.over:
                 raise UserError(f"Rank 0 did not start within {timeout.total_seconds():g} s.")
+            if ranks.rank == 1 and waiting.due:
+                waiting.tell("rank 0")
             time.sleep(0.01)
         port = found[0]
         store = TCPStore("127.0.0.1", port, None, False, timeout, wait_for_workers=False)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import LostRankError, TrainerError
-from .collectives import gather_objects, meetings
+from .collectives import COLLECTIVE_TIMEOUT_S, gather_objects, meetings
 from .heartbeat import BEAT_S, Heartbeat
 from .launchers import remembered_launchers
 from .place import Ranks
@@ -60,6 +60,7 @@ class Watch:
         self._lost: str | None = None  # this rank's sentence on a rank that is lost
         self._looked_at_s = time.monotonic()
         self._woke_at_s = -math.inf
+        self._least_count, self._together_at_s, self._told = -1, 0.0, 0
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -159,16 +160,41 @@ class Watch:
         """A sentence on ranks that are lost, or None."""
         limit_s = max(0.4 * self._timeout_s, self._timeout_s - _LEAVING_S)
         lost = self._unreachable(limit_s)
-        # All ranks answer, but one of them may hang while the others wait for it. Before the first step, a wait is no
-        # sign of that: rank 0 may build a cache or compile DeepSpeed's kernel.
-        if lost is not None or not self._begun:
+        if lost is not None:
             return lost
+        # All ranks answer, but one of them may hang while the others wait for it. Before the first step, a wait is no
+        # sign of that: a rank may build a cache or compile DeepSpeed's kernel. So it is told of, and they wait on.
+        if not self._begun:
+            limit_s = COLLECTIVE_TIMEOUT_S - _LEAVING_S
+            if self._ranks.first:
+                self._tell_of_waiting(limit_s)
         count, since_s = meetings.count, meetings.since_s
         if since_s is not None and time.monotonic() - max(since_s, self._woke_at_s) > limit_s:
-            behind = self._heartbeat.behind(count)
+            behind = [rank for rank, entered in self._heartbeat.counts().items() if entered < count]
             if behind:
-                return self._sentence(behind, f"did not come to the exchange within {limit_s:g} s")
+                what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
+                return self._sentence(behind, what, f"\nLast seen: {self._where(behind)}.")
         return None
+
+    def _tell_of_waiting(self, limit_s: float) -> None:
+        """Says which ranks prepare the first step for long, and where they are: once, and again after twice the time.
+
+        Args:
+            limit_s: how long ranks wait for others.
+        """
+        counts, now_s = self._heartbeat.counts(), time.monotonic()
+        if min(counts.values(), default=0) != self._least_count:
+            self._least_count, self._together_at_s, self._told = min(counts.values(), default=0), now_s, 0
+        waited_s = now_s - max(self._together_at_s, self._woke_at_s)
+        if not counts or waited_s < self._timeout_s * 2**self._told:
+            return
+        self._told += 1
+        behind = [rank for rank, entered in counts.items() if entered < max(counts.values())]
+        if behind:
+            text = f"the other ranks have waited for {self._where(behind)}. They wait for up to {limit_s:g} s"
+        else:
+            text = f"the ranks have prepared the first step: {self._where(list(counts))}"
+        print(f"\nnote: for {waited_s:.0f} s {text}.", file=sys.stderr, flush=True)
 
     def _unreachable(self, silent_s: float) -> str | None:
         """A sentence on ranks that have not answered for `silent_s` seconds, or None."""
@@ -178,13 +204,22 @@ class Watch:
         silent = self._heartbeat.silent(silent_s)
         return self._sentence(silent, f"did not answer for {silent_s:g} s") if silent else None
 
-    def _sentence(self, ranks: list[int], what: str) -> str:
+    def _names(self, ranks: list[int]) -> str:
         names = [f"{r} on {self._hosts[r]}" for r in ranks[:8]]
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more}"
+
+    def _where(self, ranks: list[int]) -> str:
+        places: dict[str, list[int]] = {}
+        for rank in ranks:
+            places.setdefault(self._heartbeat.where(rank), []).append(rank)
+        return "; ".join(f"{self._names(group)} in {place}" for place, group in places.items())
+
+    def _sentence(self, ranks: list[int], what: str, where: str = "") -> str:
         when = f"in step {self.step + 1}" if self._begun else "before the first step"
         return (
-            f"Rank{'s' * (len(ranks) > 1)} {', '.join(names)}{more} {what}, {when}: killed, hanging, "
-            f"or cut off from the network.\nThe other ranks leave. {self.way_on()}"
+            f"R{self._names(ranks)[1:]} {what}, {when}: killed, hanging, or cut off from the network.{where}\n"
+            f"The other ranks leave. {self.way_on()}"
         )
 
     def _failed_elsewhere(self) -> TrainerError | None:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ..files import to_json, whole_file
+from .events import Events
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -26,6 +27,13 @@ def _lines_until(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
+
+
+def _scalars(scalars: Mapping[str, float]) -> Any:
+    # All in one event: a SummaryWriter.add_scalar for each would take four times as long.
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
 
 
 class Writer:
@@ -48,17 +56,9 @@ class Writer:
         with whole_file(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file: TextIO = path.open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard.writer import FileWriter
-
-            self._events = FileWriter(str(folder / "tensorboard"))
-            if after_step:
-                # TensorBoard then ignores the records of later steps in earlier files.
-                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-                self._events.add_event(Event(file_version="brain.Event:2"), after_step + 1)
-                self._events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), after_step + 1)
+        self._events = Events(folder / "tensorboard") if tensorboard else None
+        if self._events is not None and after_step:
+            self._events.restart(after_step + 1)
 
     def describe(self, texts: Mapping[str, str], scalars: Mapping[str, float], step: int = 0) -> None:
         """Writes facts about the run that hold from a step on."""
@@ -66,8 +66,8 @@ class Writer:
             from torch.utils.tensorboard.summary import text
 
             for name, content in texts.items():
-                self._events.add_summary(text(name, content), step)
-            self._add_scalars(scalars, step)
+                self._events.add(text(name, content), step)
+            self._events.add(_scalars(scalars), step)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
@@ -76,7 +76,7 @@ class Writer:
         self.lines += 1
         if self._events is not None:
             scalars = {name if "/" in name else f"train/{name}": v for name, v in record.items() if name != "step"}
-            self._add_scalars(scalars, int(record["step"]))
+            self._events.add(_scalars(scalars), int(record["step"]))
 
     def draw(self, pictures: Mapping[str, Tensor], step: int) -> None:
         """Writes pictures, name -> (C, H, W) uint8."""
@@ -84,14 +84,7 @@ class Writer:
             from torch.utils.tensorboard.summary import image
 
             for name, picture in pictures.items():
-                self._events.add_summary(image(name, picture, dataformats="CHW"), step)
-
-    def _add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        # All in one event: a SummaryWriter.add_scalar for each would take four times as long.
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._events.add_summary(Summary(value=values), step)
+                self._events.add(image(name, picture, dataformats="CHW"), step)
 
     def close(self) -> None:
         """Flushes everything to disk."""

@@ -25,7 +25,7 @@ from ..exact.order import key, nested_subset, seed_generators, seed_python
 from ..exact.plan import BatchPlan, steps_per_epoch
 from ..exact.splits import Split, as_splits
 from ..ranks import rendezvous
-from ..ranks.collectives import broadcast_tensor, common_value, gather_objects, raise_together
+from ..ranks.collectives import COLLECTIVE_TIMEOUT_S, broadcast_tensor, common_value, gather_objects, raise_together
 from ..ranks.place import Ranks
 from ..record.console import DeepSpeedLog, say
 from ..tasks.own_code import task_code_sha256
@@ -33,9 +33,6 @@ from ..tasks.protocol import Task, load_task
 
 if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine
-
-# Ranks wait this long for one another before giving up; the first step may compile kernels.
-COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 @dataclass

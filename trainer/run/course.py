@@ -56,7 +56,8 @@ class Course:
         first_step: steps made before this process began.
         done: steps made so far, those of earlier processes included.
         trace: called after every step.
-        started_at_s: time.time() at which this process began.
+        started_at_s: time.time() at which this process began: a stamp.
+        began_s: time.monotonic() at that moment, for durations: the clock may be set.
         owes_validation: the checkpoint was the last of a shorter run, and its step's validation came after it.
         time_to_first_step_s: seconds from then to the end of the first step; nan before that.
         rehearsal_s: the seconds that the rehearsal took.
@@ -75,6 +76,7 @@ class Course:
     done: int
     trace: Trace | None
     started_at_s: float
+    began_s: float
     owes_validation: bool
     time_to_first_step_s: float = math.nan
     rehearsal_s: float = 0.0
@@ -163,6 +165,7 @@ def set_out(
     snapshot: Snapshot | None,
     trace: Trace | None,
     started_at_s: float,
+    began_s: float,
 ) -> Course:
     """Prepares the first step of a run: restores, rehearses, prints the banner. Collective: every rank.
 
@@ -173,7 +176,7 @@ def set_out(
         watch: watches the ranks.
         snapshot: the checkpoint from which it continues. The engine has its state already.
         trace: called after every step.
-        started_at_s: time.time() at which this process began.
+        started_at_s, began_s: time.time() and time.monotonic() at which this process began.
 
     Raises:
         UserError: the task does not keep the protocol, or is not exact although the config asks for "bitwise".
@@ -223,6 +226,7 @@ def set_out(
         done=first_step,
         trace=trace,
         started_at_s=started_at_s,
+        began_s=began_s,
         owes_validation=snapshot is not None and bool(snapshot.facts.get("ended")),
         rehearsal_s=rehearsal_s,
     )

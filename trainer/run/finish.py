@@ -140,7 +140,7 @@ def _leave(c: Course, summary: dict[str, Any]) -> None:
     error: TrainerError | None = None
     try:
         c.record.close()
-        summary["wall_time_s"] = time.time() - summary["started_at_s"]
+        summary["wall_time_s"] = time.monotonic() - c.began_s
         if c.folder is not None:
             save_card(c.pieces, c.folder, summary)
             c.folder.write_json("summary.json", summary)

@@ -55,7 +55,7 @@ def train(c: Course) -> None:
         if p.changing:  # each rank's forward has changed these in its own way: rank 0's replace them
             p.follow_first()
         if c.done == c.first_step + 1:
-            c.time_to_first_step_s = time.time() - c.started_at_s
+            c.time_to_first_step_s = time.monotonic() - c.began_s
         if c.trace is not None:
             c.trace(c.done, p.engine, result.losses)
 

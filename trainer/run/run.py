@@ -49,7 +49,7 @@ def run(
         ranks: this rank's place.
         config_name: names the output folder if the config does not.
         started_at_s: time.time() at which this process began.
-        began_s: time.monotonic() at that moment, for max_wall_time_s: the clock may be set; None for now.
+        began_s: time.monotonic() at that moment, for durations: the clock may be set; None for now.
         trace: called after every step.
         resume: whether to continue from a checkpoint.
 
@@ -109,7 +109,7 @@ def _run(
         path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
         assert path is not None
         watch.way_on = lambda: way_on(path, resumed=resumed)
-        course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s)
+        course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s, began_s)
         watch.way_on = lambda: way_on(path, began=course.saver.began, resumed=resumed)
         return _train(course)
     except TrainerError as error:

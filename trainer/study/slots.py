@@ -75,12 +75,12 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     from ..run.run import run
 
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, output_dir=folder))
-    began_at_s = time.time()
+    began_at_s, began_s = time.time(), time.monotonic()
     try:
-        summary = run(config, ranks, config_name="study", started_at_s=began_at_s)
+        summary = run(config, ranks, config_name="study", started_at_s=began_at_s, began_s=began_s)
     except NonFiniteError as error:
         summary = {"status": "not finite", "steps": error.good_steps, "metrics": {}, "reason": str(error)}
-        summary |= {"started_at_s": began_at_s, "wall_time_s": time.time() - began_at_s}
+        summary |= {"started_at_s": began_at_s, "wall_time_s": time.monotonic() - began_s}
     finally:
         curves = _curves(Path(folder) / "metrics.jsonl")
         shutil.rmtree(folder, ignore_errors=True)
