@@ -33,7 +33,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
         yield server, choices, place
 
 
-LONG = ("disk", "meeting")
+LONG = ("disk", "meeting", "folder", "signals")
 
 
 @pytest.mark.parametrize("life", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in LIVES])

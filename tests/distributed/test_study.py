@@ -185,6 +185,7 @@ def test_two_studies_in_one_folder(tmp_path: Path) -> None:
         study(str(path))
 
 
+@pytest.mark.slow
 def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Searched rates, subsets, another model, real ranks; stopped in the middle of the searches, and gone on with."""
     path = write(

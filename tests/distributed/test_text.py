@@ -118,7 +118,12 @@ def test_the_same_bits_at_every_world_size(tmp_path: Path, task: str, make: Any,
 
 
 @pytest.mark.parametrize(
-    ("task", "make"), [("text_classification", classification), ("causal_lm", language)], ids=["classes", "records"]
+    ("task", "make"),
+    [
+        ("text_classification", classification),
+        pytest.param("causal_lm", language, marks=pytest.mark.slow),
+    ],
+    ids=["classes", "records"],
 )
 def test_packs_of_equal_lengths_change_no_bit(tmp_path: Path, task: str, make: Any) -> None:
     """Equal shapes lie anywhere in a rank's block: what they share is computed in another order than the block's."""

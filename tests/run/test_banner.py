@@ -110,7 +110,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 
 def rows(tensorboard: bool = False, **changes: Any) -> dict[str, str]:
-    text = result_table(summary(**changes), Path("runs/mine"), tensorboard)
+    text = result_table(summary(**changes), Path("elsewhere/mine"), tensorboard)
     cells = [line.strip().split("  ", 1) for line in text.splitlines()]
     return {name: value.strip() for name, value in cells}
 
@@ -119,7 +119,7 @@ def test_the_table_at_the_end() -> None:
     assert rows() == {
         "test loss": "0.2500", "test accuracy": "0.9877", "steps": "1,200", "samples/s": "1,234",
         "step time": "12.30 ms", "wall time": "61.2 s (3.4 s to the first step)",
-        "parameters": "sha256 abababababababab... (bitwise)", "results": "runs/mine",
+        "parameters": "sha256 abababababababab... (bitwise)", "results": "elsewhere/mine",
     }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_what_is_in_the_table_where_there_is_more() -> None:
     assert found["tokens/s"] == "50,000"
     assert found["steps"] == "1,200 (stopped early)"
     assert found["parameters"].endswith("(tolerance)")
-    assert found["TensorBoard"] == "tensorboard --logdir runs/mine/tensorboard"
+    assert found["TensorBoard"] == "tensorboard --logdir elsewhere/mine/tensorboard"
 
 
 @pytest.mark.parametrize(
