@@ -304,3 +304,33 @@ def test_deepspeed_works_on_the_device_that_we_chose(device: str, other: str, mo
     chosen = get_accelerator()
     use_accelerator(torch.device(device, 0))
     assert get_accelerator() is chosen
+
+
+def late(ranks: Ranks, config: Config) -> list[Any]:
+    """Updates in which some parameters are used later than others; the same by torch's plain optimizer."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    start(ranks, "gloo", 60.0)
+    engine, model = engine_of(config, model_of()), model_of()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    params = {name: value for name, value in config.optimizer.params.items() if name != "fused"}
+    plain = torch.optim.SGD(parameters, **params)
+    found = []
+    for unused in ([1, 3], [1], [], [2], []):
+        for i, (parameter, own) in enumerate(zip(parameters, engine.parameters)):
+            parameter.grad = None if i in unused else own.grad.clone()
+        plain.step()
+        engine.update(unused)
+        engine.flat.mul_(-0.5)
+        found.append(
+            all(torch.allclose(p, own) for p, own in zip(parameters, engine.parameters))
+            and all(own.grad is not None for own in engine.parameters)
+        )
+    return found
+
+
+def test_a_parameter_that_is_used_later_than_others_gets_a_first_step() -> None:
+    """Torch's fused SGD with momentum fails where some parameters have a buffer and others do not."""
+    sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "fused": True}}
+    assert run_ranks(late, 1, small_config("unused", optimizer=sgd))[0] == [True] * 5

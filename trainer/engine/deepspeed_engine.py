@@ -122,6 +122,13 @@ class Engine:
         engine_contract.check_settings(VERSION, self._engine, self.zero_stage, self._max_norm)
         self._inner = self.optimizer if self.zero_stage == 0 else self.optimizer.optimizer  # ZeRO wraps torch's
         self._base_rates = [group["lr"] for group in self._inner.param_groups]
+        first = self._inner.param_groups[0]
+        self._lacks_momentum = (
+            self.zero_stage == 0
+            and isinstance(self._inner, torch.optim.SGD)
+            and first.get("fused", False)
+            and first["momentum"] > 0
+        )
         if self.zero_stage == 0:
             self._take_over(config.memory_breakdown)
 
@@ -215,9 +222,31 @@ class Engine:
         """
         for i in unused:
             self.parameters[i].grad = None
+        late = self._used_late()
+        if late:
+            for i, parameter in enumerate(self.parameters):
+                parameter.grad = self._views[i] if i in late else None
+            self.optimizer.step()
+            for i, parameter in enumerate(self.parameters):
+                parameter.grad = None if i in late or i in unused else self._views[i]
         self._engine.step()
-        for i in unused:
+        for i in [*unused, *late]:
             self.parameters[i].grad = self._views[i]
+
+    def _used_late(self) -> list[int]:
+        """Positions of parameters that are used for the first time, later than others.
+
+        Torch's fused SGD makes all momentum buffers in its first step, and fails where some are there already. So these
+        parameters get a first step of their own.
+        """
+        if not self._lacks_momentum:
+            return []
+        lacking = [
+            i for i, p in enumerate(self.parameters) if self.optimizer.state.get(p, {}).get("momentum_buffer") is None
+        ]
+        self._lacks_momentum = bool(lacking)
+        used = [i for i in lacking if self.parameters[i].grad is not None]
+        return used if len(lacking) < len(self.parameters) else []
 
     def zero_step(self, losses: Iterator[Tensor]) -> Tensor:
         """One step with DeepSpeed's own reduction. Collective: every rank, with the same number of losses.
