@@ -129,6 +129,15 @@ def test_labels_in_metadata(tmp_path: Path) -> None:
         read_images(str(tmp_path / "one"))
 
 
+@pytest.mark.parametrize("label", ["a", "b"])
+def test_an_image_that_metadata_name_twice(tmp_path: Path, label: str) -> None:
+    for i in range(2):
+        picture(tmp_path / f"{i}.png", seed=i)
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n0.png,a\n1.png,b\n./0.png,{label}\n")
+    with pytest.raises(UserError, match=r"0\.png has two rows in .*metadata\.csv, so it would count twice"):
+        read_images(str(tmp_path))
+
+
 def test_images_twice_in_two_formats(tmp_path: Path) -> None:
     for name in ("cat/1.png", "cat/1.bmp", "dog/1.png"):
         picture(tmp_path / name, name[-3:].upper())

@@ -63,6 +63,20 @@ def test_what_is_not_read_is_said() -> None:
     assert read_json(json.dumps({"r17": RECORDS[0]}), False)[1] == ["the names of the records are not read"]
 
 
+def test_half_a_character_is_read_as_one_that_stands_for_it() -> None:
+    lines = "\n".join(json.dumps({"text": text, "label": "a"}) for text in ("cut \ud83d", "whole \U0001f600", "\u00e9"))
+    columns, notes = read_json(lines, lines=True)
+    assert columns["text"] == ["cut \ufffd", "whole \U0001f600", "\u00e9"]
+    assert notes == ["1 text holds half of a character, such as half an emoji: it is read as \ufffd"]
+    assert json.dumps(columns["text"], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_deep_json_is_no_table(lines: bool) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json("[" * 100_000 + "]" * 100_000, lines)
+
+
 def test_a_record_in_a_file_of_its_own_stays_one_row() -> None:
     record = {"text": "good", "entities": [{"from": 0}], "source": {"page": 1}}
     assert read_json(json.dumps(record, indent=1), False)[0] == {name: [value] for name, value in record.items()}

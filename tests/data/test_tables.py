@@ -214,6 +214,15 @@ def test_labels_that_are_equal_by_name_or_value_match_across_files() -> None:
         tables.class_names({"train": ["0.5", "1.0"]})
 
 
+@pytest.mark.parametrize("kind", [int, str, np.uint64])
+def test_large_numbers_are_classes_of_their_own(kind: Any) -> None:
+    """As floats they would be the same: numbers of users or of posts."""
+    labels = [kind(9007199254740992 + i) for i in range(3)]
+    names = tables.class_names({"train": labels})
+    assert names == ["9007199254740992", "9007199254740993", "9007199254740994"]
+    assert tables.class_names({"train": ["1" + "0" * 400, "7"]}) == ["7", "1" + "0" * 400]
+
+
 def test_declared_classes() -> None:
     import datasets
 

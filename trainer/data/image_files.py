@@ -6,6 +6,7 @@ Training and prediction ask `is_image`, so that both read the same files.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,6 +105,13 @@ def _described(
         if lost is not None:
             raise UserError(f'"trainer.task_options.data": {file} names {lost}, which is no image in {found.given}.')
         paths = [known[path] for path in paths]
+        twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+        if twice is not None or used & set(paths):
+            path = twice or sorted(used & set(paths))[0]
+            raise UserError(
+                f'"trainer.task_options.data": {path} has two rows in {file if twice else "two metadata files"}, so it '
+                "would count twice. Remove one of them."
+            )
         tops = [found.parts(Path(path))[0] if len(found.parts(Path(path))) > 1 else "" for path in paths]
         of = [sources.split_of(top) or "train" for top in tops]
         for split in dict.fromkeys(of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from .sources import ALIASES
@@ -27,6 +28,28 @@ def read_json(text: str, lines: bool) -> tuple[Columns, list[str]]:
     Raises:
         ValueError: it is no JSON, or its layout is another one.
     """
+    try:
+        columns, notes = _read(text, lines)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply for a table. {_LAYOUTS}") from error
+    if re.search(r"\\u[dD][89a-fA-F]", text) is None:
+        return columns, notes
+    # JSON may hold half of a pair of surrogates, as when a text with an emoji was cut. No UTF-8 has such a character.
+    whole = {_whole(name): [_whole(value) for value in values] for name, values in columns.items()}
+    halves = sum(a != b for name in columns for a, b in zip(columns[name], whole.get(name, columns[name])))
+    if halves:
+        many = f"{halves:,} texts hold" if halves > 1 else "1 text holds"
+        notes = [*notes, f"{many} half of a character, such as half an emoji: it is read as \ufffd"]
+    return whole, notes
+
+
+def _whole(value: Any) -> Any:
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _read(text: str, lines: bool) -> tuple[Columns, list[str]]:
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:

@@ -11,6 +11,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -377,9 +378,13 @@ def label_name(value: Any) -> str:
     return str(value)
 
 
-def _number(name: str) -> float | None:
-    """The number that a label is, if it is written as numbers usually are: 007 is a text."""
-    return float(name) if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", name) else None
+def _number(name: str) -> Fraction | None:
+    """The number that a label is, if it is written as numbers usually are: 007 is a text.
+
+    It is exact: as floats, two large numbers, such as those of users, may be the same.
+    """
+    usual = len(name) < 1000 and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", name)
+    return Fraction(name) if usual else None
 
 
 def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
@@ -388,7 +393,13 @@ def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
     numbers = {_number(name): i for i, name in enumerate(names)}
     if None in numbers:
         return lambda label: place.get(label_name(label))
-    return lambda label: place.get(name := label_name(label), numbers.get(_number(name)))
+
+    def of(label: Any) -> int | None:
+        name = label_name(label)
+        found = place.get(name)
+        return numbers.get(_number(name)) if found is None else found
+
+    return of
 
 
 def _is_label(value: Any) -> bool:
@@ -414,9 +425,9 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
             raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
     train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
     numbers = {name: number for name in train if (number := _number(name)) is not None}
-    fraction = next((name for name, number in numbers.items() if not number.is_integer()), None)
+    fraction = next((name for name, number in numbers.items() if number.denominator > 1), None)
     if fraction is not None and len(numbers) == len(train):
-        raise UserError(f"A label in train is {fraction}. {_other_labels(numbers[fraction])}")
+        raise UserError(f"A label in train is {fraction}. {_other_labels(float(fraction))}")
     if len(numbers) == len(train):  # by value, each once: of 1 and 1.0 the shorter
         train = [next(name for name in train if numbers[name] == value) for value in sorted(set(numbers.values()))]
     else:
