@@ -187,10 +187,19 @@ def test_class_names() -> None:
         ({"train": ["a", "b"], "test": ["c", "c", "a"]}, "The label 'c' occurs 2 times in test, but never in train"),
         ({"train": ["a", "a"]}, "All labels in train are 'a'. A classifier needs at least two classes"),
         ({"train": [1.5, 2.5]}, "A label in train is 1.5. Predicting numbers .regression. is not"),
-        ({"train": ["a", 1]}, "some are strings"),
+        ({"train": ["a", 1]}, "Some labels in train are numbers, such as 1, and some are texts, such as 'a'"),
     ):
         with pytest.raises(UserError, match=words):
             tables.class_names(labels)  # type: ignore[arg-type]
+
+
+def test_true_is_true_in_every_file() -> None:
+    """Python's csv has True, json and others have true; a split may have both, and numbers in quotes."""
+    assert tables.class_names({"train": ["true", "false"], "test": [True, False, "TRUE"]}) == ["false", "true"]
+    mixed = [True, False, "true", "False"]
+    names = tables.class_names({"train": mixed})
+    assert tables.label_numbers(mixed, names).tolist() == [1, 0, 1, 0]
+    assert tables.label_numbers([1, "1", 0], tables.class_names({"train": [1, "1", 0]})).tolist() == [1, 1, 0]
 
 
 def test_labels_that_are_equal_by_name_or_value_match_across_files() -> None:

@@ -387,17 +387,26 @@ def _number(name: str) -> Fraction | None:
     return Fraction(name) if usual else None
 
 
+def _truth(name: str) -> bool | None:
+    """Of true and false, whatever writes them: json in small letters, Python's csv with a capital one."""
+    return {"true": True, "false": False}.get(name.casefold())
+
+
+def _reader(names: Sequence[str]) -> Callable[[str], Any] | None:
+    """What the names of classes stand for: how to read them if all are numbers, or all are true or false."""
+    readers: tuple[Callable[[str], Any], ...] = (_number, _truth)
+    return next((read for read in readers if all(read(name) is not None for name in names)), None)
+
+
 def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
     """The position of a label's class among names, or None. Where all names are numbers, 1.0 is the class 1."""
-    place = {name: i for i, name in enumerate(names)}
-    numbers = {_number(name): i for i, name in enumerate(names)}
-    if None in numbers:
-        return lambda label: place.get(label_name(label))
+    place, read = {name: i for i, name in enumerate(names)}, _reader(names)
+    by_value = {} if read is None else {read(name): i for name, i in place.items()}
 
     def of(label: Any) -> int | None:
         name = label_name(label)
         found = place.get(name)
-        return numbers.get(_number(name)) if found is None else found
+        return by_value.get(read(name)) if found is None and read is not None else found
 
     return of
 
@@ -424,12 +433,15 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
     train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
-    numbers = {name: number for name in train if (number := _number(name)) is not None}
-    fraction = next((name for name, number in numbers.items() if number.denominator > 1), None)
-    if fraction is not None and len(numbers) == len(train):
+    read = _reader(train)
+    values_of = {} if read is None else {name: read(name) for name in train}
+    fraction = next(
+        (n for n, value in values_of.items() if isinstance(value, Fraction) and value.denominator > 1), None
+    )
+    if fraction is not None:
         raise UserError(f"A label in train is {fraction}. {_other_labels(float(fraction))}")
-    if len(numbers) == len(train):  # by value, each once: of 1 and 1.0 the shorter
-        train = [next(name for name in train if numbers[name] == value) for value in sorted(set(numbers.values()))]
+    if values_of:  # by value, each once: of 1 and 1.0 the shorter
+        train = [next(name for name in train if values_of[name] == value) for value in sorted(set(values_of.values()))]
     else:
         train.sort()
     known = _places(train)
@@ -442,8 +454,12 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
                 f"model can learn it ({len(unknown)} such label{'s' * (len(unknown) > 1)}). "
                 f"Train has: {', '.join(train[:20])}."
             )
-    if len({isinstance(v, str) for v in labels["train"]}) > 1:
-        raise UserError("Some labels in train are numbers and some are strings. Use one kind.")
+    kinds = {isinstance(label, str): label for label in labels["train"]}
+    if len(kinds) > 1 and not values_of:
+        raise UserError(
+            f"Some labels in train are numbers, such as {kinds[False]!r}, and some are texts, such as {kinds[True]!r}. "
+            "Use one kind."
+        )
     if len(train) < 2:
         raise UserError(f"All labels in train are {labels['train'][0]!r}. A classifier needs at least two classes.")
     return train if given is None else list(given)
