@@ -281,13 +281,31 @@ def test_text_files(tmp_path: Path) -> None:
     assert notes == ["1 file left out (no .txt file that is called like a split): notes.txt"]
     assert tables.text_files("imdb") is None
     assert tables.text_files(write(tmp_path / "c.csv", ROWS)) is None
-    assert tables.text_files(str(tmp_path)) is None, "a folder with tables is read as such"
+    (tmp_path / "table").mkdir()
+    write(tmp_path / "table" / "c.csv", ROWS)
+    (tmp_path / "table" / "notes.txt").write_text("?")
+    assert tables.text_files(str(tmp_path / "table")) is None, "a folder with tables is read as such"
     (tmp_path / "d.txt").write_bytes(b"ab\xff")
     with pytest.raises(UserError, match=r"d.txt is not UTF-8 text: byte 2 is 0xff"):
         tables.text_files(str(tmp_path / "d.txt"))
     (tmp_path / "e.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"e.txt is empty"):
         tables.text_files(str(tmp_path / "e.txt"))
+
+
+def test_texts_and_tables_in_one_folder(tmp_path: Path) -> None:
+    """Texts that are called like splits are the data, whatever tables lie beside them; two kinds of splits are none."""
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    write(tmp_path / "stats.csv", ROWS)
+    notes: list[str] = []
+    assert tables.text_files(str(tmp_path), notes=notes) == {"train": ["train"], "validation": ["valid"]}
+    assert notes == ["1 file left out (no .txt file that is called like a split): stats.csv"]
+    write(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"train\.txt is a text and test\.jsonl is a table, and both are called like"):
+        tables.text_files(str(tmp_path))
+    with pytest.raises(UserError, match=r"data\.test.*test\.jsonl is no text file, but .*train\.txt \(train\) is\."):
+        tables.text_files({"train": str(tmp_path / "train.txt"), "test": str(tmp_path / "test.jsonl")})
 
 
 def test_rows_to_predict_on(tmp_path: Path) -> None:

@@ -238,7 +238,11 @@ def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None)
         for name, part in parts.items():
             sources.check_split_name(name)
             if part is None:
-                raise UserError(f'"trainer.task_options.data.{name}": {data[name]} holds no text files, but others do.')
+                text = next(other for other, texts in parts.items() if texts is not None)
+                raise UserError(
+                    f'"trainer.task_options.data.{name}": {data[name]} is no text file, but {data[text]} ({text}) is. '
+                    "All splits must be of one kind: texts, or tables with a column of texts."
+                )
         if "train" not in parts:
             raise UserError(f'"trainer.task_options.data" has no split "train", only {", ".join(parts)}.')
         return {name: [t for texts in (part or {}).values() for t in texts] for name, part in parts.items()}
@@ -246,13 +250,29 @@ def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None)
     if found is None or found.saved:
         return None
     files = [file for file in found.files if sources.suffix_of(file) == ".txt"]
-    if not files or any(sources.suffix_of(file) in sources.TABLES for file in found.files):
+    others = [file for file in found.files if sources.suffix_of(file) in sources.TABLES]
+    if not files or (others and not _are_the_splits(found, files, others)):
         return None
     splits, others = sources.by_file(found, files) if not found.single else ({"train": files}, [])
     if "train" not in splits:
         raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
     notes += sources.left_out_note(found, [*others, *found.others(files)], "no .txt file that is called like a split")
     return {name: [read_text(file, how.encoding) for file in group] for name, group in splits.items()}
+
+
+def _are_the_splits(found: Found, texts: Sequence[Path], others: Sequence[Path]) -> bool:
+    """Whether texts are the splits of a folder that holds tables, too. Raises UserError if both are."""
+    text, table = (
+        next((f for f in files if any(map(sources.split_of, (*found.parts(f)[:-1], sources.stem_of(f))))), None)
+        for files in (texts, others)
+    )
+    if text is not None and table is not None:
+        raise UserError(
+            f'"trainer.task_options.data": in {found.given}, {found.name(text)} is a text and {found.name(table)} is a '
+            "table, and both are called like splits. All splits must be of one kind: texts, or tables with a column of "
+            "texts.\nConvert or remove those of one kind."
+        )
+    return text is not None
 
 
 def _by_column(table: Table, split_column: str | None) -> dict[str, Table]:
