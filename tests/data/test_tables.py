@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,13 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"e.txt is empty"):
         tables.text_files(str(tmp_path / "e.txt"))
+
+
+def test_one_text_in_two_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the same")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"the same"))
+    with pytest.raises(UserError, match=r"a\.txt and b\.txt\.gz hold the same text, which would count twice"):
+        tables.text_files(str(tmp_path))
 
 
 def test_texts_and_tables_in_one_folder(tmp_path: Path) -> None:

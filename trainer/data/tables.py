@@ -257,7 +257,21 @@ def text_files(data: Data, how: Format = _PLAIN, notes: list[str] | None = None)
     if "train" not in splits:
         raise UserError(f'"trainer.task_options.data": {data} has no split for training (train.txt or train/).')
     notes += sources.left_out_note(found, [*others, *found.others(files)], "no .txt file that is called like a split")
-    return {name: [read_text(file, how.encoding) for file in group] for name, group in splits.items()}
+    return {name: _read_texts(found, group, how.encoding) for name, group in splits.items()}
+
+
+def _read_texts(found: Found, files: Sequence[Path], encoding: str | None) -> list[str]:
+    """The contents of a split's files. Raises UserError if two are the same."""
+    by_content: dict[str, Path] = {}
+    for file in files:
+        text = read_text(file, encoding)
+        if text in by_content:
+            raise UserError(
+                f'"trainer.task_options.data": in {found.given}, {found.name(by_content[text])} and {found.name(file)} '
+                "hold the same text, which would count twice. Remove one of them."
+            )
+        by_content[text] = file
+    return list(by_content)
 
 
 def _are_the_splits(found: Found, texts: Sequence[Path], others: Sequence[Path]) -> bool:
