@@ -108,6 +108,8 @@ def test_data_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     good = write(tmp_path / "good.csv", ROWS)
     with pytest.raises(UserError, match=r'names the split "tset". Did you mean "test"'):
         tables.read({"train": good, "tset": good})
+    with pytest.raises(UserError, match=r'names the split "val". Did you mean "validation"'):
+        tables.read({"train": good, "val": good})
     with pytest.raises(UserError, match="has no split for training, only test"):
         tables.read({"test": good})
     with pytest.raises(UserError, match=r'no column "fold"'):

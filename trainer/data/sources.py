@@ -56,7 +56,9 @@ def check_data(data: Any, config_name: str | None = None) -> None:
 def check_split_name(name: str) -> None:
     """Raises UserError unless a key of an option `data` names a split."""
     if name not in SPLITS:
-        raise UserError(f'"trainer.task_options.data" names the split "{name}". {near(name, SPLITS)}')
+        alias = ALIASES.get(name.lower())
+        meant = near(name, SPLITS) if alias is None else f'Did you mean "{alias}"?'
+        raise UserError(f'"trainer.task_options.data" names the split "{name}". {meant}')
 
 
 @dataclass(frozen=True)
