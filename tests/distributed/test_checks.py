@@ -129,11 +129,12 @@ def test_verify_passes_an_exact_config(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_verify_compares_sizes_of_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = small_config(tmp_path / "run", epochs=2)  # 10 steps: packs are used from the fourth on
+    config = small_config(tmp_path / "run", epochs=2)  # 10 steps: packs are used from the fourth on, also with "auto"
     assert verify(config, [1, 2], [1, 2, "auto"]) == 0
     out = capsys.readouterr().out
     assert "2 ranks, packs of auto: " in out
     rows = [line.split()[:2] for line in out.splitlines() if line.endswith(("yes", "reference"))]
+    assert re.search(r"^ *1 +auto \((?!1\))", out, re.MULTILINE), "it looks for packs in so short a run, too"
     assert rows == [["1", "1"], ["2", "1"], ["1", "2"], ["2", "2"], ["1", "auto"], ["2", "auto"]]
     assert "The same bits at every world size and with all packs, in each of 10 steps" in out
 

@@ -64,10 +64,24 @@ def test_ranks_that_share_a_gpu_go_round_and_meet_over_gloo(gpus: Any) -> None:
 
 
 def test_a_rank_that_sees_only_its_own_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM's --gpus-per-task."""
+    """SLURM's --gpus-per-task, with a rank for each task."""
     gpus(1)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "3")
     assert device.choose(config(), Ranks(7, 8, 3, 4)) == (torch.device("cuda", 0), "nccl")
+
+
+def test_ranks_that_a_launcher_starts_inside_one_task_share_its_gpus(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`deepspeed --num_gpus 4` in a job with --gpus-per-task 4: each rank sees all four."""
+    gpus(4)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "4")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    chosen = [device.choose(config(), Ranks(rank, 4, rank, 4))[0].index for rank in range(4)]
+    assert chosen == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="5 ranks on this machine, but it has 4 GPUs"):
+        device.choose(config(), Ranks(4, 5, 4, 5))
 
 
 def test_a_device_that_is_not_there(gpus: Any) -> None:

@@ -160,6 +160,18 @@ def test_a_finished_run_is_compared_before_anything_is_said_of_it(
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
 
 
+def test_a_key_that_the_version_before_did_not_have_had_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = make(monkeypatch, tmp_path / "run", max_steps=4)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    del manifest["config"]["trainer"]["tf32"]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert make(monkeypatch, tmp_path / "run", resume="auto", max_steps=4) == summary
+    with pytest.raises(UserError, match=r"trainer\.tf32: False before, True now"):
+        make(monkeypatch, tmp_path / "run", resume="auto", max_steps=4, tf32=True)
+
+
 def test_a_longer_schedule_is_another_run_that_may_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(monkeypatch, tmp_path / "run", max_steps=8, learning_rate=COSINE)
     longer = make(monkeypatch, tmp_path / "run", resume="auto", allow=True, max_steps=10, learning_rate=COSINE)

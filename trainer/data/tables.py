@@ -417,6 +417,7 @@ def _number(name: str) -> Fraction | None:
 
     It is exact: as floats, two large numbers, such as those of users, may be the same.
     """
+    # Python refuses to read numbers of thousands of digits.
     usual = len(name) < 1000 and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", name)
     return Fraction(name) if usual else None
 

@@ -34,7 +34,7 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
         # Otherwise DeepSpeed picks its accelerator by the packages that are installed.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), "gloo"
-    own = "SLURM_GPUS_PER_TASK" in os.environ  # then SLURM shows each rank its own GPUs only
+    own = _has_gpus_of_its_own(gpus, ranks)
     if not own and ranks.local_world_size > gpus * shared:
         raise UserError(
             f"There are {ranks.local_world_size} ranks on this machine, but it has {gpus} GPU{'s' * (gpus > 1)}.\n"
@@ -45,6 +45,15 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
     torch.cuda.set_device(device)
     # NCCL refuses two ranks on one GPU.
     return device, "nccl" if shared == 1 else "gloo"
+
+
+def _has_gpus_of_its_own(gpus: int, ranks: Ranks) -> bool:
+    """Whether a rank sees only its own GPUs, as SLURM's tasks do with --gpus-per-task.
+
+    Ranks that a launcher starts inside one task all have that task's number, and share its GPUs.
+    """
+    a_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "2", or with the model: "a100:2"
+    return a_task == str(gpus) and os.environ.get("SLURM_LOCALID") == str(ranks.local_rank)
 
 
 def settle(config: Config) -> None:

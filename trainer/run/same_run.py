@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ..config.keys import Config, parse
 from ..errors import UserError
 from ..exact.progress import takes_progress
 from .build import Pieces, refuse_inexact
@@ -49,10 +50,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def _as_json(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(config.as_dict()))
+    return values
+
+
 def _changes(p: Pieces, facts: Mapping[str, Any]) -> list[str]:
     """What differs from a run with these facts and changes the bits, as clauses."""
-    before = _flat(facts["config"])
-    now = _flat(json.loads(json.dumps(p.config.as_dict())))
+    before, now = _flat(facts["config"]), _flat(_as_json(p.config))
+    # A key that the version before did not have yet is as if it had had its default.
+    defaults = _flat(_as_json(parse({"train_batch_size": 1})))
+    before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     changes = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
