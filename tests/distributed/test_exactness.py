@@ -183,15 +183,26 @@ def test_it_is_the_training_that_plain_pytorch_does(tmp_path: Path, clipping: fl
     assert ours["metrics"]["test"]["loss"] == pytest.approx(test_loss, rel=1e-4)
 
 
-def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+        ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),  # some get their momentum later than others
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(
+    tmp_path: Path, kind: str, params: dict[str, Any]
+) -> None:
     """Weight decay and momentum do not touch what no micro-batch of a step used; against a plain loop."""
     sys.path.insert(0, str(USER_TASKS))
     from bad_tasks import UnusedParameters
     from safetensors.torch import load_file
 
     task = UnusedParameters()
-    adam = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True, "fused": True}}
-    extra = {"train_batch_size": 40, "optimizer": adam, "gradient_clipping": 0.0, "epochs": 2}
+    own = {"torch_adam": True} if kind == "AdamW" else {}
+    fused = {"type": kind, "params": params | own | {"fused": True}}
+    extra = {"train_batch_size": 40, "optimizer": fused, "gradient_clipping": 0.0, "epochs": 2}
     extra["decay_biases_and_norms"] = True
     name = f"{USER_TASKS}/bad_tasks.py:UnusedParameters"
     same_everywhere(lambda W: small_config(tmp_path / str(W), task=name, **extra), [1, 2, 3, 5])
@@ -200,7 +211,7 @@ def test_parameters_without_a_gradient_are_passed_over_as_in_plain_pytorch(tmp_p
     torch.default_generator.manual_seed(key(0, "model"))
     model, train_split = task.model(), task.splits()["train"]
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), **params)
     unused_steps = 0
     for epoch in range(2):
         for chosen in epoch_order(0, epoch, 500).split(40):
