@@ -109,6 +109,12 @@ class Network:
         names = [name for name in names if name not in inner]
         return [*names, "head"]
 
+    def groups_of(self, layer: str) -> int:
+        """The groups of a convolution; 1 for other layers. layer: its name, as in `lora_targets`."""
+        if layer == "head":
+            return 1
+        return int(self.layers[int(layer.removeprefix("layers."))].get("options", {}).get("groups", 1))
+
     # ---- the input -------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
