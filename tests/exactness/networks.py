@@ -103,17 +103,16 @@ class Network:
 
     def lora_targets(self) -> list[str]:
         """Names of layers that LoRA knows."""
-        names = [f"layers.{i}" for i, block in enumerate(self.layers) if block.get("nn") in ("Linear", "Conv2d")]
+        names = [
+            f"layers.{i}"
+            for i, block in enumerate(self.layers)
+            # A grouped convolution is refused: peft could not merge its update.
+            if block.get("nn") in ("Linear", "Conv2d") and block.get("options", {}).get("groups", 1) == 1
+        ]
         # peft goes by the end of a name, which the layers inside of a Residual share.
         inner = {f"layers.{i}" for block in self.layers for i in range(len(block.get("layers", ())))}
         names = [name for name in names if name not in inner]
         return [*names, "head"]
-
-    def groups_of(self, layer: str) -> int:
-        """The groups of a convolution; 1 for other layers. layer: its name, as in `lora_targets`."""
-        if layer == "head":
-            return 1
-        return int(self.layers[int(layer.removeprefix("layers."))].get("options", {}).get("groups", 1))
 
     # ---- the input -------------------------------------------------------------------------------------------------
 

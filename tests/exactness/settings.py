@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +89,6 @@ def trainer_options(
             lora["also_train"] = ["head"]
             targets = [name for name in targets if name != "head"]
         lora["target_modules"] = chance.sample(targets, chance.randint(1, len(targets)))
-        # peft takes a grouped convolution only with a rank that its groups divide.
-        lora["rank"] = math.lcm(lora["rank"], *map(network.groups_of, lora["target_modules"]))
         options["lora"] = lora
     elif weights and not network.flaw and (kind == "frozen weights" or chance.random() < 0.1):
         options["freeze"] = chance.sample(weights, chance.randint(1, len(weights)))
