@@ -256,7 +256,7 @@ def test_low_rank_updates_of_what_has_no_such_layer(monkeypatch: pytest.MonkeyPa
 
 
 def test_low_rank_updates_that_could_not_be_saved_are_refused_at_once() -> None:
-    """peft adapts a grouped convolution, but cannot merge the update. Found by the random tasks: after the training."""
+    """A grouped convolution can be adapted, but peft cannot merge the update. Random tasks met that after training."""
     pytest.importorskip("peft", reason="the extra lora is not installed")
 
     def model() -> nn.Module:

@@ -141,8 +141,8 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and getattr(module.base_layer, "groups", 1) > 1:
             raise UserError(
-                f'"trainer.lora" cannot adapt {name.removeprefix("base_model.model.")}: peft cannot merge the update of '
-                "a grouped convolution, so the trained model could not be saved. Leave this layer out of "
+                f'"trainer.lora" cannot adapt {name.removeprefix("base_model.model.")}: peft cannot merge the update '
+                "of a grouped convolution, so the trained model could not be saved. Leave this layer out of "
                 "trainer.lora.target_modules."
             )
     return adapted
