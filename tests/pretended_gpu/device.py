@@ -23,7 +23,7 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tests.pretended_gpu.tables import REFUSED, WAITS, kernels
+from tests.pretended_gpu.tables import FUSED, REFUSED, WAITS, kernels
 
 CPU = torch.device("cpu")
 # With a tensor and a device they make another tensor. Other operations with a device are views or metadata.
@@ -103,6 +103,8 @@ class Pretended(torch.Tensor):
             done, result = _moved(func.__name__, args, kwargs)
             if done:
                 return result
+        if getattr(func, "__name__", "") in FUSED:
+            return _fused(func, args, kwargs)
         # C++ takes these tensors for the CPU's. So what it makes beside one of them has to lie beside it.
         gpu, inside = _active[-1], type(func).__name__ in _BUILT_IN or func is torch.autograd.grad
         gpu.inside += inside
@@ -139,6 +141,44 @@ def _moved(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bo
             return True, torch.ops.aten._to_copy.default(own, dtype=dtype, device=CPU, non_blocking=blocks)
     there = device is None or device.index in (None, own.index)
     return there and dtype in (None, own.dtype) and not kwargs.get("copy"), own
+
+
+class _Fused(torch.autograd.Function):
+    """A function with the kernels of a GPU: its graph is another's, whose operations nobody counts."""
+
+    @staticmethod
+    def forward(ctx: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *inputs: Any) -> Any:
+        places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
+        ctx.own = [args[i].detach().requires_grad_() for i in places]
+        own = [ctx.own[places.index(i)] if i in places else a for i, a in enumerate(args)]
+        ctx.name, ctx.places = func.__name__, places
+        with torch.enable_grad():
+            ctx.out = _counted(func, own, kwargs)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        with _active[-1].as_kernels(f"{ctx.name}_backward", FUSED[ctx.name]):
+            found = dict(zip(ctx.places, torch.autograd.grad(ctx.out, ctx.own, grad)))
+        ctx.out = ctx.own = None
+        return None, None, None, *(found.get(i) for i in range(len(ctx.needs_input_grad) - 3))
+
+
+def _counted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    gpu = _active[-1]
+    gpu.inside += 1
+    try:
+        with gpu.as_kernels(func.__name__, 1), torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    finally:
+        gpu.inside -= 1
+
+
+def _fused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not torch.is_grad_enabled() or not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return _counted(func, args, kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Fused.apply(func, args, kwargs, *args)
 
 
 class Event:
@@ -212,6 +252,14 @@ class PretendedGpu(TorchDispatchMode):
     def wait(self, what: str) -> None:
         self.waits[what, _place()] += 1
 
+    @contextlib.contextmanager
+    def as_kernels(self, name: str, count: int) -> Iterator[None]:
+        """Counts what is launched meanwhile as so many kernels."""
+        before = self.launches.copy()
+        yield
+        self.launches = before
+        self.launches[name] += count
+
     # ---- operations --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -231,7 +279,7 @@ class PretendedGpu(TorchDispatchMode):
             made = func(*args, **kwargs)
             if not self.inside or tensors or not isinstance(made, torch.Tensor):
                 return made
-            self.launches[name] += kernels(name, 1)
+            self.launches[name] += kernels(name, args)
             return Pretended(made, self.index)
         if is_gpu(device):
             self._check_index(device.index)
@@ -239,7 +287,7 @@ class PretendedGpu(TorchDispatchMode):
             return pretended[0].device
         self._look(func, name, args, kwargs, device, tensors)
         if func.namespace != "c10d":
-            self.launches[name] += kernels(name, len(args[0]) if args and isinstance(args[0], (list, tuple)) else 1)
+            self.launches[name] += kernels(name, args)
         a, k = tree_unflatten([_on_host(x) for x in flat], spec)
         with self._own_generator(torch.Tag.nondeterministic_seeded in func.tags):
             out = func(*a, **k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,42 +57,42 @@ def train_counted(ranks: Ranks, gpus: int, config: Config) -> dict[str, Any]:
 
 
 @fresh
-def launches(ranks: Ranks, config: Config, steps: int) -> tuple[list[int], int, dict[str, int], dict[str, int]]:
-    """Kernels of each step with packs, and of a step of the loop that a user would write; both by operation, too."""
-    from trainer.exact.packs.packs import Packs
+def launches(ranks: Ranks, config: Config) -> tuple[dict[str, int], dict[str, int]]:
+    """The kernels, by operation, of a step with packs of `trainer.pack` micro-batches and of a plain loop's step."""
+    from trainer.exact.packs import layers, pack, packs
 
     use_caches_beside(config)
+    packs.TRIALS = layers.MOST_DRAWS = pack.MOST_DRAWS = 1  # how carefully they are tried is not the question here
     with PretendedGpu(1) as gpu:
         pieces, step = jobs.built(ranks, config)
-        size = config.trainer.pack
+        size, engine = config.trainer.pack, pieces.engine
         assert isinstance(size, int)
-        model = pieces.engine.model.train()
-        step.packs = Packs(
-            step.micro_batches, pieces.engine.parameters, model, step.statistics, pieces.device, size, 1000
+        engine.model.train()
+        step.packs = packs.Packs(
+            step.micro_batches, engine.parameters, engine.model, step.statistics, pieces.device, size, 1000
         )
-        ours = []
-        for batch in pieces.batches.starting_at(0):
-            gpu.reset()
-            step(batch)
-            ours.append(gpu.launches.copy())
-            if len(ours) == steps:
-                break
+        batch = pieces.batches.at(0)
+        step(batch)  # tries packs out
+        gpu.reset()
+        step(replace(batch, progress=replace(batch.progress, step=1)))
         assert not step.packs.refusals(), step.packs.refusals()
-        # The plain loop, with its own optimizer.
-        optimizer = torch.optim.AdamW(pieces.engine.parameters, fused=True)
-        split, indices = pieces.splits["train"], batch.indices
-        for _ in range(2):
-            optimizer.zero_grad()
+        ours = dict(gpu.launches)
+        optimizer = torch.optim.AdamW(engine.parameters, fused=True)
+        for _ in range(2):  # the first makes the optimizer's state
             gpu.reset()
-            arrays = split.gather(indices)
-            if batch.longest is not None:
-                arrays = split.cut(arrays, max(batch.longest))
-            task = pieces.task
-            if getattr(task, "augment", None) is not None:
-                arrays = step.micro_batches._augmented(arrays, indices, batch.progress)
-            loss = task.loss(task.forward(model, arrays), arrays)[0] / batch.count
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(pieces.engine.parameters, 1.0)
-            optimizer.step()
-        plain = gpu.launches
-    return [sum(c.values()) for c in ours], sum(plain.values()), dict(ours[-1]), dict(plain)
+            _plain_step(pieces, batch, optimizer, step)
+        return ours, dict(gpu.launches)
+
+
+def _plain_step(pieces: Any, batch: Any, optimizer: torch.optim.Optimizer, step: Any) -> None:
+    """As a user would write it: the samples of the step are one batch."""
+    split, task, parameters = pieces.splits["train"], pieces.task, pieces.engine.parameters
+    optimizer.zero_grad()
+    arrays = split.gather(batch.indices)
+    if getattr(task, "augment", None) is not None:
+        arrays = step.micro_batches._augmented(arrays, batch.indices, batch.progress)
+    if batch.longest is not None:
+        arrays = split.cut(arrays, max(batch.longest))
+    (task.loss(task.forward(pieces.engine.model, arrays), arrays)[0] / batch.count).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 # Refused by torch.use_deterministic_algorithms(True), as they call alertNotDeterministic on CUDA. So are cumsum of
 # floating-point numbers, and bincount with weights.
 REFUSED = {
@@ -28,19 +31,23 @@ FREE = {
     "_reshape_copy", "sym_size", "unflatten", "is_same_size",
 }  # fmt: skip
 # Kernels of an operation that launches more than one: an estimate from ATen's and cuDNN's sources.
-KERNELS = {
-    "convolution_backward": 2, "native_layer_norm_backward": 2, "nll_loss_backward": 2,
-    "max_pool2d_with_indices_backward": 2, "embedding_dense_backward": 4,
-}  # fmt: skip
+KERNELS = {"nll_loss_backward": 2, "max_pool2d_with_indices_backward": 2, "embedding_dense_backward": 4}
+# Functions that are one kernel on a GPU, and several on the CPU; and kernels of their backward, where it is more.
+FUSED = {"dropout": 1, "scaled_dot_product_attention": 3}
 # Tensors that one kernel of a _foreach or _fused operation takes.
 TENSORS_A_KERNEL, TENSORS_A_KERNEL_OF_ADAM = 60, 24
 
 
-def kernels(name: str, tensors: int) -> int:
-    """How many kernels an operation launches; `tensors` is the length of its first list."""
+def kernels(name: str, args: Sequence[Any]) -> int:
+    """How many kernels an operation launches."""
     if name in FREE:
         return 0
-    if name.startswith(("_foreach", "_fused")):
+    # Their last argument says which gradients are wanted: of input, weight and bias.
+    if name == "convolution_backward":
+        return sum(args[-1])
+    if name in ("native_layer_norm_backward", "native_group_norm_backward"):
+        return args[-1][0] + any(args[-1][1:])
+    if name.startswith(("_foreach", "_fused")) and isinstance(args[0], (list, tuple)):
         each = TENSORS_A_KERNEL_OF_ADAM if name.startswith("_fused_adam") else TENSORS_A_KERNEL
-        return max(1, -(-tensors // each))
+        return max(1, -(-len(args[0]) // each))
     return KERNELS.get(name, 1)
