@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import sys
 import time
 import traceback
@@ -381,6 +382,19 @@ class PretendedGpu(TorchDispatchMode):
         self._check_index(index)
         self.index = index if index is not None else self.index
 
+    def _tensor_to(self, to: Callable[..., Any]) -> Callable[..., Any]:
+        """Tensor.to, for which C++ would look for the device that "cuda" is."""
+
+        def indexed(value: Any) -> Any:
+            plain = isinstance(value, (str, torch.device)) and torch.device(value) == torch.device("cuda")
+            return torch.device("cuda", self.index) if plain else value
+
+        @functools.wraps(to)  # torch finds it by its name
+        def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return to(tensor, *map(indexed, args), **{name: indexed(value) for name, value in kwargs.items()})
+
+        return moved
+
     def __enter__(self) -> PretendedGpu:
         _active.append(self)
         self._undo = contextlib.ExitStack()
@@ -399,7 +413,7 @@ class PretendedGpu(TorchDispatchMode):
         _active.pop()
 
     def _put(self, owner: Any, name: str, value: Any) -> None:
-        if hasattr(owner, name):
+        if name in vars(owner):
             self._undo.callback(setattr, owner, name, getattr(owner, name))
         else:
             self._undo.callback(delattr, owner, name)
@@ -442,11 +456,16 @@ class PretendedGpu(TorchDispatchMode):
             (torch.cuda, cuda),
             (torch.version, {"cuda": "13.0"}),
             (torch, {"tensor": _by_way_of_host(torch.tensor), "as_tensor": _by_way_of_host(torch.as_tensor)}),
+            (torch.Tensor, {"to": self._tensor_to(torch.Tensor.to), "cuda": _tensor_cuda}),
             (torch.nn.Module, {"to": _module_to(torch.nn.Module.to)}),
             (sys.modules["torch.optim.optimizer"], {"_group_tensors_by_device_and_dtype": _grouped}),
             (_foreach_utils, {"_group_tensors_by_device_and_dtype": _grouped}),
             (dist, {"init_process_group": start_over_gloo, "get_backend": lambda group=None: self.backend}),
         ]
+
+
+def _tensor_cuda(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cuda")
 
 
 def _on_host(value: Any) -> Any:
@@ -483,7 +502,7 @@ def _by_way_of_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
             device = args[0].device
         if not is_gpu(device):
             return make(*args, device=device, **kwargs)
-        return make(*args, **kwargs).to(device)
+        return make(*args, **kwargs).to(device)  # a copy from the host
 
     return made
 

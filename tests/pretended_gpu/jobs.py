@@ -76,12 +76,12 @@ def launches(ranks: Ranks, config: Config) -> tuple[dict[str, int], dict[str, in
         gpu.reset()
         step(replace(batch, progress=replace(batch.progress, step=1)))
         assert not step.packs.refusals(), step.packs.refusals()
-        ours = dict(gpu.launches)
+        ours = dict(+gpu.launches)
         optimizer = torch.optim.AdamW(engine.parameters, fused=True)
         for _ in range(2):  # the first makes the optimizer's state
             gpu.reset()
             _plain_step(pieces, batch, optimizer, step)
-        return ours, dict(gpu.launches)
+        return ours, dict(+gpu.launches)
 
 
 def _plain_step(pieces: Any, batch: Any, optimizer: torch.optim.Optimizer, step: Any) -> None:
