@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.exact.packs.packed import floats, trained
 from trainer.exact.packs import layer_functions
-from trainer.exact.packs.layers import Rule, Site, cut, piece, put_pieces
+from trainer.exact.packs.layers import Rule, Site, cut, laid_apart, piece, put_pieces
 from trainer.exact.packs.rules import LINEAR
 from trainer.exact.packs.values import drawn_like, same_bits
 
@@ -61,6 +62,32 @@ def test_a_difference_is_found_in_layers_of_a_few_numbers() -> None:
         same_bits(one(x), torch.cat([one(row.clone()) for row in x.split(1)])) for x in torch.randn(500, 3, 19).unbind()
     )
     assert site(LINEAR[0]).differs(torch.randn(3, 19), one.weight.detach(), one.bias.detach()) != same
+
+
+def _of_times(samples: int, start: int = 0) -> Tensor:
+    """As a recurrent layer gives: (samples, 7, 5), whose first dimension in memory is the second."""
+    return torch.arange(start + 7 * samples * 5.0)[start:].view(7, samples, 5).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        _of_times,
+        lambda n: _of_times(n, start=3),
+        lambda n: torch.arange(n * 35.0).view(n, 7, 5)[:, 1:],
+        lambda n: torch.arange(n * 5.0).view(n, 1, 5).expand(n, 7, 5),
+        lambda n: torch.arange(5.0).expand(n, 5),
+        lambda n: torch.arange(n * 6.0).view(n, 2, 3).to(torch.float64).transpose(1, 2),
+    ],
+)
+def test_pieces_lie_in_memory_as_tensors_of_their_own(made: Callable[[int], Tensor]) -> None:
+    """Math libraries choose by strides and by where a tensor starts. The random tasks found a difference in a head."""
+    whole, alone = made(6), made(2)
+    for pieces in (cut(whole, 3), laid_apart(whole, 3), [piece(whole, k, 3) for k in range(3)]):
+        for k, own in enumerate(pieces):
+            assert torch.equal(own, whole[2 * k : 2 * k + 2])
+            assert own.stride() == alone.stride()
+            assert (own.data_ptr() - alone.data_ptr()) % 64 == 0 or own.data_ptr() % 64 == alone.data_ptr() % 64
 
 
 @pytest.mark.parametrize("features", [3, 16])

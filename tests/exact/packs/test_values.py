@@ -29,6 +29,16 @@ def test_values_lie_in_memory_as_a_tensor_does(tensor: torch.Tensor) -> None:
     assert drawn_gradient(tensor).shape == tensor.shape
 
 
+@pytest.mark.parametrize("tensor", [torch.empty(7, 4, 5).transpose(0, 1), torch.empty(4, 9)[:, 2:5]])
+def test_values_take_the_way_of_a_tensor_through_torch(tensor: torch.Tensor) -> None:
+    """Without a graph, torch's matmul takes another way for a view than for a parameter."""
+    with torch.no_grad():
+        own = drawn_like(tensor.requires_grad_())
+    assert own.stride() == tensor.stride()
+    assert own.data_ptr() % 64 == tensor.storage_offset() * 4 % 64
+    assert own.requires_grad and own.is_leaf and not own._is_view()
+
+
 def test_whole_numbers_stay() -> None:
     labels = torch.arange(3)
     assert drawn_like(labels) is labels

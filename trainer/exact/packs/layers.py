@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..micro_batches import ALIGNMENT_BYTES
-from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
+from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import out_of_memory
 
 if TYPE_CHECKING:
@@ -170,42 +170,59 @@ class Layer(torch.autograd.Function):
         return None, dx if ctx.needs_input_grad[1] else None, None, None
 
 
-def piece(tensor: Tensor, k: int, g: int) -> Tensor:
-    """Micro-batch k's part of a pack's tensor, as good as one of its own.
+def own_strides(tensor: Tensor, g: int) -> tuple[int, ...]:
+    """The strides of a micro-batch's own tensor, if it is made as the pack's was.
 
-    A piece that starts where no fresh tensor would is copied: a matrix product may give it other bits there.
+    Dimensions outside of the first lie over all samples, as the times of a recurrent layer's output do. Those of a
+    micro-batch are g times nearer to one another.
+    """
+    first = tensor.stride(0)
+    if first == 0 or tensor.is_contiguous():
+        return tensor.stride()
+    return tuple(s // g if s > first and s % g == 0 else s for s in tensor.stride())
+
+
+def piece(tensor: Tensor, k: int, g: int) -> Tensor:
+    """Micro-batch k's part of a pack's tensor, laid out in memory as its own tensor would be.
+
+    A piece that starts or is strided in another way is copied: a matrix product may give it other bits.
     """
     size = tensor.size(0) // g
-    own = tensor.narrow(0, k * size, size)
-    start = own.storage_offset() * own.element_size()
-    return own.clone() if start % ALIGNMENT_BYTES[tensor.device.type] else own
+    own, strides = tensor.narrow(0, k * size, size), own_strides(tensor, g)
+    if strides == own.stride() and start_of(own) == start_of(tensor):
+        return own
+    return _copies(own[None], strides, start_of(tensor))[0]
 
 
 def cut(tensor: Tensor, g: int) -> list[Tensor]:
     """The parts of a pack's micro-batches, as from `piece`."""
-    own, size, alignment = tensor.chunk(g), tensor.element_size(), ALIGNMENT_BYTES[tensor.device.type]
+    own, strides, alignment = tensor.chunk(g), own_strides(tensor, g), ALIGNMENT_BYTES[tensor.device.type]
     distance = own[-1].storage_offset() - own[0].storage_offset()
-    if distance * size % (alignment * max(1, g - 1)) == 0 and tensor.storage_offset() * size % alignment == 0:
+    if strides == tensor.stride() and distance * tensor.element_size() % (alignment * max(1, g - 1)) == 0:
         return list(own)
     return laid_apart(tensor, g)
 
 
 def laid_apart(tensor: Tensor, g: int) -> list[Tensor]:
-    """Copies of the parts of a pack's micro-batches, each as good as a tensor of its own; one kernel where it can be.
+    """Copies of the parts of a pack's micro-batches, each as good as a tensor of its own, made by one kernel."""
+    return _copies(tensor.unflatten(0, (g, -1)), own_strides(tensor, g), start_of(tensor))
 
-    They share memory in which each starts where a fresh tensor may start.
-    """
-    own = tensor.chunk(g)
-    sizes, strides, count = own[0].shape, own[0].stride(), own[0].numel()
-    if count != 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)):
-        return [part.clone() for part in own]  # not one piece of memory
-    alignment = ALIGNMENT_BYTES[tensor.device.type] // tensor.element_size()
-    distance = -(-count // alignment) * alignment
-    room = torch.empty(g * distance, dtype=tensor.dtype, device=tensor.device)
-    whole = room.as_strided((g, *sizes), (distance, *strides))
-    whole.copy_(tensor.unflatten(0, (g, -1)))
+
+def _copies(parts: Tensor, strides: tuple[int, ...], start: int) -> list[Tensor]:
+    """Copies of (count, ...) in shared memory, each with these strides, and so far past a fresh tensor's place."""
+    shape = parts.shape[1:]
+    for dim, stride in enumerate(strides, start=1):
+        if stride == 0:
+            parts = parts.narrow(dim, 0, 1)  # expanded: there is one in memory, and so it will be
+    count, *sizes = parts.shape
+    alignment = ALIGNMENT_BYTES[parts.device.type] // parts.element_size()
+    span = start + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
+    distance = -(-span // alignment) * alignment
+    room = torch.empty(count * distance, dtype=parts.dtype, device=parts.device)
+    copies = room.as_strided((count, *sizes), (distance, *strides), start)
+    copies.copy_(parts)
     # Not as views, which torch would not allow a function to change in place.
-    return [part.data for part in whole.unbind()]
+    return [copy.expand(shape).data for copy in copies.unbind()]
 
 
 def put_pieces(tensor: Tensor, pieces: list[Tensor]) -> None:

@@ -30,7 +30,7 @@ from .functions import FUNCTIONS
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
 from .streams import Streams
-from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits
+from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
@@ -140,7 +140,7 @@ class Pack(TorchFunctionMode):
         tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
         if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
             return None
-        return (name, self.g, *(tuple(t.shape) for t in tensors), str(tensors[0].dtype))
+        return (name, self.g, *((tuple(t.shape), t.stride()) for t in tensors), str(tensors[0].dtype))
 
     def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
@@ -469,8 +469,8 @@ class Pack(TorchFunctionMode):
     ) -> Any:
         """A layer by one of its rules; NotImplemented where it has to be computed one micro-batch at a time."""
         places = [None if p is None else self.place(p) for p in (weight, bias)]
-        key = (name, self.g, *places, tuple(x.shape))
-        chosen = self._sites.get(key, len(rules) - 1)
+        key = (name, self.g, *places, tuple(x.shape), x.stride(), start_of(x))
+        chosen = self._sites.get(key, len(rules) - 1 if self.checks else ALONE)
         if chosen == ALONE or not torch.is_grad_enabled():
             return NotImplemented
         tensors = [x, weight, bias]
