@@ -69,7 +69,8 @@ def _grouped_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias:
     if not any(mask):
         return dx, None, None
     # The weight's gradient as that of a convolution in which each micro-batch has channels of its own.
-    wide = weight.repeat(g, *[1] * (weight.dim() - 1))
+    # Of the weight only the shape is looked at.
+    wide = weight.new_empty(g * weight.size(0), *weight.shape[1:])
     _, dw, db = back(_beside(grad, g), _beside(x, g), wide, sizes, *rest, g * o["groups"], mask)
     return dx, dw.view(g, *weight.shape) if mask[1] else None, db.view(g, -1) if mask[2] else None
 
