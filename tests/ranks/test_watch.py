@@ -166,6 +166,21 @@ def test_a_second_signal_ends_the_process_at_once(run: Watched, monkeypatch: pyt
     assert run.ended() == 128 + signal.SIGTERM
 
 
+def test_a_second_signal_that_has_ended_another_rank_already(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks get it at about the same time, and none is called lost because of it."""
+    monkeypatch.setattr(stopping, "_SAME_SIGNAL_S", 0.1)
+    monkeypatch.setattr(watch, "_MOMENT_S", 10.0)
+    made = run.watch()
+    made.begin()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    until(lambda: made.stop_reason == "SIGUSR1")
+    time.sleep(0.2)
+    run.near.dead = [2]
+    until(lambda: made._lost)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM
+
+
 def test_the_budget_of_time(run: Watched) -> None:
     run.heart.alone = True
     assert "max_wall_time_s" in str(run.watch(deadline_s=time.monotonic() - 1).stop_reason)

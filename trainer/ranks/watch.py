@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ..errors import LostRankError, TrainerError
@@ -120,9 +120,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            for number in self._signals.read(BEAT_S, self._neighbours.running()):
-                if self._wish.signalled(number.name):
-                    os._exit(128 + number)
+            self._heed_signals(BEAT_S, self._neighbours.running())  # the end of a process is seen at once, too
             if self._closing.is_set():
                 return
             now_s = time.monotonic()
@@ -137,6 +135,11 @@ class Watch:
             if not self._heartbeat.alone and not self._failing:
                 self._look_after_ranks()
 
+    def _heed_signals(self, wait_s: float, also: Sequence[int] = ()) -> None:
+        for number in self._signals.read(wait_s, also):
+            if self._wish.signalled(number.name):
+                os._exit(128 + number)
+
     def _look_after_ranks(self) -> None:
         """Leaves if a rank has failed or is lost, unless the run's own thread does so first."""
         failed = self._failed_elsewhere()
@@ -150,8 +153,12 @@ class Watch:
             return
         if lost is not None:
             self._lost = lost
-        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself.
-        if self._closing.wait(_MOMENT_S) or self._failing:
+        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself. A second signal ends
+        # this rank at once, as it may have ended the one that is lost.
+        until_s = time.monotonic() + _MOMENT_S
+        while not self._closing.is_set() and (wait_s := until_s - time.monotonic()) > 0:
+            self._heed_signals(wait_s)
+        if self._closing.is_set() or self._failing:
             return
         if failed is not None:
             self._leave(failed.exit_code)
