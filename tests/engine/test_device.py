@@ -52,7 +52,7 @@ def test_ranks_without_a_gpu_meet_over_gloo(
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
 def test_a_rank_has_the_gpu_of_its_place_in_its_machine(wanted: str, gpus: Any) -> None:
     taken = gpus(4)
-    assert device.choose(config(device=wanted), Ranks(5, 8, 2, 4)) == (torch.device("cuda", 2), "nccl")
+    assert device.choose(config(device=wanted), Ranks(5, 8, 2, 4)) == (torch.device("cuda", 2), "cpu:gloo,cuda:nccl")
     assert taken == [torch.device("cuda", 2)]
 
 
@@ -68,7 +68,7 @@ def test_a_rank_that_sees_only_its_own_gpu(gpus: Any, monkeypatch: pytest.Monkey
     gpus(1)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
     monkeypatch.setenv("SLURM_LOCALID", "3")
-    assert device.choose(config(), Ranks(7, 8, 3, 4)) == (torch.device("cuda", 0), "nccl")
+    assert device.choose(config(), Ranks(7, 8, 3, 4)) == (torch.device("cuda", 0), "cpu:gloo,cuda:nccl")
 
 
 def test_ranks_that_a_launcher_starts_inside_one_task_share_its_gpus(

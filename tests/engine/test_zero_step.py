@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.engine import zero_step
 from trainer.engine.zero_step import ZeroStep
 from trainer.errors import NonFiniteError
 from trainer.exact.batch_norm import RunningStatistics
@@ -123,7 +122,6 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             everyone[place].copy_(rows)
 
     monkeypatch.setattr(dist, "all_gather", all_gather)
-    monkeypatch.setattr(zero_step.dist, "get_backend", lambda: "gloo")
     return rows_of
 
 

@@ -121,9 +121,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
 
 # What of a GPU they need -> names. These count as survived.
 NEEDS_A_GPU: dict[str, tuple[str, ...]] = {
-    "a GPU's tensors over gloo": (
-        "step ExactStep.__init__: cpu') if dist.get_backend() == 'gloo' else None  ->  cpu') if dist.get_backend() != 'gloo' else None",
-    ),
     "a copy that nobody waits for": (
         "step _Flags.read:  torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking  ->   torch.empty((), pin_memory=False).copy_(flags.max(), non_blocking",
         "step _Flags.read: .copy_(flags.max(), non_blocking=True)  ->  .copy_(flags.max(), non_blocking=False)",

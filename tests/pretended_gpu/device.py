@@ -319,8 +319,9 @@ class PretendedGpu(TorchDispatchMode):
         """Notes what the host waits for, and refuses what a GPU or NCCL would refuse."""
         plain = [x for x in tensors if not isinstance(x, Pretended)]
         if func.namespace == "c10d":
-            if self.backend == "nccl" and any(x.numel() for x in plain):
-                raise RuntimeError(f"No backend type associated with device type cpu: {func} at {_place()}")
+            # The CPU's tensors go over gloo, the GPU's over NCCL.
+            if "nccl" in self.backend and len(plain) < len(tensors) and any(x.numel() for x in plain):
+                raise RuntimeError(f"A collective with tensors of two devices: {func} at {_place()}")
         elif name == "copy_":
             non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
             if not isinstance(args[0], Pretended) and not non_blocking:

@@ -17,6 +17,7 @@ from tests.distributed.test_results import small_data
 from tests.pretended_gpu.jobs import launches, train, train_counted
 from tests.standing import run_ranks
 from trainer.config.keys import Config, load_config
+from trainer.ranks.rendezvous import GLOO_AND_NCCL
 
 MODEL = "trainer.task_options.model"
 # The config files of ready tasks, with narrow models and small images; and with fewer layers, too.
@@ -65,7 +66,7 @@ def test_a_ready_task_has_the_cpus_bits_and_waits_for_no_micro_batch(tmp_path: P
     here = run_ranks(train, 1, config("here"))[0]
     there = run_ranks(train_counted, 1, 1, config("there"))[0]
     assert there["trace"] == here["trace"] and there["exactness"] == "bitwise"
-    assert there["backend"] == "nccl"
+    assert there["backend"] == GLOO_AND_NCCL
     # The first step looks for unused parameters, and the last one is audited.
     first, second, *others, last = there["waits"]
     assert not any("step.py" not in place and "tasks/" not in place for _, place in first)
@@ -102,7 +103,7 @@ def test_an_optimizer_that_cannot_skip_an_update_waits_no_more(tmp_path: Path, o
 
 @pytest.mark.parametrize(
     ("W", "gpus", "backend"),
-    [(3, 1, "gloo"), (2, 2, "nccl"), pytest.param(8, 8, "nccl", marks=pytest.mark.slow)],
+    [(3, 1, "gloo"), (2, 2, GLOO_AND_NCCL), pytest.param(8, 8, GLOO_AND_NCCL, marks=pytest.mark.slow)],
     ids=["three on one GPU", "two over NCCL", "eight over NCCL"],
 )
 def test_ranks_on_gpus_have_the_cpus_bits(tmp_path: Path, W: int, gpus: int, backend: str) -> None:

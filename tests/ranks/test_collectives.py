@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from trainer.ranks.collectives import (
     gather_objects,
     gather_rows,
     meetings,
+    message_device,
     raise_together,
 )
 from trainer.ranks.place import Ranks
@@ -53,11 +53,11 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), str(tensor.dtype), str(tensor.device), data
 
 
-def talk(ranks: Ranks) -> dict[str, Any]:
+def talk(ranks: Ranks, backend: str) -> dict[str, Any]:
     """Everything in one meeting of the ranks, as starting them takes longest."""
     from trainer.ranks.rendezvous import start
 
-    start(ranks, "gloo", 60.0)
+    start(ranks, backend, 60.0)
     r, found = ranks.rank, {}
     found["objects"] = gather_objects({"rank": r, "none": None})
     found["row"] = bits(gather_rows(torch.tensor([1.0, 2.0, 3.0]) * 10**r))
@@ -75,13 +75,14 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     gather_rows(torch.zeros(2))
     gather_objects(None)
     broadcast_object(1)
-    found["meetings"] = (meetings.count - before, meetings.since_s)
+    found["meetings"] = meetings.count - before
     return found
 
 
-@pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
-    return run_ranks(talk, W, timeout_s=120.0)
+@pytest.fixture(scope="module", params=["gloo", "cpu:gloo,cuda:gloo"])
+def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """On the CPU, and with the two backends of GPUs, of which one plays NCCL, and carries nothing of this."""
+    return run_ranks(talk, W, request.param, timeout_s=120.0)
 
 
 def same(found: list[dict[str, Any]], name: str) -> Any:
@@ -118,7 +119,21 @@ def test_one_ranks_error_is_everyones(found: list[dict[str, Any]]) -> None:
 
 def test_meetings_are_counted_alike_on_every_rank(found: list[dict[str, Any]]) -> None:
     """By them it is known which rank the others wait for. One within another is one."""
-    assert same(found, "meetings") == (3, None)
+    assert same(found, "meetings") == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "place"),
+    [
+        ("gloo", "cpu", "cpu"),
+        ("gloo", "cuda:1", "cpu"),  # ranks that share a GPU
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+    ],
+)
+def test_where_messages_lie(monkeypatch: pytest.MonkeyPatch, backend: str, device: str, place: str) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    assert message_device(torch.device(device)) == torch.device(place)
 
 
 # One rank
@@ -136,27 +151,24 @@ def test_alone_everything_is_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught(NonFiniteError("nan")) == ("NonFiniteError", "nan", True)
 
 
-def test_a_rank_waits_from_when_it_comes_to_a_meeting_until_it_leaves() -> None:
-    meeting, seen = collectives._Meetings(), []
-
-    def look() -> None:
-        thread = threading.Thread(target=lambda: seen.append((meeting.count, meeting.since_s)))
-        thread.start()
-        thread.join()
-
-    look()
-    with meeting:
-        look()
-        with meeting:
-            look()
-        look()
-    look()
-    with pytest.raises(ConnectionError), meeting:
+def test_since_when_a_rank_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From when it came to the first meeting to which the other has not come. One within another is no other one."""
+    clock = iter(range(100))
+    monkeypatch.setattr(collectives.time, "monotonic", lambda: next(clock))
+    meeting = collectives._Meetings()
+    with meeting, meeting, meeting.from_first():  # at 0
+        assert meeting.count == 1
+    assert [meeting.since_s(count) for count in (0, 1)] == [0, None]
+    with pytest.raises(ConnectionError), meeting:  # at 1
         raise ConnectionError
-    look()
-    assert [count for count, _ in seen] == [0, 1, 1, 1, 1, 2]
-    assert seen[0][1] is seen[4][1] is seen[5][1] is None
-    assert seen[1][1] is not None and seen[1][1] == seen[2][1] == seen[3][1]
+    with meeting.from_first():  # at 2
+        assert [meeting.since_s(count) for count in (0, 1, 2, 3)] == [0, 1, 2, None]
+    # It has heard rank 0, and has left: it waits for nobody there.
+    assert [meeting.since_s(count) for count in (1, 2, 3)] == [1, None, None]
+    with meeting:  # at 3
+        assert (meeting.count, meeting.since_s(2)) == (4, 3)
+    meeting.restart()
+    assert (meeting.count, meeting.since_s(0)) == (0, None)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
@@ -21,7 +23,8 @@ from trainer.ranks.rendezvous import close, side_store, start
 from trainer.ranks.workers import run_ranks
 
 ALONE = Ranks(0, 1, 0, 1)
-NAMES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TRAINER_LAUNCH", "LOCAL_RANK", "GLOO_SOCKET_IFNAME")
+NAMES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TRAINER_LAUNCH", "LOCAL_RANK")
+NAMES += ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,19 @@ def test_leaving_twice_is_no_error() -> None:
     assert side_store(1.0) is None
     start(ALONE, "gloo", 10.0)  # and one may meet again
     assert dist.is_initialized()
+
+
+def test_barriers_and_objects_leave_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NCCL only, torch takes the GPU for them, and warns that nobody has said which (an error in these tests)."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))  # as where there is one
+    start(ALONE, rendezvous.GLOO_AND_NCCL.replace("nccl", "gloo"), 10.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dist.barrier()
+        found: list[Any] = [None]
+        dist.all_gather_object(found, "here")
+        dist.broadcast_object_list(found, src=0)
+    assert found == ["here"]
 
 
 # Several on one machine
@@ -296,6 +312,47 @@ def test_gloo_takes_the_interface_to_rank_0_unless_one_is_given(monkeypatch: pyt
     start(Ranks(1, 4, 1, 2), "gloo", 1.0)
     assert given == ["lo", "mine0"]
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "own", "interfaces"),
+    [
+        ({}, ALONE, False, (None, "lo")),
+        ({}, Ranks(1, 4, 1, 4), False, ("lo", "lo")),  # deepspeed, mpirun, srun
+        ({"TORCHELASTIC_RUN_ID": "7"}, Ranks(1, 4, 1, 4), True, ("lo", "lo")),
+        ({"MASTER_ADDR": "localhost"}, Ranks(1, 4, 1, 4), True, ("lo", "lo")),  # by hand
+        ({"MASTER_ADDR": "127.0.0.1"}, Ranks(1, 4, 1, 4), True, ("lo", "lo")),
+        ({}, Ranks(1, 4, 1, 4), True, ("eth7", None)),  # by hand, on machines of which nothing is known
+        ({}, Ranks(1, 4, 1, 2), False, ("eth7", None)),
+        ({"TORCHELASTIC_RUN_ID": "7"}, Ranks(1, 4, 1, 2), True, ("eth7", None)),
+        ({"NCCL_SOCKET_IFNAME": "mine", "GLOO_SOCKET_IFNAME": "own"}, Ranks(1, 4, 1, 4), False, ("own", "mine")),
+    ],
+)
+def test_what_listens_beyond_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    place: Ranks,
+    own: bool,
+    interfaces: tuple[str | None, str | None],
+) -> None:
+    """Nothing, if all ranks are on it. Else gloo takes the interface to rank 0, and NCCL knows which to take itself."""
+    for name, value in ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rendezvous, "_has_own_address", lambda: own)
+    monkeypatch.setattr(rendezvous, "_interface_to", lambda host: "eth7")
+    monkeypatch.setattr(rendezvous, "_store_at_address", lambda *a: dist.HashStore())  # type: ignore[attr-defined]
+    monkeypatch.setattr(rendezvous, "_meet", lambda *a: None)
+    monkeypatch.setattr(rendezvous, "_start_on_one_machine", lambda *a: None)
+    backends: list[str] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **k: backends.append(backend))
+    start(place, rendezvous.GLOO_AND_NCCL, 1.0)
+    assert (os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")) == interfaces
+    assert set(backends) <= {"cpu:gloo,cuda:nccl"}
+
+
+def test_without_gpus_nccl_is_left_alone() -> None:
+    start(ALONE, "gloo", 10.0)
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
 
 
 def test_the_interface_to_a_host() -> None:

@@ -63,11 +63,32 @@ class Heart:
         return self.reports == 1
 
 
+class Near:
+    """The processes of this machine, as `Neighbours` sees them."""
+
+    def __init__(self) -> None:
+        self.dead: list[int] = []
+        self.left = False
+
+    def running(self) -> list[int]:
+        return []
+
+    def killed(self) -> list[int]:
+        return self.dead
+
+    def leave(self) -> None:
+        self.left = True
+
+    def close(self) -> None:
+        pass
+
+
 class Watched:
     """A rank of a run, its heart, its watch, and how its process has ended."""
 
     def __init__(self) -> None:
         self.heart = Heart()
+        self.near = Near()
         self.codes: list[int] = []
         self.launchers_gone = False
         self.over = threading.Event()
@@ -98,6 +119,7 @@ def until(condition: Callable[[], Any]) -> None:
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     run = Watched()
     monkeypatch.setattr(watch, "Heartbeat", lambda ranks, closing: run.heart)
+    monkeypatch.setattr(watch, "Neighbours", lambda ranks: run.near)
     monkeypatch.setattr(watch, "gather_objects", lambda value: [f"node{i}" for i in range(12)])
     monkeypatch.setattr(watch, "remembered_launchers", lambda: SimpleNamespace(gone=lambda: run.launchers_gone))
     monkeypatch.setattr(watch, "first_to_speak", lambda ranks: True)
@@ -144,6 +166,21 @@ def test_a_second_signal_ends_the_process_at_once(run: Watched, monkeypatch: pyt
     assert run.ended() == 128 + signal.SIGTERM
 
 
+def test_a_second_signal_that_has_ended_another_rank_already(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks get it at about the same time, and none is called lost because of it."""
+    monkeypatch.setattr(stopping, "_SAME_SIGNAL_S", 0.1)
+    monkeypatch.setattr(watch, "_MOMENT_S", 10.0)
+    made = run.watch()
+    made.begin()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    until(lambda: made.stop_reason == "SIGUSR1")
+    time.sleep(0.2)
+    run.near.dead = [2]
+    until(lambda: made._lost)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.ended() == 128 + signal.SIGTERM
+
+
 def test_the_budget_of_time(run: Watched) -> None:
     run.heart.alone = True
     assert "max_wall_time_s" in str(run.watch(deadline_s=time.monotonic() - 1).stop_reason)
@@ -176,6 +213,33 @@ def test_a_rank_that_is_silent_is_named_and_the_process_ends(
     way_on = "Start it from step 5." if begun else "Start the run again."  # the run knows of checkpoints, not the watch
     assert said.endswith(f" from the network.\nThe other ranks leave. {way_on}\n")
     assert run.heart.said == [said.removeprefix("\nerror: ").removesuffix("\n")]  # the other ranks learn of it
+    assert run.near.left  # and do not take this one for killed
+
+
+def test_a_killed_rank_of_this_machine_is_named_at_once(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever this rank's own thread does meanwhile: it may be stuck in a call that ends never."""
+    made = run.watch(timeout_s=600.0)
+    made.begin()
+    run.near.dead = [2]
+    began_s = time.monotonic()
+    assert run.ended() == LostRankError.exit_code
+    assert time.monotonic() - began_s < 5.0
+    said = capsys.readouterr().err
+    assert said.startswith("\nerror: Rank 2 on node2 ended without a message, in step 1: killed (as by the system")
+    assert run.near.left
+
+
+def test_a_rank_that_fails_itself_accuses_nobody(
+    run: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As rank 0 that gets a SIGTERM before the first step, which has killed all others."""
+    monkeypatch.setattr(watch, "_MOMENT_S", 0.2)
+    made = run.watch(0)
+    run.near.dead = [1, 2, 3]
+    until(lambda: made._lost)
+    made.tell_failure(SystemExit(143))
+    time.sleep(0.4)
+    assert run.codes == [] and capsys.readouterr().err == ""
 
 
 def test_of_many_lost_ranks_eight_are_named(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,13 +324,74 @@ def test_a_rank_that_hangs_before_the_first_step_is_given_up_at_last(
     assert "Last seen: rank 2 on node2 in splits() (my_task.py, line 12)." in said
 
 
-def test_short_collectives_add_up_to_no_hang(run: Watched) -> None:
+def test_a_rank_for_which_the_others_devices_wait(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a GPU, ranks leave a collective at once, and go on until a launch blocks, one further than the other."""
     made = run.watch(timeout_s=0.5)
     made.begin()
-    run.heart.entered = {0: 10**9, 3: 0}
-    for _ in range(10):
+    for _ in range(3):
+        with meetings:
+            pass
+    run.heart.entered = {0: 2, 2: 1, 3: 0}
+    run.ended()  # while this rank is in no collective
+    said = capsys.readouterr().err
+    assert "error: Rank 3 on node3 did not come to the exchange within 0.2 s, in step 1" in said
+    assert "\nLast seen: rank 3 on node3 in splits() (my_task.py, line 12).\nThe other ranks leave." in said
+
+
+@pytest.mark.parametrize("entered", [3, 4], ids=["as far", "further"])
+def test_a_slow_step_for_which_nobody_waits_is_no_hang(run: Watched, entered: int) -> None:
+    """All ranks have come as far as this one, and compute. Or they wait for this one, who does not accuse itself."""
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    for _ in range(3):
+        with meetings:
+            pass
+    run.heart.entered = dict.fromkeys((0, 2, 3), entered)
+    time.sleep(0.5)
+    assert run.codes == []
+
+
+def test_who_has_heard_rank_0_does_not_wait_for_others_to_hear_it(run: Watched) -> None:
+    """In a broadcast only rank 0 sends. A rank may come to it late, while others work on."""
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    with meetings.from_first():
+        pass
+    run.heart.entered = {0: 1, 3: 0}
+    time.sleep(0.5)
+    assert run.codes == []
+    with meetings:  # here it is waited for
+        run.ended()
+
+
+def test_a_rank_that_waits_for_rank_0_to_speak(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    run.heart.entered = {0: 0, 3: 1}
+    with meetings.from_first():
+        run.ended()
+    assert "error: Rank 0 on node0 did not come to the exchange" in capsys.readouterr().err
+
+
+def test_short_collectives_add_up_to_no_hang(run: Watched) -> None:
+    """What is heard of other ranks is always a little old."""
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    for count in range(10):
+        run.heart.entered = {0: count + 1, 3: count}
         with meetings:
             time.sleep(0.05)
+    assert run.codes == []
+
+
+def test_counts_begin_with_the_run(run: Watched) -> None:
+    """Ranks of a pool may have met more or less often before, and nobody waits for one because of that."""
+    with meetings:
+        pass
+    made = run.watch(timeout_s=0.5)
+    made.begin()
+    run.heart.entered = {0: 0, 3: 0}
+    time.sleep(0.5)
     assert run.codes == []
 
 
@@ -308,9 +433,9 @@ def test_a_process_that_was_stopped_blames_nobody(
     """After SIGSTOP, all others seem to have been silent. If they are gone, they have said why."""
     read, sleeps = watch.SignalPipe.read, [0.3]
 
-    def slow_once(pipe: Any, wait_s: float) -> Any:
+    def slow_once(*arguments: Any) -> Any:
         time.sleep(sleeps.pop() if sleeps else 0.0)
-        return read(pipe, wait_s)
+        return read(*arguments)
 
     monkeypatch.setattr(watch.SignalPipe, "read", slow_once)
     monkeypatch.setattr(watch, "_SILENT_S", 0.2)
@@ -333,12 +458,14 @@ def test_a_failed_collective_is_another_ranks_error(run: Watched, monkeypatch: p
     assert (error.exit_code, error.speaks, error.agreed) == (3, False, True)  # rank 2 reports it
 
 
-@pytest.mark.parametrize("known", ["it is silent", "another rank says so"])
+@pytest.mark.parametrize("known", ["it is silent", "it was killed", "another rank says so"])
 def test_a_failed_collective_is_a_lost_rank(run: Watched, monkeypatch: pytest.MonkeyPatch, known: str) -> None:
     monkeypatch.setattr(watch, "_MOMENT_S", 30.0)
     made = run.watch()
     if known == "it is silent":
         run.heart.silent_ranks = [2]
+    elif known == "it was killed":
+        run.near.dead = [2]
     else:
         monkeypatch.setattr(made, "_look_after_ranks", lambda: None)
         run.heart.lost = "Rank 2 on node2 is gone"

@@ -120,6 +120,23 @@ def test_of_several_errors_the_one_that_a_person_would_see(
         run_ranks(fail_speaking, 3, how)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({0: 9, 1: ZeroDivisionError("a slip")}, "rank 1 failed:\nTraceback.*a slip"),
+        ({0: 9, 1: UserError("a typo")}, "^a typo$"),
+        ({0: 9, 1: with_speaker(LostRankError("rank 0 on node0 is gone"), False)}, "^rank 0 on node0 is gone$"),
+        ({0: ConnectionError("closed by peer"), 1: UserError("a typo")}, "^a typo$"),
+        ({0: ConnectionError("closed by peer"), 1: with_speaker(TrainerError("rank 0 has failed"), False)}, "by peer"),
+        ({0: ZeroDivisionError("a slip"), 1: 9, 2: ConnectionError("closed by peer")}, "a slip"),
+    ],
+)
+def test_of_several_ends_the_one_that_says_most(how: dict[int, Any], message: str) -> None:
+    """A rank that dies says nothing, and a traceback may be of the connection that another rank has broken."""
+    with pytest.raises((WorkerError, TrainerError), match=f"(?s){message}"):
+        run_ranks(fail, len(how), how)
+
+
 def test_a_worker_ends_with_its_other_end() -> None:
     """No process stays behind a parent that was killed, whatever it does at the time."""
     context = worker_context(cuda=False)

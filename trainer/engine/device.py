@@ -17,6 +17,7 @@ from .. import __version__
 from ..config.keys import Config
 from ..errors import UserError
 from ..ranks.place import Ranks
+from ..ranks.rendezvous import GLOO_AND_NCCL
 
 
 def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
@@ -44,7 +45,7 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
     device = torch.device("cuda", 0 if own else ranks.local_rank % gpus)
     torch.cuda.set_device(device)
     # NCCL refuses two ranks on one GPU.
-    return device, "nccl" if shared == 1 else "gloo"
+    return device, GLOO_AND_NCCL if shared == 1 else "gloo"
 
 
 def _has_gpus_of_its_own(gpus: int, ranks: Ranks) -> bool:

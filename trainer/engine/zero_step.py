@@ -16,6 +16,7 @@ from ..exact.micro_batches import GlobalBatch, MicroBatches, ignore_phase
 from ..exact.plan import rank_block
 from ..exact.record import RecordLayout, Records
 from ..exact.step import StepResult, non_finite
+from ..ranks.collectives import message_device
 from ..ranks.place import Ranks
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ZeroStep:
 
 
 def _gather(rows: Tensor, world_size: int, micro_batches: int) -> list[Tensor]:
-    staged = rows.cpu() if dist.get_backend() == "gloo" else rows
+    staged = rows.to(message_device(rows.device))
     everyone = [torch.empty_like(staged) for _ in range(world_size)]
     dist.all_gather(everyone, staged)
     blocks = [rank_block(micro_batches, world_size, r) for r in range(world_size)]

@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..ranks.collectives import meetings
+from ..ranks.collectives import meetings, message_device
 from ..ranks.place import Ranks
 from .audit import Audit
 from .batch_norm import RunningStatistics
@@ -117,9 +116,9 @@ class ExactStep:
         )
         # Records lie in front of the gradient and travel with it, so a step needs no collective of its own for them.
         self._own = OwnRecords(self._sum.head[: most * layout.size].view(most, layout.size), layout)
-        # For gloo, messages lie in the CPU's memory; NCCL sends from the GPU's.
-        staging = torch.device("cpu") if dist.get_backend() == "gloo" else None
-        self._exchange = Exchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, staging=staging)
+        self._exchange = Exchange(
+            self._sum, layout, leaves=leaves, rank=rank, world_size=W, staging=message_device(device)
+        )
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = _Flags(device)

@@ -5,8 +5,10 @@ Everything also works with one rank: then no message is sent.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import BY_EXIT_CODE, TrainerError
@@ -22,28 +24,47 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 class _Meetings:
-    """Counts the collectives that this rank has entered, and notes since when it waits in the present one.
+    """Counts the collectives that this rank has entered, and notes when.
 
-    Ranks that wait for one another have the same count.
+    Ranks that wait for one another have the same count. On a GPU, a rank may be ahead of one that it waits for: the
+    host leaves a collective at once and goes on, until so much is queued on the device that it has to wait there.
 
     Attributes:
         count: of collectives; one inside another does not count.
-        since_s: time.monotonic() when it entered the present one; None while the rank works on its own.
     """
 
     def __init__(self) -> None:
-        self.count, self.since_s, self._depth = 0, None, 0  # type: tuple[int, float | None, int]
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from 0 again. Collective: every rank, between the same collectives, so that counts can be compared."""
+        self.count, self._depth = 0, 0
+        # (count, time.monotonic() when entered), of those that no rank can leave before all have come.
+        self._entered: collections.deque[tuple[int, float]] = collections.deque(maxlen=64)
 
     def __enter__(self) -> None:
         self._depth += 1
         if self._depth == 1:
             self.count += 1
-            self.since_s = time.monotonic()
+            self._entered.append((self.count, time.monotonic()))
 
     def __exit__(self, *exception: object) -> None:
         self._depth -= 1
+
+    @contextlib.contextmanager
+    def from_first(self) -> Iterator[None]:
+        """A collective in which only rank 0 sends: a rank that has left it does not wait for those still to come."""
+        with self:
+            yield
         if self._depth == 0:
-            self.since_s = None
+            self._entered.pop()
+
+    def since_s(self, count: int) -> float | None:
+        """Since when this rank, or its device, waits for one that has entered `count` collectives; None: it does not.
+
+        A time of time.monotonic().
+        """
+        return next((at_s for entered, at_s in list(self._entered) if entered > count), None)
 
 
 # The watching thread reads it: the others wait for the rank with the lowest count.
@@ -62,8 +83,20 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
+def message_device(device: torch.device) -> torch.device:
+    """Where tensors of a device have to lie when they are sent: NCCL sends from the GPU, gloo from the CPU's memory."""
+    import torch
+    import torch.distributed as dist
+
+    # A group of both backends is called "cpu:gloo,cuda:nccl". It takes the one that belongs to a tensor's device.
+    return device if device.type == "cuda" and "nccl" in dist.get_backend() else torch.device("cpu")
+
+
 def all_gather_flat(out: Tensor, piece: Tensor) -> None:
-    """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank."""
+    """Every rank's `piece` (n,), one after the other, into `out` (W n,). Collective: every rank.
+
+    Both lie on a `message_device`.
+    """
     with meetings:
         _all_gather_flat(out, piece)
 
@@ -71,7 +104,7 @@ def all_gather_flat(out: Tensor, piece: Tensor) -> None:
 def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
     import torch.distributed as dist
 
-    if dist.get_backend() == "gloo":
+    if piece.device.type == "cpu":
         # gloo's own all-gather makes two more copies in fresh memory. Sending to each rank usually takes a quarter to
         # two thirds of its time, and less for large pieces (tests/benchmarks/exchange.py).
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -101,11 +134,10 @@ def gather_rows(row: Tensor) -> Tensor:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return row.cpu()[None]
-    row = row.cpu() if dist.get_backend() == "gloo" else row.cuda()
-    gathered = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype, device=row.device)
-    with meetings:
-        all_gather_flat(gathered, row)
-        return gathered.cpu().view(-1, len(row))  # device to host
+    row = row.cpu()  # device to host
+    gathered = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype)
+    all_gather_flat(gathered, row)
+    return gathered.view(-1, len(row))
 
 
 def broadcast_object(value: T | None) -> T:
@@ -116,7 +148,7 @@ def broadcast_object(value: T | None) -> T:
         assert value is not None
         return value
     box: list[Any] = [value]
-    with meetings:
+    with meetings.from_first():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -129,16 +161,12 @@ def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int,
     if not dist.is_initialized() or dist.get_world_size() == 1:
         assert value is not None
         return value
-    result = torch.empty(shape, dtype=dtype) if value is None else value.contiguous()
+    result = torch.empty(shape, dtype=dtype) if value is None else value.cpu().contiguous()  # device to host
     if result.numel() == 0:
         return result
-    # As bytes, because some backends do not support all types.
-    message = result.view(-1).view(torch.uint8)
-    if dist.get_backend() != "gloo":
-        message = message.cuda()
-    with meetings:
-        dist.broadcast(message, src=0)
-        return message.cpu().view(dtype).view(shape)
+    with meetings.from_first():
+        dist.broadcast(result.view(-1).view(torch.uint8), src=0)  # as bytes: gloo does not know all types
+    return result.view(shape)
 
 
 def raise_together(error: TrainerError | None) -> None:

@@ -25,6 +25,12 @@ from .place import Ranks
 # From linux/sockios.h: the address of an interface.
 _SIOCGIFADDR = 0x8915
 
+# The backend of a group of GPUs: torch takes gloo for tensors in the CPU's memory, and NCCL for a GPU's. Objects and
+# barriers go over gloo, too (`_get_object_coll_device` and `barrier` in torch/distributed/distributed_c10d.py), so the
+# device need not stop for them. NCCL starts with the first tensor. Given `device_id`, torch would start it at once, and
+# every later group with a split of it (`eager_connect_single_device` and `split_from`, same file).
+GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
+
 
 def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | None = None) -> None:
     """Joins the process group. Collective: every rank, also one that has failed already.
@@ -56,6 +62,12 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
     # DeepSpeed needs this variable. With plain python, nobody has set it.
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)
     timeout = timedelta(seconds=timeout_s)
+    if _on_one_machine(ranks):
+        # No other machine needs to reach these ranks, so nothing listens on the network. NCCL listens even for one.
+        if "nccl" in backend:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        if ranks.world_size > 1:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if ranks.world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -69,7 +81,7 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
             f"{ranks.world_size} ranks on several machines, but {' and '.join(missing)} not set. Set them to the "
             "address of rank 0's machine and a free port there, or start the ranks with deepspeed or torchrun."
         )
-    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo looks up the address of this machine's name. On Debian this is a loopback address (127.0.1.1), which no
         # other machine can reach.
         interface = _interface_to(os.environ["MASTER_ADDR"])
@@ -96,6 +108,20 @@ def _has_own_address() -> bool:
         return True
     given = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
     return bool(given) and "TRAINER_LAUNCH" not in os.environ and launcher() is None
+
+
+def _on_one_machine(ranks: Ranks) -> bool:
+    """Whether all ranks are known to be on this machine.
+
+    Launchers say how many are on each. Of ranks that are started by hand, only an address that no other machine can
+    reach tells.
+    """
+    if ranks.local_world_size < ranks.world_size:
+        return False
+    if ranks.world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ or not _has_own_address():
+        return True
+    address = os.environ["MASTER_ADDR"]
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def _has_agent_store() -> bool:
@@ -251,8 +277,6 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
     from torch._C._distributed_c10d import TCPStore
 
     global _address, _server
-    # No other machine needs to reach these ranks, so nothing listens on the network.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     notice = _notice_path()
     if ranks.first:
         other = _read_notice(notice)

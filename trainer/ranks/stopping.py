@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -112,10 +112,18 @@ class SignalPipe:
             wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, _ignore) for number in wanted}
 
-    def read(self, wait_s: float) -> list[signal.Signals]:
-        """The signals that have arrived. Waits up to `wait_s` seconds for the first."""
-        ready, _, _ = select.select([self._read_end], [], [], wait_s)
-        numbers = os.read(self._read_end, 64) if ready else b""
+    def read(self, wait_s: float, also: Sequence[int] = ()) -> list[signal.Signals]:
+        """The signals that have arrived. Waits up to `wait_s` seconds for the first.
+
+        Args:
+            wait_s: how long.
+            also: descriptors of which one that becomes readable ends the wait, too.
+        """
+        poll = select.poll()
+        for descriptor in (self._read_end, *also):
+            poll.register(descriptor, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(1e3 * wait_s)]
+        numbers = os.read(self._read_end, 64) if self._read_end in ready else b""
         return [signal.Signals(number) for number in numbers if number in SIGNALS]
 
     def restore(self) -> None:

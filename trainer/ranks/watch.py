@@ -1,8 +1,8 @@
 """Watches everything outside that can end a run: signals, time, a lost launcher, ranks that no longer answer.
 
 One thread of each rank watches beside the step. A request to stop is noted here and travels with the next gradient
-exchange, so that all ranks stop after the same step. A rank that no longer answers, or for which all others wait, is
-named, and the others leave.
+exchange, so that all ranks stop after the same step. A rank that is killed, no longer answers, or for which all others
+wait, is named, and the others leave.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from ..errors import LostRankError, TrainerError
 from .collectives import COLLECTIVE_TIMEOUT_S, gather_objects, meetings
 from .heartbeat import BEAT_S, Heartbeat
 from .launchers import remembered_launchers
+from .neighbours import Neighbours
 from .place import Ranks
 from .speech import first_to_speak
 from .stopping import SignalPipe, StopWish
@@ -50,12 +52,14 @@ class Watch:
         self._ranks, self._timeout_s = ranks, hang_timeout_s
         self.step = 0
         self.way_on: Callable[[], str] = lambda: "Start the run again."
-        self._begun = False
+        self._begun, self._failing = False, False
         self._closing = threading.Event()
         self._wish = StopWish(deadline_s)
         self._signals = SignalPipe()
         self._launchers = remembered_launchers()
+        meetings.restart()
         self._hosts = gather_objects(socket.gethostname())
+        self._neighbours = Neighbours(ranks)
         self._heartbeat = Heartbeat(ranks, self._closing)
         self._lost: str | None = None  # this rank's sentence on a rank that is lost
         self._looked_at_s = time.monotonic()
@@ -80,6 +84,7 @@ class Watch:
         """Tells the other ranks that this one ends with an error that it reports itself."""
         if self._heartbeat.alone:
             return
+        self._failing = True
         self._heartbeat.say_failed(error.exit_code if isinstance(error, TrainerError) else 1)
         if self._ranks.first:
             # Rank 0's process holds the store. The others must read the failure before this process ends.
@@ -97,7 +102,7 @@ class Watch:
             failed = self._failed_elsewhere()
             if failed is not None:
                 return failed
-            lost = self._lost or self._heartbeat.lost or self._unreachable(_SILENT_S)
+            lost = self._lost or self._heartbeat.lost or self._killed() or self._unreachable(_SILENT_S)
             if lost is not None:
                 return self._lost_error(lost)
         return None
@@ -105,17 +110,17 @@ class Watch:
     def close(self) -> None:
         """Ends the watching; signals have their usual effect again."""
         self._closing.set()
+        self._neighbours.leave()
         self._signals.restore()
         self._thread.join(timeout=10.0)
         self._signals.close()
+        self._neighbours.close()
 
     # ---- the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            for number in self._signals.read(BEAT_S):
-                if self._wish.signalled(number.name):
-                    os._exit(128 + number)
+            self._heed_signals(BEAT_S, self._neighbours.running())  # the end of a process is seen at once, too
             if self._closing.is_set():
                 return
             now_s = time.monotonic()
@@ -126,8 +131,14 @@ class Watch:
             self._looked_at_s = now_s
             if self._launchers.gone():
                 self._wish.ask("the launcher is gone")  # before the first step, the request counts from that step on
-            if not self._heartbeat.alone:
+            # A rank that fails is about to end. A signal that ends it may have killed others, and is no loss of them.
+            if not self._heartbeat.alone and not self._failing:
                 self._look_after_ranks()
+
+    def _heed_signals(self, wait_s: float, also: Sequence[int] = ()) -> None:
+        for number in self._signals.read(wait_s, also):
+            if self._wish.signalled(number.name):
+                os._exit(128 + number)
 
     def _look_after_ranks(self) -> None:
         """Leaves if a rank has failed or is lost, unless the run's own thread does so first."""
@@ -136,17 +147,21 @@ class Watch:
             # Another rank has reported the loss. Leave at once: a rank that leaves breaks the connections on which
             # others wait. Rank 0 leaves a little later, because it holds the store.
             self._closing.wait(4 * BEAT_S if self._ranks.first else 0.5)
-            os._exit(LostRankError.exit_code)
+            self._leave(LostRankError.exit_code)
         lost = None if failed else self._judge()
         if failed is None and lost is None:
             return
         if lost is not None:
             self._lost = lost
-        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself.
-        if self._closing.wait(_MOMENT_S):
+        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself. A second signal ends
+        # this rank at once, as it may have ended the one that is lost.
+        until_s = time.monotonic() + _MOMENT_S
+        while not self._closing.is_set() and (wait_s := until_s - time.monotonic()) > 0:
+            self._heed_signals(wait_s)
+        if self._closing.is_set() or self._failing:
             return
         if failed is not None:
-            os._exit(failed.exit_code)
+            self._leave(failed.exit_code)
         error = self._lost_error(str(lost))
         if error.speaks:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
@@ -154,27 +169,43 @@ class Watch:
             # The others come to the same end, but a launcher ends them as soon as one rank has ended. They also
             # read about the loss in rank 0's store. So this rank waits.
             time.sleep(3.0)
-        os._exit(error.exit_code)
+        self._leave(error.exit_code)
+
+    def _leave(self, exit_code: int) -> NoReturn:
+        """Ends this process, whose own thread may be stuck. The others must not take it for the rank that was lost."""
+        self._neighbours.leave()
+        os._exit(exit_code)
 
     def _judge(self) -> str | None:
         """A sentence on ranks that are lost, or None."""
         limit_s = max(0.4 * self._timeout_s, self._timeout_s - _LEAVING_S)
-        lost = self._unreachable(limit_s)
+        lost = self._killed() or self._unreachable(limit_s)
         if lost is not None:
             return lost
-        # All ranks answer, but one of them may hang while the others wait for it. Before the first step, a wait is no
-        # sign of that: a rank may build a cache or compile DeepSpeed's kernel. So it is told of, and they wait on.
+        # All ranks answer, but one of them may hang while the others wait for it: in a collective, or, on a GPU, in any
+        # call after one, as soon as the device can queue no more. Where a rank waits does not matter, only that it has
+        # come to a collective long ago which another one has not. Ranks that have all come as far may be computing.
+        # Before the first step, a wait is no sign of a hang: a rank may build a cache or compile DeepSpeed's kernel. So
+        # it is told of, and they wait on.
         if not self._begun:
             limit_s = COLLECTIVE_TIMEOUT_S - _LEAVING_S
             if self._ranks.first:
                 self._tell_of_waiting(limit_s)
-        count, since_s = meetings.count, meetings.since_s
-        if since_s is not None and time.monotonic() - max(since_s, self._woke_at_s) > limit_s:
-            behind = [rank for rank, entered in self._heartbeat.counts().items() if entered < count]
-            if behind:
-                what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
-                return self._sentence(behind, what, f"\nLast seen: {self._where(behind)}.")
-        return None
+        counts = {rank: entered for rank, entered in self._heartbeat.counts().items() if rank != self._ranks.rank}
+        least = min(counts.values(), default=meetings.count)
+        since_s = meetings.since_s(least)
+        if since_s is None or time.monotonic() - max(since_s, self._woke_at_s) <= limit_s:
+            return None
+        # A rank between them and this one waits for them as well.
+        behind = [rank for rank, entered in counts.items() if entered == least]
+        what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
+        return self._sentence(behind, what, where=f"\nLast seen: {self._where(behind)}.")
+
+    def _killed(self) -> str | None:
+        """A sentence on ranks of this machine whose processes are gone, or None."""
+        killed = self._neighbours.killed()
+        why = "killed (as by the system, if memory runs out), or crashed"
+        return self._sentence(killed, "ended without a message", why) if killed else None
 
     def _tell_of_waiting(self, limit_s: float) -> None:
         """Says which ranks prepare the first step for long, and where they are: once, and again after twice the time.
@@ -215,12 +246,11 @@ class Watch:
             places.setdefault(self._heartbeat.where(rank), []).append(rank)
         return "; ".join(f"{self._names(group)} in {place}" for place, group in places.items())
 
-    def _sentence(self, ranks: list[int], what: str, where: str = "") -> str:
+    def _sentence(
+        self, ranks: list[int], what: str, why: str = "killed, hanging, or cut off from the network", where: str = ""
+    ) -> str:
         when = f"in step {self.step + 1}" if self._begun else "before the first step"
-        return (
-            f"R{self._names(ranks)[1:]} {what}, {when}: killed, hanging, or cut off from the network.{where}\n"
-            f"The other ranks leave. {self.way_on()}"
-        )
+        return f"R{self._names(ranks)[1:]} {what}, {when}: {why}.{where}\nThe other ranks leave. {self.way_on()}"
 
     def _failed_elsewhere(self) -> TrainerError | None:
         if self._heartbeat.failed is None:

@@ -40,6 +40,10 @@ class WorkerError(Exception):
     """A rank ended with something other than a TrainerError; the message holds its traceback."""
 
 
+class _Died(WorkerError):
+    """A rank has ended without a message."""
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -108,6 +112,14 @@ def _rank_main(
     os._exit(0)
 
 
+def _silence(error: Exception) -> int:
+    """How little a rank's error says of why the ranks have failed, compared with those of other ranks."""
+    if isinstance(error, TrainerError):
+        # True: it reports for all. None: its own error. False: it left because of another rank, whose error says more.
+        return {True: 0, None: 1, False: 3}[error.speaks]
+    return 4 if isinstance(error, _Died) else 2  # a traceback may be of a connection that another rank has broken
+
+
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
@@ -163,7 +175,7 @@ def run_ranks(
                 try:
                     kind, value = pipes[rank].recv()
                 except EOFError:
-                    failures[rank] = WorkerError(f"rank {rank} died without a message")
+                    failures[rank] = _Died(f"rank {rank} died without a message")
                 else:
                     if kind == "result":
                         results[rank] = value
@@ -181,9 +193,7 @@ def run_ranks(
                 process.kill()
             process.join()
     if failures:
-        # The error of the rank that reports for all; else of the lowest rank that did not leave because of another one.
-        silence = {True: 0, None: 1, False: 2}
-        raise failures[min(failures, key=lambda rank: (silence[getattr(failures[rank], "speaks", None)], rank))]
+        raise failures[min(failures, key=lambda rank: (_silence(failures[rank]), rank))]
     if len(results) < world_size:
         missing = sorted(set(range(world_size)) - set(results))
         raise WorkerError(f"ranks {missing} did not end within {timeout_s:g} s")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
@@ -92,8 +91,7 @@ def evaluate(
     description = next(d for _, d, rows in said if rows)
     rows = [r for _, _, r in said]
     outputs_in_order = {
-        name: _gather_rows(parts.get(name), dtype, shape, rows, engine.device)
-        for name, (dtype, shape) in description.items()
+        name: _gather_rows(parts.get(name), dtype, shape, rows) for name, (dtype, shape) in description.items()
     }
     result: dict[str, float] | str | None = None  # a text describes a problem with the task's metrics
     if ranks.first:
@@ -111,19 +109,15 @@ def evaluate(
     return found
 
 
-def _gather_rows(
-    part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], rows: list[int], device: torch.device
-) -> Tensor:
+def _gather_rows(part: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], rows: list[int]) -> Tensor:
     """The ranks' rows one after the other, on the CPU: (sum of rows, *shape)."""
     if len(rows) == 1:
         assert part is not None
         return part.cpu()
-    if dist.get_backend() == "gloo":
-        device = torch.device("cpu")
-    padded = torch.zeros(max(rows), *shape, dtype=dtype, device=device)
+    padded = torch.zeros(max(rows), *shape, dtype=dtype)
     if part is not None:
-        padded[: len(part)].copy_(part)
+        padded[: len(part)].copy_(part)  # device to host
     # As bytes: a collective only moves them, and not every backend knows every type.
-    received = torch.empty(len(rows), *padded.shape, dtype=dtype, device=device)
+    received = torch.empty(len(rows), *padded.shape, dtype=dtype)
     all_gather_flat(received.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
-    return torch.cat([received[r, :count] for r, count in enumerate(rows)]).cpu()
+    return torch.cat([received[r, :count] for r, count in enumerate(rows)])

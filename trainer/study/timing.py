@@ -110,13 +110,13 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
     import torch
 
     from ..ranks.collectives import all_gather_flat
-    from ..ranks.rendezvous import start
+    from ..ranks.rendezvous import GLOO_AND_NCCL, start
 
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
-    start(ranks, "nccl" if cuda else "gloo", 600.0)
+    start(ranks, GLOO_AND_NCCL if cuda else "gloo", 600.0)
     seconds = {}
     for numel in (_SMALL, _LARGE):
         piece = torch.ones(numel, device=where)

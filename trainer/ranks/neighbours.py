@@ -1,0 +1,91 @@
+"""The ranks whose processes this rank can see: those of its machine, or of its container. A killed one shows at once.
+
+A rank that leaves by itself says so before its process ends. One that ends without a word was killed, or has crashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import uuid
+
+from .collectives import gather_objects
+from .place import Ranks
+
+_HERE, _LEFT = b"\0", b"\1"
+
+
+class Neighbours:
+    """Watches the processes of the ranks that are near. Collective: every rank makes one.
+
+    Each rank has a file in memory that holds one byte: whether it has left by itself. The others open it through /proc.
+    As long as one of them has it open, it outlives the rank.
+
+    Where a process cannot be seen (another machine or container, no Linux or an old one), it is not watched, and only
+    its silence tells that it is gone.
+
+    Args:
+        ranks: this rank, and how many.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._seen: dict[int, tuple[int, int]] = {}  # rank -> descriptors of its process and of its file
+        self._own: int | None = None
+        name = f"rank-{uuid.uuid4().hex}"
+        if ranks.world_size > 1:
+            with contextlib.suppress(OSError, AttributeError):  # Python lacks it where it was built for an old system
+                self._own = os.memfd_create(name)
+                os.write(self._own, _HERE)
+        for rank, (process, file, name_of_file) in enumerate(gather_objects((os.getpid(), self._own, name))):
+            if rank != ranks.rank and file is not None:
+                with contextlib.suppress(OSError, AttributeError):
+                    self._seen[rank] = _opened(process, file, name_of_file)
+
+    def running(self) -> list[int]:
+        """The descriptors of the processes that have not ended: each can be polled for its end."""
+        ended = self._ended()
+        return [process for process, _ in self._seen.values() if process not in ended]
+
+    def killed(self) -> list[int]:
+        """The ranks whose process has ended without a word."""
+        ended = self._ended()
+        # Read after the process has ended: what it has said, it said before.
+        return [r for r, (process, file) in self._seen.items() if process in ended and os.pread(file, 1, 0) == _HERE]
+
+    def _ended(self) -> set[int]:
+        poll = select.poll()
+        for process, _ in self._seen.values():
+            poll.register(process, select.POLLIN)
+        return {process for process, _ in poll.poll(0)}
+
+    def leave(self) -> None:
+        """Says that this rank leaves by itself: the others need not wonder when its process ends."""
+        if self._own is not None:
+            os.pwrite(self._own, _LEFT, 0)
+
+    def close(self) -> None:
+        """Stops watching."""
+        for descriptors in self._seen.values():
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._seen.clear()
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+
+def _opened(process: int, file: int, name: str) -> tuple[int, int]:
+    """Descriptors of a process and of its file in memory. Raises OSError if it is not the process of that file.
+
+    Each container counts its processes anew, so a number may be that of another one here. The file's name tells.
+    """
+    watched = os.pidfd_open(process)
+    try:
+        path = f"/proc/{process}/fd/{file}"
+        if os.readlink(path) != f"/memfd:{name} (deleted)":
+            raise ProcessLookupError(process)
+        return watched, os.open(path, os.O_RDONLY)
+    except OSError:
+        os.close(watched)
+        raise
