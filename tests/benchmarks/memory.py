@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.throughput import hand_written
 from trainer.commands.cli import parse_override
 from trainer.config.keys import Config, load_config
 from trainer.ranks.place import Ranks
@@ -60,7 +59,9 @@ class Growth:
 def _measure(ranks: Ranks, config: Config, whole: bool) -> tuple[float, float]:
     """By how many MiB the resident set grows in a step: the most of the first steps, and of the others."""
     import deepspeed  # noqa: F401
+    import torch
 
+    from trainer.commands.doctor.plain_loop import plain_loop
     from trainer.run.run import run
 
     grown: list[float] = []
@@ -70,7 +71,7 @@ def _measure(ranks: Ranks, config: Config, whole: bool) -> tuple[float, float]:
         grown.append(growth.since_mib())
 
     if whole:
-        make_step = hand_written(config, ranks, whole=True)
+        make_step = plain_loop(config, ranks, torch.device("cpu"))
         for step in range(STEPS):
             make_step()
             trace(step + 1)

@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,89 +63,15 @@ class Operators:
         self.mode = Mode()
 
 
-class Samples:
-    """A rank's samples, step by step: a task's own data, gather and augmentation."""
-
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        import torch
-
-        from trainer.exact.micro_batches import GlobalBatches
-        from trainer.exact.order import SampleRandom
-        from trainer.exact.splits import as_splits
-        from trainer.run.build import chosen_samples
-        from trainer.tasks.protocol import load_task
-
-        options, plan = config.trainer, config.plan(ranks.world_size)
-        self.task = load_task(options.task, options.task_options)
-        self.split = chosen_samples(as_splits(self.task.splits(), "task")["train"], options.train_samples)
-        self._random = SampleRandom(0, len(self.split), torch.device("cpu"))
-        self._ranks, self.B, self._m = ranks, plan.global_batch_size, plan.micro_batch_size
-        self._batches = GlobalBatches(
-            self.split, torch.device("cpu"), seed=0, global_batch_size=self.B, micro_batch_size=self._m,
-            drop_last=True, total_steps=10**9,
-        )  # fmt: skip
-        self._steps = self._batches.starting_at(0)
-
-    def next_step(self, whole: bool) -> Iterator[tuple[dict[str, Any], float]]:
-        """The micro-batches of this rank's part of a step, and what the loss is divided by; `whole`: one."""
-        batch = next(self._steps)
-        part = self.B // self._ranks.world_size
-        size = part if whole else self._m
-        first = part * self._ranks.rank
-        for start in range(first, first + part, size):
-            indices = batch.indices[start : start + size]
-            arrays = self.split.gather(indices)
-            if getattr(self.task, "augment", None) is not None:
-                arrays = self.task.augment(arrays, self._random.of(indices))
-            if batch.longest is not None:
-                arrays = self.split.cut(arrays, int(self.split.lengths[indices].max()))  # type: ignore[index]
-            yield arrays, batch.count
-
-
-def hand_written(config: Config, ranks: Ranks, whole: bool = False) -> Callable[[], None]:
-    """One step of the loop that a careful person writes by hand; its tensors are resident, its all-reduce is one."""
-    import torch
-    import torch.distributed as dist
-
-    samples = Samples(config, ranks)
-    task, autocast = samples.task, _autocast(config)
-    model = task.model().train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(s / 1e5))
-    done, running = 0, torch.zeros(())
-
-    def step() -> None:
-        nonlocal done
-        for arrays, count in samples.next_step(whole):
-            with autocast():
-                loss = task.loss(task.forward(model, arrays), arrays)[0] / count
-            loss.backward()
-            running.add_(loss.detach())
-        if ranks.world_size > 1:
-            used = [p for p in parameters if p.grad is not None]
-            gradient = torch.cat([p.grad.reshape(-1) for p in used])  # type: ignore[union-attr]
-            dist.all_reduce(gradient)
-            for p, g in zip(used, gradient.split([p.numel() for p in used])):
-                p.grad.copy_(g.view(p.shape))  # type: ignore[union-attr]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
-        done += 1
-        if done % 10 == 0:
-            running.item()
-            running.zero_()
-
-    return step
-
-
 def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
     """One step of DeepSpeed's documented loop at stage 0: engine(x), engine.backward, engine.step."""
     import deepspeed
     import torch
 
-    samples, plan, autocast = Samples(config, ranks), config.plan(ranks.world_size), _autocast(config)
+    from trainer.commands.doctor.plain_loop import Samples, autocast
+
+    cpu = torch.device("cpu")
+    samples, plan, context = Samples(config, ranks, cpu), config.plan(ranks.world_size), autocast(config, cpu)
     task = samples.task
     engine, *_ = deepspeed.initialize(
         model=task.model(),
@@ -162,7 +88,7 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
 
     def step() -> None:
         for arrays, count in samples.next_step(whole=False):
-            with autocast():
+            with context():
                 loss = task.loss(task.forward(engine, arrays), arrays)[0] / count * plan.micro_batches
             engine.backward(loss)
             engine.step()
@@ -170,20 +96,12 @@ def plain_deepspeed(config: Config, ranks: Ranks) -> Callable[[], None]:
     return step
 
 
-def _autocast(config: Config) -> Callable[[], Any]:
-    import contextlib
-
-    import torch
-
-    if not config.torch_autocast.enabled:
-        return contextlib.nullcontext
-    return lambda: torch.autocast("cpu", torch.bfloat16)
-
-
 def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, Any]:
     """Seconds of each turn, by contender, and the operators of a step; ours hands over through its trace."""
+    import torch
     import torch.distributed as dist
 
+    from trainer.commands.doctor.plain_loop import plain_loop
     from trainer.exact.packs import packs
     from trainer.run.run import run
 
@@ -207,8 +125,8 @@ def _measure(ranks: Ranks, config: Config, rounds: int) -> dict[str, Any]:
         if step % STEPS_A_TURN:
             return
         if not rivals:
-            rivals["hand-written"] = hand_written(config, ranks)
-            rivals["whole"] = hand_written(config, ranks, whole=True)
+            rivals["hand-written"] = plain_loop(config, ranks, torch.device("cpu"), whole=False)
+            rivals["whole"] = plain_loop(config, ranks, torch.device("cpu"))
             rivals["DeepSpeed"] = plain_deepspeed(config, ranks)
         else:
             times["ours"].append(time.perf_counter() - resumed_s)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainer.data import masks
 
@@ -58,3 +58,43 @@ def test_looking_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
     masks.may_be_prepared(model, 8)
     assert model.training
     assert torch.equal(before, torch.get_rng_state())
+
+
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 40},
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "mistral": SMALL | {"num_key_value_heads": 1, "sliding_window": 4},
+}
+
+
+def language_model(model_type: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options, use_cache=False)).eval()
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE)
+def test_rows_of_one_text_are_not_looked_at(model_type: str) -> None:
+    """Bit for bit the same logits, also where the mask is of near neighbours."""
+    model = language_model(model_type, **LANGUAGE[model_type])
+    ids = torch.randint(5, 40, (3, 12))
+    with torch.no_grad():
+        logits, known = masks.whether_rows_are_texts(lambda: model(input_ids=ids).logits)
+        with Reads() as looks:
+            model(input_ids=ids)
+        with Reads() as reads, masks.rows_are_texts():
+            again = model(input_ids=ids).logits
+    assert known and looks.count and not reads.count
+    assert torch.equal(logits, again)
+
+
+def test_a_model_whose_positions_follow_from_its_tokens_is_asked_each_time() -> None:
+    from transformers import masking_utils
+
+    before = masking_utils.find_packed_sequence_indices
+    model = language_model("roberta", **SMALL, max_position_embeddings=40, is_decoder=True, pad_token_id=1)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 1]])
+    with torch.no_grad():
+        assert not masks.whether_rows_are_texts(lambda: model(input_ids=ids[:1]).logits)[1]  # one row tells nothing
+        assert not masks.whether_rows_are_texts(lambda: model(input_ids=ids).logits)[1]
+        assert not masks.whether_rows_are_texts(lambda: ids)[1]  # and a model that asks nobody
+    assert masking_utils.find_packed_sequence_indices is before

@@ -207,7 +207,7 @@ def train_on_two_device_models(ranks: Ranks, config: Config) -> dict[str, Any]:
     import trainer.engine.device
 
     if ranks.rank == ranks.world_size - 1:
-        trainer.engine.device._cpu_model = lambda: "another processor"
+        trainer.engine.device.cpu_model = lambda: "another processor"
     return train(ranks, config)
 
 

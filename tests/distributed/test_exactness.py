@@ -251,15 +251,24 @@ def test_a_seed_is_a_run(tmp_path: Path) -> None:
     assert one["parameters_sha256"] != other["parameters_sha256"]
 
 
+NADAM = {"type": "NAdam", "params": {"lr": 0.01}}  # its kernel cannot skip an update
+
+
 def test_the_deferred_check_of_a_gpu_changes_no_bit(tmp_path: Path) -> None:
     direct = run_ranks(train, 1, small_config(tmp_path / "direct"))[0]
     deferred = same_everywhere(lambda W: small_config(tmp_path / f"d{W}"), [1, 2], train_as_on_a_gpu)
     assert deferred["trace"] == direct["trace"]
 
 
-@pytest.mark.parametrize("job", [train, train_as_on_a_gpu], ids=["cpu", "as on a gpu"])
-def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(tmp_path: Path, job: Any) -> None:
-    task = {"task": str(Path(__file__).parents[1] / "user_tasks" / "bad_tasks.py") + ":InfiniteLater"}
+@pytest.mark.parametrize(
+    ("job", "more"),
+    [(train, {}), (train_as_on_a_gpu, {}), (train_as_on_a_gpu, {"optimizer": NADAM})],
+    ids=["cpu", "as on a gpu", "as on a gpu, not fused"],
+)
+def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
+    tmp_path: Path, job: Any, more: dict[str, Any]
+) -> None:
+    task = more | {"task": str(Path(__file__).parents[1] / "user_tasks" / "bad_tasks.py") + ":InfiniteLater"}
     place = int((epoch_order(0, 0, 500) == 123).nonzero())
     step = place // 104
     assert 0 < step < 4, "the test wants a step in the middle of the first epoch"

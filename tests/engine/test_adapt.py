@@ -6,6 +6,7 @@ import copy
 import shutil
 import sys
 import types
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -252,6 +253,18 @@ def test_low_rank_updates_of_what_has_no_such_layer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r'"trainer\.lora" needs the package peft: pip install'):
         adapt(Net(), config(lora={}))
+
+
+def test_low_rank_updates_that_could_not_be_saved_are_refused_at_once() -> None:
+    """A grouped convolution can be adapted, but peft cannot merge the update. Random tasks met that after training."""
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+
+    def model() -> nn.Module:
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 8, 3, groups=2), plain=nn.Conv2d(8, 4, 3)))
+
+    with pytest.raises(UserError, match=r"cannot adapt conv: .* grouped convolution.* Leave this layer out of trainer"):
+        adapt(model(), config(lora={"rank": 2, "target_modules": ["conv", "plain"]}))
+    merged(adapt(model(), config(lora={"rank": 2, "target_modules": ["plain"]})))
 
 
 # ---------------------------------------------------------------- compilation

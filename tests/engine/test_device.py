@@ -194,7 +194,7 @@ def test_float32_is_float32_unless_tf32_is_wanted(wanted: bool) -> None:
 def test_a_processors_model_is_its_name_and_numbers(text: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of one name may compute differently; its family and model number tell them apart."""
     monkeypatch.setattr(Path, "read_text", lambda self: text)
-    assert device._cpu_model() == model
+    assert device.cpu_model() == model
 
 
 def test_a_processor_that_the_system_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_a_processor_that_the_system_does_not_describe(monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "read_text", unreadable)
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert device._cpu_model() == "arm64 (?/?)"
+    assert device.cpu_model() == "arm64 (?/?)"
 
 
 def test_deepspeed_takes_the_gpu_of_a_rank_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,12 @@ class Network:
 
     def lora_targets(self) -> list[str]:
         """Names of layers that LoRA knows."""
-        names = [f"layers.{i}" for i, block in enumerate(self.layers) if block.get("nn") in ("Linear", "Conv2d")]
+        names = [
+            f"layers.{i}"
+            for i, block in enumerate(self.layers)
+            # A grouped convolution is refused: peft could not merge its update.
+            if block.get("nn") in ("Linear", "Conv2d") and block.get("options", {}).get("groups", 1) == 1
+        ]
         # peft goes by the end of a name, which the layers inside of a Residual share.
         inner = {f"layers.{i}" for block in self.layers for i in range(len(block.get("layers", ())))}
         names = [name for name in names if name not in inner]

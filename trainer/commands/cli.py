@@ -74,7 +74,7 @@ def _pack(text: str) -> int | str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m trainer plan|verify|check-task|predict|study|report`. Returns the exit code."""
+    """`python -m trainer plan|verify|check-task|predict|doctor|study|report`. Returns the exit code."""
     try:
         before = signal.signal(signal.SIGTERM, _terminated)
     except ValueError:  # not in the main thread
@@ -107,6 +107,9 @@ def _main(arguments: list[str] | None) -> int:
     guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of your own task")
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    examine = commands.add_parser("doctor", help="try on this machine what is promised: a line a check, minutes")
+    examine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    examine.add_argument("--output", metavar="FILE", default="doctor.json", help="where all figures go, as JSON")
     compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
     compare.add_argument("ds_config", metavar="FILE", help='JSON config with a "study" block')
     compare.add_argument(
@@ -134,6 +137,10 @@ def _main(arguments: list[str] | None) -> int:
             return predict(
                 flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
             )
+        if flags.command == "doctor":
+            from .doctor.doctor import doctor
+
+            return doctor(flags.device, flags.output)
         if flags.command == "study":
             from ..study.runner import study
 

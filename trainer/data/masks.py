@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Result = TypeVar("Result")
+# transformers' function that finds several texts in a row by their positions: where a position does not follow the one
+# before it, another text begins. It is asked where a causal model gets no mask, and the host waits for its answer.
+_ASKED = "find_packed_sequence_indices"
 
 
 def for_each_head(mask: Tensor) -> Tensor:
@@ -42,3 +49,44 @@ def may_be_prepared(model: nn.Module, tokens: int) -> bool:
     finally:
         model.train(was_training)
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def whether_rows_are_texts(forward: Callable[[], Result]) -> tuple[Result, bool]:
+    """What a forward returns, and whether each row is one text for transformers, whatever its tokens.
+
+    It is where the model numbers the places of all rows 0, 1, 2, ... in one tensor for them all. A model that numbers
+    each row by its tokens, as RoBERTa does, has to be asked again for every batch.
+
+    Args:
+        forward: of a causal model of transformers, for two rows or more, without a mask.
+    """
+    from transformers import masking_utils
+
+    found: list[bool] = []
+    ask = getattr(masking_utils, _ASKED, None)
+
+    def noted(position_ids: Tensor) -> Any:
+        texts = ask(position_ids)  # type: ignore[misc]
+        found.append(texts is None and len(position_ids) > 1 and position_ids.stride(0) == 0)
+        return texts
+
+    with _asked_instead(noted) if ask is not None else contextlib.nullcontext():
+        result = forward()
+    return result, bool(found) and all(found)
+
+
+def rows_are_texts() -> contextlib.AbstractContextManager[None]:
+    """A context in which transformers knows that each row is one text. The answer is the same, without the wait."""
+    return _asked_instead(lambda position_ids: None)
+
+
+@contextlib.contextmanager
+def _asked_instead(function: Callable[[Tensor], Any]) -> Iterator[None]:
+    from transformers import masking_utils
+
+    before = getattr(masking_utils, _ASKED)
+    setattr(masking_utils, _ASKED, function)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, _ASKED, before)

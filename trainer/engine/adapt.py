@@ -120,7 +120,7 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
             warnings.simplefilter(
                 "ignore"
             )  # of tied weights, see `merged`, and of deprecated names inside transformers
-            return peft.get_peft_model(
+            adapted: nn.Module = peft.get_peft_model(
                 model,
                 peft.LoraConfig(
                     r=lora.rank,
@@ -138,6 +138,14 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
             f"Name its layers in trainer.lora.target_modules. Its linear layers are {', '.join(modules[:12])}"
             f"{', ...' if len(modules) > 12 else ''}."
         ) from error
+    for name, module in adapted.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and getattr(module.base_layer, "groups", 1) > 1:
+            raise UserError(
+                f'"trainer.lora" cannot adapt {name.removeprefix("base_model.model.")}: peft cannot merge the update '
+                "of a grouped convolution, so the trained model could not be saved. Leave this layer out of "
+                "trainer.lora.target_modules."
+            )
+    return adapted
 
 
 def merged(model: nn.Module) -> nn.Module:

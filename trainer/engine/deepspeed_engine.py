@@ -30,6 +30,7 @@ from . import contract as engine_contract
 from .adapt import parameter_groups
 from .device import as_local_rank
 from .optimizers import client_optimizer, for_vectors
+from .undo import Undo
 
 VERSION: str = deepspeed.__version__
 # `deepspeed.comm.torch` as an attribute is torch itself.
@@ -134,6 +135,7 @@ class Engine:
             and first.get("fused", False)
             and first["momentum"] > 0
         )
+        self._undo: Undo | None = None
         if self.zero_stage == 0:
             self._take_over(config.memory_breakdown)
 
@@ -191,16 +193,19 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self._autocast_dtype)
 
     def skip_update_where(self, flag: Tensor) -> bool:
-        """From now on the optimizer's kernel skips each update if `flag` () is not 0. Returns False if it cannot.
+        """From now on an update leaves the parameters alone if `flag` () is not 0. Returns False if it cannot.
 
-        This keeps the last good parameters, and the host need not wait for the loss. Torch's fused optimizers can do
-        it.
+        This keeps the last good parameters, and the host need not wait for the loss. Kernels of torch's fused
+        optimizers skip the update. Others make it, and it is taken back; their momenta are no longer good then.
         """
-        if self.zero_stage > 0 or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if self.zero_stage > 0:
             return False
-        # Both attributes are those that torch.amp.GradScaler sets on a fused optimizer.
-        self.optimizer.grad_scale = None
-        self.optimizer.found_inf = flag
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # Both attributes are those that torch.amp.GradScaler sets on a fused optimizer.
+            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = flag
+        else:
+            self._undo = Undo(self.parameters, flag)
         return True
 
     def set_learning_rate(self, factor: float | None) -> float:
@@ -234,7 +239,11 @@ class Engine:
             self.optimizer.step()
             for i, parameter in enumerate(self.parameters):
                 parameter.grad = None if i in late or i in unused else self._views[i]
+        if self._undo is not None:
+            self._undo.note()
         self._engine.step()
+        if self._undo is not None:
+            self._undo.undo()
         for i in [*unused, *late]:
             self.parameters[i].grad = self._views[i]
 

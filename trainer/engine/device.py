@@ -114,7 +114,8 @@ def code_sha256() -> str:
     return total.hexdigest()
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name of the processor, with its family and model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -134,13 +135,13 @@ def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "deepspeed": deepspeed_version,
         "device_type": device.type,
-        "device_model": _cpu_model(),
+        "device_model": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         result["device_model"] = torch.cuda.get_device_name(device)
-        result["cpu_model"] = _cpu_model()  # of rank 0, which draws the first weights
+        result["cpu_model"] = cpu_model()  # of rank 0, which draws the first weights
         result["cuda"] = str(torch.version.cuda)
         result["cudnn"] = str(torch.backends.cudnn.version())
         result["tf32"] = f"matmul={torch.backends.cuda.matmul.allow_tf32} cudnn={torch.backends.cudnn.allow_tf32}"

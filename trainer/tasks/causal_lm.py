@@ -4,11 +4,13 @@ The loss is the summed negative log-likelihood divided by the valid tokens of th
 over its tokens. (Averaging the means of micro-batches, which have different numbers of tokens, is another loss.)
 
 No attention mask is passed. Padding stands to the right, and a causal model's token sees what is left of it alone,
-so padding changes nothing where a loss is taken; models then take their fastest path.
+so padding changes nothing where a loss is taken; models then take their fastest path. Nor do models look for the
+texts in a row: a row is one text, or several that are read as one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import held_out, model_checks, report, sources, tables, text, unknown
+from ..data import held_out, masks, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
 from ..data.table_files import Table
@@ -162,6 +164,7 @@ class CausalLM:
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
         self._sample: Tensor | None = None  # (2, tokens) int64 of the training set, on which `model` tries the model
         self._saved: Path | None = None  # where `load` found the model
+        self._rows_are_texts = False  # known to transformers without a look at a batch: see `masks`
         self._arguments: dict[str, Any] = {}  # what the model is called with beside its inputs
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -434,10 +437,12 @@ class CausalLM:
                 model, self._spec, {"input_ids": ids, **self._arguments}, f"{ids.shape[1]:,} tokens of the training set"
             )
 
-        shape = tuple(logits_of(ids).shape)
-        if shape[:2] != tuple(ids.shape):
+        rows = ids if len(ids) > 1 else ids.repeat(2, 1)
+        logits, self._rows_are_texts = masks.whether_rows_are_texts(lambda: logits_of(rows))
+        shape = tuple(logits.shape)
+        if shape[:2] != tuple(rows.shape):
             raise UserError(
-                f'"trainer.task_options.model" gives logits of shape {shape} for tokens of shape {tuple(ids.shape)}. '
+                f'"trainer.task_options.model" gives logits of shape {shape} for tokens of shape {tuple(rows.shape)}. '
                 "A causal language model gives one row a token."
             )
         # A few tokens: among many, a single one changes little.
@@ -449,7 +454,10 @@ class CausalLM:
         Sums, and no logits: those of a whole split would not fit into memory.
         """
         targets = batch["targets"]  # (B, tokens)
-        logits = model(input_ids=batch["input_ids"], **self._arguments).logits  # (B, tokens, vocabulary)
+        # A compiled model is not asked: its graph has the positions in it, and other kernels.
+        known = self._rows_are_texts and getattr(model, "_compiled_call_impl", None) is None
+        with masks.rows_are_texts() if known else contextlib.nullcontext():
+            logits = model(input_ids=batch["input_ids"], **self._arguments).logits  # (B, tokens, vocabulary)
         nll = F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
         ).view(targets.shape)

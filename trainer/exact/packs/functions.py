@@ -31,9 +31,14 @@ def _call_dropout(
     if not training or p == 0.0:
         return NotImplemented
     _needs_part(pack, func, input)
-    if input.device.type != "cpu" or p == 1.0 or not input.is_contiguous():
+    on_cpu = input.device.type == "cpu"
+    if p == 1.0 or not input.is_contiguous() or not (on_cpu or input.dtype == torch.float32):
         return pack.apart(F.dropout, (input, p, True), {}, random=True)
-    # As torch's dropout on the CPU: only the draws are one micro-batch at a time.
+    # As torch's dropout: only the draws are one micro-batch at a time.
+    if not on_cpu:
+        # A GPU's kernel multiplies by 0 or 1, then by the scale. Of ones it gives what it multiplies by.
+        ones = torch.ones_like(input[: len(input) // pack.g])
+        return input * torch.cat([pack.drawn(k, F.dropout, ones, p, True) for k in range(pack.g)])
     noise = torch.empty_like(input)
     pieces = cut(noise, pack.g)
     for k in range(pack.g):

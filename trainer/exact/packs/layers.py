@@ -187,16 +187,32 @@ def cut(tensor: Tensor, g: int) -> list[Tensor]:
     distance = own[-1].storage_offset() - own[0].storage_offset()
     if distance * size % (alignment * max(1, g - 1)) == 0 and tensor.storage_offset() * size % alignment == 0:
         return list(own)
-    return [piece(tensor, k, g) for k in range(g)]
+    return laid_apart(tensor, g)
+
+
+def laid_apart(tensor: Tensor, g: int) -> list[Tensor]:
+    """Copies of the parts of a pack's micro-batches, each as good as a tensor of its own; one kernel where it can be.
+
+    They share memory in which each starts where a fresh tensor may start.
+    """
+    own = tensor.chunk(g)
+    sizes, strides, count = own[0].shape, own[0].stride(), own[0].numel()
+    if count != 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)):
+        return [part.clone() for part in own]  # not one piece of memory
+    alignment = ALIGNMENT_BYTES[tensor.device.type] // tensor.element_size()
+    distance = -(-count // alignment) * alignment
+    room = torch.empty(g * distance, dtype=tensor.dtype, device=tensor.device)
+    whole = room.as_strided((g, *sizes), (distance, *strides))
+    whole.copy_(tensor.unflatten(0, (g, -1)))
+    # Not as views, which torch would not allow a function to change in place.
+    return [part.data for part in whole.unbind()]
 
 
 def put_pieces(tensor: Tensor, pieces: list[Tensor]) -> None:
     """Writes back what was changed in pieces, where they are copies."""
     if all(own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for own in pieces):
         return
-    for there, own in zip(tensor.chunk(len(pieces)), pieces):
-        if there.data_ptr() != own.data_ptr():
-            there.copy_(own)
+    torch._foreach_copy_(tensor.chunk(len(pieces)), pieces)
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -215,7 +231,7 @@ class Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, g: int) -> tuple[Tensor, ...]:
         """The pieces, copied: they may be changed in place."""
-        return tuple(own.clone() for own in tensor.chunk(g))
+        return tuple(laid_apart(tensor, g))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -423,6 +423,11 @@ class Pack(TorchFunctionMode):
         """The generator of micro-batch k on this device."""
         return self._streams.generator(k, device)
 
+    def drawn(self, k: int, func: Any, *args: Any) -> Any:
+        """What a function that draws random numbers returns to micro-batch k; its arguments are the same for all."""
+        with self._streams.of(k):
+            return func(*args)
+
     def scratch_of(self, running: Tensor | None) -> Tensor | None:
         """Where the micro-batches' statistics of a layer go: (g, features)."""
         return None if running is None else self._statistics.scratch_piece(running, self.scratch)

@@ -1,0 +1,1 @@
+"""A pretended CUDA device: see README.md."""

@@ -1,0 +1,98 @@
+"""What the tests run in ranks that have pretended GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed import jobs
+from tests.pretended_gpu.device import PretendedGpu
+from tests.standing import fresh
+from trainer.config.keys import Config
+from trainer.ranks.place import Ranks
+
+
+@fresh
+def on_gpus(ranks: Ranks, gpus: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `function(ranks, *arguments)` on a machine with so many GPUs. It may have more ranks."""
+    with PretendedGpu(gpus):
+        return function(ranks, *arguments)
+
+
+def use_caches_beside(config: Config) -> None:
+    folder = Path(config.trainer.output_dir or "").parent
+    os.environ["TRAINER_CACHE"], os.environ["HF_DATASETS_CACHE"] = str(folder / "cache"), str(folder / "datasets")
+
+
+def train(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """As `jobs.train`, with caches in the test's folder."""
+    use_caches_beside(config)
+    return jobs.train(ranks, config)
+
+
+@fresh
+def train_counted(ranks: Ranks, gpus: int, config: Config) -> dict[str, Any]:
+    """As `train`, on GPUs; "waits" has each step's, "backend" what torch.distributed was asked for."""
+    from trainer.exact.step import ExactStep
+
+    use_caches_beside(config)
+    waits: list[dict[tuple[str, str], int]] = []
+    make_step = ExactStep.__call__
+
+    with PretendedGpu(gpus) as gpu:
+
+        def counted(self: ExactStep, *arguments: Any, **named: Any) -> Any:
+            gpu.reset()
+            result = make_step(self, *arguments, **named)
+            waits.append(dict(gpu.waits + gpu.copies))
+            return result
+
+        ExactStep.__call__ = counted  # type: ignore[method-assign]
+        return jobs.train(ranks, config) | {"waits": waits, "backend": gpu.backend}
+
+
+@fresh
+def launches(ranks: Ranks, config: Config) -> tuple[dict[str, int], dict[str, int]]:
+    """The kernels, by operation, of a step with packs of `trainer.pack` micro-batches and of a plain loop's step."""
+    from trainer.exact.packs import layers, pack, packs
+
+    use_caches_beside(config)
+    packs.TRIALS = layers.MOST_DRAWS = pack.MOST_DRAWS = 1  # how carefully they are tried is not the question here
+    with PretendedGpu(1) as gpu:
+        pieces, step = jobs.built(ranks, config)
+        size, engine = config.trainer.pack, pieces.engine
+        assert isinstance(size, int)
+        engine.model.train()
+        step.packs = packs.Packs(
+            step.micro_batches, engine.parameters, engine.model, step.statistics, pieces.device, size, 1000
+        )
+        batch = pieces.batches.at(0)
+        step(batch)  # tries packs out
+        gpu.reset()
+        step(replace(batch, progress=replace(batch.progress, step=1)))
+        assert not step.packs.refusals(), step.packs.refusals()
+        ours = dict(+gpu.launches)
+        optimizer = torch.optim.AdamW(engine.parameters, fused=True)
+        for _ in range(2):  # the first makes the optimizer's state
+            gpu.reset()
+            _plain_step(pieces, batch, optimizer, step)
+        return ours, dict(+gpu.launches)
+
+
+def _plain_step(pieces: Any, batch: Any, optimizer: torch.optim.Optimizer, step: Any) -> None:
+    """As a user would write it: the samples of the step are one batch."""
+    split, task, parameters = pieces.splits["train"], pieces.task, pieces.engine.parameters
+    optimizer.zero_grad()
+    arrays = split.gather(batch.indices)
+    if getattr(task, "augment", None) is not None:
+        arrays = step.micro_batches._augmented(arrays, batch.indices, batch.progress)
+    if batch.longest is not None:
+        arrays = split.cut(arrays, max(batch.longest))
+    (task.loss(task.forward(pieces.engine.model, arrays), arrays)[0] / batch.count).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()

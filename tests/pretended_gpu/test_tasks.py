@@ -1,0 +1,124 @@
+"""Every ready task on a pretended GPU: the CPU's bits, and no wait of the host but for the flag of two steps ago."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import jobs
+from tests.distributed.jobs import ROOT, small_config
+from tests.distributed.test_results import small_data
+from tests.pretended_gpu.jobs import launches, train, train_counted
+from tests.standing import run_ranks
+from trainer.config.keys import Config, load_config
+
+MODEL = "trainer.task_options.model"
+# The config files of ready tasks, with narrow models and small images; and with fewer layers, too.
+NARROW: dict[str, dict[str, Any]] = {
+    "strong": {"trainer.task_options.width": 4},
+    "causal_lm": {f"{MODEL}.n_embd": 16},
+    "text_classification": {f"{MODEL}.hidden_size": 16, f"{MODEL}.intermediate_size": 16},
+    "image_classification": {
+        f"{MODEL}.hidden_sizes": [8, 16],
+        f"{MODEL}.embedding_size": 8,
+        "trainer.task_options.image_size": 16,
+    },
+    "image_classification_vit": {
+        f"{MODEL}.hidden_size": 16,
+        f"{MODEL}.intermediate_size": 16,
+        "trainer.task_options.image_size": 16,
+    },
+    "nodules": {"trainer.task_options.width": 2},
+    "nodules_autoencoder": {"trainer.task_options.width": 2},
+}
+SHALLOW = {
+    "causal_lm": {f"{MODEL}.n_layer": 1},
+    "text_classification": {f"{MODEL}.num_hidden_layers": 1},
+    "image_classification": {f"{MODEL}.depths": [1, 1]},
+    "image_classification_vit": {f"{MODEL}.num_hidden_layers": 1},
+}
+
+
+def ready(name: str, folder: Path, **more: Any) -> Config:
+    file = ROOT / "ds_configs" / f"{name}.json"
+    overrides = {"trainer.output_dir": str(folder / "run"), "tensorboard": {"enabled": False}} | more
+    data = small_data(json.loads(file.read_text())["trainer"]["task"], folder)
+    if data is not None:
+        overrides["trainer.task_options.data"] = str(data)
+    return load_config(file, overrides)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_ready_task_has_the_cpus_bits_and_waits_for_no_micro_batch(tmp_path: Path, name: str) -> None:
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "trainer.max_steps": 5}
+
+    def config(run: str) -> Config:
+        more = {**sizes, **NARROW[name], **SHALLOW.get(name, {}), "trainer.output_dir": str(tmp_path / run)}
+        return ready(name, tmp_path, **more)
+
+    here = run_ranks(train, 1, config("here"))[0]
+    there = run_ranks(train_counted, 1, 1, config("there"))[0]
+    assert there["trace"] == here["trace"] and there["exactness"] == "bitwise"
+    assert there["backend"] == "nccl"
+    # The first step looks for unused parameters, and the last one is audited.
+    first, second, *others, last = there["waits"]
+    assert not any("step.py" not in place and "tasks/" not in place for _, place in first)
+    assert not second
+    for waits in others:
+        (((what, place), count),) = waits.items()
+        assert (what, count) == ("Event.synchronize", 1) and place.startswith("trainer/exact/step.py:")
+    assert any(place.startswith("trainer/exact/audit.py:") for _, place in last)
+
+
+@pytest.mark.parametrize("optimizer", ["NAdam", "LAMB"])
+def test_an_optimizer_that_cannot_skip_an_update_waits_no_more(tmp_path: Path, optimizer: str) -> None:
+    more = {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}, "max_steps": 4}
+    here = run_ranks(jobs.train, 1, small_config(tmp_path / "here", **more))[0]
+    there = run_ranks(train_counted, 1, 1, small_config(tmp_path / "there", **more))[0]
+    assert there["trace"] == here["trace"]
+    assert not [place for _, place in there["waits"][1] if "exact/step.py" in place or "engine" in place]
+
+
+@pytest.mark.parametrize(
+    ("W", "gpus", "backend"),
+    [(3, 1, "gloo"), (2, 2, "nccl"), pytest.param(8, 8, "nccl", marks=pytest.mark.slow)],
+    ids=["three on one GPU", "two over NCCL", "eight over NCCL"],
+)
+def test_ranks_on_gpus_have_the_cpus_bits(tmp_path: Path, W: int, gpus: int, backend: str) -> None:
+    more = {"max_steps": 6, "ranks_per_gpu": -(-W // gpus), "device": "auto"}
+    here = run_ranks(jobs.train, 2, small_config(tmp_path / "here", **more | {"ranks_per_gpu": 1}))[0]
+    there = run_ranks(train_counted, W, gpus, small_config(tmp_path / "there", **more))
+    assert {rank["backend"] for rank in there} == {backend}
+    assert there[0]["trace"] == here["trace"]
+    assert there[0]["metrics"] == here["metrics"]
+
+
+# Kernels of a step with one pack of M micro-batches, at most, as a multiple of a plain loop's: see README.md.
+CEILINGS: dict[str, float] = {}
+
+
+def launches_at(M: int, name: str, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    sizes = {"train_batch_size": 2 * M, "train_micro_batch_size_per_gpu": 2, "trainer.pack": M}
+    return run_ranks(launches, 1, ready(name, folder, **NARROW[name], **sizes))[0]
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_a_pack_launches_little_more_than_a_plain_loop(tmp_path: Path, name: str) -> None:
+    ours, plain = launches_at(32, name, tmp_path)
+    assert sum(ours.values()) <= CEILINGS[name] * sum(plain.values()), (ours, plain)
+
+
+@pytest.mark.slow
+def test_the_tests_for_gpus_pass(tmp_path: Path) -> None:
+    """As they are. What the device cannot pretend is autocast of CUDA."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "tests.pretended_gpu.plugin", "-k", "not bf16"]
+    environment = os.environ | {"PRETENDED_GPUS": "1", "TRAINER_CACHE": str(tmp_path)}
+    run = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert "5 passed" in run.stdout

@@ -1,0 +1,1 @@
+"""`python -m trainer doctor`: what works on this machine."""

@@ -1,0 +1,128 @@
+"""What this machine has: devices, drivers and packages, and whether they fit together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from ...errors import UserError
+
+_PROJECT = "strong-scaling-trainer"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the other checks use.
+
+    Attributes:
+        gpus: how many, that torch can use.
+        cores: of the CPU that this process may use.
+    """
+
+    gpus: int
+    cores: int
+
+    @property
+    def device(self) -> str:
+        """As trainer.device."""
+        return "cuda" if self.gpus else "cpu"
+
+    def ranks_per_gpu(self, world_size: int) -> int:
+        """As trainer.ranks_per_gpu, for so many ranks; 1 on the CPU."""
+        return max(1, -(-world_size // self.gpus)) if self.gpus else 1
+
+
+def look(device: str) -> Machine:
+    """The machine. device: "auto", "cpu" or "cuda". Raises UserError if there is no such device."""
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda, but torch finds no GPU on this machine.")
+    return Machine(gpus, len(os.sched_getaffinity(0)))
+
+
+def devices(machine: Machine) -> tuple[str, dict[str, Any]]:
+    """A sentence on the devices, and its figures. Raises UserError if torch has no kernels for a GPU."""
+    from ...engine.device import cpu_model
+
+    figures: dict[str, Any] = {"cpu": cpu_model(), "cores": machine.cores, "gpus": []}
+    said = f"{cpu_model()}, {machine.cores} core{'s' * (machine.cores > 1)}; "
+    if not machine.gpus:
+        return said + "no GPU is used", figures
+    built = torch.cuda.get_arch_list()
+    for index in range(machine.gpus):
+        found = torch.cuda.get_device_properties(index)
+        figures["gpus"].append(
+            {
+                "name": found.name,
+                "gib": round(found.total_memory / 2**30, 1),
+                "capability": f"{found.major}.{found.minor}",
+            }
+        )
+        # A binary for 8.0 also runs on 8.6: kernels of one major version fit all later minor ones.
+        fits = {name.removeprefix("sm_")[:-1] for name in built if name.startswith("sm_")}
+        if built and str(found.major) not in fits and not any(name.startswith("compute_") for name in built):
+            raise UserError(
+                f"torch {torch.__version__} has no kernels for GPU {index} ({found.name}, "
+                f"{found.major}.{found.minor}), only for {', '.join(built)}. Install a torch build for this GPU."
+            )
+    names = sorted({gpu["name"] for gpu in figures["gpus"]})
+    if len(names) > 1:
+        said += "different GPUs, so ranks on both are labelled tolerance: "
+    return said + f"{machine.gpus} x {', '.join(names)}", figures
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None if none is found."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout  # fmt: skip
+        return said.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+        return next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, StopIteration):
+        return None
+
+
+def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
+    """A sentence on drivers and packages, and their versions. Raises UserError if an installed package doesn't fit."""
+    figures: dict[str, Any] = {}
+    wrong = []
+    for need in _needs():
+        try:
+            found = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{need.name} is not installed ({need} is needed)")
+            continue
+        figures[need.name] = found
+        if not need.specifier.contains(found, prereleases=True):
+            wrong.append(f"{need.name} is {found} ({need} is needed)")
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}. Install these, or all that was tested: bash launch/setup.sh")
+    said = f"torch {torch.__version__}, DeepSpeed {figures['deepspeed']}, transformers {figures['transformers']}"
+    if machine.gpus:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        cuda = {"driver": driver(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+        figures |= cuda
+        said += f"; driver {cuda['driver']}, CUDA {cuda['cuda']}, NCCL {nccl}"
+    return said, figures
+
+
+def _needs() -> list[Requirement]:
+    """What the project needs. Where it was copied and not installed, only the main packages are known."""
+    try:
+        needs = [Requirement(text) for text in importlib.metadata.requires(_PROJECT) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return [Requirement(name) for name in ("torch", "deepspeed", "transformers", "datasets", "tensorboard")]
+    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
