@@ -53,9 +53,16 @@ modules venv and ensurepip are missing. On Debian and Ubuntu: sudo apt install p
     "$base" -m venv --clear "$1" || fail "The virtual environment $1 could not be made, for the reason above."
 }
 
+# The index of the torch build for this machine's driver and first GPU; nothing where that on PyPI fits, or none does.
+torch_index() {
+    local gpu
+    gpu=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
+    case $gpu in [0-9]*,*[0-9]) "$1" -m trainer.engine.gpus "$gpu" ;; esac
+}
+
 # install_project ENVIRONMENT EXTRA
 install_project() {
-    local python=$1/bin/python present tested
+    local python=$1/bin/python present tested index torch=() problem
     recent "$python" || fail "The environment $1 has $("$python" -V 2>&1), and 3.10 or newer is needed. Deactivate or \
 delete it and run this again."
     # Environments made by uv come without pip.
@@ -68,10 +75,17 @@ delete it and run this again."
         "" | "$tested" | "$tested"+*) ;;
         *) say "torch $present in $1 is replaced by $tested, with which this project is tested." ;;
     esac
+    index=$(torch_index "$python")
+    if [ -n "$index" ]; then
+        torch=("torch==$tested+${index##*/}" --extra-index-url "$index")
+        say "PyPI's torch does not fit this machine's GPU or its driver, so torch comes from $index."
+    fi
     say "Installing the project into $1 (the first time with PyTorch and DeepSpeed: minutes, some gigabytes) ..."
     "$python" -m pip install -qq --no-input --disable-pip-version-check \
-        --constraint launch/constraints.txt --editable ".${2:+[$2]}" ||
+        --constraint launch/constraints.txt "${torch[@]}" --editable ".${2:+[$2]}" ||
         fail "The installation failed, for the reason above. Run this again to continue."
+    problem=$("$python" -m trainer.engine.gpus)
+    if [ -n "$problem" ]; then say "WARNING: $problem"; fi
     # Into DeepSpeed's programs pip writes the path of Python as it is, and one with a space cannot be run so.
     case $1 in *" "*) sed -i '1s|^#!/.* .*/bin/python.*|#!/usr/bin/env python|' "$1"/bin/deepspeed "$1"/bin/ds* ;; esac
 }

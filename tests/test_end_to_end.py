@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# DeepSpeed's launcher shows its ranks GPUs that the tests have hidden.
+ON_CPU = ("--set", "trainer.device=cpu")
 SCRIPTS = sysconfig.get_path("scripts")
 
 
@@ -59,7 +61,7 @@ def test_the_main_command(project: Path) -> None:
     """Two ranks under DeepSpeed's launcher and one under plain python: the same model."""
     done, marker = launch(
         "deepspeed", "--num_gpus", "2", "--master_port", "29611",
-        "trainer/main.py", "--ds_config", "ds_configs/strong.json", "--epochs", "2",
+        "trainer/main.py", "--ds_config", "ds_configs/strong.json", "--epochs", "2", *ON_CPU,
         cwd=project,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -77,7 +79,14 @@ def test_the_main_command(project: Path) -> None:
     assert summary["world_size"] == 2
 
     alone, _ = launch(
-        sys.executable, "trainer/main.py", "--ds_config", "ds_configs/strong.json", "--epochs", "2", cwd=project
+        sys.executable,
+        "trainer/main.py",
+        "--ds_config",
+        "ds_configs/strong.json",
+        "--epochs",
+        "2",
+        *ON_CPU,
+        cwd=project,
     )
     assert alone.returncode == 0, alone.stderr
     again = json.loads((project / "runs" / "strong-002" / "summary.json").read_text())
@@ -91,7 +100,7 @@ def test_ending_the_runner_stops_the_ranks_with_a_checkpoint(project: Path) -> N
     """DeepSpeed's runner forgets its ranks on SIGTERM; they notice, and the run goes on with three to the same bits."""
     marker = uuid.uuid4().hex
     command = ["deepspeed", "--num_gpus", "2", "trainer/main.py", "--ds_config", "ds_configs/strong.json"]
-    command += ["--output_dir", "out", "--epochs", "12"]
+    command += ["--output_dir", "out", "--epochs", "12", *ON_CPU]
     with (project / "output.txt").open("w") as output:
         runner = subprocess.Popen(command, cwd=project, env=environment_with(marker), stdout=output, stderr=output)
         deadline_s = time.monotonic() + 120
@@ -111,7 +120,7 @@ def test_ending_the_runner_stops_the_ranks_with_a_checkpoint(project: Path) -> N
     done, _ = launch(*command[:2], "3", *command[3:], "--resume", "auto", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout
-    alone, _ = launch(sys.executable, *command[3:6], "--output_dir", "alone", "--epochs", "12", cwd=project)
+    alone, _ = launch(sys.executable, *command[3:6], "--output_dir", "alone", "--epochs", "12", *ON_CPU, cwd=project)
     assert alone.returncode == 0, alone.stderr
     resumed, whole = (json.loads((project / n / "summary.json").read_text()) for n in ("out", "alone"))
     for name in ("parameters_sha256", "model_sha256", "metrics", "best"):
@@ -147,7 +156,7 @@ def test_an_error_is_one_message(project: Path, arguments: list[str], words: str
         shutil.copy(file, project)
     done, marker = launch(
         "deepspeed", "--num_gpus", "3", "--master_port", "29612",
-        "trainer/main.py", "--ds_config", "ds_configs/strong.json", *arguments,
+        "trainer/main.py", "--ds_config", "ds_configs/strong.json", *arguments, *ON_CPU,
         cwd=project,
     )  # fmt: skip
     assert done.returncode == 2

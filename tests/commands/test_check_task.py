@@ -62,6 +62,18 @@ def test_samples_that_see_one_another_are_a_note(capsys: pytest.CaptureFixture[s
     )
 
 
+def test_what_gpus_would_refuse_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exact on CPUs; on a GPU, its run would end in an error. Nobody needs a GPU to hear of it."""
+    assert main(["check-task", f"{USER_TASKS}/inexact_tasks.py:PoolsToMoreThanOne"]) == 0
+    out = capsys.readouterr().out
+    note = (
+        "note: on GPUs torch refuses this model, because it has no exact kernel there: the module pool "
+        "(AdaptiveAvgPool1d) uses adaptive_avg_pool2d_backward. This computes the same, up to rounding: F.adaptive_"
+    )
+    assert out.count(note) == out.count("note: ") == 1
+    assert "is exact" in out
+
+
 @pytest.mark.parametrize("task", ["Mean", "RowsOfAMean"])
 def test_a_loss_that_averages_is_an_error(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-task", f"{USER_TASKS}/mean_tasks.py:{task}"]) == 2

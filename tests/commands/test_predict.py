@@ -268,7 +268,6 @@ def test_predictions_that_fail_halfway_leave_the_old_file(folder: Path, capsys: 
     assert not [name for name in os.listdir(folder) if name.startswith(".out.csv")]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_gpu_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict("--device", "cuda") == 2
     assert "--device cuda, but torch finds no GPU on this machine." in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.jobs import small_config
 from trainer.commands import verify as verifying
 from trainer.commands.verify import first_difference, run_to_a_stop, verify
-from trainer.errors import NonFiniteError, UserError
+from trainer.errors import NonFiniteError, TrainerError, UserError
 
 ZERO = "ZeRO stage 1 reduces gradients in an order that depends on the number of ranks"
 MODELS = "rank 1 on node7 runs on NVIDIA A100, others on NVIDIA H100"
@@ -152,6 +152,52 @@ def test_another_error_names_the_world_size(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(verifying, "run_ranks", run_ranks)
     with pytest.raises(UserError, match="at 2 ranks: no such file"):
         verify(small_config(tmp_path / "run"), [2])
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "usable_gpus", lambda wanted: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_ranks_than_gpus_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the first run, not found out by one that has been waited for."""
+    asked: list[tuple[int, int, bool]] = []
+
+    def run_ranks(job: Any, W: int, config: Any, folder: str, *, cuda: bool, **options: Any) -> list[Any]:
+        asked.append((W, config.trainer.ranks_per_gpu, cuda))
+        (Path(folder) / "trace.jsonl").write_text("")
+        return [finished("")[1]]
+
+    monkeypatch.setattr(verifying, "run_ranks", run_ranks)
+    assert verify(small_config(tmp_path / "run"), [1, 2, 3, 8]) == 0
+    assert asked == [(1, 1, True), (2, 1, True), (3, 2, True), (8, 4, True)]
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "note: this machine has 2 GPUs, which 3 and 8 ranks share, over gloo (trainer.ranks_per_gpu)."
+    )
+    assert out.count("note: ") == 1
+    assert verify(small_config(tmp_path / "run"), [1, 2]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_an_error_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_ranks(job: Any, W: int, config: Any, folder: str, **options: Any) -> list[Any]:
+        if W == 3:
+            raise TrainerError("does not fit into the memory")
+        (Path(folder) / "trace.jsonl").write_text("")
+        return [finished("")[1]]
+
+    monkeypatch.setattr(verifying, "run_ranks", run_ranks)
+    with pytest.raises(TrainerError, match="at 3 ranks: does not fit"):
+        verify(small_config(tmp_path / "run"), [1, 2, 3, 4])
+    out = capsys.readouterr().out
+    assert row(out, 1).endswith("reference")
+    assert row(out, 2).endswith("yes")
 
 
 def test_seconds_are_those_of_the_run_without_the_start_of_its_processes(say_of: Any) -> None:

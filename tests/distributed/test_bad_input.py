@@ -102,10 +102,7 @@ def test_tasks_and_devices(capsys: pytest.CaptureFixture[str], config_file: Any,
     assert "lacks forward()" in refused(
         capsys, "--ds_config", strong, "--task", f"{BAD}:NoForward", "--set", "trainer.task_options={}"
     )
-    import torch
-
-    if not torch.cuda.is_available():
-        assert "finds no GPU" in refused(capsys, "--ds_config", strong, "--set", "trainer.device=cuda")
+    assert "finds no GPU" in refused(capsys, "--ds_config", strong, "--set", "trainer.device=cuda")
     assert nothing_left(tmp_path)
 
 

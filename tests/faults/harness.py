@@ -38,6 +38,7 @@ def bare_environment() -> dict[str, str]:
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT", "MASTER_ADDR", "TRAINER_LAUNCH")
     return {k: v for k, v in os.environ.items() if k not in ours} | {
         "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
         "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # as trainer/main.py sets it before torch is loaded
@@ -58,6 +59,7 @@ class Workload:
 def workloads(folder: Path, long_epochs: int = 30) -> list[Workload]:
     """Writes the configs: digits, and a small transformer on texts that are made here."""
     common: dict[str, Any] = {
+        "device": "cpu",
         "epochs": 4,
         "log_every_steps": 2,
         "guard_every_steps": 5,

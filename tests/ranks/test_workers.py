@@ -179,6 +179,30 @@ if __name__ == "__main__":
 """
 
 
+ENVIRONMENTS = """
+import os, sys
+sys.path.insert(0, {root!r})
+from trainer.ranks import workers
+workers._PRELOAD = []
+def variables(ranks=None):
+    return [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")]
+if __name__ == "__main__":
+    print(workers.run_ranks(variables, 1), variables())
+"""
+
+
+@pytest.mark.parametrize("values", [{}, {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda"}])
+def test_ranks_on_the_cpu_see_no_gpu_and_the_process_that_starts_them_does(
+    tmp_path: Path, values: dict[str, str]
+) -> None:
+    """It may start ranks on GPUs later."""
+    (tmp_path / "parent.py").write_text(ENVIRONMENTS.format(root=str(Path(__file__).resolve().parents[2])))
+    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    done = subprocess.run(command, env=kept | values, capture_output=True, text=True, check=True)
+    assert done.stdout == f"[['', 'cpu']] {list(values.values()) or [None, None]}\n"
+
+
 def is_there(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.errors import UserError
 from trainer.exact.plan import resolve
 from trainer.record.folder import OutputFolder
 from trainer.run.failures import explained, of_a_collective
@@ -48,6 +49,19 @@ def test_out_of_memory_names_the_next_smaller_micro_batch() -> None:
         if str(error):
             said = str(explained(error, PLAN, None))
             assert "micro-batch of 8 samples" in said and "Try half of it, 4" in said
+
+
+def test_an_operation_that_torch_refuses_has_a_substitute_and_its_place() -> None:
+    """Outside of a rehearsal, as in a metric on the device: by the line that called it."""
+
+    def metrics() -> None:
+        raise RuntimeError("median CUDA with indices output does not have a deterministic implementation, but you set")
+
+    said = explained(raised(metrics), PLAN, None)
+    assert isinstance(said, UserError)
+    assert f"Here {__file__}, line " in str(said)
+    assert ", in metrics(), uses median CUDA with indices output. This computes the same, up to" in str(said)
+    assert "x.sort(dim)" in str(said)
 
 
 def test_an_error_of_the_file_system_is_the_folders(tmp_path: Path) -> None:

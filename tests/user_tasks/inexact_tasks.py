@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from my_task import MyTask
+from my_task import MyTask, Net
 from torch import nn
 
 calls_of_all = 0
@@ -527,3 +527,36 @@ class Unfreezes(MyTask):
     def forward(self, model, batch, progress):
         model.inner.weight.requires_grad_(progress.epoch >= 1)
         return super().forward(model, batch)
+
+
+class Unpooling(Net):
+    def __init__(self, hidden, dropout):
+        super().__init__(hidden, dropout)
+        self.unpool = nn.MaxUnpool1d(2)
+
+    def forward(self, x):
+        largest, where = F.max_pool1d(x[:, None], 2, return_indices=True)
+        return super().forward(self.unpool(largest, where)[:, 0])
+
+
+class Unpools(MyTask):
+    """With an operation that torch refuses, on CPUs as well."""
+
+    def model(self):
+        return Unpooling(self.hidden, self.dropout)
+
+
+class Pooling(Net):
+    def __init__(self, hidden, dropout):
+        super().__init__(hidden, dropout)
+        self.first, self.pool = nn.Linear(20, 20), nn.AdaptiveAvgPool1d(10)
+
+    def forward(self, x):
+        return super().forward(self.pool(self.first(x)[:, None])[:, 0].repeat(1, 2))
+
+
+class PoolsToMoreThanOne(MyTask):
+    """With an operation that torch refuses, but only on GPUs."""
+
+    def model(self):
+        return Pooling(self.hidden, self.dropout)

@@ -124,7 +124,7 @@ def _few_steps(config: Config, samples: int) -> str | None:
 def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
     """Rehearses the task at one rank. Returns problems and notes, the micro-batch sizes, and the training samples."""
     from ..record.console import DeepSpeedLog
-    from ..rehearsal.rehearse import rehearse
+    from ..rehearsal.rehearse import refused_on_gpus, rehearse
     from ..rehearsal.stage import Stage, items_of
     from ..rehearsal.sums import refuse_means
     from ..run.build import build
@@ -138,11 +138,17 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
         log.close()
     subject = subject_of(p, make_step(p))
     found = rehearse(subject, 0)
-    refuse_means(Stage(subject, 0), None)  # what a forward averages is not seen by a run's rehearsal
+    stage = Stage(subject, 0)
+    refuse_means(stage, None)  # what a forward averages is not seen by a run's rehearsal
     examination = _Examination(p)
     problems = examination.splits_that_change()
     problems += [f"{finding.what}.\n{finding.remedy}" for finding in found.findings]
     notes = [f"{note}." for note in found.notes]
+    if p.device.type == "cpu":
+        notes += [
+            f"on GPUs torch refuses this model, because it has no exact kernel there: {text}"
+            for text in refused_on_gpus(stage)
+        ]
     if not problems:
         # Only now: random noise would look like statistics across the batch.
         notes += examination.statistics_across_the_batch()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config.schema import read_json
+from ..engine.gpus import usable_gpus
 from ..errors import UserError
 from ..files import whole_file
 from ..record.folder import ORIGIN
@@ -97,8 +98,6 @@ def _model_folder(path: Path) -> Path:
 
 
 def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Module]:
-    import torch
-
     from ..run.saving import load_model
     from ..tasks.protocol import load_task
 
@@ -118,10 +117,10 @@ def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Mo
             "        yields a dictionary, column -> value, for each sample\n"
             "trainer/tasks/README.md has an example."
         )
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
+    gpus = usable_gpus(device)
+    if device == "cuda" and gpus == 0:
         raise UserError("--device cuda, but torch finds no GPU on this machine.")
-    return task, load_model(task, folder).to(where).eval()
+    return task, load_model(task, folder).to("cuda" if gpus else "cpu").eval()
 
 
 def _own_code(folder: Path, name: str, origin: dict[str, Any]) -> str:

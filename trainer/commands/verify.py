@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.keys import Config
+from ..engine.gpus import sharing, usable_gpus
 from ..errors import NonFiniteError, RanksDifferError, TrainerError, UserError
 from ..ranks.place import Ranks
 from ..ranks.workers import run_ranks
@@ -142,12 +143,20 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
 
     Raises:
         UserError: a world size is impossible, or the config is weak scaling; before anything starts.
+        TrainerError: of a run that failed. The rows of those before it are printed first.
     """
     plans = [config.plan(world_size) for world_size in world_sizes]
     if plans[0].scaling == "weak":
         raise UserError(
             "This config is weak scaling: its global batch, and so its model, changes with the number of ranks.\n"
             "Give train_batch_size for strong scaling, which is what verify compares."
+        )
+    gpus = usable_gpus(config.trainer.device)
+    shared = [W for W in world_sizes if gpus and gpus * config.trainer.ranks_per_gpu < W]
+    if shared:
+        say(
+            f"note: this machine has {gpus} GPU{'s' * (gpus > 1)}, which {_listed(shared)} ranks share, over gloo "
+            "(trainer.ranks_per_gpu). This changes no bit. Their seconds do not show the speed of as many GPUs."
         )
     unsaved = dataclasses.replace(config.trainer.checkpoint, every_steps=0)
     trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0, checkpoint=unsaved)
@@ -163,15 +172,17 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
             own = dataclasses.replace(trainer, output_dir=str(folder / "run"))
             if pack is not None:
                 own = dataclasses.replace(own, pack=pack)
-            this = dataclasses.replace(quiet, trainer=own)
+            this = sharing(dataclasses.replace(quiet, trainer=own), W, gpus)
             say(f"{_title(W, pack)}: {plan.equation()} ...")
             try:
-                own_of = run_ranks(run_to_a_stop, W, this, str(folder), cuda=_uses_cuda(config), timeout_s=86_400.0)
+                own_of = run_ranks(run_to_a_stop, W, this, str(folder), cuda=gpus > 0, timeout_s=86_400.0)
             except RanksDifferError as error:
                 verdicts.append(f"NO: {str(error).splitlines()[0]}")
                 rows.append((str(W), str(pack), plan.per_rank(), "-", "-", "-", verdicts[-1]))
                 continue
             except TrainerError as error:
+                if rows:
+                    _show(rows, packs)
                 raise type(error)(f"at {_title(W, pack)}: {error}") from error
             summary = own_of[0]
             run = Traced(W, pack, folder / "trace.jsonl", summary, _refused(own_of))
@@ -181,10 +192,7 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
             digits = summary.get("parameters_sha256", "-")[:16]
             shown = _packs_used(pack, summary)
             rows.append((str(W), shown, plan.per_rank(), steps, f"{summary['seconds']:.1f}", digits, verdicts[-1]))
-    header = ("ranks", "packs of", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
-    if list(packs) == [None]:
-        header, rows = header[:1] + header[2:], [row[:1] + row[2:] for row in rows]  # type: ignore[operator, assignment]
-    say("", table(rows, header), "")
+    _show(rows, packs)
     say(*[f"{run.title}, stopped: {run.stopped}" for run in runs if run.stopped])
     say(*_refusals(runs))
     labelled = [run for run in runs if run.label]
@@ -199,6 +207,18 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
         return 0
     say(_same(runs[0], _everywhere(packs)))
     return 0
+
+
+def _show(rows: Sequence[Sequence[str]], packs: Sequence[Pack]) -> None:
+    """Prints the table; its column for the size of packs only if sizes were asked for."""
+    header = ("ranks", "packs of", "micro-batches per rank", "steps", "seconds", "parameters sha256", "the same bits")
+    kept = [i for i in range(len(header)) if i != 1 or list(packs) != [None]]
+    say("", table([[row[i] for i in kept] for row in rows], [header[i] for i in kept]), "")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _ranks(world_size: int) -> str:
@@ -270,11 +290,3 @@ def _verdict(reference: Traced, run: Traced) -> str:
     if json.dumps(run.summary["metrics"]) != json.dumps(reference.summary["metrics"]):
         return "NO: the final metrics differ, although every step is the same"
     return "yes"
-
-
-def _uses_cuda(config: Config) -> bool:
-    if config.trainer.device == "cpu":
-        return False
-    import torch
-
-    return torch.cuda.is_available()

@@ -30,7 +30,7 @@ class Need:
     """One thing inside DeepSpeed.
 
     Attributes:
-        owner: the object that has it: "deepspeed", "engine", "optimizer" or "parameter".
+        owner: the object that has it: "deepspeed", its module "communication", "engine", "optimizer" or "parameter".
         name: the path from the owner, with dots.
         kind: the type of a value, or the arguments of a callable as `inspect.signature` writes them.
         why: what the trainer does with it. It completes the sentence "which the trainer ...".
@@ -52,10 +52,11 @@ _STATE = "uses to write a parameter's optimizer state into a checkpoint and to r
 
 NEEDS = (
     Need(
-        "deepspeed",
-        "ops.__compatible_ops__",
-        dict,
-        "edits, so that a kernel that only DeepSpeed's all-reduce on CPUs would use is not compiled",
+        "communication",
+        "build_shm_op",
+        "()",
+        "keeps from compiling a kernel that only DeepSpeed's all-reduce on CPUs would use",
+        reads=("__compatible_ops__",),
     ),
     Need(
         "deepspeed",

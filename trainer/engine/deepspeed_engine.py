@@ -12,6 +12,7 @@ This is the only module that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from .optimizers import client_optimizer, for_vectors
 from .undo import Undo
 
 VERSION: str = deepspeed.__version__
+# `deepspeed.comm.torch` as an attribute is torch itself.
+_COMMUNICATION = importlib.import_module("deepspeed.comm.torch")
 # The state that optimizers keep on the host. All other state lies on the parameter's device. Names decide, as "step"
 # does in torch's Optimizer.load_state_dict. Shapes cannot: for a parameter of shape (), the moments have shape (), too.
 _ON_THE_HOST = ("step", "mu_product")
@@ -92,9 +95,11 @@ class Engine:
                 )
         self.device = self.parameters[0].device
         use_accelerator(self.device)
-        engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed)
-        # Otherwise DeepSpeed compiles a kernel for CPU ranks, for half a minute. Only its own all-reduce would use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed, communication=_COMMUNICATION)
+        # DeepSpeed asks this list whether it can compile a kernel for its own all-reduce on CPUs, which we don't use.
+        # Otherwise it would first try all kernels that it knows (23 for GPUs, in 1 to 3 s on every rank) to make the
+        # list, and then compile that one, in half a minute.
+        deepspeed.ops.__compatible_ops__ = {}
         groups = parameter_groups(model, config, for_vectors(config))
         odd = self._send_odd_parameters()
         try:

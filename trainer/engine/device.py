@@ -18,12 +18,13 @@ from ..config.keys import Config
 from ..errors import UserError
 from ..ranks.place import Ranks
 from ..ranks.rendezvous import GLOO_AND_NCCL
+from .gpus import usable_gpus
 
 
 def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
     """The rank's device and the backend its collectives use. Raises UserError if the device isn't there."""
     wanted, shared = config.trainer.device, config.trainer.ranks_per_gpu
-    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    gpus = usable_gpus(wanted)
     if wanted == "cuda" and gpus == 0:
         raise UserError(
             'trainer.device is "cuda", but torch finds no GPU on this machine. '

@@ -11,6 +11,7 @@ import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import queue
 import socket
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -69,11 +70,27 @@ def worker_context(cuda: bool) -> BaseContext:
     """How to start processes: forked from a server that has imported everything, or, for CUDA, new ones."""
     if cuda:
         return multiprocessing.get_context("spawn")
-    # The server inherits this environment. With the variable, DeepSpeed does not look for a GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    # The ranks have the environment that the server starts with. They see no GPU, and DeepSpeed does not look for one.
+    # This process keeps its own environment: it may start ranks on GPUs later.
+    with _environment({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
+        multiprocessing.forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _rank_main(

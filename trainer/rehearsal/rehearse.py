@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import TrainerError
+from ..errors import TrainerError, UserError
 from ..ranks.collectives import gather_objects, raise_together
 from .causes import explain
 from .probes import moved_values, refuse_collectives, refuse_use_of_running_statistics, under_moved_weights
 from .python_state import changes, is_number
+from .refused import Watch, refusal, sentence
 from .results import Finding, Hashes, changed_tensor, differs, source_of
 from .stage import Stage, Subject, another_rank, generators_kept
 from .sums import refuse_means
@@ -71,6 +72,10 @@ def rehearse(subject: Subject, first_step: int) -> Found:
         hashes, found = _perform(stage)
     except TrainerError as own:
         error = own
+    except RuntimeError as own:
+        if refusal(own) is None:
+            raise
+        error = _with_its_module(stage, own)
     raise_together(error)
     if objections:
         found.notes.append(
@@ -87,6 +92,29 @@ def rehearse(subject: Subject, first_step: int) -> Found:
             own_finding = _explain_difference(stage)
             found.findings = _agreed(gather_objects((own_finding, difference)))
     return found
+
+
+def _with_its_module(stage: Stage, error: RuntimeError) -> UserError | None:
+    """The message for an operation that torch has refused, with the module that uses it."""
+    for item in stage.items:
+        watch = Watch(stage.model)
+        try:
+            with watch.modules():
+                stage.visit(item)
+        except RuntimeError as again:
+            if refusal(again) is not None and watch.last is not None:
+                return refusal(again, watch.last.where)
+    return refusal(error)
+
+
+def refused_on_gpus(stage: Stage) -> list[str]:
+    """What torch would refuse on a GPU in this rank's micro-batches, as sentences. Restores everything."""
+    watch = Watch(stage.model)
+    with generators_kept(stage.subject.device), watch.modules():
+        for item in stage.items:
+            stage.visit(item)
+    stage.put_back()
+    return [sentence(operation) for operation in watch.refused]
 
 
 def _unite(found: Found, everyone: list[Found]) -> None:

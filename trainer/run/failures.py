@@ -12,6 +12,7 @@ from ..errors import TrainerError
 from ..exact.plan import BatchPlan
 from ..record.checkpoints import way_on
 from ..record.folder import OutputFolder
+from ..rehearsal.refused import refusal
 
 # The modules from which exceptions of gloo or NCCL come. Most are plain RuntimeErrors, so their type does not tell.
 _COLLECTIVES = ("torch.distributed.", "trainer.ranks.collectives", "deepspeed.comm.")
@@ -43,7 +44,15 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
             f"{advice} trainer.gradient_checkpointing=true, which keeps the bits. "
             "Another micro-batch size changes the bits: it is another model."
         )
-    return of_the_folder(error, folder)
+    return refusal(error, _line_of_the_task(error)) or of_the_folder(error, folder)
+
+
+def _line_of_the_task(error: BaseException) -> str:
+    """The innermost line of an exception's traceback that is neither ours nor torch's; "" if there is none."""
+    others = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, Path(__file__).parent))
+    lines = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(code, line) for code, line in lines if not code.co_filename.startswith((*others, "<"))]
+    return f"{own[-1][0].co_filename}, line {own[-1][1]}, in {own[-1][0].co_name}()," if own else ""
 
 
 def _ended_by_the_task(error: SystemExit) -> TrainerError:

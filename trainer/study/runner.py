@@ -25,6 +25,7 @@ from typing import Any
 
 from ..config.keys import Config
 from ..config.schema import near, read_json
+from ..engine.gpus import usable_gpus
 from ..errors import Stopped, UserError
 from ..exact.plan import steps_per_epoch
 from ..files import to_json, write_json
@@ -135,11 +136,7 @@ def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], 
 
 def _parallel(config: Config, wanted: int | None) -> tuple[bool, int]:
     """Whether runs use GPUs, and how many there are at a time."""
-    gpus = 0
-    if config.trainer.device != "cpu":
-        import torch
-
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = usable_gpus(config.trainer.device)
     cores = len(os.sched_getaffinity(0)) // config.trainer.cpu_threads
     return gpus > 0, min(wanted or 10**6, gpus or max(1, cores))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.keys import Config
 from ..config.schema import read_json
+from ..engine.gpus import sharing
 from ..files import write_json
 from ..ranks.place import Ranks
 from ..ranks.workers import run_ranks
@@ -58,7 +59,7 @@ def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
         own = dataclasses.replace(config, trainer=dataclasses.replace(trainer, output_dir=str(running / "timed")))
         shutil.rmtree(running, ignore_errors=True)
         try:
-            result = run_ranks(_timed, W, own, cuda=cuda, timeout_s=7 * 86400.0)[0]
+            result = run_ranks(_timed, W, sharing(own, W, devices if cuda else 0), cuda=cuda, timeout_s=7 * 86400.0)[0]
         finally:
             shutil.rmtree(running, ignore_errors=True)
         write_json(out / f"W{W}-{repeat}.json", {**result, "devices": devices, "own_devices": devices >= W})
@@ -113,10 +114,12 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
     from ..ranks.rendezvous import GLOO_AND_NCCL, start
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    where = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    gpus = torch.cuda.device_count() if cuda else 0
+    where = torch.device("cuda", ranks.local_rank % gpus) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
-    start(ranks, GLOO_AND_NCCL if cuda else "gloo", 600.0)
+    # NCCL refuses two ranks on one GPU.
+    start(ranks, GLOO_AND_NCCL if cuda and gpus >= ranks.local_world_size else "gloo", 600.0)
     seconds = {}
     for numel in (_SMALL, _LARGE):
         piece = torch.ones(numel, device=where)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from ...engine.gpus import usable_gpus
 from ...errors import UserError
 
 _PROJECT = "strong-scaling-trainer"
@@ -40,8 +41,8 @@ class Machine:
 
 
 def look(device: str) -> Machine:
-    """The machine. device: "auto", "cpu" or "cuda". Raises UserError if there is no such device."""
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    """The machine. device: "auto", "cpu" or "cuda". Raises UserError if that is not there, or torch cannot use it."""
+    gpus = usable_gpus(device)
     if device == "cuda" and not gpus:
         raise UserError("--device cuda, but torch finds no GPU on this machine.")
     return Machine(gpus, len(os.sched_getaffinity(0)))
