@@ -30,9 +30,9 @@ from tests.exactness.verdict import Verdict, judge
 LIMIT_S = 90.0
 
 
-def cases(seed: int, count: int, pool: Pool) -> Iterator[tuple[Case, Verdict, float]]:
-    """Runs and judges `count` cases. Gives each with its verdict and its seconds."""
-    for number in range(count):
+def cases(seed: int, count: int, pool: Pool, first: int = 0) -> Iterator[tuple[Case, Verdict, float]]:
+    """Runs and judges `count` cases, from one on. Gives each with its verdict and its seconds."""
+    for number in range(first, first + count):
         case, began_s = random_case(seed, number), time.monotonic()
         results = pool.run(case.config, case.world_sizes, LIMIT_S)
         yield case, judge(case, results), time.monotonic() - began_s
@@ -90,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Random tasks at several world sizes: one hash, or the right reason.")
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="go on from case K, where a run has ended")
     parser.add_argument("--case", type=int, metavar="K", help="only case K, with all that was said")
     parser.add_argument("--output", metavar="FILE", help="where failures and the table go as well")
     flags = parser.parse_args()
@@ -105,7 +106,7 @@ def main() -> int:
             return int(not verdict.good)
         began_s, said = time.monotonic(), []
         judged: list[tuple[Case, Verdict]] = []
-        for case, verdict, _ in cases(flags.seed, flags.cases, pool):
+        for case, verdict, _ in cases(flags.seed, flags.cases, pool, flags.first):
             judged.append((case, verdict))
             if not verdict.good:
                 said.append(f"case {case.number}: {failure(case, verdict)}")
@@ -115,8 +116,8 @@ def main() -> int:
         spent_s = time.monotonic() - began_s
     bad = sum(not verdict.good for _, verdict in judged)
     said.append(
-        f"\nseed {flags.seed}, {len(judged)} cases, {spent_s:.0f} s ({spent_s / len(judged):.2f} s a case), "
-        f"{bad} broke the promise, {pool.restarts} groups started again\n\n{table(judged)}"
+        f"\nseed {flags.seed}, {len(judged)} cases from {flags.first} on, {spent_s:.0f} s "
+        f"({spent_s / len(judged):.2f} s a case), {bad} broke the promise, {pool.restarts} groups started again\n\n{table(judged)}"
     )
     print(said[-1])
     if flags.output is not None:
