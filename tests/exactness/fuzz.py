@@ -117,7 +117,8 @@ def main() -> int:
     bad = sum(not verdict.good for _, verdict in judged)
     said.append(
         f"\nseed {flags.seed}, {len(judged)} cases from {flags.first} on, {spent_s:.0f} s "
-        f"({spent_s / len(judged):.2f} s a case), {bad} broke the promise, {pool.restarts} groups started again\n\n{table(judged)}"
+        f"({spent_s / len(judged):.2f} s a case), {bad} broke the promise, "
+        f"{pool.restarts} groups started again\n\n{table(judged)}"
     )
     print(said[-1])
     if flags.output is not None:
