@@ -119,3 +119,9 @@ def test_large_files_are_read_in_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 15 * len(text)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("first", ["sep=;\n", '"sep=;"\r\n', "\ufeffSEP=;\n"])
+def test_a_first_line_for_excel_says_the_separator(first: str) -> None:
+    header, rows, _ = read_rows(first + "text;label\nx,y;1\n", "a.csv", None, tabs=False)
+    assert (header, rows) == (["text", "label"], [("x,y", "1")])

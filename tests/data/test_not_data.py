@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,26 @@ def test_records_that_speak_of_settings_are_data(tmp_path: Path) -> None:
     for name, text in {"configs.json": "train_batch_size", "reading.json": "trainer"}.items():
         (tmp_path / name).write_text(json.dumps({"text": text, "label": "a"}))
     assert sorted(tables.read(str(tmp_path))["train"].values("text")) == ["train_batch_size", "trainer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"PK\x03\x04 ...", "it is a zip archive, or a workbook of Excel or LibreOffice. Unpack it"),
+        ("a.csv", b"\x1f\x8b\x08 ...", "it is compressed by gzip. Add .gz to its name"),
+        ("a.json", b"PAR1 ...", "it is a Parquet file. Call it .parquet"),
+        ("a.txt", b"%PDF-1.7", "it is a PDF"),
+        ("a.csv", b"\n<!DOCTYPE html><html>", "it is a web page, as a link gives that asks to sign in"),
+        ("a.csv", b'{"text": "x", "label": 1}\n', "are JSON and not separated values. Call it .jsonl"),
+        ("a.jsonl", b'{"text": "x"} {"text": "y"}\n', "line 1 holds several JSON values"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        tables.read(str(tmp_path / name))
+
+
+def test_a_text_may_be_a_web_page(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<html>\n</html>\n")
+    assert tables.read(str(tmp_path / "a.txt"))["train"].values("text") == ["<html>", "</html>"]

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 import sys
 from collections.abc import Sequence
 
 from ..errors import UserError
 
 SEPARATORS = (",", ";", "\t", "|")
+# A first line for Excel: it says by what the others are separated.
+_SAYS_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)
 
 # Tuples, because Python's garbage collector stops looking at those of texts. It would look at lists again and again.
 Rows = list[tuple[str, ...]]
@@ -32,10 +36,17 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
     Raises:
         UserError: it has no header, or its rows differ in their number of fields.
     """
+    said = _SAYS_SEPARATOR.match(text)
+    if said is not None and not tabs:
+        text, separator = text[said.end() :], separator or said[1]
     lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
     header_line = next((line for line in lines if line.strip()), "")
     if not header_line:
         raise UserError(f'"trainer.task_options.data": {where} is empty.')
+    if _is_json(header_line):
+        raise UserError(
+            f'"trainer.task_options.data": the lines of {where} are JSON and not separated values. Call it .jsonl.'
+        )
     notes = []
     short = where.rpartition("/")[2]  # notes are cached with the content, which may lie elsewhere the next time
     if separator is None:
@@ -66,6 +77,15 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
     if blank and len(rows) == len(filled):
         notes.append(f"{blank:,} blank line{'s' * (blank > 1)} of {short} left out")
     return header, rows[1:], notes
+
+
+def _is_json(line: str) -> bool:
+    if not line.startswith(("{", "[")):
+        return False
+    try:
+        return isinstance(json.loads(line.rstrip().rstrip(",")), (dict, list))
+    except ValueError:
+        return False
 
 
 def _separator_in(header: str) -> str:

@@ -67,6 +67,10 @@ def _records_of_lines(text: str, whole: json.JSONDecodeError) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
+                if error.msg == "Extra data" and line[error.pos :].lstrip()[:1] in ("{", "["):
+                    raise ValueError(
+                        f"line {number} holds several JSON values. Put each on a line of its own"
+                    ) from error
                 if not rows:  # not even the first line is a value, so the file was meant to be a single one
                     raise ValueError(f"{whole}. {_LAYOUTS}") from error
                 raise ValueError(f"line {number}: {error}") from error

@@ -18,6 +18,7 @@ from ..errors import UserError
 from .delimited import read_rows
 from .json_layouts import read_json
 from .memory import machine_bytes
+from .not_data import other_kind
 from .parquet import read_parquet
 from .sources import READERS, suffix_of
 
@@ -134,6 +135,9 @@ def read_text(path: Path, encoding: str | None = None, where: str | None = None)
             content = _content(file, where)
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise UserError(f'"trainer.task_options.data": {where} cannot be read: {error}') from error
+    other = other_kind(bytes(content[:100]), table=suffix_of(path) != ".txt")
+    if other is not None:
+        raise UserError(f'"trainer.task_options.data": {where} is no text: {other}')
     used = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     if used == "utf-8" and content.count(0, 0, 1000) > len(content[:1000]) // 4:
         raise UserError(
