@@ -233,6 +233,9 @@ class ExactStep:
             self._add_known_pack(packs, batch, block, part, audit)
             return True
         except RefusedError as error:  # of these values; others may do
+            if error.untried and packs.may_try_more():
+                packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
+                return True
             packs.refuse(batch, part, error)
         except Exception as error:  # whatever a task's code does with more samples than in a trial
             if out_of_memory(error):

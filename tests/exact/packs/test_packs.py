@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.exact.packs.packed import SAMPLES, InOneCall, dense, floats, made, trained
+from tests.exact.packs.packed import SAMPLES, InOneCall, Task, dense, floats, made, trained
 from trainer.exact.packs import packs as packs_module
 from trainer.exact.packs.packs import Packs
 
@@ -222,3 +222,69 @@ def test_a_process_with_little_memory_ends_with_the_same_bits() -> None:
     assert same
     assert summary["limited_by_memory_to"] < 8
     assert "memory ran out in a pack of 8 micro-batches" in notes[0]
+
+
+class Changes(Task):
+    """From a step on, it calls another function: one that mixes samples, or does not."""
+
+    def __init__(self, mixes: bool, first: int = 4, every: int = 1) -> None:
+        self.mixes, self.first, self.every = mixes, first, every
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], progress: Any) -> Tensor:
+        hidden = torch.tanh(model(batch["x"]) * (1 + progress.step))  # a number that changes is nothing new
+        if progress.step >= self.first and progress.step % self.every == 0:
+            hidden = hidden - hidden.mean(0) if self.mixes else hidden - hidden.mean(1, keepdim=True)
+        return hidden
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_task_that_calls_another_function_from_some_step_on(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs that mix samples are as exact as any until then."""
+    monkeypatch.setattr(packs_module, "TRIALS", 2)
+    torch.manual_seed(0)
+    tried: list[int] = []
+    try_out = Packs.try_out
+    monkeypatch.setattr(Packs, "try_out", lambda self, batch, *a: (tried.append(batch.step), try_out(self, batch, *a)))
+    model, x = nn.Linear(3, 8), floats(3)
+    expected, _ = trained(model, x, 0, task=Changes(mixes))
+    found, packs = trained(model, x, 4, task=Changes(mixes))
+    assert found == expected
+    assert packs is not None
+    assert bool(packs.refusals()) == mixes
+    assert {0, 1, 4} <= set(tried) and 3 not in tried, "packs are used, and compared anew when the function comes"
+
+
+def test_a_task_that_calls_others_in_every_step_has_no_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs_module, "TRIALS", 1)
+    monkeypatch.setattr(packs_module, "MOST_FORMS", 2)
+
+    class Rolls(Task):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor], progress: Any) -> Tensor:
+            return torch.roll(model(batch["x"]), progress.step % 7, 1)
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 8), floats(3)
+    expected, _ = trained(model, x, 0, task=Rolls())
+    found, packs = trained(model, x, 4, task=Rolls())
+    assert found == expected
+    assert packs is not None and packs.refusals() == {4: "other functions are called in nearly every step"}
+
+
+def test_a_layer_that_is_used_twice_in_bfloat16() -> None:
+    """Autocast casts its weight once, so the gradients of both uses are added in bfloat16, and then cast."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice(), floats(3)
+    options = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    expected, _ = trained(model, x, 0, **options)
+    found, packs = trained(model, x, 4, **options)
+    assert found == expected
+    assert packs is not None and packs.refusals() == {} and "one_at_a_time" not in packs.summary()

@@ -218,19 +218,3 @@ def test_gradients_of_any_layout(expanded: bool) -> None:
     found, packs = trained(model, x, 4)
     assert found == trained(model, x, 0)[0]
     assert packs is not None and packs.refusals() == {}
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.arange(6 * 7.0).view(6, 7),
-        torch.arange(6 * 2 * 3 * 5.0).view(6, 3, 5, 2).permute(0, 3, 1, 2),  # channels last
-        torch.arange(6 * 8.0).view(6, 8)[:, ::2],  # not one piece of memory
-        torch.arange(6.0)[:, None].expand(6, 3),
-    ],
-    ids=["rows", "channels last", "every second", "expanded"],
-)
-def test_parts_that_are_laid_apart_are_as_good_as_clones(x: torch.Tensor) -> None:
-    for part, clone in zip(laid_apart(x, 3), [p.clone() for p in x.chunk(3)]):
-        assert torch.equal(part, clone) and part.stride() == clone.stride()
-        assert part.data_ptr() % 64 == 0 and not part._is_view()

@@ -41,6 +41,7 @@ class Leaves:
         self._like, self._g, self._sink = parameters[0], g, sink
         self._rows: dict[int, Tensor] = {}
         self._present: dict[int, list[bool] | None] = {}
+        self._cast: dict[int, Tensor] = {}  # what comes in another type than the parameter's
         self._expected: dict[int, int] = {}
         self._held: set[int] = set()
         self._done: set[int] = set()
@@ -58,8 +59,22 @@ class Leaves:
         self._held |= places
 
     def put(self, place: int, rows: Tensor) -> None:
-        """Adds gradients of all micro-batches: (g, *shape), fresh."""
-        rows = rows.to(torch.float32).view(self._g, *self._shapes[place])
+        """Adds gradients of all micro-batches: (g, *shape), fresh.
+
+        Autocast casts a parameter once a forward. So autograd adds the gradients of all such uses in that type, and
+        then turns the sum into one of the parameter's type.
+        """
+        rows = rows.view(self._g, *self._shapes[place])
+        if rows.dtype != torch.float32:
+            if place in self._cast:
+                self._cast[place].add_(rows)
+            else:
+                self._cast[place] = rows
+        else:
+            self._put(place, rows)
+        self._count(place)
+
+    def _put(self, place: int, rows: Tensor) -> None:
         if place not in self._rows:
             self._rows[place], self._present[place] = rows, None
         elif self._present[place] is None:
@@ -67,7 +82,6 @@ class Leaves:
         else:
             for k in range(self._g):
                 self._add(place, k, rows[k])
-        self._count(place)
 
     def put_one(self, place: int, k: int, gradient: Tensor) -> None:
         """Adds the gradient of micro-batch k."""
@@ -95,11 +109,17 @@ class Leaves:
     def _pass_on(self, place: int) -> None:
         assert place not in self._done, "a gradient came after its parameter was complete"
         self._done.add(place)
+        self._uncast(place)
         present = self._present.pop(place)
         self._sink.take(place, self._rows.pop(place), None if present is None or all(present) else present)
 
+    def _uncast(self, place: int) -> None:
+        if place in self._cast:
+            self._put(place, self._cast.pop(place).to(torch.float32))
+
     def of(self, place: int) -> list[Tensor | None] | None:
         """The gradients so far, one a micro-batch; None where nothing came."""
+        self._uncast(place)
         rows, present = self._rows.pop(place, None), self._present.pop(place, None)
         if rows is None:
             return None
@@ -108,8 +128,9 @@ class Leaves:
     def clear(self) -> None:
         """Frees what is left of a pack that was given up."""
         self._rows.clear()
+        self._cast.clear()
 
     def finish(self) -> None:
         """Passes on what is left."""
-        for place in sorted(self._rows):
+        for place in sorted(self._rows.keys() | self._cast.keys()):
             self._pass_on(place)

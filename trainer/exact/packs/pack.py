@@ -60,7 +60,8 @@ class Pack(TorchFunctionMode):
         g: micro-batches in it.
         leaves: takes the gradients.
         checks: in a trial: compares each layer with the layer applied to one micro-batch at a time.
-        used: whether random numbers were drawn, if `streams` is there.
+        form: names the functions that were called so far: which, of what shapes, in which order. Numbers in
+            arithmetic do not count: a task may let them follow its progress.
 
     Args:
         parameters: id of a trained parameter -> its place.
@@ -72,6 +73,7 @@ class Pack(TorchFunctionMode):
         streams: random numbers.
         sites: what trials have found out: the key of a layer -> which of its rules is taken; the key of a layer or
             function that is computed one micro-batch at a time -> ALONE. A trial adds to them.
+        checked: keys of layers and functions that trials have compared. A trial adds to them.
         checks: whether this is a trial.
     """
 
@@ -86,12 +88,13 @@ class Pack(TorchFunctionMode):
         leaves: Leaves,
         streams: Streams,
         sites: dict[Key, int],
+        checked: set[Key],
         checks: bool,
     ) -> None:
         super().__init__()
         self._parameters, self._constants, self._statistics = parameters, constants, statistics
         self._rows, self.g, self.leaves, self._streams, self.checks = rows, g, leaves, streams, checks
-        self._sites = sites
+        self._sites, self._checked, self.form = sites, checked, 0
         self._any_alone = ALONE in sites.values()
         self.scratch = statistics.scratch_rows(g)
         self._aliases: dict[tuple[int, int], Tensor] = {}
@@ -99,7 +102,6 @@ class Pack(TorchFunctionMode):
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
         self._reductions: dict[int, tuple[Tensor, Callable[[int], Any]]] = {}
         self._now: int | None = None  # the micro-batch that is computed alone
-        self._checked: set[Key] = set()
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     def close(self) -> None:
@@ -117,6 +119,7 @@ class Pack(TorchFunctionMode):
         if self._now is not None:
             k = self._now
             return func(*self._own(args, k), **self._own(kwargs, k))
+        self._note(func, args, kwargs)
         rule = FUNCTIONS.get(func)
         if rule is not None:
             found = rule(self, func, args, kwargs)
@@ -130,6 +133,24 @@ class Pack(TorchFunctionMode):
             if key is not None and self._is_alone(key, func, args, kwargs):
                 return self.apart(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Adds a call to `form`."""
+        numbers = name_of(func).strip("_") not in _ARITHMETIC
+        known = (func, torch.is_grad_enabled(), self._form_of(args, numbers))
+        self.form = hash((self.form, known, self._form_of(kwargs, numbers) if kwargs else None))
+
+    def _form_of(self, value: Any, numbers: bool) -> Any:
+        if isinstance(value, Tensor):
+            return value.shape, value.stride(), value.dtype, value.requires_grad, self.place(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._form_of(v, numbers) for v in value)
+        if isinstance(value, Mapping):
+            return tuple((name, self._form_of(v, numbers)) for name, v in value.items())
+        if isinstance(value, slice):
+            return value.start, value.stop, value.step
+        known = value is None or isinstance(value, (str, bool, torch.dtype)) or (numbers and isinstance(value, int))
+        return value if known else type(value)
 
     def _function_key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
         """Names a function of samples by its shapes; None for one that only looks at tensors or moves values."""
@@ -479,8 +500,7 @@ class Pack(TorchFunctionMode):
             # The casts are made here, so that the layer's backward meets what its forward used.
             tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
         sites = [Site(self, rule, call, key, *places, **options) for rule in rules]
-        if self.checks and key not in self._checked:
-            self._checked.add(key)
+        if self.checks and key not in self._sites:
             with torch.no_grad(), self._aside():
                 chosen = self._fastest(sites, tensors)
             if chosen == ALONE:
@@ -528,6 +548,29 @@ _SIZES = frozenset(
     (
         *("view", "reshape", "expand", "broadcast_to", "rand", "randn", "randint", "normal", "zeros", "ones", "empty"),
         *("full", "new_zeros", "new_ones", "new_empty", "new_full"),
+    )
+)
+# Functions of numbers that change no shape, and mix no samples.
+_ARITHMETIC = frozenset(
+    (
+        *(
+            "add",
+            "radd",
+            "iadd",
+            "sub",
+            "rsub",
+            "isub",
+            "mul",
+            "rmul",
+            "imul",
+            "div",
+            "truediv",
+            "rtruediv",
+            "itruediv",
+        ),
+        *("true_divide", "floordiv", "rdiv", "idiv", "pow", "rpow", "ipow", "mod", "remainder", "fmod", "multiply"),
+        *("subtract", "divide", "lt", "le", "gt", "ge", "eq", "ne", "less", "greater", "clamp", "clip", "clamp_min"),
+        *("clamp_max", "fill", "masked_fill", "full", "full_like", "new_full", "where", "lerp", "addcmul", "addcdiv"),
     )
 )
 # Functions that look at a tensor or move its values: never another bit.

@@ -26,6 +26,8 @@ from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, differe
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3
 _NO_MEMORY = "there is not enough memory"
+# So many sequences of functions are compared for a shape. A task with more calls others in nearly every step.
+MOST_FORMS = 16
 # Trials of a shape that may end without a verdict.
 MOST_POSTPONED = 20
 # With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
@@ -78,6 +80,7 @@ class Packs:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._sites: dict[Key, int] = {}
+        self._checked: set[Key] = set()
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
@@ -185,13 +188,14 @@ class Packs:
         """Whether a part may be a pack; None if that is not known yet."""
         verdict = self._verdicts.get(self._key(batch, part))
         if verdict is None:
-            return None if self._may_try_more() else False
-        if verdict.refusal is None and (verdict.trials < TRIALS or verdict.step == batch.step):
+            return None if self.may_try_more() else False
+        most = max(verdict.trials.values(), default=0)
+        if verdict.refusal is None and (most < TRIALS or verdict.step == batch.step):
             return None
         return verdict.refusal is None
 
-    def _may_try_more(self) -> bool:
-        """Whether there is time for a trial of one more shape. Texts have many."""
+    def may_try_more(self) -> bool:
+        """Whether there is time for a trial of something new. Texts have many shapes."""
         if self._choice is None or len(self._verdicts) < FREE_SHAPES:
             return True
         return self._trial_s <= TRIAL_SHARE * (time.perf_counter() - self._began)
@@ -206,7 +210,7 @@ class Packs:
     # ---- computing -----------------------------------------------------------------------------------------------
 
     def compute(
-        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, checks: bool = False
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, trial: bool = False
     ) -> Packed:
         """Computes a pack; its gradients go to the sink.
 
@@ -215,7 +219,7 @@ class Packs:
             part: its micro-batches in the pack.
             scale: () the gradient of each loss.
             sink: takes the gradients.
-            checks: in a trial: looks at each layer by itself, too.
+            trial: looks at each layer by itself, too. Otherwise the functions have to be those of a trial.
 
         Raises:
             RefusedError: this cannot be done. The sink may have taken some gradients.
@@ -236,12 +240,15 @@ class Packs:
             leaves=leaves,
             streams=streams,
             sites=self._sites,
-            checks=checks,
+            checked=self._checked,
+            checks=trial,
         )
         modules = dict(self._model.named_modules()) if self._apart else {}
         try:
             with pack, pack.modules_apart([modules[name] for name in self._apart]):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
+            if not trial and (verdict is None or verdict.trials.get(pack.form, 0) < TRIALS):
+                raise RefusedError("it calls other functions than in its trials", untried=True)
             inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
             if any(gradient is not None for gradient in found):
@@ -250,7 +257,7 @@ class Packs:
                 raise RefusedError("random numbers are drawn where packs do not see it")
             self._pass_on_derived(pack, leaves)
             leaves.finish()
-            return Packed(losses.detach().float(), pack.scratch)
+            return Packed(losses.detach().float(), pack.scratch, pack.form)
         finally:
             pack.close()
             leaves.clear()
@@ -289,12 +296,13 @@ class Packs:
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
+        trials = {} if before is None else dict(before.trials)
         for _ in range(len(self._owners) + 4):
             sums = HashedSums(len(part))
             self._verdicts[key] = Verdict(None, random)
             known = len(self._alone())
             try:
-                packed = self.compute(batch, part, scale, sums, checks=before is None)
+                packed = self.compute(batch, part, scale, sums, trial=True)
             except RefusedError as error:
                 refusal = str(error)
                 if error.once and self._may_be_postponed(key, before):
@@ -312,11 +320,14 @@ class Packs:
                 continue
             refusal = difference(singles, packed, sums, self._owners)
             if refusal is None:
+                again = before is not None and before.step == batch.step and packed.form in trials
+                trials[packed.form] = trials.get(packed.form, 0) + (not again)
+                if len(trials) > MOST_FORMS:
+                    refusal = "other functions are called in nearly every step"
                 break
             # Layers that differ may have been found meanwhile: then once more, without their rules.
             if len(self._alone()) == known and not self._set_losses_apart():
                 break
-        trials = before.trials + (before.step != batch.step) if before is not None else 1
         self._verdicts[key] = Verdict(refusal, random, trials, batch.step)
         if refusal == _NO_MEMORY:
             self.shrink(len(part))

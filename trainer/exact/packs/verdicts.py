@@ -18,11 +18,12 @@ class RefusedError(Exception):
     Attributes:
         parameters: of the function that refuses; their module may be computed one micro-batch at a time instead.
         once: only this pack: the next may have no such trouble.
+        untried: it calls other functions than the packs that were compared, so it has to be compared first.
     """
 
-    def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False) -> None:
+    def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False, *, untried: bool = False) -> None:
         super().__init__(what)
-        self.parameters, self.once = tuple(parameters), once
+        self.parameters, self.once, self.untried = tuple(parameters), once or untried, untried
 
 
 class Packed(NamedTuple):
@@ -31,10 +32,12 @@ class Packed(NamedTuple):
     Attributes:
         losses: (g,) summed losses.
         statistics: (g, size) of normalisation layers.
+        form: names the functions that were called, in their order.
     """
 
     losses: Tensor
     statistics: Tensor
+    form: int = 0
 
 
 @dataclass
@@ -43,14 +46,14 @@ class Verdict:
 
     Attributes:
         refusal: why there are none; None if their bits are those of single micro-batches.
-        trials: steps in which they were.
-        step: the last of these.
         random: whether a micro-batch draws random numbers.
+        trials: form, see `Packed` -> steps in which they were. A task may call other functions from some step on.
+        step: the last of these.
     """
 
     refusal: str | None
     random: bool = True
-    trials: int = 0
+    trials: dict[int, int] = field(default_factory=dict)
     step: int = -1
 
 
