@@ -155,7 +155,8 @@ class Engine:
                     f"The parameter {name} has no dimension (its shape is ()), and ZeRO stage 3 cannot cut it into "
                     "parts.\nUse ZeRO stage 0, 1 or 2, or give it a dimension: torch.ones(1), not torch.ones(())."
                 )
-            message = parameter.detach().contiguous().view(-1)
+            # A copy in any case: one that is contiguous with strides such as (9, 1, 3, 1) would overlap its message.
+            message = parameter.detach().clone(memory_format=torch.contiguous_format).view(-1)
             torch.distributed.broadcast(message, src=0)
             parameter.detach().copy_(message.view(parameter.shape))
             odd.append(parameter)

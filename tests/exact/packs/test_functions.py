@@ -37,7 +37,7 @@ class DrawsUnseen(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Mixes, "in packs of 4"),
+        (Mixes, "brings samples together with a value that several of them gave"),
         (Reads, "depends on values"),
         (Chooses, "depends on values"),
         (DrawsUnseen, "random numbers"),

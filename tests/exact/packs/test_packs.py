@@ -251,7 +251,34 @@ def test_a_task_that_calls_another_function_from_some_step_on(mixes: bool, monke
     assert found == expected
     assert packs is not None
     assert bool(packs.refusals()) == mixes
-    assert {0, 1, 4} <= set(tried) and 3 not in tried, "packs are used, and compared anew when the function comes"
+    assert {0, 1} <= set(tried) and 3 not in tried, "packs are used"
+    assert (4 in tried) != mixes, "what only looks new is compared anew"
+
+
+@pytest.mark.parametrize("features", [8, 16])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        lambda h: h * (100 / h.norm()).clamp(max=1),
+        lambda h: torch.where(h.amax(0) > 100, h / 2, h),
+        lambda h: h - 1e-30 * h.mean(0, keepdim=True),
+        lambda h: h + 1e-30 * (h @ h.t()) @ h,
+        lambda h: h + 1e-30 * torch.einsum("if,jf->ij", h, h) @ h,
+    ],
+)
+def test_samples_that_see_one_another_without_effect_so_far(limits: Any, features: int) -> None:
+    """Three steps of trials show no difference, and a later one could. Sixteen is also a pack's number of samples."""
+
+    class Limited(Task):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return limits(model(batch["x"]))
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, features), floats(3)
+    expected, _ = trained(model, x, 0, task=Limited())
+    found, packs = trained(model, x, 4, task=Limited())
+    assert found == expected
+    assert packs is not None and 4 in packs.refusals()
 
 
 def test_a_task_that_calls_others_in_every_step_has_no_packs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,3 +218,17 @@ def test_gradients_of_any_layout(expanded: bool) -> None:
     found, packs = trained(model, x, 4)
     assert found == trained(model, x, 0)[0]
     assert packs is not None and packs.refusals() == {}
+
+
+def test_a_rule_that_adds_in_another_order_is_found_in_low_precision() -> None:
+    """There its sums are rounded to the same bits nearly always. An outsider's run ended in other bits by it."""
+
+    def other_order(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        d, i = grad.reshape(site.g, -1, grad.shape[-1]).float(), x.reshape(site.g, -1, x.shape[-1]).float()
+        dw = torch.bmm(d.flip(1).transpose(1, 2), i.flip(1))
+        return None, dw.to(grad.dtype), None
+
+    x, weight = torch.randn(96, 5, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16)
+    rule = LINEAR[0]._replace(backward=other_order)
+    own = Site(OfThree(), rule, lambda x, w, b, place=0: F.linear(x, w, b), ("",), 0, None)  # type: ignore[arg-type]
+    assert own.differs(x, weight, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..micro_batches import ALIGNMENT_BYTES
-from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
+from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import out_of_memory
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ class Site:
             x, weight, bias: of the layer.
             like: how the gradient of the output lies in memory; None if as the output does.
         """
+        if x.dtype in LOW_PRECISION:
+            # Sums in another order are rounded to the same bits nearly always. In float32 they show.
+            wide: list[Any] = [None if t is None else t.float() for t in (x, weight, bias)]
+            with torch.autocast(x.device.type, enabled=False):
+                if self.differs(wide[0], wide[1], wide[2], None if like is None else like.float()):
+                    return True
         compared = 0
         zero = weight is not None and not weight.any()  # as LoRA begins
         for draw in range(MOST_DRAWS):

@@ -46,6 +46,11 @@ class Leaves:
         self._held: set[int] = set()
         self._done: set[int] = set()
 
+    @property
+    def device_type(self) -> str:
+        """Where the parameters lie: "cpu" or "cuda"."""
+        return self._like.device.type
+
     def expect(self, place: int) -> None:
         """One more gradient of a parameter will come, unless its use leads to no loss."""
         self._expected[place] = self._expected.get(place, 0) + 1

@@ -30,7 +30,7 @@ from .functions import FUNCTIONS
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
 from .streams import Streams
-from .values import ENOUGH_VALUES, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
+from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
@@ -101,12 +101,13 @@ class Pack(TorchFunctionMode):
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
         self._reductions: dict[int, tuple[Tensor, Callable[[int], Any]]] = {}
+        self._whole: dict[int, Tensor] = {}
         self._now: int | None = None  # the micro-batch that is computed alone
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     def close(self) -> None:
         """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
-        for kept in (self._aliases, self._cuts, self._reductions, self.derived):
+        for kept in (self._aliases, self._cuts, self._reductions, self.derived, self._whole):
             kept.clear()
 
     # ---- what is called ------------------------------------------------------------------------------------------
@@ -120,6 +121,16 @@ class Pack(TorchFunctionMode):
             k = self._now
             return func(*self._own(args, k), **self._own(kwargs, k))
         self._note(func, args, kwargs)
+        parted, whole = self._samples_in((args, kwargs))
+        if parted and whole:
+            raise RefusedError(f"{name_of(func)} brings samples together with a value that several of them gave")
+        found = self._called(func, args, kwargs)
+        if (parted or whole) and name_of(func) not in _MAKES:
+            self._note_whole(func, args, kwargs, found, whole)
+        return found
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function returns: by a rule, for one micro-batch at a time, or for the pack."""
         rule = FUNCTIONS.get(func)
         if rule is not None:
             found = rule(self, func, args, kwargs)
@@ -152,6 +163,26 @@ class Pack(TorchFunctionMode):
         known = value is None or isinstance(value, (str, bool, torch.dtype)) or (numbers and isinstance(value, int))
         return value if known else type(value)
 
+    def _samples_in(self, value: Any) -> tuple[bool, bool]:
+        """Whether there are tensors with a part for each micro-batch, and values that samples gave together."""
+        if isinstance(value, Tensor):
+            return (False, True) if id(value) in self._whole else (self.has_part(value), False)
+        found = [self._samples_in(v) for v in _parts(value) if not isinstance(v, (int, float, str))]
+        return any(parted for parted, _ in found), any(whole for _, whole in found)
+
+    def _note_whole(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, from_whole: bool
+    ) -> None:
+        """Notes results in which samples are no longer apart. Whatever they do later, a micro-batch has its own."""
+        for tensor in found if isinstance(found, (list, tuple)) else (found,):
+            if not isinstance(tensor, Tensor):
+                continue
+            turned = _gives_up_samples(func, args, kwargs, tensor)
+            # What was turned may be turned back. All else that follows from such values alone is one of them.
+            lost = not self.has_part(tensor) or (not (turned and name_of(func) in _TURNS) if from_whole else turned)
+            if lost and self.place(tensor) is None:
+                self._whole[id(tensor)] = tensor  # kept, as an id may be given to another one
+
     def _function_key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
         """Names a function of samples by its shapes; None for one that only looks at tensors or moves values."""
         name = name_of(func)
@@ -183,6 +214,11 @@ class Pack(TorchFunctionMode):
 
     def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
+        wide = self._widened((args, kwargs))
+        if wide is not None:  # as in `Site.differs`
+            with torch.autocast(self.leaves.device_type, enabled=False):
+                if self._differs(func, *wide):
+                    return True
         compared = 0
         for _ in range(MOST_DRAWS):
             inputs: list[Tensor] = []
@@ -198,6 +234,8 @@ class Pack(TorchFunctionMode):
                     ]
                     if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
                         return False  # it mixes samples: the comparison of the whole tells
+                    if pieces[0].shape[1:] != together.shape[1:]:
+                        raise RefusedError(f"{name_of(func)} mixes samples")
                     joined = Join.apply(*pieces)
                     if joined.shape != together.shape:
                         return False
@@ -216,6 +254,21 @@ class Pack(TorchFunctionMode):
             if compared > ENOUGH_VALUES:
                 break
         return False
+
+    def _widened(self, value: Any) -> Any:
+        """Arguments with float32 in place of lower precision; None if there is none."""
+        low: list[Tensor] = []
+
+        def widen(v: Any) -> Any:
+            if not isinstance(v, Tensor):
+                return _mapped(v, widen)
+            if v.dtype not in LOW_PRECISION or not self.has_part(v):
+                return v
+            low.append(v)
+            return v.detach().float().requires_grad_(v.requires_grad)
+
+        wide = widen(value)
+        return wide if low else None
 
     def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
@@ -296,6 +349,7 @@ class Pack(TorchFunctionMode):
             and tensor.size(0) > 0
             and tensor.size(0) % self._rows == 0
             and id(tensor) not in self._constants
+            and id(tensor) not in self._whole
             and self.place(tensor) is None
             and self._statistics.scratch_piece(tensor, self.scratch) is None
         )
@@ -550,6 +604,37 @@ _SIZES = frozenset(
         *("full", "new_zeros", "new_ones", "new_empty", "new_full"),
     )
 )
+# Functions that take only the shape and the type of a tensor.
+_MAKES = frozenset(
+    (
+        *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"),
+        *("new_tensor", "size", "dim", "numel", "arange", "zeros", "ones", "empty", "full"),
+    )
+)
+# Functions that may turn a tensor, so that its first dimension holds something else than samples.
+_TURNS = frozenset(("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "adjoint", "__get__"))
+# Functions that may give one value of all samples.
+_GATHERS = frozenset(
+    (
+        *(
+            "sum",
+            "mean",
+            "std",
+            "var",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "norm",
+            "prod",
+            "median",
+            "logsumexp",
+            "any",
+            "all",
+        ),
+        *("argmax", "argmin", "nansum", "nanmean", "count_nonzero", "vector_norm", "aminmax", "quantile", "mode"),
+    )
+)
 # Functions of numbers that change no shape, and mix no samples.
 _ARITHMETIC = frozenset(
     (
@@ -592,6 +677,20 @@ _MOVES = frozenset(
         *("zero_", "fill_", "copy_", "relu", "masked_fill", "gather"),
     )
 )
+
+
+def _gives_up_samples(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Tensor) -> bool:
+    """Whether the first dimension of a result is another one than that of the samples, though it is as large."""
+    name, x = name_of(func), args[0] if args else None
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return False
+    if name in _TURNS:
+        return found.dim() == x.dim() and found.numel() == x.numel() and found.stride(0) != x.stride(0)
+    if name in _GATHERS:
+        dims = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+        dims = dims if isinstance(dims, (list, tuple)) else [dims]
+        return any(isinstance(d, int) and not isinstance(d, bool) and d % x.dim() == 0 for d in dims)
+    return False
 
 
 def _cloned(value: Any) -> Any:

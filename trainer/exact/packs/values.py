@@ -10,6 +10,7 @@ from ..micro_batches import ALIGNMENT_BYTES
 # A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
 # small.
 ENOUGH_VALUES, MOST_DRAWS = 4096, 128
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def drawn_like(tensor: Tensor) -> Tensor:
