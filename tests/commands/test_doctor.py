@@ -74,6 +74,7 @@ def test_a_device_that_is_not_there_and_a_file_that_cannot_be_written_are_said_f
     quiet_checks(monkeypatch)
     assert main(["doctor", "--device", "cuda", "--output", str(tmp_path / "a.json")]) == 2
     assert main(["doctor", "--device", "cpu", "--output", str(tmp_path / "no" / "a.json")]) == 2
+    assert main(["doctor", "--device", "cpu", "--output", "/proc/a.json"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "", "nothing was tried"
     assert "torch finds no GPU" in captured.err

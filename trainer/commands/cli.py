@@ -108,7 +108,9 @@ def _main(arguments: list[str] | None) -> int:
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     examine = commands.add_parser("doctor", help="try on this machine what is promised: a line a check, minutes")
-    examine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    examine.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs if there are any"
+    )
     examine.add_argument("--output", metavar="FILE", default="doctor.json", help="where all figures go, as JSON")
     compare = commands.add_parser("study", help="compare strong and weak scaling over seeds, and judge")
     compare.add_argument("ds_config", metavar="FILE", help='JSON config with a "study" block')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import os
 import tempfile
 import time
 import traceback
@@ -76,9 +75,15 @@ def doctor(device: str, output: str) -> int:
     Raises:
         UserError: there is no such device, or the file cannot be written.
     """
-    folder = Path(output).absolute().parent
-    if Path(output).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--output {output}: no file can be written there. Name one in a folder that you may write to.")
+    try:
+        if Path(output).is_dir():
+            raise IsADirectoryError("it is a folder")
+        tempfile.TemporaryFile(dir=Path(output).absolute().parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written: {error.strerror or error}. Name another file."
+        ) from error
+    say("A line comes after each check: some take a minute, and longer on a busy machine.", "")
     # torch is loaded by these, and only here.
     exactness, machines, speed = (
         importlib.import_module(f".{name}", __package__) for name in ("exactness", "machine", "speed")
