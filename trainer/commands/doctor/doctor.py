@@ -83,12 +83,12 @@ def doctor(device: str, output: str) -> int:
         raise UserError(
             f"--output {output} cannot be written: {error.strerror or error}. Name another file."
         ) from error
-    say("A line comes after each check: some take a minute, and longer on a busy machine.", "")
     # torch is loaded by these, and only here.
     exactness, machines, speed = (
         importlib.import_module(f".{name}", __package__) for name in ("exactness", "machine", "speed")
     )
     machine = machines.look(device)
+    say("A line comes after each check: some take a minute, and longer on a busy machine.", "")
     no_gpu = None if machine.gpus else "needs an NVIDIA GPU"
     lines: list[Line] = []
 
