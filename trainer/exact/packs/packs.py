@@ -247,7 +247,8 @@ class Packs:
         try:
             with pack, pack.modules_apart([modules[name] for name in self._apart]):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
-            if not trial and (verdict is None or verdict.trials.get(pack.form, 0) < TRIALS):
+            known = {} if verdict is None else verdict.trials
+            if not trial and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
             inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
