@@ -133,8 +133,18 @@ def launches_at(M: int, name: str, folder: Path, singly: bool) -> tuple[dict[str
     return run_ranks(launches, 1, ready(name, folder, **NARROW[name], **sizes), singly)[0]
 
 
-@pytest.mark.parametrize("singly", [False, True], ids=["together", "singly"])
-@pytest.mark.parametrize("name", CEILINGS)
+# The others take as long again.
+QUICK = (("strong", False), ("strong", True), ("image_classification", False), ("text_classification", False))
+
+
+@pytest.mark.parametrize(
+    ("name", "singly"),
+    [
+        pytest.param(name, singly, marks=() if (name, singly) in QUICK else pytest.mark.slow)
+        for name in CEILINGS
+        for singly in (False, True)
+    ],
+)
 def test_a_pack_launches_little_more_than_a_plain_loop(tmp_path: Path, name: str, singly: bool) -> None:
     M, *ceilings = CEILINGS[name]
     ours, plain = launches_at(32 if singly else M, name, tmp_path, singly)
