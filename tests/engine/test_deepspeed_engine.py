@@ -355,3 +355,16 @@ def test_a_parameter_that_is_used_later_than_others_gets_a_first_step() -> None:
     """Torch's fused SGD with momentum fails where some parameters have a buffer and others do not."""
     sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "fused": True}}
     assert run_ranks(late, 1, small_config("unused", optimizer=sgd))[0] == [True] * 5
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_thin_weights_in_channels_last_are_sent() -> None:
+    """They are contiguous in two ways at once, and torch takes them for tensors that overlap themselves."""
+    from trainer.engine.deepspeed_engine import Engine
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)).to(memory_format=torch.channels_last)
+    before = [p.detach().clone() for p in model.parameters()]
+    engine = Engine.__new__(Engine)
+    engine.model, engine.zero_stage = model, 0
+    assert engine._send_odd_parameters()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
