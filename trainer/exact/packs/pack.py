@@ -35,6 +35,8 @@ from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
 ALONE = -1
+# Kinds of arguments: tensors with a part for each micro-batch, and values that several samples gave.
+_PARTED, _WHOLE = 1, 2
 
 
 class Alias(torch.autograd.Function):
@@ -120,13 +122,12 @@ class Pack(TorchFunctionMode):
         if self._now is not None:
             k = self._now
             return func(*self._own(args, k), **self._own(kwargs, k))
-        self._note(func, args, kwargs)
-        parted, whole = self._samples_in((args, kwargs))
-        if parted and whole:
+        given = self._note(func, args, kwargs)
+        if given == _PARTED | _WHOLE:
             raise RefusedError(f"{name_of(func)} brings samples together with a value that several of them gave")
         found = self._called(func, args, kwargs)
-        if (parted or whole) and name_of(func) not in _MAKES:
-            self._note_whole(func, args, kwargs, found, whole)
+        if given and name_of(func) not in _MAKES:
+            self._note_whole(func, args, kwargs, found, given == _WHOLE)
         return found
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -145,30 +146,39 @@ class Pack(TorchFunctionMode):
                 return self.apart(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Adds a call to `form`."""
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Adds a call to `form`. Returns what is among its arguments: `_PARTED`, `_WHOLE`, both or neither."""
+        known: list[Any] = [func, torch.is_grad_enabled()]
         numbers = name_of(func).strip("_") not in _ARITHMETIC
-        known = (func, torch.is_grad_enabled(), self._form_of(args, numbers))
-        self.form = hash((self.form, known, self._form_of(kwargs, numbers) if kwargs else None))
+        found = self._look_at(args, known, numbers)
+        if kwargs:
+            found |= self._look_at(kwargs, known, numbers)
+        self.form = hash((self.form, *known))
+        return found
 
-    def _form_of(self, value: Any, numbers: bool) -> Any:
-        if isinstance(value, Tensor):
-            return value.shape, value.stride(), value.dtype, value.requires_grad, self.place(value)
-        if isinstance(value, (list, tuple)):
-            return tuple(self._form_of(v, numbers) for v in value)
-        if isinstance(value, Mapping):
-            return tuple((name, self._form_of(v, numbers)) for name, v in value.items())
-        if isinstance(value, slice):
-            return value.start, value.stop, value.step
-        known = value is None or isinstance(value, (str, bool, torch.dtype)) or (numbers and isinstance(value, int))
-        return value if known else type(value)
-
-    def _samples_in(self, value: Any) -> tuple[bool, bool]:
-        """Whether there are tensors with a part for each micro-batch, and values that samples gave together."""
-        if isinstance(value, Tensor):
-            return (False, True) if id(value) in self._whole else (self.has_part(value), False)
-        found = [self._samples_in(v) for v in _parts(value) if not isinstance(v, (int, float, str))]
-        return any(parted for parted, _ in found), any(whole for _, whole in found)
+    def _look_at(self, values: Any, known: list[Any], numbers: bool) -> int:
+        """One pass through arguments, since it is made for every function: notes their form, and what there is."""
+        found = 0
+        if isinstance(values, Mapping):
+            known += values
+            values = values.values()
+        for value in values:
+            if isinstance(value, Tensor):
+                known += (value.shape, value.stride(), value.dtype, value.requires_grad, self.place(value))
+                if self.has_part(value):
+                    found |= _PARTED
+                elif id(value) in self._whole:
+                    found |= _WHOLE
+            elif value is None or isinstance(value, (str, bool, torch.dtype)):
+                known.append(value)
+            elif isinstance(value, (list, tuple, Mapping)):
+                known.append(len(value))
+                found |= self._look_at(value, known, numbers)
+            elif isinstance(value, slice):
+                known += (value.start, value.stop, value.step)
+            else:
+                known.append(value if numbers and isinstance(value, int) else type(value))
+        return found
 
     def _note_whole(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, from_whole: bool
@@ -177,9 +187,11 @@ class Pack(TorchFunctionMode):
         for tensor in found if isinstance(found, (list, tuple)) else (found,):
             if not isinstance(tensor, Tensor):
                 continue
-            turned = _gives_up_samples(func, args, kwargs, tensor)
-            # What was turned may be turned back. All else that follows from such values alone is one of them.
-            lost = not self.has_part(tensor) or (not (turned and name_of(func) in _TURNS) if from_whole else turned)
+            lost = not self.has_part(tensor)
+            if not lost:
+                turned = _gives_up_samples(func, args, kwargs, tensor)
+                # What was turned may be turned back. All else that follows from such values alone is one of them.
+                lost = not (turned and name_of(func) in _TURNS) if from_whole else turned
             if lost and self.place(tensor) is None:
                 self._whole[id(tensor)] = tensor  # kept, as an id may be given to another one
 
@@ -344,15 +356,12 @@ class Pack(TorchFunctionMode):
 
     def has_part(self, tensor: Tensor) -> bool:
         """Whether each micro-batch has its own part of a tensor: it lies along the first dimension."""
-        return (
-            tensor.dim() > 0
-            and tensor.size(0) > 0
-            and tensor.size(0) % self._rows == 0
-            and id(tensor) not in self._constants
-            and id(tensor) not in self._whole
-            and self.place(tensor) is None
-            and self._statistics.scratch_piece(tensor, self.scratch) is None
-        )
+        if tensor.dim() == 0 or tensor.size(0) == 0 or tensor.size(0) % self._rows:
+            return False
+        key = id(tensor)  # looked up here and not by `place`: this is asked for every argument and result
+        if key in self._constants or key in self._whole or key in self._parameters or key in self._derived:
+            return False
+        return not self._statistics.size or self._statistics.scratch_piece(tensor, self.scratch) is None
 
     def _has_part(self, value: Any, func: Any) -> bool:
         if isinstance(value, Tensor):
