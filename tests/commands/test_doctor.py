@@ -89,7 +89,7 @@ def test_the_numbers_of_ranks(gpus: int, sizes: list[int], shared: list[int]) ->
     """All GPUs, and more ranks than GPUs, which must share."""
     found = Machine(gpus, 8)
     assert exactness.world_sizes(found) == sizes
-    assert [W for W in sizes if found.ranks_per_gpu(W) > 1] == shared
+    assert [W for W in sizes if found.shared_by(W)] == shared
     assert [W for W in sizes if "sharing" in exactness.named(found, W)] == shared
 
 

@@ -83,7 +83,7 @@ def problem() -> str | None:
     found = 0 if torch.cuda.is_available() else sum(map(_opens, devices))
     if not found:
         return None
-    driver, cuda, version = _driver(), torch.version.cuda, torch.__version__
+    driver, cuda, version = driver_version(), torch.version.cuda, torch.__version__
     needed = _OLDEST_DRIVER.get(int(cuda.split(".")[0]), (0, 0)) if cuda is not None else (0, 0)
     what = (
         f"This machine has {found} NVIDIA GPU{'s' * (found > 1)} (driver {driver or 'unknown'}), but torch {version} "
@@ -117,7 +117,8 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _driver() -> str:
+def driver_version() -> str:
+    """Of NVIDIA's driver; "" where there is none."""
     try:
         found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
     except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.keys import Config, parse
+from ...engine.gpus import sharing
 from ...errors import LostRankError, RanksDifferError, Stopped, TrainerError
 from ...ranks.place import Ranks
 from ...ranks.workers import run_ranks
@@ -29,7 +30,7 @@ def config_for(machine: Machine, folder: Path, world_size: int, *, bf16: bool = 
         bf16: whether in bfloat16 autocast.
         trainer: more keys of the trainer block.
     """
-    return parse(
+    config = parse(
         {
             "train_batch_size": 256,
             "train_micro_batch_size_per_gpu": 8,
@@ -41,7 +42,6 @@ def config_for(machine: Machine, folder: Path, world_size: int, *, bf16: bool = 
                 "task": "digits",
                 "task_options": {"model": "cnn"},
                 "device": machine.device,
-                "ranks_per_gpu": machine.ranks_per_gpu(world_size),
                 "max_steps": _STEPS,
                 "epochs": 100_000,
                 "learning_rate": {"schedule": "cosine", "warmup_epochs": 2},
@@ -53,6 +53,7 @@ def config_for(machine: Machine, folder: Path, world_size: int, *, bf16: bool = 
         },
         "doctor",
     )
+    return sharing(config, world_size, machine.gpus)
 
 
 def world_sizes(machine: Machine) -> list[int]:
@@ -65,7 +66,7 @@ def world_sizes(machine: Machine) -> list[int]:
 
 def named(machine: Machine, world_size: int) -> str:
     """The number of ranks, and whether they share a GPU: "3 (sharing)"."""
-    return f"{world_size} (sharing)" if machine.ranks_per_gpu(world_size) > 1 else str(world_size)
+    return f"{world_size} (sharing)" if machine.shared_by(world_size) else str(world_size)
 
 
 def one_hash(machine: Machine, folder: Path, *, bf16: bool) -> tuple[str, dict[str, Any]]:

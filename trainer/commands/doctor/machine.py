@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
-from ...engine.gpus import usable_gpus
+from ...engine.gpus import driver_version, usable_gpus
 from ...errors import UserError
 
 _PROJECT = "strong-scaling-trainer"
@@ -35,9 +33,9 @@ class Machine:
         """As trainer.device."""
         return "cuda" if self.gpus else "cpu"
 
-    def ranks_per_gpu(self, world_size: int) -> int:
-        """As trainer.ranks_per_gpu, for so many ranks; 1 on the CPU."""
-        return max(1, -(-world_size // self.gpus)) if self.gpus else 1
+    def shared_by(self, world_size: int) -> bool:
+        """Whether so many ranks have to share GPUs."""
+        return 0 < self.gpus < world_size
 
 
 def look(device: str) -> Machine:
@@ -79,23 +77,6 @@ def devices(machine: Machine) -> tuple[str, dict[str, Any]]:
     return said + f"{machine.gpus} x {', '.join(names)}", figures
 
 
-def driver() -> str | None:
-    """The version of NVIDIA's driver; None if none is found."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout  # fmt: skip
-        return said.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
-        return next(word for word in words if word[0].isdigit() and "." in word)
-    except (OSError, StopIteration):
-        return None
-
-
 def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
     """A sentence on drivers and packages, and their versions. Raises UserError if an installed package doesn't fit."""
     figures: dict[str, Any] = {}
@@ -114,7 +95,12 @@ def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
     said = f"torch {torch.__version__}, DeepSpeed {figures['deepspeed']}, transformers {figures['transformers']}"
     if machine.gpus:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        cuda = {"driver": driver(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+        cuda = {
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": nccl,
+        }
         figures |= cuda
         said += f"; driver {cuda['driver']}, CUDA {cuda['cuda']}, NCCL {nccl}"
     return said, figures

@@ -29,6 +29,7 @@ from ..batch_norm import RunningStatistics
 from .functions import FUNCTIONS
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
+from .names import ARITHMETIC, MAKES, MOVES, SIZES, TURNS, cloned, gives_up_samples, mapped, parts
 from .streams import Streams
 from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
@@ -126,7 +127,7 @@ class Pack(TorchFunctionMode):
         if given == _PARTED | _WHOLE:
             raise RefusedError(f"{name_of(func)} brings samples together with a value that several of them gave")
         found = self._called(func, args, kwargs)
-        if given and name_of(func) not in _MAKES:
+        if given and name_of(func) not in MAKES:
             self._note_whole(func, args, kwargs, found, given == _WHOLE)
         return found
 
@@ -149,7 +150,7 @@ class Pack(TorchFunctionMode):
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Adds a call to `form`. Returns what is among its arguments: `_PARTED`, `_WHOLE`, both or neither."""
         known: list[Any] = [func, torch.is_grad_enabled()]
-        numbers = name_of(func).strip("_") not in _ARITHMETIC
+        numbers = name_of(func).strip("_") not in ARITHMETIC
         found = self._look_at(args, known, numbers)
         if kwargs:
             found |= self._look_at(kwargs, known, numbers)
@@ -189,16 +190,16 @@ class Pack(TorchFunctionMode):
                 continue
             lost = not self.has_part(tensor)
             if not lost:
-                turned = _gives_up_samples(func, args, kwargs, tensor)
+                turned = gives_up_samples(func, args, kwargs, tensor)
                 # What was turned may be turned back. All else that follows from such values alone is one of them.
-                lost = not (turned and name_of(func) in _TURNS) if from_whole else turned
+                lost = not (turned and name_of(func) in TURNS) if from_whole else turned
             if lost and self.place(tensor) is None:
                 self._whole[id(tensor)] = tensor  # kept, as an id may be given to another one
 
     def _function_key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
         """Names a function of samples by its shapes; None for one that only looks at tensors or moves values."""
         name = name_of(func)
-        if name in _MOVES:
+        if name in MOVES:
             return None
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
@@ -237,11 +238,11 @@ class Pack(TorchFunctionMode):
             own = self._drawn((args, kwargs), inputs)
             try:
                 with torch.enable_grad():
-                    together = func(*_cloned(own[0]), **_cloned(own[1]))
+                    together = func(*cloned(own[0]), **cloned(own[1]))
                     if not isinstance(together, Tensor) or not together.is_floating_point():
                         return False
                     pieces = [
-                        func(*_cloned(self.part(own[0], k, func)), **_cloned(self.part(own[1], k, func)))
+                        func(*cloned(self.part(own[0], k, func)), **cloned(self.part(own[1], k, func)))
                         for k in range(self.g)
                     ]
                     if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
@@ -273,7 +274,7 @@ class Pack(TorchFunctionMode):
 
         def widen(v: Any) -> Any:
             if not isinstance(v, Tensor):
-                return _mapped(v, widen)
+                return mapped(v, widen)
             if v.dtype not in LOW_PRECISION or not self.has_part(v):
                 return v
             low.append(v)
@@ -290,7 +291,7 @@ class Pack(TorchFunctionMode):
             if value.requires_grad:
                 inputs.append(drawn.requires_grad_())
             return drawn
-        return _mapped(value, lambda v: self._drawn(v, inputs))
+        return mapped(value, lambda v: self._drawn(v, inputs))
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -344,13 +345,13 @@ class Pack(TorchFunctionMode):
         if isinstance(value, Tensor):
             place = self._derived.get(id(value))
             return value if place is None else self.derived[-place - 1][0]
-        return _mapped(value, self._graphs)
+        return mapped(value, self._graphs)
 
     def _touches_graph(self, value: Any) -> bool:
         """Whether a tensor that follows from samples and parameters is among the arguments."""
         if isinstance(value, Tensor):
             return value.requires_grad and self.place(value) is None
-        return any(self._touches_graph(v) for v in _parts(value))
+        return any(self._touches_graph(v) for v in parts(value))
 
     # ---- one micro-batch at a time -------------------------------------------------------------------------------
 
@@ -367,8 +368,8 @@ class Pack(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self.has_part(value)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value == self._rows and name_of(func) in _SIZES
-        return any(self._has_part(v, func) for v in _parts(value))
+            return value == self._rows and name_of(func) in SIZES
+        return any(self._has_part(v, func) for v in parts(value))
 
     def part(self, value: Any, k: int, func: Any = "", same: dict[int, Tensor] | None = None) -> Any:
         """What micro-batch k sees of an argument; an argument that is given twice is one tensor here, too.
@@ -384,8 +385,8 @@ class Pack(TorchFunctionMode):
                 return same[id(value)]
             return self._own(value, k)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value // self.g if value == self._rows and name_of(func) in _SIZES else value
-        return _mapped(value, lambda v: self.part(v, k, func, same))
+            return value // self.g if value == self._rows and name_of(func) in SIZES else value
+        return mapped(value, lambda v: self.part(v, k, func, same))
 
     def _piece(self, value: Tensor, k: int) -> Tensor:
         if not (value.requires_grad and torch.is_grad_enabled()):
@@ -404,7 +405,7 @@ class Pack(TorchFunctionMode):
             own = self._statistics.scratch_piece(value, self.scratch)
             return value if own is None else own[k].data
         if isinstance(value, (list, tuple, dict)):
-            return _mapped(value, lambda v: self._own(v, k))
+            return mapped(value, lambda v: self._own(v, k))
         return value
 
     def _alias(self, value: Tensor, place: int, k: int) -> Tensor:
@@ -484,7 +485,7 @@ class Pack(TorchFunctionMode):
     def outputs_of(self, outputs: Any, k: int) -> Any:
         """Micro-batch k's part of what a task's forward returned."""
         with torch._C.DisableTorchFunction():
-            tensors = [outputs] if isinstance(outputs, Tensor) else list(_parts(outputs))
+            tensors = [outputs] if isinstance(outputs, Tensor) else list(parts(outputs))
             if not tensors or not all(isinstance(t, Tensor) and self.has_part(t) for t in tensors):
                 raise RefusedError("an output that does not have one row a sample")
             return self.part(outputs, k)
@@ -604,119 +605,3 @@ def _is_exact(site: Site, tensors: list[Any]) -> bool:
         if out_of_memory(error):
             raise
         return False
-
-
-# Functions that are given sizes.
-_SIZES = frozenset(
-    (
-        *("view", "reshape", "expand", "broadcast_to", "rand", "randn", "randint", "normal", "zeros", "ones", "empty"),
-        *("full", "new_zeros", "new_ones", "new_empty", "new_full"),
-    )
-)
-# Functions that take only the shape and the type of a tensor.
-_MAKES = frozenset(
-    (
-        *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"),
-        *("new_tensor", "size", "dim", "numel", "arange", "zeros", "ones", "empty", "full"),
-    )
-)
-# Functions that may turn a tensor, so that its first dimension holds something else than samples.
-_TURNS = frozenset(("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "adjoint", "__get__"))
-# Functions that may give one value of all samples.
-_GATHERS = frozenset(
-    (
-        *(
-            "sum",
-            "mean",
-            "std",
-            "var",
-            "amax",
-            "amin",
-            "max",
-            "min",
-            "norm",
-            "prod",
-            "median",
-            "logsumexp",
-            "any",
-            "all",
-        ),
-        *("argmax", "argmin", "nansum", "nanmean", "count_nonzero", "vector_norm", "aminmax", "quantile", "mode"),
-    )
-)
-# Functions of numbers that change no shape, and mix no samples.
-_ARITHMETIC = frozenset(
-    (
-        *(
-            "add",
-            "radd",
-            "iadd",
-            "sub",
-            "rsub",
-            "isub",
-            "mul",
-            "rmul",
-            "imul",
-            "div",
-            "truediv",
-            "rtruediv",
-            "itruediv",
-        ),
-        *("true_divide", "floordiv", "rdiv", "idiv", "pow", "rpow", "ipow", "mod", "remainder", "fmod", "multiply"),
-        *("subtract", "divide", "lt", "le", "gt", "ge", "eq", "ne", "less", "greater", "clamp", "clip", "clamp_min"),
-        *("clamp_max", "fill", "masked_fill", "full", "full_like", "new_full", "where", "lerp", "addcmul", "addcdiv"),
-    )
-)
-# Functions that look at a tensor or move its values: never another bit.
-_MOVES = frozenset(
-    (
-        *("__get__", "size", "dim", "numel", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "to"),
-        *("contiguous", "unsqueeze", "squeeze", "expand", "detach", "float", "clone", "cat", "stack", "chunk", "split"),
-        *(
-            "narrow",
-            "select",
-            "__getitem__",
-            "index_select",
-            "type_as",
-            "is_floating_point",
-            "is_contiguous",
-            "view_as",
-        ),
-        *("requires_grad_", "expand_as", "movedim", "t", "swapaxes", "data_ptr", "stride", "element_size", "__len__"),
-        *("zero_", "fill_", "copy_", "relu", "masked_fill", "gather"),
-    )
-)
-
-
-def _gives_up_samples(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Tensor) -> bool:
-    """Whether the first dimension of a result is another one than that of the samples, though it is as large."""
-    name, x = name_of(func), args[0] if args else None
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        return False
-    if name in _TURNS:
-        return found.dim() == x.dim() and found.numel() == x.numel() and found.stride(0) != x.stride(0)
-    if name in _GATHERS:
-        dims = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        return any(isinstance(d, int) and not isinstance(d, bool) and d % x.dim() == 0 for d in dims)
-    return False
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else _mapped(value, _cloned)
-
-
-def _parts(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return value
-    return value.values() if isinstance(value, Mapping) else ()
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(function(v) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(function(v) for v in value)
-    if isinstance(value, dict):
-        return {name: function(v) for name, v in value.items()}
-    return value
