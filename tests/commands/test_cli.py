@@ -194,7 +194,7 @@ def test_plan_and_verify_get_the_config_and_the_world_sizes(tmp_path: Path, call
         ("verify --ds_config run.json --world_sizes two", ("--world_sizes", "two")),
         ("verify --ds_config run.json --packs 4 0", ("--packs", "'0' is not \"auto\" or a whole number of at least 1")),
         ("plan --ds_config run.json --set trainer.epoch=3", ('unknown key "trainer.epoch". Did you mean "epochs"?',)),
-        ("plan --ds_config run.json --epoch 3", ("--epoch", "usage: ")),
+        ("plan --ds_config run.json --epoch 3", ("--epoch", "usage: python -m trainer plan")),
         ("predict --model m --in f", ("--in", "usage: ")),
         ("predict --model m --input f --format xml", ("--format", "xml", "csv")),
         ("check-task digits --set trainer.seed", ("expected dotted.key=value",)),

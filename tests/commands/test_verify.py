@@ -212,7 +212,7 @@ def test_refused_packs_are_named_with_the_ranks_that_refused_them(say_of: Any) -
     _, out = say_of(
         {1: finished(of_ranks=[odd]), 2: finished(of_ranks=[odd, odd]), 3: finished(of_ranks=[exact, odd, odd])}
     )
-    assert f"packs of 4, refused at 1 rank, 2 ranks, 3 ranks (ranks 1, 2): {why}." in out.splitlines()
+    assert f"Packs of 4 were refused at 1, 2 and 3 ranks (at 3 ranks only on ranks 1 and 2): {why}." in out.splitlines()
 
 
 @pytest.mark.parametrize("started", [True, False])

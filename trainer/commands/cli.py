@@ -128,7 +128,9 @@ def _main(arguments: list[str] | None) -> int:
         "--packs", nargs="+", type=_pack, default=[None], metavar="G", help="also with these sizes of packs: 1 4 auto"
     )
     try:
-        flags = parser.parse_args(arguments)
+        flags, unknown = parser.parse_known_args(arguments)
+        if unknown:  # here, so that the usage shown is the command's own
+            commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}")
         if flags.command == "check-task":
             from .check_task import check_task
 

@@ -253,17 +253,23 @@ def _refused(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[in
 
 
 def _refusals(runs: Sequence[Traced]) -> list[str]:
-    """Sentences on packs that were refused: their size, at which numbers of ranks and on which of these, and why."""
-    where: dict[tuple[str, str], list[str]] = {}
+    """Sentences on packs that were refused: their size, why, and at which numbers of ranks, on which of these."""
+    where: dict[tuple[str, str], dict[int, list[int]]] = {}
     for run in runs:
         for size, reasons in run.refused.items():
             for why, ranks in reasons.items():
-                some = f" (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
-                title = _ranks(run.world_size) + some * (len(ranks) < run.world_size)
-                where.setdefault((size, why), [])
-                if title not in where[size, why]:
-                    where[size, why].append(title)
-    return [f"packs of {size}, refused at {', '.join(titles)}: {why}." for (size, why), titles in where.items()]
+                where.setdefault((size, why), {}).setdefault(run.world_size, ranks)
+    sentences = []
+    for (size, why), found in where.items():
+        some = [f"at {_ranks(W)} only on {_those(ranks)}" for W, ranks in found.items() if len(ranks) < W]
+        at = f"at {_listed(list(found))} rank{'s' * (list(found) != [1])}"
+        inner = f" ({', '.join(some)})" if some else ""
+        sentences.append(f"Packs of {size} were refused {at}{inner}: {why}.")
+    return sentences
+
+
+def _those(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"
 
 
 def _same(run: Traced, where: str) -> str:

@@ -166,8 +166,9 @@ class Audit:
         )
         return (
             f"The audit of step {self._step + 1} found two results for micro-batch {j}: {who}.\n"
-            "Either a device computes wrongly, or the task keeps state or uses the rank in a way that the rehearsal "
-            "before the first step could not see. Start the run again with trainer.audit_every_steps=1: if the task is "
-            "the cause, that finds the step in which it begins. For annealing, use the keyword progress instead of a "
-            f"counter.\nStep {self._step + 1} was not applied. {passed}"
+            "A device computes wrongly, or a pack does, or the task keeps state or uses the rank in a way that the "
+            "rehearsal before the first step could not see. Start the run again with trainer.audit_every_steps=1: if "
+            "the task is the cause, that finds the step in which it begins. For annealing, use the keyword progress "
+            "instead of a counter. If the error stays away with trainer.pack=1, packs are the cause: please report it."
+            f"\nStep {self._step + 1} was not applied. {passed}"
         )

@@ -241,7 +241,7 @@ class ExactStep:
             if out_of_memory(error):
                 packs.shrink(len(part))
             else:
-                packs.refuse(batch, part, RefusedError(f"{type(error).__name__}: {error}"))
+                packs.refuse(batch, part, error)
         return False
 
     def _add_known_pack(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.exact.hashes import hash64
-from trainer.exact.packs.verdicts import HashedSums, Packed, Single, difference, out_of_memory
+from trainer.exact.packs.verdicts import HashedSums, Packed, Single, difference, out_of_memory, told
 
 OWNERS = {0: ["head"]}
 
@@ -54,3 +54,15 @@ def test_the_first_difference_is_named(
 def test_errors_of_too_little_memory(error: Exception) -> None:
     assert out_of_memory(error)
     assert not out_of_memory(RuntimeError("shapes"))
+
+
+def test_an_error_of_a_forward_is_told_with_its_innermost_module() -> None:
+    class Head(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(8, -1)
+
+    model = nn.ModuleDict({"body": nn.Identity(), "head": nn.Sequential(Head())})
+    with pytest.raises(RuntimeError) as caught:
+        model["head"](torch.zeros(3, 3))
+    assert told(caught.value, model).startswith("RuntimeError in head.0 (Head): shape '[8, -1]' is invalid")
+    assert told(ValueError(), model) == "ValueError: without a message"

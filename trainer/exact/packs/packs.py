@@ -21,7 +21,7 @@ from .choice import Choice
 from .leaves import Leaves, Sink
 from .pack import ALONE, Key, Pack
 from .streams import Streams
-from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory
+from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory, told
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
 TRIALS = 3
@@ -128,8 +128,10 @@ class Packs:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what was reserved for the large pack is in pieces of no use to smaller ones
 
-    def refuse(self, batch: GlobalBatch, part: Sequence[int], error: RefusedError) -> None:
+    def refuse(self, batch: GlobalBatch, part: Sequence[int], error: Exception) -> None:
         """A pack could not be computed, though its shape can: where that was no chance, it is not tried again."""
+        if not isinstance(error, RefusedError):
+            error = RefusedError(told(error, self._model))
         if not error.once:
             self._verdicts[self._key(batch, part)].refusal = str(error)
 
@@ -315,7 +317,7 @@ class Packs:
                 if out_of_memory(error):
                     refusal = _NO_MEMORY
                     break
-                refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                refusal = told(error, self._model)
                 if not self._set_losses_apart():
                     break
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hashes import hash64
 
@@ -67,6 +67,19 @@ class HashedSums:
     def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
         """As `leaves.Sink`."""
         self.found[place] = [hash64([r]) if present is None or present[k] else None for k, r in enumerate(rows)]
+
+
+def told(error: Exception, model: nn.Module) -> str:
+    """An error of a forward or loss as one line, with the innermost module in which it was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        module = frame.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(id(module)):
+            place = f" in {names[id(module)]} ({type(module).__name__})"
+        frame = frame.tb_next
+    first = str(error).splitlines()[0] if str(error) else "without a message"
+    return f"{type(error).__name__}{place}: {first}"
 
 
 def out_of_memory(error: Exception) -> bool:
