@@ -255,14 +255,24 @@ def test_low_rank_updates_of_what_has_no_such_layer(monkeypatch: pytest.MonkeyPa
         adapt(Net(), config(lora={}))
 
 
-def test_low_rank_updates_that_could_not_be_saved_are_refused_at_once() -> None:
-    """A grouped convolution can be adapted, but peft cannot merge the update. Random tasks met that after training."""
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"groups": 2}, "grouped convolution"),
+        ({"dilation": 2}, "is not dilated"),
+        ({"padding": 1, "padding_mode": "circular"}, "the layer's padding_mode is circular"),
+    ],
+)
+def test_low_rank_updates_that_peft_makes_wrong_or_cannot_save_are_refused_at_once(
+    settings: dict[str, Any], words: str
+) -> None:
+    """Random tasks met the first after training, and the second as a traceback. The third saved another model."""
     pytest.importorskip("peft", reason="the extra lora is not installed")
 
     def model() -> nn.Module:
-        return nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 8, 3, groups=2), plain=nn.Conv2d(8, 4, 3)))
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 8, 3, **settings), plain=nn.Conv2d(8, 4, 3)))
 
-    with pytest.raises(UserError, match=r"cannot adapt conv: .* grouped convolution.* Leave this layer out of trainer"):
+    with pytest.raises(UserError, match=rf"cannot adapt conv: .*{words}.* Leave this layer out of trainer"):
         adapt(model(), config(lora={"rank": 2, "target_modules": ["conv", "plain"]}))
     merged(adapt(model(), config(lora={"rank": 2, "target_modules": ["plain"]})))
 

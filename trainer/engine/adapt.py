@@ -139,13 +139,27 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
             f"{', ...' if len(modules) > 12 else ''}."
         ) from error
     for name, module in adapted.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer) and getattr(module.base_layer, "groups", 1) > 1:
+        trouble = _trouble(module.base_layer) if isinstance(module, peft.tuners.lora.LoraLayer) else None
+        if trouble is not None:
             raise UserError(
-                f'"trainer.lora" cannot adapt {name.removeprefix("base_model.model.")}: peft cannot merge the update '
-                "of a grouped convolution, so the trained model could not be saved. Leave this layer out of "
-                "trainer.lora.target_modules."
+                f'"trainer.lora" cannot adapt {name.removeprefix("base_model.model.")}: {trouble}. '
+                "Leave this layer out of trainer.lora.target_modules."
             )
     return adapted
+
+
+def _trouble(layer: nn.Module) -> str | None:
+    """Why peft's update of a layer would be wrong, or could not be saved; None if it is fine."""
+    if getattr(layer, "groups", 1) > 1:
+        return "peft cannot merge the update of a grouped convolution, so the trained model could not be saved"
+    # peft's update is a convolution with the layer's kernel, stride and padding, and nothing else of it.
+    if set(getattr(layer, "dilation", ())) - {1} and max(layer.kernel_size) > 1:  # type: ignore[arg-type]
+        return "peft's update of a dilated convolution is not dilated"
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return (
+            f"peft's update of a convolution is padded with zeros, but the layer's padding_mode is {layer.padding_mode}"
+        )
+    return None
 
 
 def merged(model: nn.Module) -> nn.Module:
