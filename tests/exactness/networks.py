@@ -106,13 +106,17 @@ class Network:
         names = [
             f"layers.{i}"
             for i, block in enumerate(self.layers)
-            # A grouped convolution is refused: peft could not merge its update.
-            if block.get("nn") in ("Linear", "Conv2d") and block.get("options", {}).get("groups", 1) == 1
+            if block.get("nn") in ("Linear", "Conv2d") and self._adaptable(**block.get("options", {}))
         ]
         # peft goes by the end of a name, which the layers inside of a Residual share.
         inner = {f"layers.{i}" for block in self.layers for i in range(len(block.get("layers", ())))}
         names = [name for name in names if name not in inner]
         return [*names, "head"]
+
+    @staticmethod
+    def _adaptable(groups: int = 1, dilation: int = 1, padding_mode: str = "zeros", **others: Any) -> bool:
+        """Whether LoRA is not refused: peft leaves these out of its update, or cannot merge it."""
+        return groups == dilation == 1 and padding_mode == "zeros"
 
     # ---- the input -------------------------------------------------------------------------------------------------
 
