@@ -49,7 +49,7 @@ def all_keys() -> list[Key]:
 
 
 def _walk(node: dict[str, Any], path: str, only: str) -> Iterator[Key]:
-    conditions = [(str(part["$comment"]), part["then"]) for part in node.get("allOf", ())]
+    conditions = [(str(part["$comment"]), part["then"]) for part in node.get("allOf", ()) if "then" in part]
     for name, inner in node.get("properties", {}).items():
         # Limits of arguments that only some optimizers have are described with those optimizers.
         if "description" in inner or "properties" in inner:

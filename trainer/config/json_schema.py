@@ -128,8 +128,13 @@ def document(tasks: Mapping[str, type], study: type, more: Mapping[str, Schema])
         ("trainer", _tasks(tasks)),
     ):
         properties[name]["allOf"] = conditions
-    refused = {"pattern": f"^({'|'.join(map(_any_case, deepspeed_keys.REFUSED_OPTIMIZERS))})$"}
-    properties["optimizer"]["properties"]["type"] |= {"not": refused, "examples": ["AdamW", "Adam", "Lion", "SGD"]}
+    properties["optimizer"]["properties"]["type"] |= {
+        "examples": ["AdamW", "Adam", "Lion", "SGD"],
+        "allOf": [
+            {"not": {"pattern": f"^{_any_case(name)}$"}, "errorMessage": f"{name} cannot be used: {why}"}
+            for name, why in deepspeed_keys.REFUSED_OPTIMIZERS.items()
+        ],
+    }
     properties["scheduler"]["required"] = ["type"]
     properties["zero_optimization"] |= _arguments(deepspeed_keys.ZERO, "DeepSpeed's, with ZeRO")
     properties["zero_optimization"]["properties"]["stage"]["enum"] = [0, 1, 2, 3]
@@ -146,8 +151,10 @@ _REFUSED = deepspeed_keys.REFUSED.items()
 
 def _refused(why: str) -> Schema:
     """A key that DeepSpeed has, and that has no effect here. What asks for nothing is let through."""
-    off = {"type": "object", "properties": {"enabled": {"const": False}}, "required": ["enabled"]}
-    return {"description": f"a DeepSpeed key without effect here: {why}", "anyOf": [{"enum": [False, None]}, off]}
+    doc = f"a DeepSpeed key without effect here: {why}"
+    told = {"errorMessage": doc}  # no keyword of JSON schema, but editors show it in place of their own words
+    off = {"type": "object", "properties": {"enabled": {"const": False, **told}}, "required": ["enabled"], **told}
+    return {"description": doc, "anyOf": [{"enum": [False, None]}, off]}
 
 
 def _any_case(name: str) -> str:
