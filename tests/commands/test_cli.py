@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from trainer.commands import check_task, cli, predict, show_plan, verify
-from trainer.config.keys import Config
+from trainer.config import ready
+from trainer.config.keys import Config, load_config
 from trainer.errors import UserError
 from trainer.study import page, runner
 
@@ -181,6 +183,42 @@ def test_plan_and_verify_get_the_config_and_the_world_sizes(tmp_path: Path, call
     for (name, config, *sizes), wanted in zip(called, expected, strict=True):
         assert (name, *sizes) == wanted
         assert (config.trainer.seed, config.trainer.epochs, config.train_batch_size) == (5, 3, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["study study.json", "check-task digits --ds_config study.json", "verify --ds_config study.json"]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bare_name_finds_a_ready_config(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    called: list[tuple[Any, ...]],
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    rank: int,
+) -> None:
+    """Rank 0 says so, for all."""
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments.split()) == 7
+    own = ready.folder() / "study.json"
+    (call,) = called
+    assert str(own) in call or load_config(own) in call
+    said = f"study.json is not in this folder, so the trainer's own is used: {own}\n"
+    assert capsys.readouterr().err == (said if rank == 0 else "")
+
+
+def test_who_stops_reading_sees_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else every line is written at once
+    reads, writes = os.pipe()
+    os.close(reads)
+    for arguments in (["schema"], ["keys", "trainer.best"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *arguments], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (1, b"")
+    os.close(writes)
 
 
 @pytest.mark.parametrize(

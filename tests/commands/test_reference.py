@@ -1,4 +1,4 @@
-"""The tables of keys on the pages are those of the schema."""
+"""The tables of keys on the pages, and the schema for editors, are those of the code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import re
 import pytest
 
 from trainer.commands import reference
+from trainer.config import ready
 
 
 @pytest.mark.parametrize("page", reference.PAGES)
 def test_tables_of_keys_are_those_of_the_schema(page: str) -> None:
     text = (reference.ROOT / page).read_text()
     assert reference.filled(text) == text, "python -m trainer.commands.reference"
+
+
+def test_the_schema_for_editors_is_that_of_the_keys() -> None:
+    assert (ready.folder() / ready.SCHEMA).read_text() == reference.schema(), "python -m trainer.commands.reference"
 
 
 def test_every_table_has_its_page() -> None:

@@ -1,11 +1,10 @@
-"""The model that a run leaves: its weights, what made them, and its card."""
+"""The model that a run leaves: its weights, and what made them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,24 +13,11 @@ from torch import nn
 
 from tests.run.small import Task, config_of, pieces_of
 from trainer.record.folder import ORIGIN, RAW, OutputFolder
-from trainer.run.saving import save_card, save_model
-
-SUMMARY: dict[str, Any] = {
-    "metrics": {"validation": {"loss": 0.5, "error": 0.25}, "test": {"loss": 0.75}}, "steps": 1200,
-    "parameters_sha256": "ab" * 32,
-}  # fmt: skip
+from trainer.run.saving import save_model
 
 
 def folder_of(path: Path) -> OutputFolder:
     return OutputFolder.claim(str(path / "run"), "test")
-
-
-def card(path: Path, inexact: tuple[str, ...] = (), summary: dict[str, Any] | None = None, **trainer: Any) -> str:
-    pieces, folder = pieces_of(config_of(**trainer)), folder_of(path)
-    pieces.inexact += inexact
-    (folder.path / "model").mkdir()
-    save_card(pieces, folder, summary or SUMMARY)
-    return (folder.path / "model" / "README.md").read_text()
 
 
 def test_the_weights_load_into_the_tasks_model(tmp_path: Path) -> None:
@@ -115,51 +101,3 @@ def test_low_rank_updates_are_merged_and_saved_beside_the_model(tmp_path: Path) 
     assert set(saved) == set(plain)
     assert {name for name in plain if not torch.equal(saved[name], plain[name])} == {"0.weight"}
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-
-# The card
-
-
-def test_a_card_says_what_the_model_is_and_how_good(tmp_path: Path) -> None:
-    text = card(tmp_path)
-    assert text.startswith("---\ntags: [custom-task, strong-scaling-trainer]\n---\n\n# Task, trained on 30 samples\n")
-    assert "1,200 steps of 8 samples (strong scaling, micro-batches of 4), seed 0." in text
-    assert "| | validation | test |\n|---|---|---|\n| loss | 0.5000 | 0.7500 |\n| error | 0.2500 | nan |\n" in text
-    assert f"sha256 `{'ab' * 32}`" in text
-    assert "- torch: " in text
-    assert text.count("- data of ") == 3
-    assert '"train_batch_size": 8' in text
-    assert "The model of step" not in text
-
-
-def test_a_card_names_the_step_that_was_kept(tmp_path: Path) -> None:
-    best = {"step": 1100, "metric": "error", "mode": "min", "value": 0.25}
-    assert "The model of step 1,100, the best error on validation." in card(tmp_path, summary=SUMMARY | {"best": best})
-
-
-def test_a_card_without_metrics(tmp_path: Path) -> None:
-    assert "## Metrics" in card(tmp_path, summary=SUMMARY | {"metrics": {}})
-
-
-@pytest.mark.parametrize(
-    ("inexact", "trainer", "said"),
-    [
-        ((), {}, "Exactness: bitwise. Any 1 to 2 ranks give these very bits, on the same device model and versions."),
-        (("a differs", "b counts"), {}, "Exactness: tolerance. a differs; b counts"),
-        ((), {"train_batch_size": None, "gradient_accumulation_steps": 2}, "Exactness: bitwise. \n"),
-    ],
-    ids=["strong", "tolerance", "weak"],
-)
-def test_a_card_promises_what_the_run_can_keep(
-    tmp_path: Path, inexact: tuple[str, ...], trainer: dict[str, Any], said: str
-) -> None:
-    assert said in card(tmp_path, inexact, **trainer)
-
-
-def test_a_name_in_the_card_is_only_a_text(tmp_path: Path) -> None:
-    """A class of the data may have any name, and is part of its metric's."""
-    name = "f1 of <script>alert(1)</script> | ![x](http://a/b.png) `\n# no"
-    text = card(tmp_path, inexact=("the rank of <b>",), summary=SUMMARY | {"metrics": {"te<i>st": {name: 0.5}}})
-    assert r"| f1 of &lt;script&gt;alert(1)&lt;/script&gt; \| !\[x\](http://a/b.png) \` # no | 0.5000 |" in text
-    assert "| | te&lt;i&gt;st |" in text
-    assert "the rank of &lt;b&gt;" in text

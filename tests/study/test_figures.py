@@ -146,7 +146,7 @@ def test_matplotlib_is_imported_late_and_missed_politely() -> None:
         "try: f.trials('t', 'y', [])\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install -e .[study]" in done.stdout
+    assert 'pip install "strong-scaling-trainer[study]"' in done.stdout
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:

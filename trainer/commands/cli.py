@@ -1,17 +1,25 @@
-"""Command lines: the launched script's flags, and `python -m trainer` with its commands."""
+"""Command lines: the launched script's flags, and `strong-scaling-trainer` (`python -m trainer`) with its commands."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from ..config import ready
 from ..config.keys import Config, load_config
 from ..config.schema import parse_override
 from ..errors import UserError
+from ..ranks.place import Ranks
 from ..tasks.first_look import look
+from .version import Version
+
+# The program that the package installs.
+COMMAND = "strong-scaling-trainer"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +71,19 @@ def config_from(flags: argparse.Namespace) -> Config:
         value = getattr(flags, name, None)
         if value is not None:
             overrides[f"trainer.{name}"] = value
-    return load_config(flags.ds_config, overrides)
+    return load_config(config_file(flags.ds_config), overrides)
+
+
+def config_file(given: str) -> str:
+    """The path of a config file, which may be given as the bare name of a ready config. Rank 0 says which is used.
+
+    Raises:
+        UserError: it is near to the name of a ready config, and there is no such file.
+    """
+    found = ready.find(given)
+    if found != Path(given) and Ranks.from_environment().first:
+        print(f"{given} is not in this folder, so the trainer's own is used: {found}", file=sys.stderr)
+    return str(found)
 
 
 def _pack(text: str) -> int | str:
@@ -74,13 +94,18 @@ def _pack(text: str) -> int | str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m trainer plan|verify|check-task|predict|doctor|study|report`. Returns the exit code."""
+    """`strong-scaling-trainer COMMAND`, or `python -m trainer COMMAND`. Returns the exit code."""
     try:
         before = signal.signal(signal.SIGTERM, _terminated)
     except ValueError:  # not in the main thread
         return _main(arguments)
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough, as in `keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -90,8 +115,14 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _main(arguments: list[str] | None) -> int:
-    parser = _Parser(prog="python -m trainer", description="Exact strong scaling: plan, verify, study.")
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `strong-scaling-trainer`."""
+    # Started by its entry point, it has that name.
+    name = Path(sys.argv[0]).name
+    parser = _Parser(
+        prog=name if name == COMMAND else "python -m trainer", description="Exact strong scaling: plan, verify, study."
+    )
+    parser.add_argument("--version", action=Version, help="versions of the trainer, torch and DeepSpeed")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
@@ -120,6 +151,14 @@ def _main(arguments: list[str] | None) -> int:
     compare.add_argument("--dry_run", action="store_true", help="show the plan and start no run")
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
     again.add_argument("folder", metavar="DIR", help="study.output_dir")
+    start = commands.add_parser("init", help="write a config to start from")
+    start.add_argument("task", metavar="TASK", help="a task, or the name of a ready config")
+    start.add_argument("file", metavar="FILE", nargs="?", help="default: TASK.json")
+    find = commands.add_parser("keys", help="what the keys of a config mean")
+    find.add_argument("pattern", metavar="KEY", nargs="?", help="a key, a block, a task, or a part of a name")
+    commands.add_parser("schema", help="print the JSON schema of a config, for editors")
+    shell = commands.add_parser("completion", help="print what makes a shell complete this command")
+    shell.add_argument("shell", choices=("bash", "zsh", "fish"))
     for command in (plan, verify):
         add_config_flags(command)
         command.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
@@ -127,14 +166,42 @@ def _main(arguments: list[str] | None) -> int:
     verify.add_argument(
         "--packs", nargs="+", type=_pack, default=[None], metavar="G", help="also with these sizes of packs: 1 4 auto"
     )
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose usage an error shows
+    return parser
+
+
+def _main(arguments: list[str] | None) -> int:
+    parser = command_parser()
     try:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow
+            from .completion import complete
+
+            complete(parser)
         flags, unknown = parser.parse_known_args(arguments)
-        if unknown:  # here, so that the usage shown is the command's own
-            commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        if unknown:
+            flags.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if flags.command == "init":
+            from .start import start
+
+            return start(flags.task, flags.file, parser.prog)
+        if flags.command == "keys":
+            from .keys import keys
+
+            return keys(flags.pattern, parser.prog)
+        if flags.command == "schema":
+            print((ready.folder() / ready.SCHEMA).read_text(encoding="utf-8"), end="")
+            return 0
+        if flags.command == "completion":
+            from .completion import script
+
+            print(script(COMMAND, flags.shell))
+            return 0
         if flags.command == "check-task":
             from .check_task import check_task
 
-            return check_task(flags.task, dict(parse_override(text) for text in flags.set), flags.ds_config)
+            file = None if flags.ds_config is None else config_file(flags.ds_config)
+            return check_task(flags.task, dict(parse_override(text) for text in flags.set), file)
         if flags.command == "predict":
             from .predict import predict
 
@@ -148,7 +215,7 @@ def _main(arguments: list[str] | None) -> int:
         if flags.command == "study":
             from ..study.runner import study
 
-            return study(flags.ds_config, flags.dry_run, dict(parse_override(text) for text in flags.set))
+            return study(config_file(flags.ds_config), flags.dry_run, dict(parse_override(text) for text in flags.set))
         if flags.command == "report":
             from ..study.page import report
 

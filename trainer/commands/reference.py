@@ -1,14 +1,18 @@
-"""`python -m trainer.commands.reference`: writes the tables of all keys into the pages that hold them.
+"""`python -m trainer.commands.reference`: writes the tables of all keys into the pages that hold them, and the schema.
 
 Run it after adding a key. In a page, the comment `<!-- keys: name -->` marks where a table begins, and `<!-- end -->`
-where it ends. A test checks that the pages are up to date.
+where it ends. A test checks that the pages and the schema are up to date.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+from ..config import json_schema, ready
 from ..config.keys import Config, TrainerOptions
 from ..config.reference import table
 
@@ -16,21 +20,48 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("ds_configs/README.md", "trainer/tasks/README.md", "trainer/study/README.md")
 
 
+def _options() -> dict[str, type]:
+    """Task -> the dataclass of its options. Imports torch."""
+    from ..tasks.first_look import BUILT_IN
+
+    return {name: importlib.import_module(f"trainer.tasks.{name}").TASK.Options for name in BUILT_IN}
+
+
 def tables() -> dict[str, str]:
     """Name -> table."""
-    import importlib
-
     from ..study.declaration import Study
-    from ..tasks.first_look import BUILT_IN
 
     found = {
         "deepspeed": table(Config, skipped=("trainer",)),
         "trainer": table(TrainerOptions, "trainer."),
         "study": table(Study, "study."),
     }
-    for name in BUILT_IN:
-        found[name] = table(importlib.import_module(f"trainer.tasks.{name}").TASK.Options, "")
-    return found
+    return found | {name: table(options, "") for name, options in _options().items()}
+
+
+def schema() -> str:
+    """The schema of a config file, as JSON text."""
+    from ..study.arms import NAMES
+    from ..study.declaration import Study
+
+    # Rules that `study.declaration` checks beside a field's type and range.
+    some: dict[str, Any] = {"minItems": 1, "uniqueItems": True}
+    from_0 = {"items": {"type": "integer", "minimum": 0}, "uniqueItems": True}
+    from_1: dict[str, Any] = {"uniqueItems": True, "items": {"type": "integer", "minimum": 1}}
+    more: dict[str, json_schema.Schema] = {
+        "study": {"required": ["output_dir", "seeds"]},
+        "study.output_dir": {"minLength": 1},
+        "study.arms": {"items": {"enum": list(NAMES)}, **some},
+        "study.budgets": {"items": {"enum": ["epochs", "updates"]}, **some},
+        "study.world_sizes": {**some, **from_1},
+        "study.dataset_sizes": from_1,
+        "study.timing.world_sizes": from_1,
+        "study.seeds": {"type": ["integer", "array"], "minimum": 2, "minItems": 2, **from_0},
+        "study.variants": {"additionalProperties": {"type": "object", "minProperties": 1}},
+        "study.metric": {"pattern": "^[^/]*/[^/]*$"},
+        "study.tuning.metric": {"pattern": "^(|(?!test/)[^/]*/[^/]*)$"},
+    }
+    return json.dumps(json_schema.document(_options(), Study, more), indent=1) + "\n"
 
 
 def filled(page: str) -> str:
@@ -47,3 +78,6 @@ def filled(page: str) -> str:
 if __name__ == "__main__":
     for path in PAGES:
         (ROOT / path).write_text(filled((ROOT / path).read_text()))
+    file = ready.folder() / ready.SCHEMA
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(schema())

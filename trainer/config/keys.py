@@ -17,7 +17,10 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..exact.plan import BatchPlan, resolve
 from . import deepspeed_keys
-from .schema import build, check_arguments, lay_over, near, option, read_json
+from .schema import build, check_arguments, convert, lay_over, near, option, read_json
+
+# Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
+SCHEMA_KEY = "$schema"
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,9 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key == "study":  # only `python -m trainer study` reads it; a plain run ignores it
             continue
+        if key == SCHEMA_KEY:
+            convert(str, value, key)
+            continue
         if key in deepspeed_keys.REFUSED:
             # Many templates contain {"enabled": false}, which asks for nothing.
             if value is False or value is None or (isinstance(value, dict) and value.get("enabled") is False):
@@ -261,7 +267,7 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
             ours = [f.name for f in dataclasses.fields(TrainerOptions)]
             if key in ours:
                 raise UserError(f'unknown key "{key}". It belongs in the "trainer" block: trainer.{key}.')
-            raise UserError(f'unknown key "{key}". {near(key, [*known, "study", *deepspeed_keys.REFUSED])}')
+            raise UserError(f'unknown key "{key}". {near(key, [*known, "study", SCHEMA_KEY, *deepspeed_keys.REFUSED])}')
     return {key: value for key, value in values.items() if key in known}
 
 
@@ -402,9 +408,7 @@ def _check_optimizer(config: Config) -> None:
         if isinstance(value, (int, float)) and not (low <= value < high):
             raise UserError(f'"optimizer.params.{key}" is {value}. It must be at least {low:g} and finite.')
     betas = params.get("betas")
-    if isinstance(betas, list) and not (
-        len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
-    ):
+    if isinstance(betas, list) and not (len(betas) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in betas)):
         raise UserError(f'"optimizer.params.betas" is {betas}. It must be two numbers of at least 0 and below 1.')
 
 

@@ -6,9 +6,14 @@ import dataclasses
 import json
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+from .json_schema import value_of
+
+_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_TYPES |= {"object": "a block", "array": "a list"}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 def table(cls: type, prefix: str = "", skipped: tuple[str, ...] = ()) -> str:
@@ -36,7 +41,7 @@ def _rows(cls: type, prefix: str, skipped: tuple[str, ...]) -> typing.Iterator[t
                 yield prefix + field.name, "none", "a block", field.metadata["doc"]
             yield from _rows(typing.cast(type, hint), f"{prefix}{field.name}.", ())
         else:
-            values = " or ".join(_values(arm, field.metadata) for arm in arms)
+            values = " or ".join(words(value_of(arm, field.metadata)) for arm in arms)
             yield prefix + field.name, _default(field), values, field.metadata["doc"]
 
 
@@ -55,14 +60,19 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return "none" if value is None else f"`{text}`" if len(text) <= 24 else "all"
 
 
-def _values(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(f"`{json.dumps(choice)}`" for choice in typing.get_args(hint))
-    plain = typing.get_origin(hint) or hint
-    words = _TYPES.get(plain, {dict: "a block", list: "a list"}.get(plain, ""))
-    limits = [
-        f"{word} {metadata[name]:g}"
-        for name, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below"))
-        if metadata.get(name) is not None
-    ]
-    return ", ".join([words, *limits])
+def words(schema: Mapping[str, Any]) -> str:
+    """The values that a schema allows, in words; an empty text where any are. That null is allowed is not said."""
+    arms = [words(arm) for arm in schema.get("anyOf", ())]
+    if arms and all(arms):
+        return " or ".join(arms)
+    choices = [schema["const"]] if "const" in schema else schema.get("enum", ())
+    if choices:
+        return " or ".join(f"`{json.dumps(choice)}`" for choice in choices)
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    limits = [f"{word} {schema[name]:g}" for name, word in _LIMITS.items() if name in schema]
+    return " or ".join(
+        ", ".join([_TYPES[kind], *(limits if kind in ("integer", "number") else [])])
+        for kind in kinds
+        if kind != "null"
+    )

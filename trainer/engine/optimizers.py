@@ -43,7 +43,8 @@ def _layerwise(name: str) -> type[torch.optim.Optimizer]:
         import pytorch_optimizer
     except ImportError as error:
         raise UserError(
-            f'"optimizer.type" {name} needs the package pytorch-optimizer ({error}): pip install -e .[study]'
+            f'"optimizer.type" {name} needs the package pytorch-optimizer ({error}): '
+            'pip install "strong-scaling-trainer[study]"'
         ) from error
     classes: dict[str, Any] = {"lars": pytorch_optimizer.LARS, "lamb": pytorch_optimizer.Lamb}
     return classes[name.lower()]

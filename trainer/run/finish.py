@@ -13,10 +13,11 @@ from ..ranks.collectives import broadcast_object, raise_together
 from ..record.console import say
 from ..record.folder import RAW
 from .banner import result_table
+from .card import save_card
 from .course import Course
 from .failures import of_the_folder
 from .reload import problems
-from .saving import save_card, save_model
+from .saving import save_model
 
 
 def finish(c: Course) -> dict[str, Any]:

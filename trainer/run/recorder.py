@@ -13,6 +13,7 @@ from ..exact.progress import Progress
 from ..exact.splits import Batch
 from ..record.console import DeepSpeedLog, ProgressBar
 from ..record.folder import OutputFolder
+from ..record.made_by import commit
 from ..record.pace import Pace, memory_gib
 from ..record.window import Window
 from ..record.writer import Writer
@@ -65,9 +66,9 @@ class Recorder:
 
     def write_manifest(self, folder: OutputFolder) -> None:
         """Writes manifest.json. Rank 0."""
-        folder.write_json(
-            "manifest.json", self._pieces.manifest() | {"command": shlex.join(sys.argv), "history": self._history}
-        )
+        code = commit()
+        made_by = {"command": shlex.join(sys.argv), "commit": None if code is None else str(code)}
+        folder.write_json("manifest.json", self._pieces.manifest() | made_by | {"history": self._history})
 
     def window(self, step: int, last: bool = False) -> None:
         """Ends the logging window. On a GPU it is read when the next one ends, so that the host need not wait."""

@@ -1,12 +1,9 @@
-"""Saves the trained model in its library's own format, with all that is needed to use it, and a model card."""
+"""Saves the trained model in its library's own format, with all that is needed to use it; loads it again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import html
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -95,63 +92,3 @@ def load_model(task: Any, folder: Path) -> nn.Module:
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{file} cannot be loaded into the task's model: {reason.splitlines()[0]}") from error
     return model
-
-
-def _plain(text: str) -> str:
-    """A text of the user's or of the data as it is shown in Markdown: no HTML, link, code or cell of a table."""
-    escaped = re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(text, quote=False))
-    return " ".join(escaped.split())
-
-
-def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
-    """Writes the model card, model/README.md: the model, its metrics, and how it was trained. Rank 0."""
-    trainer, plan = p.config.trainer, p.plan
-    sizes = ", ".join(f"{len(split):,} {_plain(name)}" for name, split in p.host_splits.items())
-    splits = list(summary["metrics"])
-    names = list(dict.fromkeys(name for metrics in summary["metrics"].values() for name in metrics))
-    rows = [
-        f"| {_plain(name)} | "
-        + " | ".join(f"{summary['metrics'][split].get(name, float('nan')):.4f}" for split in splits)
-        + " |"
-        for name in names
-    ]
-    kept = summary.get("best")
-    lines = [
-        "---",
-        f"tags: [{trainer.task if ':' not in trainer.task else 'custom-task'}, strong-scaling-trainer]",
-        "---",
-        "",
-        f"# {type(p.task).__name__}, trained on {len(p.host_splits['train']):,} samples",
-        "",
-        f"Task {_plain(trainer.task)}; {sizes} samples. {summary['steps']:,} steps of {plan.global_batch_size} samples "
-        f"({plan.scaling} scaling, micro-batches of {plan.micro_batch_size}), seed {trainer.seed}.",
-        *([f"The model of step {kept['step']:,}, the best {_plain(kept['metric'])} on validation."] if kept else []),
-        "",
-        "## Metrics",
-        "",
-        f"| | {' | '.join(map(_plain, splits))} |",
-        f"|---|{'---|' * len(splits)}",
-        *rows,
-        "",
-        "## How it was trained",
-        "",
-        f"Exactness: {p.exactness}. "
-        + (
-            f"Any 1 to {plan.micro_batches} ranks give these very bits, on the same device model and versions."
-            if p.exactness == "bitwise" and plan.scaling == "strong"
-            else _plain("; ".join(p.inexact))
-        ),
-        "",
-        f"- parameters after the last step: sha256 `{summary['parameters_sha256']}`",
-        *[f"- data of {_plain(name)}: sha256 `{split.data_hash()}`" for name, split in p.host_splits.items()],
-        *[f"- {name}: {_plain(str(value))}" for name, value in p.facts.items()],
-        "",
-        "The config as resolved:",
-        "",
-        "```json",
-        json.dumps(p.config.as_dict(), indent=2),
-        "```",
-    ]
-    card = folder.path / "model" / "README.md"
-    if card.parent.is_dir():  # not if the model could not be saved
-        card.write_text("\n".join(lines) + "\n", encoding="utf-8")

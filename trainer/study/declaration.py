@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config.keys import Config, parse
+from ..config.keys import SCHEMA_KEY, Config, parse
 from ..config.schema import build, lay_over, near, option, read_json
 from ..errors import UserError
 from ..exact.plan import steps_per_epoch
@@ -210,6 +210,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     for key, value in (overrides or {}).items():
         lay_over(values, key, value)
     block = values.pop("study", None)
+    values.pop(SCHEMA_KEY, None)  # so that it is no part of the declaration
     if not isinstance(block, dict):
         raise UserError(f'{path}: a study needs a "study" block {{...}} beside the config that it varies.')
     try:

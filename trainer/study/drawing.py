@@ -177,7 +177,9 @@ def _settings() -> Iterator[None]:
     try:
         import matplotlib.style
     except ImportError as error:
-        raise UserError(f"The figures of a study need matplotlib ({error}): pip install -e .[study]") from None
+        raise UserError(
+            f'The figures of a study need matplotlib ({error}): pip install "strong-scaling-trainer[study]"'
+        ) from None
     with matplotlib.style.context(["default", _RC]):
         yield
 

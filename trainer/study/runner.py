@@ -117,7 +117,7 @@ def _check_packages(declared: Study) -> None:
     if missing:
         raise UserError(
             f"A study needs {' and '.join(f'{name} (for {needed[name]})' for name in missing)}. "
-            "They come with pip install -e '.[study]'."
+            'They come with pip install "strong-scaling-trainer[study]".'
         )
 
 

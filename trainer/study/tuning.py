@@ -165,7 +165,9 @@ def _optuna(trials: list[Trial], low: float, high: float, higher_is_better: bool
     try:
         import optuna
     except ImportError:
-        raise UserError("Searching learning rates needs the package optuna: pip install -e '.[study]'.") from None
+        raise UserError(
+            'Searching learning rates needs the package optuna: pip install "strong-scaling-trainer[study]"'
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=len(trials), n_startup_trials=0)
     study = optuna.create_study(direction="maximize" if higher_is_better else "minimize", sampler=sampler)

@@ -126,6 +126,7 @@ class CausalLM:
     """Predicts the next token. Its arguments are `LanguageOptions`."""
 
     Options = LanguageOptions
+    pipeline_tag = "text-generation"
     best_metric = ("loss", "min")
 
     def __init__(self, **given: Any) -> None:

@@ -91,6 +91,7 @@ class ImageClassification:
     """Fine-tunes, or trains from scratch, a classifier of images. Its arguments are `ImageOptions`."""
 
     Options = ImageOptions
+    pipeline_tag = "image-classification"
     best_metric = ("accuracy", "max")
 
     def __init__(self, **given: Any) -> None:

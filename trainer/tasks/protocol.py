@@ -47,6 +47,7 @@ class Task(Protocol):
       best model; without it the loss.
     - `why_without(self, name, batch) -> str`: why `metrics` leaves a metric out for a whole split, as the end of a
       sentence; an empty text if the task does not know. For the message about `trainer.best.metric`.
+    - `pipeline_tag`: what the model does, as model hubs call it ("text-classification", ...), for the model card.
     - `random_weights`: whether `model` returns a model without pretrained weights: then a note says that frozen weights
       stay random.
     - `save(self, model, folder) -> None`: writes the trained model in its library's own format, into an empty folder

@@ -77,6 +77,7 @@ class TextClassification:
     """Classifies texts, or pairs of texts. Its arguments are `TextOptions`."""
 
     Options = TextOptions
+    pipeline_tag = "text-classification"
     best_metric = ("accuracy", "max")
 
     def __init__(self, **given: Any) -> None:
