@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
-from trainer.ranks import launchers, rendezvous
+from trainer.ranks import launchers, meeting, rendezvous
 from trainer.ranks.collectives import gather_objects
 from trainer.ranks.place import Ranks
 from trainer.ranks.rendezvous import close, side_store, start
@@ -198,24 +198,6 @@ def test_a_traceback_before_the_meeting_is_that_ranks_alone(tmp_path: Path) -> N
     ]
 
 
-def test_two_processes_of_one_rank_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank of an earlier start has waited at the address of the next one."""
-    monkeypatch.setattr(rendezvous, "_TELLING_S", 0.0)
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    store.add("rank/1", 1)
-    for place in (Ranks(1, 3, 0, 1), Ranks(0, 3, 0, 1)):
-        with pytest.raises(UserError, match="Two processes say that they are rank 1: ranks of an earlier start"):
-            rendezvous._meet(store, place, timedelta(seconds=30), None)
-
-
-def test_ranks_that_do_not_come_are_counted() -> None:
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    store.add("rank/2", 1)
-    store.add("came", 1)
-    with pytest.raises(UserError, match=r"Only 2 of 3 ranks came within 0\.2 s\. Missing: rank 1\.$"):
-        rendezvous._meet(store, Ranks(0, 3, 0, 1), timedelta(seconds=0.2), None)
-
-
 def test_rank_0_that_never_comes_is_named() -> None:
     with pytest.raises(UserError, match=r"Rank 0 did not start within 0\.2 s\."):
         start(Ranks(1, 2, 1, 2), "gloo", 0.2)
@@ -225,10 +207,10 @@ def test_a_rank_that_is_long_in_coming_is_told_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As one that hangs where its task is imported. Only one rank says it, at longer and longer intervals."""
-    monkeypatch.setattr(rendezvous, "_TELL_S", 0.1)
+    monkeypatch.setattr(meeting, "_TELL_S", 0.1)
     for place in (Ranks(0, 12, 0, 1), Ranks(1, 12, 0, 1)):
         with pytest.raises(UserError):
-            rendezvous._meet(dist.HashStore(), place, timedelta(seconds=1.0), None)  # type: ignore[attr-defined]
+            meeting._meet(dist.HashStore(), place, timedelta(seconds=1.0), None)  # type: ignore[attr-defined]
     lines = capsys.readouterr().err.split()
     said = " ".join(lines)
     assert said.count("note:") in (3, 4)
@@ -303,8 +285,7 @@ def test_a_taken_port_of_several_machines_is_named(monkeypatch: pytest.MonkeyPat
 def test_gloo_takes_the_interface_to_rank_0_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str | None] = []
     monkeypatch.setattr(rendezvous, "_store_at_address", lambda *a: dist.HashStore())  # type: ignore[attr-defined]
-    monkeypatch.setattr(rendezvous, "_meet", lambda *a: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: given.append(os.environ.get("GLOO_SOCKET_IFNAME")))
+    monkeypatch.setattr(rendezvous, "join", lambda *a: given.append(os.environ.get("GLOO_SOCKET_IFNAME")))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     start(Ranks(1, 4, 1, 2), "gloo", 1.0)
@@ -341,10 +322,10 @@ def test_what_listens_beyond_this_machine(
     monkeypatch.setattr(rendezvous, "_has_own_address", lambda: own)
     monkeypatch.setattr(rendezvous, "_interface_to", lambda host: "eth7")
     monkeypatch.setattr(rendezvous, "_store_at_address", lambda *a: dist.HashStore())  # type: ignore[attr-defined]
-    monkeypatch.setattr(rendezvous, "_meet", lambda *a: None)
     monkeypatch.setattr(rendezvous, "_start_on_one_machine", lambda *a: None)
     backends: list[str] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **k: backends.append(backend))
+    monkeypatch.setattr(rendezvous, "join", lambda store, ranks, backend, *a: backends.append(backend))
     start(place, rendezvous.GLOO_AND_NCCL, 1.0)
     assert (os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")) == interfaces
     assert set(backends) <= {"cpu:gloo,cuda:nccl"}

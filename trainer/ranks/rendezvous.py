@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import socket
 import struct
-import sys
 import tempfile
 import time
 import uuid
@@ -16,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..errors import BY_EXIT_CODE, TrainerError, UserError
+from ..errors import TrainerError, UserError
 from ..files import remove_leftovers, whole_file
 from .collectives import broadcast_object, raise_together
 from .launchers import began, launch_name, launcher
+from .meeting import Waiting, for_all, in_a_thread, join, raise_own
 from .place import Ranks
 
 # From linux/sockios.h: the address of an interface.
@@ -54,9 +53,9 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
         raise failed  # there is nobody to tell, or torchrun ends the others
     if dist.is_initialized():
         try:
-            raise_together(_for_all(failed, ranks))
+            raise_together(for_all(failed, ranks))
         except TrainerError:
-            _raise_own(failed)
+            raise_own(failed)
             raise
         return
     # DeepSpeed needs this variable. With plain python, nobody has set it.
@@ -89,11 +88,13 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         if _has_agent_store():
-            dist.init_process_group(
-                backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+            in_a_thread(
+                lambda: dist.init_process_group(
+                    backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+                )
             )
         else:
-            _join(_store_at_address(ranks, timeout), ranks, backend, timeout, failed)
+            join(_store_at_address(ranks, timeout), ranks, backend, timeout, failed)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -139,109 +140,6 @@ def _store_at_address(ranks: Ranks, timeout: timedelta) -> Any:
     return store
 
 
-# The time between two looks whether all ranks have come.
-_LOOK_S = 0.1
-# Ranks come within seconds of one another, or minutes where machines start late. After this time, and after twice as
-# long, and so on, one that has come says for whom it waits.
-_TELL_S = 120.0
-# Rank 0 holds the store in which the others read that a rank has failed. They may still be loading torch.
-_TELLING_S = 30.0
-
-
-def _for_all(failed: BaseException | None, ranks: Ranks) -> TrainerError | None:
-    """A rank's error as the other ranks raise it."""
-    if failed is None or isinstance(failed, TrainerError):
-        return failed
-    return TrainerError(f"rank {ranks.rank} has failed: {type(failed).__name__}")
-
-
-def _raise_own(failed: BaseException | None) -> None:
-    if failed is not None and not isinstance(failed, TrainerError):
-        raise failed
-
-
-class _Waiting:
-    """The time that a rank waits for others before they have met."""
-
-    def __init__(self, timeout: timedelta) -> None:
-        self._began_s, self._timeout_s, self._told = time.monotonic(), timeout.total_seconds(), 0
-
-    @property
-    def over(self) -> bool:
-        """Whether it has waited too long."""
-        return time.monotonic() - self._began_s > self._timeout_s
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to say so."""
-        return time.monotonic() - self._began_s > _TELL_S * 2**self._told
-
-    def tell(self, who: str) -> None:
-        """Says for whom it waits."""
-        self._told += 1
-        waited_s = time.monotonic() - self._began_s
-        print(
-            f"\nnote: for {waited_s:.0f} s the other ranks have waited for {who}: still starting, or hanging where the "
-            f"task is loaded. They wait for up to {self._timeout_s:g} s.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _missing(store: Any, ranks: Ranks) -> str:
-    """The ranks that have not come to a store, for messages."""
-    missing = [str(rank) for rank in range(ranks.world_size) if not store.check([f"rank/{rank}"])]
-    return f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
-
-
-def _meet(store: Any, ranks: Ranks, timeout: timedelta, failed: BaseException | None) -> None:
-    """Waits in the store until all ranks have come, or one has failed. Collective: every rank.
-
-    Raises:
-        TrainerError: on every rank: one has failed, there are two of one number, or not all have come in time.
-    """
-    if store.add(f"rank/{ranks.rank}", 1) > 1:
-        failed = UserError(
-            f"Two processes say that they are rank {ranks.rank}: ranks of an earlier start are still waiting at this "
-            "address.\nEnd them, or choose another MASTER_PORT."
-        )
-    said = _for_all(failed, ranks)
-    if said is not None:
-        # The first error counts, so that all raise the same.
-        store.compare_set("failed", "", json.dumps([ranks.rank, said.exit_code, str(said)]))
-    store.add("came", 1)
-    waiting = _Waiting(timeout)
-    while not store.check(["failed"]):
-        came = store.add("came", 0)
-        if came >= ranks.world_size:
-            return
-        if waiting.over:
-            limit, who = f"{timeout.total_seconds():g} s", _missing(store, ranks)
-            raise UserError(f"Only {came} of {ranks.world_size} ranks came within {limit}. Missing: {who}.")
-        if ranks.first and waiting.due:
-            waiting.tell(_missing(store, ranks))
-        time.sleep(_LOOK_S)
-    rank, code, message = json.loads(store.get("failed"))
-    store.add("left", 1)
-    deadline_s = time.monotonic() + _TELLING_S
-    while ranks.first and store.add("left", 0) < ranks.world_size and time.monotonic() < deadline_s:
-        time.sleep(_LOOK_S)
-    _raise_own(failed)
-    error = BY_EXIT_CODE.get(code, TrainerError)(message, agreed=True)
-    if rank != ranks.rank and message.startswith(f"rank {rank} has failed: "):
-        error.speaks = False  # that rank prints its traceback
-    raise error
-
-
-def _join(store: Any, ranks: Ranks, backend: str, timeout: timedelta, failed: BaseException | None) -> None:
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
-
-    _meet(store, ranks, timeout, failed)
-    group = PrefixStore("group", store)
-    dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
-
-
 def _interface_to(host: str) -> str | None:
     """The network interface over which a host is reached; None if that is unknown. Sends nothing."""
     try:
@@ -273,7 +171,6 @@ _server: Any = None
 
 def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed: BaseException | None) -> None:
     """The ranks meet at a loopback port that rank 0 chooses, so a MASTER_PORT that is in use does not matter."""
-    import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
 
     global _address, _server
@@ -296,7 +193,7 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
         with whole_file(notice) as temporary:
             temporary.write_text(f"{port} {os.getpid()} {began(os.getpid())}")
     else:
-        waiting = _Waiting(timeout)
+        waiting = Waiting(timeout)
         while (found := _read_notice(notice)) is None:
             if waiting.over:
                 raise UserError(f"Rank 0 did not start within {timeout.total_seconds():g} s.")
@@ -307,8 +204,7 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
         store = TCPStore("127.0.0.1", port, None, False, timeout, wait_for_workers=False)
     _address = ("127.0.0.1", port)
     try:
-        _join(store, ranks, backend, timeout, failed)
-        dist.barrier()
+        join(store, ranks, backend, timeout, failed)
     finally:
         if ranks.first:
             notice.unlink(missing_ok=True)  # every rank has read it
