@@ -62,7 +62,6 @@ WITHOUT_TORCH = {
 HEAVY = {
     "PIL",
     "pytorch_optimizer",
-    "optuna",
     "peft",
     "scipy",
     "tokenizers",
@@ -297,9 +296,7 @@ LONG = {
     "data/text.py": "tokenizers, from the text to padded rows",
     "engine/deepspeed_engine.py": "the only file that imports deepspeed",
     "exact/packs/pack.py": "one object, that sees every function of a forward",
-    "study/declaration.py": "what a study file may say, and the checks of it",
     "study/drawing.py": "one function a figure",
-    "study/runner.py": "the life of a study, from its first run to its report",
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",
     "tasks/text_classification.py": "a task is one file, as a user's own is",

@@ -81,7 +81,7 @@ def test_noise_of_known_gradients(tmp_path: Path) -> None:
                 whole @ whole
             )
             traces.append(float(spread / (M - 1)))
-            squares.append(float(whole @ whole) - traces[-1] / n)
+            squares.append(float(whole @ whole) - traces[-1] * (1 / n - 1 / 500))
     assert noise["trace"] == pytest.approx(np.mean(traces), rel=1e-5)
     assert noise["gradient_squared"] == pytest.approx(np.mean(squares), rel=1e-4)
     assert noise["scale_samples"] == pytest.approx(np.sum(traces) / np.sum(squares), rel=1e-4)
@@ -104,9 +104,10 @@ def test_adascale(tmp_path: Path, extra: dict[str, Any]) -> None:
     position, rates = 0.0, []
     for t in range(len(logged)):
         past = logged[:t]
-        variance = np.mean([max(r["noise/trace"] / 16, 0.0) for r in past]) if past else 0.0
-        squared = np.mean([max(r["noise/gradient_squared"], 0.0) for r in past]) if past else 0.0
-        r = gain(float(variance), float(squared), 104 / 16) if past else 1.0
+        variance = np.mean([r["noise/trace"] / 16 for r in past]) if past else 0.0
+        # AdaScale takes batches as they are drawn, without what the logged norm has for drawing from 500 samples.
+        squared = np.mean([r["noise/gradient_squared"] - r["noise/trace"] / 500 for r in past]) if past else 0.0
+        r = gain(max(float(variance), 0.0), max(float(squared), 0.0), 104 / 16) if past else 1.0
         if extra is BY_EPOCHS:
             scheduled = 1 - t / 15
         elif position < 5:  # an epoch of warm-up

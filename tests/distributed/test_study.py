@@ -20,7 +20,7 @@ from tests.distributed.jobs import ROOT, train
 from trainer.config.keys import parse
 from trainer.errors import UserError
 from trainer.ranks.workers import run_ranks
-from trainer.study.arms import values_of
+from trainer.study.arms import Settings, values_of
 from trainer.study.declaration import expand, load_study
 from trainer.study.results import Results, finished
 from trainer.study.runner import study
@@ -45,7 +45,7 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
 def test_a_weak_arm_is_the_run_of_w_real_ranks(tmp_path: Path, world_size: int, arm: str) -> None:
     """Real weak scaling: the batch keys say so, and the learning rate's base is one rank's batch by itself."""
     _, (base,) = load_study(str(write(tmp_path, task_options={"model": "cnn"}, epochs=1)))
-    one = values_of(base.values, arm, world_size, "epochs", 7, 1200, lr=0.01)
+    one = values_of(base.values, arm, world_size, "epochs", 7, 1200, settings=Settings(0.01))
     one["trainer"]["output_dir"] = str(tmp_path / "one")
     many = json.loads(json.dumps(one))
     del many["train_batch_size"], many["trainer"]["learning_rate"]["base_global_batch_size"]
@@ -194,7 +194,7 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "arms": ["sequential", "strong", "weak", "weak_tuned", "weak_lamb", "weak_adascale"],
             "world_sizes": [4],
             "budgets": ["epochs", "updates"],
-            "tuning": {"trials": 3},
+            "tuning": {"spread": 2, "warmup_epochs": [], "momentum": [], "seeds": 2},
             "dataset_sizes": [200],
             "variants": {"wide": {"trainer.task_options.width": 160}},
             "timing": {"world_sizes": [2], "max_steps": 20, "repeats": 2},
@@ -206,31 +206,29 @@ def test_a_study_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     stopped_after(5, path, runs)
     stamps = {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}
-    proposed = {f.name: json.loads(f.read_text())["proposed"] for f in (folder / "tuning").glob("*W*.json")}
     assert study(str(path)) == 0
     assert stamps.items() <= {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}.items()
 
-    # Three variants: a search at W = 1 and two at W = 4 for weak_tuned, one at W = 1 for LAMB.
+    # Three variants, two seeds: a search at W = 1 and two at W = 4 for weak_tuned, one at W = 1 for LAMB.
     found = json.loads((folder / "tuning" / "found.json").read_text())
-    assert len(found) == 3 * 4
-    for name, rates in proposed.items():
-        assert [t["lr"] for t in found[Path(name).stem]["trials"]][: len(rates)] == rates
+    assert len(found) == 3 * 4 * 2
     results = finished(folder)
     of_trials = {this for search in found.values() for trial in search["trials"] for this in trial["runs"]}
-    assert len(of_trials) == 3 * 4 * 3
+    assert len(of_trials) == 3 * 4 * 2 * 3  # of two rates, one gets a second seed
     assert not {results[this]["seed"] for this in of_trials} & {0, 1}
     for name, search in found.items():
-        best = max(search["trials"], key=lambda trial: (trial["value"], -trial["loss"]))
-        assert search["best"] == best["lr"]
+        (best,) = (trial for trial in search["trials"] if len(trial["runs"]) == 2)
+        assert search["best"]["lr"] == best["lr"]
         for this in search["ids"].values():
-            assert results[this]["learning_rate"] == search["best"], name
+            assert results[this]["learning_rate"] == search["best"]["lr"], name
 
     # (Where the best rate is the base's, a run of one place is another's as well.)
     cells = [cell for cell in Results(folder).cells if cell["seed"] == 0]
     rows = {(c["variant"], c["arm"], c["budget"], c["world_size"]): results[c["id"]] for c in cells}
-    assert len(rows) == 3 * (2 + 2 * 4)
+    assert len(rows) == 3 * (3 + 2 * 4)
     assert rows["200 samples", "weak", "epochs", 4]["samples"] == 200
     assert rows["", "weak_lamb", "epochs", 4]["config"]["optimizer"]["type"] == "LAMB"
+    assert rows["", "sequential_lamb", "epochs", 1]["config"]["optimizer"]["type"] == "LAMB"
     assert rows["", "weak_adascale", "updates", 4]["adascale"]["position"] >= 26
     assert rows["", "sequential", "epochs", 1]["gradient_noise"]["scale_samples"] > 0
     curve = rows["", "sequential", "epochs", 1]["curves"]["train/loss"]

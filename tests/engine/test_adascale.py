@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from trainer.config.keys import parse
 from trainer.engine.adascale import AdaScale, gain, growth
 from trainer.errors import UserError
-from trainer.exact.gradient_noise import Noise
+from trainer.exact.gradient_noise import Noise, estimate
 
 checked = settings(deadline=None)
 
@@ -48,10 +49,30 @@ def test_the_first_steps_take_the_mean_of_all_before() -> None:
     assert ada.gain == pytest.approx(gain(3.0, 0.5, 4.0))
     ada.observe(None)  # a step of one micro-batch tells nothing
     assert ada.gain == pytest.approx(gain(3.0, 0.5, 4.0))
-    ada.observe(Noise(-6.0, -1.0))  # estimates below 0 count as 0, before averaging
-    assert ada.gain == pytest.approx(gain(2.0, 1 / 3, 4.0))
-    assert ada.position == pytest.approx(1.0 + 1.6 + 2 * gain(3.0, 0.5, 4.0))
-    assert ada.summary() == {"position": ada.position, "mean_gain": ada.position / 4}
+    ada.observe(Noise(0.0, -0.25))  # an estimate below 0 counts as it is
+    assert ada.gain == pytest.approx(gain(2.0, 0.25, 4.0))
+    ada.observe(Noise(0.0, -5.0))  # an average below 0 counts as 0
+    assert ada.gain == 4.0
+    assert ada.position == pytest.approx(1.0 + 1.6 + 2 * gain(3.0, 0.5, 4.0) + gain(2.0, 0.25, 4.0))
+    assert ada.summary() == {"position": ada.position, "mean_gain": ada.position / 5}
+
+
+def test_the_gain_is_not_biased_by_steps_that_are_mostly_noise() -> None:
+    """A true gain of 30 at S = 32. Where every estimate below 0 counted as 0, this gave 25."""
+    random, S, variance = np.random.default_rng(0), 32, 1.0
+    squared = variance * (1 - 30 / S) / 29
+    assert gain(variance, squared, S) == pytest.approx(30)
+    mean, gains = np.full(5, math.sqrt(squared / 5)), []
+    for _ in range(12):
+        ada = made(S, base=32)
+        for step in range(100):
+            # 32 micro-batches of 32: with five directions, |G|^2 of one step scatters by nine times its value.
+            h = mean + random.normal(0, math.sqrt(variance / 5), (32, 5))
+            norms, whole = np.linalg.norm(h / 32, axis=1), float(np.linalg.norm(h.mean(0)))
+            ada.observe(estimate(norms.tolist(), [32.0] * 32, whole, 1024))
+            if step >= 50:
+                gains.append(ada.gain)
+    assert np.mean(gains) == pytest.approx(30, abs=1.5)
 
 
 def test_later_a_moving_average() -> None:

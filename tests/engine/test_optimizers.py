@@ -62,25 +62,29 @@ def test_lars_by_its_paper(decay: float) -> None:
     params = {"lr": gamma, "momentum": m, "trust_coefficient": eta, "weight_decay": decay}
     weight, bias = stepped("LARS", params)
     np.testing.assert_allclose(weight, w, rtol=1e-12)
-    # Of one dimension: SGD with momentum, neither scaled nor decayed.
+    # Of one dimension: SGD with momentum, not decayed, at a rate that suits SGD and not LARS.
     b, v = BIAS.copy(), np.zeros(2)
     for _ in GRADIENTS:
         v = m * v + BIAS_GRADIENT
-        b = b - gamma * v
+        b = b - gamma * eta * v
     np.testing.assert_allclose(bias, b, rtol=1e-12)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_lamb_by_its_paper(decay: float) -> None:
-    """You et al. 2020, algorithm 2, without bias correction: x -= eta phi(|x|) / |r + lambda x| (r + lambda x)."""
+    """You et al. 2020, algorithm 2, without bias correction: x -= eta phi(|x|) / |r + lambda x| (r + lambda x).
+
+    Vectors are not scaled, which makes up for the correction in matrices: theirs is Adam's step, corrected.
+    """
     eta, beta1, beta2, eps = 0.05, 0.9, 0.99, 1e-6
 
     def by_hand(x: np.ndarray, gradients: list[np.ndarray], decay: float, scaled: bool) -> np.ndarray:
         m, v = np.zeros_like(x), np.zeros_like(x)
-        for g in gradients:
+        for t, g in enumerate(gradients, start=1):
             m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
             u = m / (np.sqrt(v) + eps) + decay * x
-            x = x - eta * (norm(x) / norm(u) if scaled else 1.0) * u
+            correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
+            x = x - eta * (norm(x) / norm(u) if scaled else correction) * u
         return x
 
     params = {"lr": eta, "betas": [beta1, beta2], "eps": eps, "weight_decay": decay}

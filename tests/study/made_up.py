@@ -66,7 +66,7 @@ def results(
     (out / "study.json").write_text(json.dumps(declared))
     for i, cell in enumerate(plan.cells):
         if cell.id is None:
-            continue  # its learning rate has not been found
+            continue  # its settings have not been found
         value = (0.7 if lost(cell) else 0.95) + 0.002 * ((cell.seed * 7 + i) % 5)
         broken = lost(cell) and cell.seed == 0
         run: dict[str, Any] = {
@@ -74,7 +74,8 @@ def results(
             "metrics": {} if broken else {"test": {"accuracy": value, "loss": 1 - value}}, "steps": 760, "epochs": 20,
             "global_batch_size": 32, "micro_batch_size": 8, "parameters_sha256": None if broken else f"{i:064x}",
             "started_at_s": 1.0, "wall_time_s": 1.0, "step_time_s": None if broken else 0.001, "samples_per_s": 9.0,
-            "learning_rate": 0.003, "samples": 1200, "curves": curves or {}, "gradient_noise": noise,
+            "learning_rate": 0.003, "warmup_epochs": 1.0, "samples": 1200, "curves": curves or {},
+            "gradient_noise": noise,
             "code_sha256": "c" * 64, "device_model": NASTY, "facts": {"torch": "2", "device_model": NASTY},
         }  # fmt: skip
         (out / "runs" / f"{cell.id}.json").write_text(json.dumps(run))

@@ -19,8 +19,10 @@ def test_the_figures(tmp_path: Path) -> None:
     folder = results(tmp_path)
     write_report(folder)
     made = sorted(file.name for file in (folder / "figures").iterdir())
-    assert made == [f"{name}.{kind}" for name in ("failures-epochs", "metric-epochs") for kind in ("pdf", "svg")]
-    for name, title in (("metric", "test/accuracy over W"), ("failures", "share of runs that fail to converge")):
+    assert made == [
+        f"{name}.{kind}" for name in ("below-epochs", "metric-epochs", "unconverged-epochs") for kind in ("pdf", "svg")
+    ]
+    for name, title in (("metric", "test/accuracy over W"), ("unconverged", "share of runs that do not converge")):
         figure = ElementTree.parse(folder / "figures" / f"{name}-epochs.svg")
         text = " ".join("".join(element.itertext()) for element in figure.iter() if element.tag.endswith("text"))
         assert title in text
@@ -40,7 +42,9 @@ def made(folder: Path) -> dict[str, str]:
 def test_losses_are_drawn_at_the_smallest_and_the_largest_w(tmp_path: Path) -> None:
     curves = {"train/loss": {"epoch": [1, 2], "value": [2.0, 1.0]}}
     found = made(results(tmp_path, seeds=2, curves=curves, world_sizes=[2, 4, 8]))
-    assert set(found) == {"failures-epochs", "metric-epochs", "loss-W2-epochs", "loss-W8-epochs"}
+    assert set(found) == {
+        "below-epochs", "metric-epochs", "unconverged-epochs", "loss-W2-epochs", "loss-W8-epochs",
+    }  # fmt: skip
     assert "training loss at W = 8" in found["loss-W8-epochs"]
     assert "sequential" in found["loss-W8-epochs"]
     assert "not finite from here" in found["loss-W8-epochs"], "the run of seed 0 at W = 8"
@@ -48,10 +52,13 @@ def test_losses_are_drawn_at_the_smallest_and_the_largest_w(tmp_path: Path) -> N
 
 
 def test_the_noise_scale_stands_beside_the_batches_that_lose(tmp_path: Path) -> None:
-    curves = {"noise/scale_samples": {"epoch": [1, 2], "value": [50.0, 150.0]}}
-    found = made(results(tmp_path, noise={"scale_samples": 146.0}, curves=curves))["noise"]
+    curves = {
+        "noise/trace": {"epoch": [1, 2], "value": [50.0, 150.0]},
+        "noise/gradient_squared": {"epoch": [1, 2], "value": [1.0, 1.0]},
+    }
+    found = made(results(tmp_path, curves=curves))["noise"]
     assert "one rank's batch, 32" in found
-    assert "weak lose from 256 on" in found
+    assert "weak lose at 256" in found
     assert "weak_sqrt" not in found
 
 

@@ -16,10 +16,15 @@ from trainer.study.arms import (
     Budget,
     ImpossibleError,
     Place,
+    Settings,
     adam_for,
+    centre_of,
     check_base,
     check_strong,
+    momentum_key,
+    rivals_of,
     run_id,
+    title_of,
     values_of,
 )
 
@@ -128,26 +133,60 @@ def test_adascale_counts_its_own_steps() -> None:
 def test_other_optimizers_take_a_rate_of_their_own() -> None:
     values = base()
     values["optimizer"]["params"]["weight_decay"] = 0.02
-    config = parse(values_of(values, "weak_lamb", 4, "epochs", 0, SAMPLES, lr=0.03))
+    config = parse(values_of(values, "weak_lamb", 4, "epochs", 0, SAMPLES, settings=Settings(0.03, 1.0, 0.8)))
     assert config.optimizer.type == "LAMB"
-    assert config.optimizer.params == {"lr": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.02}
+    assert config.optimizer.params == {"lr": 0.03, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 0.02}
+    assert config.trainer.learning_rate.warmup_epochs == 5.0  # the arm's own
     # The search is made with one rank's batch, where there is nothing to scale.
-    config = parse(values_of(values, "weak_lars", 1, "epochs", 0, SAMPLES, lr=2.0))
+    config = parse(values_of(values, "sequential_lars", 1, "epochs", 0, SAMPLES, settings=Settings(2.0, 3.0, 0.9)))
     assert config.optimizer.params == {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.0005}
     assert (config.train_batch_size, config.trainer.learning_rate.scaling_rule) == (32, "none")
-    assert config.trainer.learning_rate.warmup_epochs == 5.0
+    assert config.trainer.learning_rate.warmup_epochs == 3.0
 
     values["optimizer"] = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.001}}
-    config = parse(values_of(values, "weak_lars", 1, "epochs", 0, SAMPLES, lr=2.0))
+    config = parse(values_of(values, "sequential_lars", 1, "epochs", 0, SAMPLES, settings=Settings(2.0)))
     assert config.optimizer.params == {"lr": 2.0, "momentum": 0.8, "weight_decay": 0.001}
 
 
 def test_tuned_is_compared_with_tuned() -> None:
     place = Place("group norm", "weak_tuned", "updates", 8)
     assert place.reference == Place("group norm", "sequential_tuned", "epochs", 1)
-    assert Place("", "weak_lars", "epochs", 8).reference == Place("", "sequential", "epochs", 1)
+    assert Place("", "weak_sqrt", "epochs", 8).reference == Place("", "sequential", "epochs", 1)
     assert str(place) == "group norm: weak_tuned, W = 8, equal updates"
-    assert of("weak_tuned", 8, lr=0.01).optimizer.params["lr"] == 0.01
+    config = of("weak_tuned", 8, settings=Settings(0.01, 4.0, 0.7))
+    assert (config.optimizer.params["lr"], config.optimizer.params["betas"]) == (0.01, [0.7, 0.999])
+    assert config.trainer.learning_rate.warmup_epochs == 4.0
+    # With equal updates a warm-up has as many steps as the sequential run's.
+    config = of("weak_tuned", 4, "updates", settings=Settings(0.01, 5.0, 0.7))
+    assert round(config.trainer.learning_rate.warmup_epochs * 10) == 5 * 38
+
+
+def test_layerwise_optimizers_are_compared_with_themselves() -> None:
+    """And take the settings that are searched for these sequential runs."""
+    place = Place("a", "weak_lars", "updates", 8)
+    assert place.reference == place.tuned_at == Place("a", "sequential_lars", "epochs", 1)
+    assert place.reference.tuned_at == place.reference
+    tuned = Place("", "weak_tuned", "updates", 8)
+    assert tuned.tuned_at == tuned
+    assert Place("", "weak_sqrt", "epochs", 8).tuned_at is None
+    assert centre_of(place.reference, check_base(base(), "b")) == 4.0
+    assert centre_of(tuned, check_base(base(), "b")) == 0.002
+
+
+def test_what_a_tuned_arm_must_not_lose_against() -> None:
+    rivals = rivals_of(Place("v", "weak_tuned", "epochs", 8))
+    assert {(p.variant, p.budget, p.world_size) for p in rivals} == {("v", "epochs", 8)}
+    assert {p.arm for p in rivals} == set(WEAK) - {"weak_tuned", "weak_lars", "weak_lamb"}
+    assert rivals_of(Place("v", "sequential_tuned", "epochs", 1)) == [Place("v", "sequential", "epochs", 1)]
+    assert rivals_of(Place("v", "weak_lars", "epochs", 8)) == rivals_of(Place("v", "weak", "epochs", 8)) == []
+
+
+def test_names_of_arms() -> None:
+    """AdaScale decides when to stop; with equal epochs it does not, and is not called AdaScale alone."""
+    assert title_of("weak_adascale", "epochs") == "weak, AdaScale's gain without its stopping rule"
+    assert title_of("weak_adascale", "updates") == "weak, AdaScale"
+    assert title_of("sequential_lars") == "sequential, LARS"
+    assert (momentum_key("AdamW"), momentum_key("LARS"), momentum_key("Adagrad")) == ("betas", "momentum", None)
 
 
 def test_a_cap_on_equal_updates() -> None:

@@ -161,7 +161,7 @@ def test_the_report_renders_and_asks_nobody(page: Path, browser: Browser, tmp_pa
     # in view without opening anything
     visible = browser.value(_VISIBLE)
     assert "Verdicts" in visible
-    assert {"supported", "contradicted"} <= set(visible)
+    assert {"material loss", "ruled out"} <= set(visible)
     browser.photograph(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
     # a wide table scrolls by itself; the page does not, on a small screen either

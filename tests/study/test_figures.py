@@ -47,8 +47,8 @@ DRAWINGS = {
         {"speed", "ideal", "measured", "predicted", "efficiency, T1 / (W TW)", "32"},
     ),
     "noise": (
-        lambda: figures.noise_scale("noise", [Curve([1, 2], [50.0, 90.0]), Curve([1, 2], [-3, 80])], [Level(32, "B")]),
-        {"noise", "gradient noise scale (samples)", "B", "median over seeds"},
+        lambda: figures.noise_scale("noise", [Point(1, 50.0, 20.0, 90.0), Point(2, NAN)], [Level(32, "B")]),
+        {"noise", "gradient noise scale (samples)", "B", "mean over seeds", "interval"},
     ),
     "sizes": (
         lambda: figures.over_sizes(
@@ -128,7 +128,7 @@ def test_no_value_is_too_much(points: list[Point]) -> None:
     curve = Curve([p.x for p in points], [p.y for p in points])
     drawn(figures.loss_curves("t", "y", [Group("weak", [curve]), Group("mine", [curve, Curve([1, 9], [-1, -2])])]))
     drawn(figures.loss_curves("t", "y", []))
-    drawn(figures.noise_scale("t", [curve], [Level(8, "b"), Level(9, "c"), Level(-1, "no"), Level(NAN, "no")]))
+    drawn(figures.noise_scale("t", points, [Level(8, "b"), Level(9, "c"), Level(-1, "no"), Level(NAN, "no")]))
 
 
 def test_what_is_a_thousand_times_off_does_not_hide_the_rest(tmp_path: Path) -> None:

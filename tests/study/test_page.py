@@ -13,7 +13,7 @@ from tests.study.made_up import NASTY, network, results, timed
 from trainer.commands.cli import main
 from trainer.errors import UserError
 from trainer.study.page import report, write_report
-from trainer.study.results import verdicts
+from trainer.study.sentences import verdicts
 
 
 class Page(HTMLParser):
@@ -42,7 +42,7 @@ def test_the_page(tmp_path: Path) -> None:
     page = Page()
     page.feed(source)
     assert page.open == []
-    assert page.text.index("Verdicts") < page.text.index("Failure rates") < page.text.index("Every run")
+    assert page.text.index("Verdicts") < page.text.index("Share of runs that end below") < page.text.index("Every run")
     for needed in ("Declared before the runs", "Clopper-Pearson", "Holm", "What could not be run", "seed 9"):
         assert needed in page.text
     # everything of a user's is text
@@ -52,7 +52,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert not {"script", "link", "iframe", "object", "use", "image"} & set(page.tags)
     assert not {"href", "xlink:href", "srcset", "action"} & {name for name, _ in page.attributes}
     pictures = [value or "" for name, value in page.attributes if name == "src"]
-    assert len(pictures) == page.tags.count("img") == 2
+    assert len(pictures) == page.tags.count("img") == 3
     assert all(picture.startswith("data:image/svg+xml;base64,") for picture in pictures)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "http" not in source.replace("http-equiv", "")
@@ -116,18 +116,24 @@ def page_of(folder: Path) -> Page:
 def test_a_search_whose_best_rate_is_at_the_edge_is_pointed_out(tmp_path: Path) -> None:
     """A better one may lie beyond it."""
     folder = results(tmp_path, seeds=2)
-    assert "Searched learning rates" not in page_of(folder).text
-    trials = [{"lr": lr, "value": value} for lr, value in ((0.1, 0.9), (0.4, None), (0.02, 0.8))]
+    assert "Searches" not in page_of(folder).text
+    trials = [
+        {"lr": lr, "warmup_epochs": 5.0, "momentum": 0.9, "value": value}
+        for lr, value in ((0.1, 0.9), (0.4, None), (0.02, 0.8))
+    ]
+    place = {"variant": "", "arm": "weak_tuned", "budget": "epochs", "world_size": 2}
     found = {
-        name: {"best": best, "trials": trials, "ids": {}}
-        for name, best in (("low", 0.02), ("middle", 0.1), ("high", 0.4))
+        name: {"best": best, "trials": trials, "ids": {}, "place": place}
+        for name, best in (("low", trials[2]), ("middle", trials[0]), ("high", trials[1]))
     }
     (folder / "tuning").mkdir()
     (folder / "tuning" / "found.json").write_text(json.dumps(found))
     text = page_of(folder).text
-    assert "low0.0200at the edge of its range0.02: 0.8000, 0.1: 0.9000, 0.4: -" in text
-    assert "middle0.1000inside" in text
-    assert "high0.4000at the edge of its range" in text
+    tried = "0.1, warm-up 5 epochs, momentum 0.9: 0.9000; 0.02, warm-up 5 epochs, momentum 0.9: 0.8000"
+    assert f"low0.02, warm-up 5 epochs, momentum 0.9at the edge of its range{tried}" in text
+    assert "middle0.1, warm-up 5 epochs, momentum 0.9inside" in text
+    assert "high0.4, warm-up 5 epochs, momentum 0.9at the edge of its range" in text
+    assert "weak_tuned, W = 2: 2 of 3 searches ended at the edge" in text
 
 
 def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Path) -> None:
@@ -143,14 +149,14 @@ def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Pa
     assert "4115" not in text and "predicted" in text
 
 
-def test_the_rules_that_were_declared_stand_on_the_page(tmp_path: Path) -> None:
-    text = page_of(results(tmp_path, seeds=2)).text
-    assert "Metric: test/accuracy of the model that a run keeps; more is better." in text
-    assert "the sequential mean minus 3 standard deviations (none smaller than 0.005)" in text
-    (tmp_path / "min").mkdir()
-    text = page_of(results(tmp_path / "min", seeds=2, direction="min", metric="test/loss", target=0.4)).text
-    assert "Metric: test/loss of the model that a run keeps; less is better." in text
-    assert "does not reach the target: 0.4, as given." in text
+def test_both_tables_of_a_block(tmp_path: Path) -> None:
+    """The typical run with its verdict and collapses; and the runs that fail, with the sequential ones in brackets."""
+    text = page_of(results(tmp_path)).text
+    assert "material loss, 10 collapsed" in text
+    assert "below 10 of 10 (0), not converged 1 of 10 (0)" in text
+    source = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>below 10 of 10 (0)</b>, not converged 1 of 10 (0)" in source
+    assert '<span class="verdict material-loss">material loss</span>' in source
 
 
 def test_numbers_are_shown_as_people_read_them(tmp_path: Path) -> None:

@@ -114,12 +114,12 @@ def test_curves_are_read_as_far_as_the_log_came(tmp_path: Path) -> None:
     assert _curves(file) == {}
     records = [
         {"step": 2, "train/loss": 1.5, "train/grad_norm": 3.0, "throughput/step_time_ms": 1.0},
-        {"step": 4, "train/loss": None, "noise/scale_samples": 40.0},  # null is what was not finite
+        {"step": 4, "train/loss": None, "noise/trace": 40.0, "noise/scale_samples": 4.0},  # null is what was not finite
         {"step": 4, "eval/validation/accuracy": 0.5, "eval/test/accuracy": 0.4},
     ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert _curves(file) == {
         "train/loss": {"step": [2], "value": [1.5]},
-        "noise/scale_samples": {"step": [4], "value": [40.0]},
+        "noise/trace": {"step": [4], "value": [40.0]},
         "eval/validation/accuracy": {"step": [4], "value": [0.5]},
     }

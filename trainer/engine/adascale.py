@@ -36,9 +36,10 @@ class AdaScale:
     Before a step, `gain` and `factor` are those of this step. `observe` takes the noise in its gradient. After that,
     `gain` and `factor` are those of the next step. As in the paper's appendix B.3, the gain of a step comes from the
     steps before it. During the first 1000 / S steps it comes from the mean of their estimates, later from a moving
-    average that keeps theta = max(1 - S / 1000, 0) of itself. Estimates below 0 count as 0. The first step has gain 1.
-    One thing is better than in the paper: sigma^2 is estimated from all M micro-batches instead of S gradients of the
-    base batch. This has the same expectation and less variance.
+    average that keeps theta = max(1 - S / 1000, 0) of itself. The first step has gain 1. Two things differ from
+    the paper. sigma^2 is estimated from all M micro-batches instead of S gradients of the base batch. This has the same
+    expectation and less variance. And an average below 0 counts as 0, not each estimate: mu^2 of one step is mostly
+    noise and often negative, so without its negative values its average is too large, and the gain too small.
 
     In an epoch's last, smaller batch, S is still that of a full global batch, as for the other scaling rules.
 
@@ -80,9 +81,9 @@ class AdaScale:
         self._estimates += 1
         # keep = 1 - 1 / t makes the mean of t values. From t = 1000 / S on, the moving average forgets faster.
         keep = min(1.0 - 1.0 / self._estimates, self._keep)
-        self._variance = keep * self._variance + (1.0 - keep) * max(noise.trace / self._base, 0.0)
-        self._squared = keep * self._squared + (1.0 - keep) * max(noise.gradient_squared, 0.0)
-        self.gain = gain(self._variance, self._squared, self._scale)
+        self._variance = keep * self._variance + (1.0 - keep) * noise.trace / self._base
+        self._squared = keep * self._squared + (1.0 - keep) * noise.gradient_squared
+        self.gain = gain(max(self._variance, 0.0), max(self._squared, 0.0), self._scale)
 
     def summary(self) -> dict[str, float]:
         """For summary.json: the scale-invariant steps so far, and how many of them an optimizer step was worth."""

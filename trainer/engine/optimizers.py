@@ -6,7 +6,10 @@ FusedLamb needs fp16. So both come from the package pytorch-optimizer, and DeepS
 LARS (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1) is SGD with momentum. In each tensor the gradient,
 weight decay included, is scaled by trust_coefficient |w| / (|g| + weight_decay |w|), or by 1 if a norm is 0. As in
 torch's SGD the learning rate multiplies the momentum. In the paper it is part of the momentum, which is the same at a
-constant rate. Parameters of one dimension (biases, the gains of norms) are neither scaled nor decayed.
+constant rate. Parameters of one dimension (biases, the gains of norms) are not scaled by their norms and not decayed,
+and their rate is the learning rate times trust_coefficient. Their norms say nothing: a bias starts at 0. The package
+gives them the plain learning rate. As LARS takes rates that are 1 / trust_coefficient times as large as SGD's, that is
+a thousand times too much at the usual coefficient of 0.001, and runs with large batches fall apart.
 
 LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2) takes Adam's quotient u = m / (sqrt(v) + eps) plus
 weight_decay w, and scales it in each tensor to the length min(|w|, 10). If a norm is 0, it is not scaled. m and v are
@@ -14,7 +17,8 @@ used without Adam's bias correction: the paper's appendix finds that the correct
 package differs from the paper in two places, and we set its options to follow the paper. Its weight decay would act on
 the weights beside the scaling. Its first steps would be 1 / (1 - beta1^t) times as long: ten times in the first step.
 As in the authors' code, parameters of one dimension are not decayed (`trainer.decay_biases_and_norms` changes that) and
-not scaled: they get Adam's step.
+not scaled: they get Adam's step. This one does have Adam's bias correction, other than in the authors' code. Scaling
+makes up for it in matrices; in vectors nothing does, and their step would be up to 6.6 times as long (at step 12).
 
 Both are exact: each rank makes the whole step, with elementwise arithmetic and norms of whole tensors. The state
 consists of momenta, which checkpoints hold by parameter, and a count of steps in each group. LAMB also keeps its last
@@ -23,7 +27,10 @@ norms there, only to be looked at.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +42,40 @@ from ..errors import UserError
 
 # What makes the package's LAMB the paper's. `adam_debias` is an option of its groups, but in no signature.
 _AS_IN_THE_PAPER: dict[str, dict[str, Any]] = {"lars": {}, "lamb": {"weight_decouple": False, "adam_debias": True}}
+
+
+# Marks the groups of parameters of at most one dimension, whose rate `_vector_rate` changes.
+_VECTORS = "vectors"
+
+
+def _vector_rate(name: str, group: dict[str, Any]) -> float:
+    """By what the learning rate of a group of vectors is multiplied in its next step."""
+    if name == "lars":
+        return float(group["trust_coefficient"])
+    beta1, beta2 = group["betas"]
+    step = group.get("step", 0) + 1
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+
+@functools.cache
+def _with_vector_rates(name: str) -> type[torch.optim.Optimizer]:
+    """LARS or LAMB that makes the package's step, with another rate for vectors. Raises UserError."""
+    cls = _layerwise(name)
+
+    class WithVectorRates(cls):  # type: ignore[valid-type,misc]
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            rates = [group["lr"] for group in self.param_groups]
+            for group in self.param_groups:
+                if group.get(_VECTORS):
+                    group["lr"] *= _vector_rate(name, group)
+            try:
+                return super().step(closure)
+            finally:
+                for group, rate in zip(self.param_groups, rates):
+                    group["lr"] = rate
+
+    WithVectorRates.__name__ = WithVectorRates.__qualname__ = cls.__name__
+    return WithVectorRates
 
 
 def _layerwise(name: str) -> type[torch.optim.Optimizer]:
@@ -81,6 +122,8 @@ def for_vectors(config: Config) -> dict[str, Any]:
     Biases and the gains of norms are not decayed: decay draws weights to 0, and 0 is not a sensible gain.
     """
     result: dict[str, Any] = {}
+    if config.optimizer.type.lower() in LAYERWISE:
+        result[_VECTORS] = True
     if config.optimizer.type.lower() == "lamb":
         result["adam"] = True  # a trust ratio of 1
     if not config.trainer.decay_biases_and_norms and _has_weight_decay(config):
@@ -108,4 +151,4 @@ def client_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.opti
     if name.lower() not in LAYERWISE:
         return None
     arguments: dict[str, Any] = dict(config.optimizer.params) | _AS_IN_THE_PAPER[name.lower()]
-    return _layerwise(name)(groups, **arguments)
+    return _with_vector_rates(name.lower())(groups, **arguments)

@@ -5,6 +5,11 @@ expected gradient G, plus noise that falls with the batch size. So gradients of 
 step has both: the gradient of each micro-batch, and their sum. All ranks have the same norms, and compute with them in
 micro-batch order, in float64 on the host. So the result has the same bits at every world size.
 
+An epoch draws its batches without replacement from N samples. The traces of micro-batches do not feel that, but |g|^2
+of a batch falls short by tr / N, because nothing varies once all N are drawn. `NoiseScale` adds that again, so that G
+is the gradient of the training set. Without it, a scale b would come out as b / (1 - b / N): 166 for 146 at N = 1,200.
+AdaScale compares the squared norms of batches as they are drawn, and for that `estimate` is right as it is.
+
 There are two assumptions. First, a sample's gradient does not depend on the other samples. Under BatchNorm it depends
 on the micro-batch, so what is measured depends on the micro-batch size. Second, micro-batches are drawn at random. If
 samples of about one length share a micro-batch (order.by_length), micro-batches differ by more than chance, and the
@@ -25,8 +30,8 @@ class Noise:
 
     Attributes:
         trace: tr(Sigma), the summed variance over all parameters of the gradient of one sample.
-        gradient_squared: |G|^2, the squared norm of the expected gradient. The estimate is unbiased, so it can be
-            negative.
+        gradient_squared: |G|^2, the squared norm of the expected gradient. The estimate is unbiased for samples drawn
+            with replacement, so it can be negative.
     """
 
     trace: float
@@ -73,12 +78,16 @@ class NoiseScale:
 
     It is the ratio of the means, not the mean of ratios: |G|^2 of a single step is mostly noise, and often negative.
 
+    Args:
+        population: N, the training samples that an epoch draws without replacement; None for endless ones.
+
     Attributes:
         steps: the number of steps that gave an estimate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, population: int | None = None) -> None:
         self.steps = 0
+        self.population = population
         self._trace = self._gradient_squared = 0.0
 
     def add(self, noise: Noise | None) -> None:
@@ -92,11 +101,11 @@ class NoiseScale:
         """The means, and "scale_samples", B_simple = tr(Sigma) / |G|^2; None if there is no (positive) estimate."""
         if not self.steps:
             return dict.fromkeys(("trace", "gradient_squared", "scale_samples"))
-        positive = self._gradient_squared > 0.0
+        squared = self._gradient_squared + (self._trace / self.population if self.population else 0.0)
         return {
             "trace": self._trace / self.steps,
-            "gradient_squared": self._gradient_squared / self.steps,
-            "scale_samples": self._trace / self._gradient_squared if positive else None,
+            "gradient_squared": squared / self.steps,
+            "scale_samples": self._trace / squared if squared > 0.0 else None,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -114,6 +123,6 @@ class NoiseScale:
 
     def copy(self) -> NoiseScale:
         """A copy with the same numbers."""
-        other = NoiseScale()
+        other = NoiseScale(self.population)
         other.load_state_dict(self.state_dict())
         return other

@@ -187,7 +187,7 @@ class Window:
                 "train/grad_norm": math.fsum(norms.tolist()) / steps,
             }
             if self._noise is not None and micro_norms is not None:
-                own, samples = NoiseScale(), [numbers.samples for numbers in filled]
+                own, samples = NoiseScale(self._noise.population), [numbers.samples for numbers in filled]
                 for i, noise in enumerate(estimates(micro_norms.tolist(), counts, norms.tolist(), samples)):
                     own.add(noise)
                     if i >= before:  # the checkpoint's total already includes the others

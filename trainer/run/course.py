@@ -183,7 +183,7 @@ def set_out(
     """
     options = p.config.trainer
     refuse_unstorable(p.engine.model_state())
-    noise = NoiseScale() if options.gradient_noise else None
+    noise = NoiseScale(len(p.splits["train"])) if options.gradient_noise else None
     # One more than all steps: a window that the run does not fill goes on in a longer run.
     window = Window(
         min(options.log_every_steps, p.total_steps + 1), max(p.batches.micro_batch_counts()), p.device, noise=noise

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from . import figures
-from .arms import SEQUENTIAL, SEQUENTIAL_TUNED, Place
+from .arms import SEQUENTIAL, SEQUENTIALS, Place
 from .drawing import Curve, Group, Level, Point, Series
+from .judgement import FAILINGS
+from .noise import scales_by_epoch
 from .prediction import search_times
-from .results import Results, noise_scale, sizes_of, speed_ups
+from .results import Results, sizes_of, speed_ups
+from .sentences import material_losses
 
 
 class Album:
@@ -48,34 +51,39 @@ def _draw_block(results: Results, album: Album, variant: str, budget: str, name:
     what = f"{variant}, {results.budget(budget)}" if variant else results.budget(budget)
     reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
     series = [
-        Series(arm, [Point(c.place.world_size, c.mean, *c.interval) for c in comparisons], arm)
+        Series(arm, [Point(c.place.world_size, c.centre, *c.interval) for c in comparisons], arm)
         for arm, comparisons in groups.items()
     ]
-    tuned = results.judgement.references.get(Place(variant, SEQUENTIAL_TUNED, "epochs", 1))
-    if tuned is not None and tuned.values:
-        series.append(Series(SEQUENTIAL_TUNED, [Point(1, tuned.mean, *tuned.interval)], SEQUENTIAL_TUNED))
+    for arm in [arm for arm in SEQUENTIALS if arm != SEQUENTIAL]:
+        own = results.judgement.references.get(Place(variant, arm, "epochs", 1))
+        if own is not None and own.outcomes:
+            series.append(Series(arm, [Point(1, own.centre, *own.interval)], arm))
     figure = figures.over_world_sizes(
         f"{metric} over W, {what}",
         metric,
         series,
-        Level(reference.mean, "sequential, and strong", *reference.interval),
+        Level(reference.centre, "sequential, and strong", *reference.interval),
         Level(reference.target, "target"),
     )
-    album.add(
-        f"metric-{name}", figure, f"{metric} by arm, {what}: means over seeds with {level} intervals of the mean."
-    )
-    failures = [
-        Series(
-            arm,
-            [Point(c.place.world_size, c.failures / len(c.values), *c.failure_interval) for c in comparisons],
-            arm,
-        )
-        for arm, comparisons in groups.items()
-    ]
-    figure = figures.over_world_sizes(
-        f"share of runs that fail to converge, {what}", "failure rate", failures, limits=(0.0, 1.0)
-    )
-    album.add(f"failures-{name}", figure, f"Failure rates, {what}, with {level} Clopper-Pearson intervals.")
+    caption = f"{metric} by arm, {what}: medians over seeds with {level} intervals of the median, not corrected."
+    album.add(f"metric-{name}", figure, caption)
+    for failing, said in zip(FAILINGS, ("end below the target", "do not converge")):
+        rates = [
+            Series(
+                arm,
+                [
+                    Point(c.place.world_size, count.failed / count.runs, *count.interval)
+                    for c in comparisons
+                    if (count := c.counts[failing]).runs
+                ],
+                arm,
+            )
+            for arm, comparisons in groups.items()
+        ]
+        title = f"share of runs that {said}, {what}"
+        figure = figures.over_world_sizes(title, "share of runs", rates, limits=(0.0, 1.0))
+        caption = f"Share of runs that {said}, {what}, with {level} Clopper-Pearson intervals."
+        album.add(f"{failing}-{name}", figure, caption)
     sizes = sorted({c.place.world_size for comparisons in groups.values() for c in comparisons})
     for W in dict.fromkeys((sizes[0], sizes[-1])):
         places = [Place(variant, SEQUENTIAL, "epochs", 1)]
@@ -118,24 +126,18 @@ def _draw_sizes(results: Results, album: Album) -> None:
 
 
 def _draw_noise(results: Results, album: Album) -> None:
-    scale = noise_scale(results)
     runs = results.results_at(Place("", SEQUENTIAL, "epochs", 1))
-    curves = [_curve(run, "noise/scale_samples") for run in runs if "noise/scale_samples" in run["curves"]]
-    if scale is None or not curves:
+    scales = scales_by_epoch(runs, results.rules.alpha)
+    if not scales:
         return
     B = runs[0]["global_batch_size"]
-    marks = [Level(B, f"one rank's batch, {B:,}")]
-    bad = {
-        arm: min(c.place.world_size for c in comparisons if c.verdicts["loses"] == "supported")
-        for arm, comparisons in results.groups("", "epochs").items()
-        if any(c.verdicts["loses"] == "supported" for c in comparisons)
-    }
-    marks += [
-        Level(W * B, f"{' and '.join(a for a in bad if bad[a] == W)} lose from {W * B:,} on")
-        for W in sorted(set(bad.values()))
-    ]
-    figure = figures.noise_scale("gradient noise scale along the sequential runs", curves, marks)
-    album.add("noise", figure, "Gradient noise scale (McCandlish et al. 2018) of the sequential runs.")
+    marks, lost = [Level(B, f"one rank's batch, {B:,}")], material_losses(results)
+    for W in sorted({W for sizes in lost.values() for W in sizes}):
+        marks.append(Level(W * B, f"{' and '.join(a for a in lost if W in lost[a])} lose at {W * B:,}"))
+    points = [Point(epoch, scale.value, scale.low, scale.high) for epoch, scale in scales.items()]
+    figure = figures.noise_scale("gradient noise scale of the sequential runs by epoch", points, marks)
+    level = f"{100 * (1 - results.rules.alpha):g} %"
+    album.add("noise", figure, f"Gradient noise scale (McCandlish et al. 2018) by epoch, with {level} intervals.")
 
 
 def _draw_times(results: Results, album: Album) -> None:

@@ -31,9 +31,10 @@ class Arm:
         warmup_epochs: of trainer.learning_rate; None for the base config's own.
         scales_adam: change Adam's betas and eps with the batch as well.
         optimizer: takes the place of the base config's; None for that one.
-        centre: where the search for a learning rate begins; 0 for the base config's rate.
-        tuned: "" for a rate that is given, "base" for one searched with the batch of one rank and then scaled by the
-            rule, "own" for one searched with the batch of W.
+        centre: the middle of the learning rates that are searched; 0 for the base config's rate.
+        tuned: "" for settings that are given, "base" for those searched with the batch of one rank, whose rate is then
+            scaled by the rule, "own" for those searched with the batch of W.
+        reference: the sequential arm to compare it with: of the same optimizer, and tuned alike.
     """
 
     title: str
@@ -43,9 +44,36 @@ class Arm:
     optimizer: Literal["LARS", "LAMB"] | None = None
     centre: float = 0.0
     tuned: Literal["", "base", "own"] = ""
+    reference: str = "sequential"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a search finds.
+
+    Attributes:
+        lr: learning rate.
+        warmup_epochs: of trainer.learning_rate; None for the base config's own.
+        momentum: of SGD and LARS, or the first of Adam's betas; None for the base config's own.
+    """
+
+    lr: float
+    warmup_epochs: float | None = None
+    momentum: float | None = None
+
+    def __str__(self) -> str:
+        more = f", warm-up {self.warmup_epochs:g} epochs" if self.warmup_epochs is not None else ""
+        return f"{self.lr:g}{more}" + (f", momentum {self.momentum:g}" if self.momentum is not None else "")
 
 
 SEQUENTIAL, STRONG, SEQUENTIAL_TUNED = "sequential", "strong", "sequential_tuned"
+# An arm is compared with the sequential runs of its own optimizer: what LARS costs is no loss of the batch's.
+SEQUENTIALS = {
+    SEQUENTIAL: Arm("sequential"),
+    SEQUENTIAL_TUNED: Arm("sequential, tuned", tuned="own"),
+    "sequential_lars": Arm("sequential, LARS", optimizer="LARS", centre=4.0, tuned="base"),
+    "sequential_lamb": Arm("sequential, LAMB", optimizer="LAMB", centre=0.01, tuned="base"),
+}
 WEAK = {
     "weak": Arm("weak, learning rate unchanged"),
     # Goyal et al. 2017, arXiv 1706.02677, sections 2.1 and 2.2.
@@ -56,26 +84,36 @@ WEAK = {
     # Malladi et al. 2022, arXiv 2205.10287.
     "weak_sqrt_adam": Arm("weak, square-root rule with Adam's betas and eps", "sqrt", scales_adam=True),
     # You et al. 2017, arXiv 1708.03888, and 2020, arXiv 1904.00962, with the rules that their authors use. The rate of
-    # the base's optimizer does not suit them, so a rate is searched for each, with the batch of one rank.
-    "weak_lars": Arm("weak, LARS", "linear", warmup_epochs=5.0, optimizer="LARS", centre=4.0, tuned="base"),
-    "weak_lamb": Arm("weak, LAMB", "sqrt", warmup_epochs=5.0, optimizer="LAMB", centre=0.01, tuned="base"),
+    # the base's optimizer does not suit them, so settings are searched for each, with the batch of one rank.
+    "weak_lars": Arm(
+        "weak, LARS, linear rule, warm-up over 5 epochs", "linear", 5.0, False, "LARS", 4.0, "base", "sequential_lars"
+    ),
+    "weak_lamb": Arm(
+        "weak, LAMB, square-root rule, warm-up over 5 epochs",
+        "sqrt",
+        5.0,
+        False,
+        "LAMB",
+        0.01,
+        "base",
+        "sequential_lamb",
+    ),
     # Johnson et al. 2020, arXiv 2007.05105.
     "weak_adascale": Arm("weak, AdaScale", "adascale"),
     # Shallue et al. 2019, arXiv 1811.03600: a fair comparison gives each batch size its own best rate.
-    "weak_tuned": Arm("weak, learning rate tuned at each W", tuned="own"),
+    "weak_tuned": Arm("weak, tuned at each W", tuned="own", reference=SEQUENTIAL_TUNED),
 }
 NAMES = (SEQUENTIAL, STRONG, *WEAK)
+_ARMS = SEQUENTIALS | WEAK
 
 
-def reference_of(arm: str) -> str:
-    """The sequential arm to compare a weak arm with. A tuned arm is compared with one tuned by as many trials."""
-    return SEQUENTIAL_TUNED if arm in WEAK and WEAK[arm].tuned == "own" else SEQUENTIAL
-
-
-def title_of(arm: str) -> str:
+def title_of(arm: str, budget: str = "updates") -> str:
     """An arm in words."""
-    titles = {SEQUENTIAL: "sequential", SEQUENTIAL_TUNED: "sequential, learning rate tuned", STRONG: "strong"}
-    return titles[arm] if arm in titles else WEAK[arm].title
+    if arm == STRONG:
+        return "strong"
+    if (arm, budget) == ("weak_adascale", "epochs"):
+        return "weak, AdaScale's gain without its stopping rule"
+    return _ARMS[arm].title
 
 
 @dataclass(frozen=True, order=True)
@@ -95,12 +133,38 @@ class Place:
     @property
     def reference(self) -> Place:
         """The sequential runs that this is compared with."""
-        return Place(self.variant, reference_of(self.arm), "epochs", 1)
+        return Place(self.variant, _ARMS[self.arm].reference, "epochs", 1)
+
+    @property
+    def tuned_at(self) -> Place | None:
+        """Where the settings of these runs are searched; None where they are given."""
+        arm = _ARMS[self.arm]
+        if not arm.tuned:
+            return None
+        return (
+            self
+            if arm.tuned == "own"
+            else Place(self.variant, arm.reference if self.arm in WEAK else self.arm, "epochs", 1)
+        )
 
     def __str__(self) -> str:
         what = f"{self.arm}, W = {self.world_size}" if self.world_size > 1 else self.arm
         what += ", equal updates" if self.budget == "updates" else ""
         return f"{self.variant}: {what}" if self.variant else what
+
+
+def centre_of(place: Place, base: Config) -> float:
+    """The middle of the learning rates that are searched at a place."""
+    return _ARMS[place.arm].centre or float(base.optimizer.params["lr"])
+
+
+def rivals_of(place: Place) -> list[Place]:
+    """The untuned places that no well-tuned one can lose against: those with its batch and budget; else none."""
+    if place.arm == SEQUENTIAL_TUNED:
+        return [Place(place.variant, SEQUENTIAL, "epochs", 1)]
+    if place.arm not in WEAK or WEAK[place.arm].tuned != "own":
+        return []
+    return [Place(place.variant, arm, place.budget, place.world_size) for arm in WEAK if not WEAK[arm].tuned]
 
 
 class ImpossibleError(UserError):
@@ -157,7 +221,7 @@ def values_of(
     seed: int,
     samples: int,
     max_epochs: int | None = None,
-    lr: float | None = None,
+    settings: Settings | None = None,
 ) -> dict[str, Any]:
     """The config values of one run, on one rank.
 
@@ -169,14 +233,13 @@ def values_of(
 
     Args:
         base: config values that `check_base` has passed.
-        arm: "sequential", "sequential_tuned" or a key of WEAK.
+        arm: a key of SEQUENTIALS or of WEAK.
         world_size: W; 1 for the sequential arms.
         budget: what this run has in common with the sequential one.
         seed: of the run.
         samples: of the training set.
         max_epochs: the most epochs that equal updates may take; beyond, the run is as long as this allows.
-        lr: the learning rate with the batch of one rank, or for arms that are tuned at each W, with theirs; None for
-            the base's own.
+        settings: for the batch of one rank, or for arms that are tuned at each W, for theirs; None for the base's own.
 
     Raises:
         ImpossibleError: the global batch is larger than the training set, or the arm's rule ends before W.
@@ -189,11 +252,11 @@ def values_of(
     block: dict[str, Any] = values.setdefault("trainer", {})
     block["seed"] = seed
     own = steps_per_epoch(samples, B * world_size, trainer.drop_last)
-    this = WEAK.get(arm, Arm(arm))
+    this = _ARMS[arm]
     if this.optimizer is not None:
         values["optimizer"] = {"type": this.optimizer, "params": _params_for(this.optimizer, config.optimizer)}
-    if lr is not None:
-        values.setdefault("optimizer", {}).setdefault("params", {})["lr"] = lr
+    if settings is not None:
+        _set(values, block, settings)
     if arm not in WEAK:
         assert world_size == 1
         block["log_every_steps"] = _window(own * trainer.epochs)
@@ -202,8 +265,8 @@ def values_of(
         raise ImpossibleError(
             f"the global batch {world_size} x {B} = {B * world_size:,} is larger than the training set of {samples:,}"
         )
-    warmup_epochs = trainer.learning_rate.warmup_epochs if this.warmup_epochs is None else this.warmup_epochs
     rate: dict[str, Any] = block.setdefault("learning_rate", {})
+    warmup_epochs = rate.get("warmup_epochs", 0.0) if this.warmup_epochs is None else this.warmup_epochs
     if budget == "updates":
         every = steps_per_epoch(samples, B, trainer.drop_last)
         stretch, epochs = every / own, -(-every * trainer.epochs // own)
@@ -229,6 +292,28 @@ def values_of(
         values["optimizer"]["params"] = adam_for(config.optimizer.params, world_size)
     block["log_every_steps"] = _window(block.get("max_steps") or own * block.get("epochs", trainer.epochs))
     return values
+
+
+def _set(values: dict[str, Any], block: dict[str, Any], settings: Settings) -> None:
+    """Puts settings into config values; `block` is their trainer's."""
+    optimizer = values.setdefault("optimizer", {})
+    params = optimizer.setdefault("params", {})
+    params["lr"] = settings.lr
+    if settings.warmup_epochs is not None:
+        block.setdefault("learning_rate", {})["warmup_epochs"] = settings.warmup_epochs
+    if settings.momentum is not None:
+        key = momentum_key(optimizer.get("type", "AdamW"))
+        assert key is not None
+        betas = [settings.momentum, params.get("betas", (0.9, 0.999))[1]]
+        params[key] = betas if key == "betas" else settings.momentum
+
+
+def momentum_key(optimizer: str) -> str | None:
+    """Which of optimizer.params is the momentum, or holds it as the first of two; None for optimizers without any."""
+    name = optimizer.lower()
+    if name in ("sgd", "lars", "rmsprop"):
+        return "momentum"
+    return "betas" if name in ("adam", "adamw", "fusedadam", "lamb", "nadam", "radam", "adamax", "lion") else None
 
 
 # Points of a loss curve.

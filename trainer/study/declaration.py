@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,24 +14,24 @@ from typing import Any, Literal
 from ..config.keys import SCHEMA_KEY, Config, parse
 from ..config.schema import build, lay_over, near, option, read_json
 from ..errors import UserError
-from ..exact.plan import steps_per_epoch
-from ..record.console import table
 from .arms import (
     NAMES,
     SEQUENTIAL,
-    SEQUENTIAL_TUNED,
     STRONG,
     WEAK,
     Budget,
     ImpossibleError,
     Place,
+    Settings,
+    centre_of,
     check_base,
     check_strong,
+    momentum_key,
     run_id,
     values_of,
 )
-from .inference import Rules, seeds_needed
-from .tuning import FIRST_SEED, Tuning
+from .judgement import Rules
+from .tuning import FIRST_SEED, Tuning, runs_of_search
 
 # Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
 # exact run on one rank equals the run on W ranks.
@@ -73,22 +74,52 @@ class Study:
     metric: str = option("test/accuracy", "<split>/<metric> of the model that a run keeps")
     direction: Literal["max", "min"] = option("max", "whether a high (max) or a low (min) value is better")
     margin: float = option(0.01, "the smallest loss of the metric that matters", above=0)
-    target: float | None = option(
-        None, "the metric that a converged run must reach; null derives it from the sequential runs"
+    collapse: float | None = option(
+        None,
+        "a run that loses this much against the sequential run of its seed has collapsed; null for 10 margins",
+        above=0,
     )
-    target_deviations: float = option(
-        3.0, "a derived target lies this many standard deviations from the sequential mean", above=0
+    target: float | None = option(
+        None, "the metric that a run should reach; null for a bound from the sequential runs of the other seeds"
+    )
+    target_level: float = option(
+        0.01, "a sequential run would fall below such a bound with this probability", above=0, below=0.5
     )
     deviation_floor: float = option(0.005, "the smallest standard deviation to use for that", above=0)
-    alpha: float = option(0.05, "family-wise error rate; intervals have level 1 - alpha", above=0, below=1)
+    converged_share: float = option(
+        0.9,
+        "a converged run's training loss falls by this share of what it falls by in sequential runs",
+        above=0,
+        below=1,
+    )
+    alpha: float = option(
+        0.05, "how likely any wrong verdict on one of a study's three questions may be", above=0, below=0.5
+    )
+    expected_deviation: float | None = option(
+        None,
+        "standard deviation of the sequential metric, from earlier runs: for the power that --dry_run prints",
+        above=0,
+    )
     max_parallel: int | None = option(None, "runs at a time; null for one a GPU, or one a core", minimum=1)
 
     @property
     def rules(self) -> Rules:
-        """The rules for `inference.judge`."""
+        """The rules for `judgement.judge`."""
         return Rules(
-            self.direction == "max", self.alpha, self.margin, self.target, self.target_deviations, self.deviation_floor
+            higher_is_better=self.direction == "max",
+            alpha=self.alpha,
+            margin=self.margin,
+            collapse=10 * self.margin if self.collapse is None else self.collapse,
+            target=self.target,
+            target_level=self.target_level,
+            deviation_floor=self.deviation_floor,
+            converged_share=self.converged_share,
         )
+
+    @property
+    def searched_seeds(self) -> list[int]:
+        """Seeds of the arms whose settings are searched: one for each search."""
+        return self.seeds[: self.tuning.searches]
 
     @property
     def tuning_metric(self) -> str:
@@ -98,7 +129,7 @@ class Study:
     @property
     def timed_apart(self) -> tuple[str, ...]:
         """Keys of this block that change no result: a study may continue with other values of them."""
-        return ("output_dir", "max_parallel", "timing")
+        return ("output_dir", "max_parallel", "timing", "expected_deviation")
 
 
 @dataclass(frozen=True)
@@ -124,7 +155,7 @@ class Cell:
     """One arm, budget, W, seed and variant; cells with the same id are the same run.
 
     Attributes:
-        id: None for a run whose learning rate is to be found first.
+        id: None for a run whose settings are to be found first.
     """
 
     arm: str
@@ -142,11 +173,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search for a learning rate. Attributes: the config of a rate and seed follows from `place`; its centre."""
+    """A search. Attributes: its trials are runs of `place`; the centre of its rates; the seed that it is made for."""
 
     name: str
     place: Place
     centre: float
+    seed: int
 
 
 @dataclass
@@ -157,9 +189,9 @@ class Plan:
         variants: by name, the base first.
         cells: one for each variant, arm, budget, W and seed; sequential first, and seed by seed, so that a study that
             is interrupted has whole pairs.
-        configs: run id -> config, of the runs whose learning rate is given.
+        configs: run id -> config, of the runs whose settings are given.
         searches: by name.
-        tuned: place -> name of the search that gives its learning rate.
+        tuned: (place, seed) -> name of the search that gives its settings.
         impossible: (place, why).
         strong: (W, M) or (W, why not).
     """
@@ -169,7 +201,7 @@ class Plan:
     cells: list[Cell] = field(default_factory=list)
     configs: dict[str, Config] = field(default_factory=dict)
     searches: dict[str, SearchPlan] = field(default_factory=dict)
-    tuned: dict[Place, str] = field(default_factory=dict)
+    tuned: dict[tuple[Place, int], str] = field(default_factory=dict)
     impossible: list[tuple[Place, str]] = field(default_factory=list)
     strong: list[tuple[int, int | str]] = field(default_factory=list)
 
@@ -179,14 +211,14 @@ class Plan:
 
     def runs(self) -> int:
         """How many runs there are, trials among them; those of tuned arms counted as if no two were the same."""
-        trials = len(self.searches) * self.study.tuning.trials * self.study.tuning.seeds
+        trials = len(self.searches) * runs_of_search(self.study.tuning)
         return len(self.configs) + trials + sum(cell.id is None for cell in self.cells)
 
-    def config(self, place: Place, seed: int, lr: float | None = None) -> Config:
+    def config(self, place: Place, seed: int, settings: Settings | None = None) -> Config:
         """The config of one run. Raises ImpossibleError."""
-        variant = self.variants[place.variant]
+        variant, most = self.variants[place.variant], self.study.max_epochs
         values = values_of(
-            variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, self.study.max_epochs, lr
+            variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, most, settings
         )
         if variant.synchronised:
             values["train_micro_batch_size_per_gpu"] *= place.world_size
@@ -222,6 +254,11 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
         raise UserError(f'{path}: "study.max_epochs" ({study.max_epochs}) is less than trainer.epochs.')
     if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
         raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
+    if "weak_tuned" in study.arms and study.tuning.momentum and momentum_key(base.optimizer.type) is None:
+        raise UserError(
+            f'{path}: the arm weak_tuned tries "study.tuning.momentum", and {base.optimizer.type} has no momentum. '
+            'Set "study.tuning.momentum" to [].'
+        )
     for world_size in study.timing.world_sizes if study.timing is not None else []:
         try:
             base.plan(world_size)
@@ -278,9 +315,15 @@ def _checked(block: Mapping[str, Any]) -> Study:
             )
         if not isinstance(change.get(_SYNCHRONISED, False), bool):
             raise UserError(f'"study.variants.{name}.{_SYNCHRONISED}" must be true or false.')
-    trials = range(FIRST_SEED, FIRST_SEED + study.tuning.seeds)
-    if set(trials) & set(study.seeds):
-        raise UserError(f'"study.seeds" holds {trials[0]}, which belongs to the searches for learning rates.')
+    if max(study.seeds) >= FIRST_SEED:
+        raise UserError(f'"study.seeds" holds {max(study.seeds)}. Seeds from {FIRST_SEED} on belong to searches.')
+    for name, tried, most in (
+        ("warmup_epochs", study.tuning.warmup_epochs, math.inf),
+        ("momentum", study.tuning.momentum, 1),
+    ):
+        if not all(0 <= number < most for number in tried) or len(set(tried)) < len(tried):
+            rule = "at least 0" + (" and below 1" if most == 1 else "")
+            raise UserError(f'"study.tuning.{name}" is {tried}. It must hold different numbers of {rule}.')
     if study.max_epochs is not None and "updates" not in study.budgets:
         raise UserError('"study.max_epochs" has no effect without the budget "updates".')
     for name, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
@@ -312,11 +355,11 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
     budgets: list[Budget] = ["updates" if budget == "updates" else "epochs" for budget in study.budgets]
     places: list[Place] = []
     for variant in variants:
-        places.append(Place(variant.name, SEQUENTIAL, "epochs", 1))
-        if "weak_tuned" in study.arms:
-            places.append(Place(variant.name, SEQUENTIAL_TUNED, "epochs", 1))
+        weak = [arm for arm in WEAK if arm in study.arms]
+        sequential = dict.fromkeys([SEQUENTIAL, *(WEAK[arm].reference for arm in weak)])
+        places += [Place(variant.name, arm, "epochs", 1) for arm in sequential]
         for budget in budgets:
-            for arm in [arm for arm in WEAK if arm in study.arms]:
+            for arm in weak:
                 for world_size in [W for W in study.world_sizes if W > 1]:
                     place = Place(variant.name, arm, budget, world_size)
                     try:
@@ -324,35 +367,28 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
                         places.append(place)
                     except ImpossibleError as reason:
                         plan.impossible.append((place, str(reason)))
-    for place in places:
-        search = _search_of(place, base.config)
-        if search is not None:
-            plan.searches.setdefault(search.name, search)
-            plan.tuned[place] = search.name
-    for seed in study.seeds:
+    for i, seed in enumerate(study.seeds):
         for place in places:
-            this = None
-            if place not in plan.tuned:
+            if place.tuned_at is None:
                 config = plan.config(place, seed)
                 this = run_id(config)
                 plan.configs[this] = config
-            plan.cells.append(Cell(place.arm, place.budget, place.world_size, seed, place.variant, this))
+                plan.cells.append(Cell(place.arm, place.budget, place.world_size, seed, place.variant, this))
+            elif seed in study.searched_seeds:
+                search = _search(place.tuned_at, base.config, i, seed)
+                plan.searches.setdefault(search.name, search)
+                plan.tuned[place, seed] = search.name
+                plan.cells.append(Cell(place.arm, place.budget, place.world_size, seed, place.variant, None))
     return plan
 
 
-def _search_of(place: Place, base: Config) -> SearchPlan | None:
-    arm = WEAK.get(place.arm)
-    tuned = "own" if place.arm == SEQUENTIAL_TUNED else arm.tuned if arm is not None else ""
-    if not tuned:
-        return None
-    at = place if tuned == "own" else Place(place.variant, place.arm, "epochs", 1)
-    centre = arm.centre if arm is not None and arm.centre else float(base.optimizer.params["lr"])
+def _search(at: Place, base: Config, number: int, seed: int) -> SearchPlan:
     # A variant's name is free text. Only characters that suit a file name are kept; a hash tells similar names apart.
     variant = re.sub(r"[^a-zA-Z0-9_]+", "-", at.variant) if at.variant else "base"
     if at.variant:
         variant += f"-{hashlib.sha256(at.variant.encode()).hexdigest()[:6]}"
-    name = f"{variant}-{at.arm}-{at.budget}-W{at.world_size}"
-    return SearchPlan(name, at, centre)
+    name = f"{variant}-{at.arm}-{at.budget}-W{at.world_size}-{number + 1}"
+    return SearchPlan(name, at, centre_of(at, base), seed)
 
 
 def work(config: Config, samples: int) -> int:
@@ -360,50 +396,3 @@ def work(config: Config, samples: int) -> int:
     trainer = config.trainer
     whole = trainer.epochs * samples
     return whole if trainer.max_steps is None else min(whole, trainer.max_steps * config.plan(1).global_batch_size)
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as a table, with what cannot be run and why."""
-    study = plan.study
-    rows: list[Sequence[str]] = []
-    seeds = str(len(study.seeds))
-    for cell in [c for c in plan.cells if c.seed == study.seeds[0]]:
-        samples = plan.variants[cell.variant].samples
-        config = plan.config(cell.place, cell.seed) if cell.id is None else plan.configs[cell.id]
-        trainer, B = config.trainer, config.plan(1).global_batch_size
-        updates = trainer.epochs * steps_per_epoch(samples, B, trainer.drop_last)
-        updates = min(updates, trainer.max_steps or updates)
-        adaptive = trainer.learning_rate.adascale_steps is not None
-        rows.append(
-            (
-                cell.arm,
-                *([cell.variant or "-"] if len(plan.variants) > 1 else []),
-                "-" if cell.arm not in WEAK else cell.budget,
-                str(cell.world_size),
-                f"{B:,}",
-                f"{'at most ' if adaptive else ''}{trainer.epochs}",
-                f"{'at most ' if adaptive else ''}{updates:,}",
-                seeds,
-            )
-        )
-    variant = ["variant"] if len(plan.variants) > 1 else []
-    header = ("arm", *variant, "equal", "W", "global batch", "epochs", "updates", "seeds")
-    lines = [table(rows, header)]
-    for W, answer in plan.strong:
-        if isinstance(answer, int):
-            lines.append(f"strong, W = {W}: the sequential run; its {answer} micro-batches are split over {W} ranks")
-        else:
-            lines.append(f"strong, W = {W}: impossible, {answer}")
-    lines += [f"{place}: impossible, {why}" for place, why in plan.impossible]
-    if plan.searches:
-        trials = study.tuning.trials * study.tuning.seeds
-        lines.append(
-            f"{len(plan.searches)} searches for a learning rate, of {trials} runs each, by {study.tuning_metric}"
-        )
-    tests, n = plan.comparisons(), len(study.seeds)
-    if tests and 2.0**-n * tests > study.alpha:
-        lines.append(
-            f"note: with {n} seeds no verdict is possible on {tests} comparisons at alpha {study.alpha:g}; "
-            f"at least {seeds_needed(tests, study.alpha)} are needed"
-        )
-    return "\n".join(lines)

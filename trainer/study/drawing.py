@@ -81,6 +81,8 @@ _ARMS = {
     "weak_adascale": _Style("weak, AdaScale", _PURPLE, "X"),
     "weak_tuned": _Style("weak, tuned", BLUE, "*"),
     "sequential_tuned": _Style("sequential, tuned", BLACK, "o", False, (5, 1.5)),
+    "sequential_lars": _Style("sequential, LARS", BLACK, ">", False, (4, 1, 1, 1)),
+    "sequential_lamb": _Style("sequential, LAMB", BLACK, "<", False, (1, 1)),
 }
 ARMS = tuple(_ARMS)
 _OTHERS = [("s", BLUE), ("o", _VERMILLION), ("D", _GREEN), ("^", _PURPLE), ("v", _ORANGE), ("P", _SKY), ("X", GREY)]

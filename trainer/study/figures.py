@@ -20,7 +20,6 @@ from .drawing import (
     BLACK,
     BLUE,
     GREY,
-    Curve,
     Group,
     Level,
     Point,
@@ -158,32 +157,32 @@ def speed_up(title: str, measured: Sequence[Point], predicted: Sequence[Point] =
 
 
 @drawn
-def noise_scale(title: str, curves: Sequence[Curve], marks: Sequence[Level] = ()) -> Figure:
-    """The gradient noise scale along the sequential runs, in samples: the median over seeds, in a band of all.
+def noise_scale(title: str, points: Sequence[Point], marks: Sequence[Level] = ()) -> Figure:
+    """The gradient noise scale by epoch, in samples, in a band from the lower to the upper ends of its intervals.
 
     Args:
         title: above the drawing.
-        curves: one a seed: x in epochs, y in samples. An unbiased estimate may be negative: it counts in the median,
-            and the line has a gap where that is negative.
+        points: x is the epoch. The line has a gap where y is not finite or not above 0.
         marks: batches worth a line, in samples.
     """
     figure, (axes,) = empty_figure(title, "gradient noise scale (samples)", "epochs")
     axes.set_yscale("log")
-    kept = [[(x, y) for x, y in zip(c.x, c.y) if math.isfinite(y)] for c in curves]
-    line = across_seeds([Curve([x for x, _ in pairs], [y for _, y in pairs]) for pairs in kept])
+    points = sorted(points, key=lambda p: p.x)
+    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+    ends = [np.array([p.low for p in points]), np.array([p.high for p in points])]
     marks = [mark for mark in marks if math.isfinite(mark.value) and mark.value > 0]
-    low, high = log_view([*line.low, *line.middle, *line.high, *(mark.value for mark in marks)])
+    low, high = log_view([*y, *ends[0], *ends[1], *(mark.value for mark in marks)])
     axes.set_ylim(low, high)
-    ends = (np.clip(end, low / 2, high * 2) for end in (line.low, line.high))
-    axes.fill_between(line.x, *ends, color=BLUE, alpha=0.2, linewidth=0, label="all seeds")
-    middle = np.where(line.middle > 0, np.minimum(line.middle, high * 2), np.nan)
-    alone = "o" if len(line.x) == 1 else ""
-    axes.plot(line.x, middle, color=BLUE, label="median over seeds", marker=alone)
+    axes.fill_between(
+        x, *(np.clip(end, low / 2, high * 2) for end in ends), color=BLUE, alpha=0.2, lw=0, label="interval"
+    )
+    middle = np.where(np.isfinite(y) & (y > 0), np.clip(y, low / 2, high * 2), np.nan)
+    axes.plot(x, middle, color=BLUE, label="mean over seeds", marker="o" if len(x) == 1 else "")
     for mark in marks:
         axes.axhline(mark.value, color=GREY, lw=0.9, ls=(0, (4, 3)))
     name_levels(axes, [(mark.value, mark.name) for mark in marks])
     plain_numbers(axes.yaxis)
-    if len(line.x):
+    if len(x):
         axes.legend(loc="best")
     else:
         axes.set_xticks([])

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..record.console import say
 from .album import figures_of
-from .arms import SEQUENTIAL, Place, title_of
-from .inference import Comparison
+from .arms import SEQUENTIAL, Place, Settings, title_of
+from .definitions import definitions
+from .judgement import FAILINGS, Comparison
+from .noise import scales_by_epoch
 from .prediction import search_times
-from .results import (
+from .results import Results, rows_of, speed_ups
+from .sentences import (
     CLAIMS,
-    Results,
     claims,
-    listed,
     noise_sentences,
-    rows_of,
+    search_sentences,
     sequential_sentences,
     size_sentences,
-    speed_ups,
     strong_sentences,
     verdicts,
 )
+from .tuning import at_edge
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -39,8 +40,9 @@ table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child, td.text { text-align: left; } th.text { text-align: inherit; }
 code { font-size: 0.85em; overflow-wrap: anywhere; } summary { cursor: pointer; }
-.verdict { font-weight: 600; } .supported { color: #b3261e; } .contradicted { color: #006d3c; }
-.undecided { color: #555; } figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
+.verdict { font-weight: 600; } .material-loss, .more-often { color: #b3261e; } .small-loss { color: #8a4b00; }
+.ruled-out { color: #006d3c; } .undecided, .not-shown { color: #555; }
+figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
 """
 
 
@@ -94,7 +96,8 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         *_warnings(results),
         "<h2>Verdicts</h2>",
         *(f"<p>{escape(line)}</p>" for line in strong_sentences(results)),
-        *(_verdict_table(results, variant, budget) for variant, budget in results.blocks()),
+        *(_block(results, variant, budget) for variant, budget in results.blocks()),
+        *(f"<p>{escape(line)}</p>" for line in search_sentences(results)),
         *(f"<p>{escape(line)}</p>" for line in noise_sentences(results)),
         *_sizes(results),
         "<details><summary>Every verdict with its numbers</summary>",
@@ -103,13 +106,18 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
     for claim, what, comparisons in claims(results):
         parts.append(f"<h3>{escape(what)}: {escape(CLAIMS[claim])}?</h3><ul>")
         parts += [
-            f'<li>W = {c.place.world_size}: <span class="verdict {c.verdicts[claim]}">{c.verdicts[claim]}</span>. '
-            f"{escape(c.sentences[claim])}</li>"
+            f"<li>W = {c.place.world_size}: {_marked(c.verdicts[claim])}. {escape(c.sentences[claim])}</li>"
             for c in comparisons
         ]
         parts.append("</ul>")
     parts += ["</details>", *figures_of(results, folder), _searches(results), _trials_table(results)]
-    parts += [_comparison_table(results), _impossible(results), _definitions(results), _origin(results)]
+    parts += [_comparison_table(results), _noise_table(results), _impossible(results)]
+    parts += [
+        "<h2>Declared before the runs</h2><ul>",
+        *(f"<li>{escape(d)}</li>" for d in definitions(results)),
+        "</ul>",
+    ]
+    parts += [_origin(results)]
     parts += ["<h2>Every run</h2><details><summary>Open the table</summary>"]
     parts += [_table([list(r.values()) for r in rows], list(rows[0])), "</details>"]
     return (
@@ -158,121 +166,114 @@ def _sizes(results: Results) -> list[str]:
     if not lines:
         return []
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return [f"<h3>From how many training samples on is weak scaling harmless?</h3><ul>{items}</ul>"]
+    return [f"<h3>At how many training samples does weak scaling lose?</h3><ul>{items}</ul>"]
 
 
-def _verdict_table(results: Results, variant: str, budget: str) -> str:
-    """Arms by W: the mean difference, the verdict on a loss, and how many runs failed."""
+def _marked(verdict: str) -> str:
+    return f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
+
+
+def _block(results: Results, variant: str, budget: str) -> str:
+    """Two tables of arms by W: the loss of the typical run with its verdict, and the runs that fail."""
+    what = f"{variant}: {results.budget(budget)}" if variant else results.budget(budget)
+    reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
+    about = (
+        f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "
+        f"{_shown(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict on a "
+        "loss, and how many runs collapsed, if any."
+    )
+    failing = (
+        "Runs that end below the target, and runs that do not converge; in brackets the sequential runs of the same "
+        "seeds that do. Bold where it is shown that these runs do so more often."
+    )
+    return (
+        f"<h3>Does the typical run lose {escape(results.study.metric)}? {escape(what)}</h3><p>{escape(about)}</p>"
+        + _by_size(results, variant, budget, _verdict_cell)
+        + f"<h3>Do runs fail? {escape(what)}</h3><p>{failing}</p>"
+        + _by_size(results, variant, budget, _failing_cell)
+    )
+
+
+def _by_size(results: Results, variant: str, budget: str, cell: Callable[[Comparison], str]) -> str:
     groups = results.groups(variant, budget)
     sizes = sorted({c.place.world_size for cs in groups.values() for c in cs})
     lines = []
     for arm, comparisons in groups.items():
         by_size = {c.place.world_size: c for c in comparisons}
-        cells = "".join(f"<td>{_verdict_cell(by_size[W]) if W in by_size else '-'}</td>" for W in sizes)
-        lines.append(f"<tr><td>{escape(title_of(arm))}</td>{cells}</tr>")
+        cells = "".join(f"<td>{cell(by_size[W]) if W in by_size else '-'}</td>" for W in sizes)
+        lines.append(f"<tr><td>{escape(title_of(arm, budget))}</td>{cells}</tr>")
     head = "".join(f"<th>W = {W}</th>" for W in sizes)
-    what = f"{variant}: {results.budget(budget)}" if variant else results.budget(budget)
-    reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
-    return (
-        f"<h3>Does weak scaling lose {escape(results.study.metric)}? {escape(what)}</h3>"
-        f"<p>Mean difference to the sequential runs ({reference.mean:.4f}, standard deviation "
-        f"{reference.deviation:.4f}; tuned arms: to tuned sequential runs), the verdict on a loss, and how many of "
-        f"{len(results.study.seeds)} runs failed to converge, if any.</p>"
-        f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _verdict_cell(c: Comparison) -> str:
-    verdict = c.verdicts["loses"]
-    number = "no metric" if math.isnan(c.difference) else f"{c.difference:+.4f}"
-    failed = f", {c.failures} failed" if c.failures else ""
-    return f'{number} <span class="verdict {verdict}">{verdict}</span>{failed}'
+    number = f"{c.difference:+.4f}" if math.isfinite(c.difference) else "not finite"
+    return f"{number} {_marked(c.verdicts['loses'])}" + (f", {c.collapsed} collapsed" if c.collapsed else "")
+
+
+def _failing_cell(c: Comparison) -> str:
+    shown = []
+    for failing, word in zip(FAILINGS, ("below", "not converged")):
+        count = c.counts[failing]
+        text = f"{word} {count.failed} of {count.runs} ({count.of_reference})"
+        shown.append(f"<b>{text}</b>" if c.verdicts[failing] == "more often" else text)
+    return ", ".join(shown)
 
 
 def _comparison_table(results: Results) -> str:
     seeds = results.study.seeds
     rows: list[list[Any]] = []
     for place, r in results.judgement.references.items():
-        rows.append([place.variant or "-", place.arm, "-", 1, r.mean, r.deviation, *r.interval, *["-"] * 7])
-        rows[-1] += [r.values.get(seed) for seed in seeds]
+        rows.append([place.variant or "-", place.arm, "-", 1, r.centre, *r.interval, *["-"] * 4, r.not_finite])
+        rows[-1] += [r.failed["below"], "-", r.failed["unconverged"], "-", *(r.values.get(seed) for seed in seeds)]
     for c in results.judgement.comparisons:
         p = c.place
-        numbers = [c.mean, c.deviation, *c.interval, c.difference, *c.difference_interval]
-        tests = [c.p["loses, supported"], c.adjusted["loses, supported"], f"{c.failures} of {len(c.values)}"]
-        rows.append([p.variant or "-", p.arm, p.budget, p.world_size, *numbers, *tests])
-        rows[-1] += [f"{c.failure_interval[0]:.2f} to {c.failure_interval[1]:.2f}"]
+        rows.append([p.variant or "-", p.arm, p.budget, p.world_size, c.centre, *c.interval, c.difference])
+        rows[-1] += [*c.difference_interval, c.collapsed, c.not_finite]
+        for failing in FAILINGS:
+            rows[-1] += [c.counts[failing].failed, c.counts[failing].adjusted]
         rows[-1] += [c.values.get(seed) for seed in seeds]
-    header = ["variant", "arm", "equal", "W", "mean", "s.d.", "from", "to", "difference", "from", "to", "p"]
-    header += ["adjusted p", "failed", "interval", *(f"seed {seed}" for seed in seeds)]
+    header = ["variant", "arm", "equal", "W", "median", "from", "to", "difference", "from", "to", "collapsed"]
+    header += ["not finite", "below", "adjusted p", "not converged", "adjusted p", *(f"seed {seed}" for seed in seeds)]
     return f"<h2>Every comparison: {escape(results.study.metric)}</h2>" + _table(rows, header)
+
+
+def _noise_table(results: Results) -> str:
+    scales = scales_by_epoch(results.results_at(Place("", SEQUENTIAL, "epochs", 1)), results.rules.alpha)
+    if not scales:
+        return ""
+    rows = [[epoch, scale.value, scale.low, scale.high] for epoch, scale in scales.items()]
+    level = f"{100 * (1 - results.rules.alpha):g} %"
+    return (
+        f"<h2>Gradient noise scale by epoch</h2><p>In samples, with {level} intervals over the sequential seeds.</p>"
+        + _table(rows, ["epoch", "scale", "from", "to"])
+    )
 
 
 def _searches(results: Results) -> str:
     if not results.searches:
         return ""
-    metric = results.study.tuning_metric
     rows = []
     for name, search in results.searches.items():
-        trials = sorted(search["trials"], key=lambda trial: trial["lr"])
-        seen = ", ".join(f"{t['lr']:g}: {_shown(t['value'])}" for t in trials)
-        edge = search["best"] in (trials[0]["lr"], trials[-1]["lr"])
-        rows.append([name, search["best"], "at the edge of its range" if edge else "inside", seen])
+        trials = sorted((t for t in search["trials"] if t["value"] is not None), key=lambda t: t["value"])
+        best = trials[::-1] if results.study.direction == "max" else trials
+        seen = "; ".join(f"{_settings(t)}: {_shown(t['value'])}" for t in best[:3])
+        edge = at_edge(search["trials"], search["best"])
+        rows.append([name, str(_settings(search["best"])), "at the edge of its range" if edge else "inside", seen])
     return (
-        f"<h2>Searched learning rates</h2><p>The rate with the best {escape(metric)} of {results.study.tuning.trials} "
-        f"trials. A best rate at the edge of its range may not be the best there is.</p>"
-        + _table(rows, ["search", "best rate", "where", "rate: value"])
+        f"<h2>Searches</h2><p>{len(rows):,} searches by {escape(results.study.tuning_metric)}: what each found, and "
+        "the three settings with the best means (of one seed or more). A best rate at the edge of its range may not be "
+        "the best there is.</p>" + _table(rows, ["search", "found: rate", "where", "rate: mean"])
     )
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    return Settings(values["lr"], values["warmup_epochs"], values["momentum"])
 
 
 def _impossible(results: Results) -> str:
     rows = results.declared["impossible"]
     return "<h2>What could not be run</h2>" + _table(rows, ["arm", "because"]) if rows else ""
-
-
-def _definitions(results: Results) -> str:
-    study = results.study
-    more = "more" if study.direction == "max" else "less"
-    if study.target is not None:
-        target = f"{study.target:g}, as given"
-    else:
-        sign = "minus" if study.direction == "max" else "plus"
-        target = (
-            f"the sequential mean {sign} {study.target_deviations:g} standard deviations (none smaller than "
-            f"{study.deviation_floor:g})"
-        )
-    tuning = study.tuning
-    lines = [
-        f"Metric: {study.metric} of the model that a run keeps; {more} is better.",
-        f"Seeds: {listed(study.seeds)}, the same for every arm.",
-        "Equal epochs: as many passes over the data as the sequential run. Equal updates: as many optimizer steps"
-        + (f", but at most {study.max_epochs} epochs." if study.max_epochs else "."),
-        f"A run fails to converge if its loss stops being finite, or it does not reach the target: {target}. The "
-        "intervals of failure rates take the target as given.",
-        "Nothing is decided before all declared seeds are there.",
-        f"A loss matters from a margin of {study.margin:g} on.",
-        "Loses: supported if flipping the signs of the differences paired by seed shows a loss above 0; "
-        "contradicted if it shows one below the margin, and no run was not finite. The test is exact up to 16 seeds; "
-        "against the margin it takes differences to be symmetric about their mean.",
-        "Fails more often than not: supported or contradicted if the exact binomial test and the Clopper-Pearson "
-        "interval exclude one half.",
-        f"Each of these four families of tests is corrected by Holm over all comparisons of the study, at alpha = "
-        f"{study.alpha:g}; intervals are not corrected, and have level {1 - study.alpha:g}.",
-        "The rules: linear (Goyal et al. 2017), square root (Hoffer et al. 2017) of the learning rate alone, and with "
-        "Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from the base "
-        "config's rate, so a loss is that of the rule, not of the batch.",
-        f"Tuned arms (Shallue et al. 2019): the best of {tuning.trials} rates by {study.tuning_metric}, with "
-        f"{tuning.seeds} run{'s' if tuning.seeds > 1 else ''} each, of seeds that no other run has; the same number "
-        f"of trials at every W, around the base's rate, by a factor of up to {tuning.spread:g}. Compared with "
-        "sequential runs that were tuned alike. Only the rate is tuned.",
-        "LARS (You et al. 2017) with the linear rule and LAMB (You et al. 2020) with the square-root rule, both with "
-        "warm-up over 5 epochs, are other optimizers than the sequential runs'; their rates are searched with the "
-        "batch of one rank.",
-        "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant steps "
-        "as the sequential run makes steps.",
-        "synchronised_batch_norm: one micro-batch is as large as those of all ranks together. Its statistics are what "
-        "synchronised BatchNorm would compute, up to rounding.",
-    ]
-    return "<h2>Declared before the runs</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _origin(results: Results) -> str:

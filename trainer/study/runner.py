@@ -1,13 +1,11 @@
 """`python -m trainer study`: makes the runs of a study, many in one process; finished runs are not repeated.
 
-The output folder holds `study.json`, which is what was declared and planned, one file a finished run in `runs/`, the
-searches for learning rates in `tuning/`, and the runs on real ranks in `timing/`. Everything else is made of these
-(see study_report).
+The output folder holds `study.json`, which is what was declared and planned, one file a finished run in `runs/`, what
+the searches found in `tuning/`, and the runs on real ranks in `timing/`. Everything else is made of these (see `page`).
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib.util
 import json
@@ -31,11 +29,13 @@ from ..exact.plan import steps_per_epoch
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
-from .arms import WEAK, Place, run_id
-from .declaration import Cell, Plan, Study, Variant, expand, load_study, plan_text, work
-from .results import finished, metric_of, verdicts
+from .agenda import Agenda
+from .arms import WEAK
+from .declaration import Cell, Plan, Study, Variant, expand, load_study, work
+from .plan_text import plan_text
+from .results import finished, metric_of
+from .sentences import verdicts
 from .slots import Slots
-from .tuning import Search
 
 
 class _Display:
@@ -111,7 +111,6 @@ def _check_packages(declared: Study) -> None:
     """Raises UserError where a package of the extra `study` is missing: now, and not after the runs."""
     arms = [WEAK[arm] for arm in declared.arms if arm in WEAK]
     needed = {"matplotlib": "the figures"}
-    needed |= {"optuna": "searched learning rates"} if any(arm.tuned for arm in arms) else {}
     needed |= {"pytorch_optimizer": "LARS and LAMB"} if any(arm.optimizer for arm in arms) else {}
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -185,7 +184,7 @@ def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
         "data_sha256": probe["data_sha256"],
         "cells": [dataclasses.asdict(cell) for cell in plan.cells],
         "searches": {name: dataclasses.asdict(search) for name, search in plan.searches.items()},
-        "tuned": [[*dataclasses.astuple(place), name] for place, name in plan.tuned.items()],
+        "tuned": [[*dataclasses.astuple(place), seed, name] for (place, seed), name in plan.tuned.items()],
         "impossible": [[str(place), why] for place, why in plan.impossible],
         "strong": plan.strong,
         "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
@@ -216,103 +215,13 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
         )
 
 
-class _Agenda:
-    """The runs that are left. Trials come first, because each has to wait for the previous one."""
-
-    def __init__(self, plan: Plan, folder: Path, results: dict[str, dict[str, Any]]) -> None:
-        self._plan, self._file, self._results = plan, folder / "tuning" / "found.json", results
-        self.configs = dict(plan.configs)
-        self.labels: dict[str, tuple[Place, int]] = {}
-        self._fixed: collections.deque[str] = collections.deque()
-        self._trials: collections.deque[str] = collections.deque()
-        self._known: set[str] = set()
-        study = plan.study
-        self._searches = {
-            name: Search(
-                name,
-                lambda lr, seed, place=search.place: plan.config(place, seed, lr),  # type: ignore[misc]
-                search.centre,
-                study.tuning,
-                study.direction == "max",
-                folder / "tuning",
-            )
-            for name, search in plan.searches.items()
-        }
-        self._cells: dict[str, list[Cell]] = {name: [] for name in plan.searches}
-        self._found: dict[str, dict[str, Any]] = {}
-        for cell in plan.cells:
-            if cell.id is None:
-                self._cells[plan.tuned[cell.place]].append(cell)
-            else:
-                self._add(cell.id, plan.configs[cell.id], cell.place, cell.seed, self._fixed)
-        for name in list(self._searches):
-            self._advance(name)
-
-    def _add(self, this: str, config: Config, place: Place, seed: int, queue: collections.deque[str]) -> None:
-        if this in self._known:
-            return
-        self._known.add(this)
-        self.configs[this], self.labels[this] = config, (place, seed)
-        if this not in self._results:
-            queue.append(this)
-
-    def _advance(self, name: str) -> None:
-        """Continues a search as far as there are results."""
-        search, at = self._searches[name], self._plan.searches[name].place
-        while wanted := search.next_runs():
-            for this in wanted:
-                self._add(this, search.configs[this], at, search.configs[this].trainer.seed, self._trials)
-            known = [this for this in wanted if this in self._results]
-            if not known:
-                return
-            for this in known:
-                result = self._results[this]
-                metric = self._plan.study.tuning_metric
-                split = metric.split("/")[0]
-                search.take(this, metric_of(result, metric), metric_of(result, f"{split}/loss"))
-        if name not in self._found:
-            lr, ids = search.best, {}
-            for cell in self._cells[name]:
-                config = self._plan.config(cell.place, cell.seed, lr)
-                this = run_id(config)
-                ids[f"{cell.place} seed {cell.seed}"] = this
-                self._add(this, config, cell.place, cell.seed, self._fixed)
-            self._found[name] = search.record() | {"centre": self._plan.searches[name].centre, "ids": ids}
-            write_json(self._file, self._found)
-
-    def next(self) -> str | None:
-        """The next run to start; None if all remaining runs wait for others."""
-        queue = self._trials or self._fixed
-        return queue.popleft() if queue else None
-
-    def take(self, this: str) -> None:
-        """Notes that a run has ended and is in the results."""
-        for name, search in self._searches.items():
-            if this in search.configs:
-                self._advance(name)
-
-    def left(self) -> list[str]:
-        """Runs that wait to be started, as far as their configs are known."""
-        return [*self._trials, *self._fixed]
-
-    def done(self) -> int:
-        """Runs of this study that are finished."""
-        return len(self._known & self._results.keys())
-
-    def unknown(self) -> int:
-        """Runs whose configs are not known yet."""
-        tuning = self._plan.study.tuning
-        trials = sum(tuning.trials - len(s.trials) for s in self._searches.values()) * tuning.seeds
-        return trials + sum(len(self._cells[name]) for name in self._searches if name not in self._found)
-
-
 def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, parallel: int, cuda: bool) -> int:
     """Makes the runs that are missing, the first alone to time it, then as many at a time as there are slots."""
     from .page import write_report
     from .timing import time_ranks
 
     declared, results = plan.study, finished(folder)
-    agenda = _Agenda(plan, folder, results)
+    agenda = Agenda(plan, folder, results)
     total, made_s, made = plan.runs(), 0.0, 0
 
     def effort(this: str) -> int:
@@ -392,6 +301,7 @@ def _result(
         "global_batch_size": B,
         "micro_batch_size": config.plan(1).micro_batch_size,
         "learning_rate": config.optimizer.params.get("lr"),
+        "warmup_epochs": config.trainer.learning_rate.warmup_epochs,
         "epochs": config.trainer.epochs,
         "samples": samples,
         "steps": summary["steps"],

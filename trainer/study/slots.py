@@ -89,7 +89,7 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
 
 
 # What of a run's log a study keeps, besides validations.
-_KEPT = ("train/loss", "train/learning_rate", "noise/scale_samples")
+_KEPT = ("train/loss", "train/learning_rate", "noise/trace", "noise/gradient_squared")
 
 
 def _curves(file: Path) -> dict[str, dict[str, list[float]]]:

@@ -1,117 +1,148 @@
-"""The search for a learning rate: the same number of trials for every arm that has one (Shallue et al. 2019).
+"""The search for a learning rate, a warm-up and a momentum: the same for every tuned arm (Shallue et al. 2019).
 
-Half of the trials lie evenly, on a logarithmic scale, over a range around a centre; from these on, Optuna's TPE sampler
-(Bergstra et al. 2011) proposes. A proposal follows from the trials before it alone, so that a search that was
-interrupted goes on as if it had not been. Trials have seeds of their own, which no judged run has.
+One search is one draw: another one, with other seeds, finds other settings. So an arm is searched as often as it is
+judged: each search gives the settings of one judged run, and what searches add to the spread is part of what is
+judged. A search tries all combinations of rates, warm-ups and momenta. The rates lie evenly on a logarithmic scale, at
+most a factor of two apart, and all of them are moved by a random part of this factor, so that no arm's best rate, such
+as the base's, lies on a point more often than another's.
+
+Successive halving (Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016) spends the runs: every setting gets one
+seed, the best third of them a second one, the best third of those a third. A run is never shortened, because a
+schedule that ends earlier has another best rate. Everything follows from the declaration and the results of the runs,
+so an interrupted search goes on as if it had not been.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config.keys import Config
 from ..config.schema import option
-from ..errors import UserError
-from ..files import write_json
-from .arms import run_id
+from .arms import Settings, run_id
 
 # The seeds of trials. They are so large that no study would declare them for judged runs.
 FIRST_SEED = 1_000_003
+_SEEDS = 2**30
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """`study.tuning`: how learning rates are searched, in the same way for every tuned arm."""
+    """`study.tuning`: how settings are searched, in the same way for every tuned arm."""
 
-    trials: int = option(9, "learning rates tried in each search", minimum=3)
-    seeds: int = option(1, "runs of each of them, whose mean decides", minimum=1)
+    searches: int = option(
+        12, "independent searches of each tuned arm and W; each gives the settings of one judged run", minimum=5
+    )
     spread: float = option(32.0, "rates from centre / spread to centre x spread", above=1)
+    spacing: float = option(2.0, "the largest factor between neighbouring rates", above=1, maximum=2)
+    warmup_epochs: list[float] = option([1.0, 5.0], "warm-ups to try with each rate; [] for the base's own")
+    momentum: list[float] = option(
+        [0.7, 0.9], "momenta (of Adam and LAMB the first beta) to try with each rate; [] for the base's own"
+    )
+    seeds: int = option(3, "seeds of a setting that comes to the end of its search", minimum=1)
+    reduction: int = option(3, "of so many settings the best one gets the next seed; 1 for no selection", minimum=1)
     metric: str = option("", "<split>/<metric> that decides; without it, that of validation named as study.metric")
+
+
+def settings_of(tuning: Tuning, centre: float, name: str) -> list[Settings]:
+    """All settings that a search tries, from the lowest rate to the highest.
+
+    Args:
+        tuning: as declared.
+        centre: of the range of rates.
+        name: of the search; the random shift of its rates follows from it.
+    """
+    octaves = 2 * math.log(tuning.spread)
+    count = math.ceil(octaves / math.log(tuning.spacing) - 1e-9)
+    shift = _hash(name) / 2**64
+    rates = [float(f"{centre / tuning.spread * math.exp(octaves * (k + shift) / count):.4g}") for k in range(count)]
+    warmups: Sequence[float | None] = tuning.warmup_epochs or [None]
+    momenta: Sequence[float | None] = tuning.momentum or [None]
+    return [Settings(*values) for values in itertools.product(rates, warmups, momenta)]
+
+
+def runs_of_search(tuning: Tuning) -> int:
+    """How many runs one search makes."""
+    settings = len(settings_of(tuning, 1.0, ""))
+    return sum(_rungs(settings, tuning))
+
+
+def _rungs(settings: int, tuning: Tuning) -> list[int]:
+    """How many settings get their first, second, ... seed."""
+    rungs = [settings]
+    for _ in range(tuning.seeds - 1):
+        rungs.append(-(-rungs[-1] // tuning.reduction))
+    return rungs
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 @dataclass
 class Trial:
-    """One learning rate: its runs, and the mean of their metric and loss (worst possible for a run not finite)."""
+    """One setting: its runs so far, one a seed, and their (metric, loss), None for a run not finite."""
 
-    lr: float
-    ids: list[str]
+    settings: Settings
+    ids: list[str] = field(default_factory=list)
     values: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     @property
-    def done(self) -> bool:
-        """Whether all of its runs have ended."""
-        return len(self.values) == len(self.ids)
-
-    @property
     def value(self) -> float | None:
-        """The mean of the metric; None if a run was not finite."""
+        """The mean of the metric; None if a run was not finite, or is missing."""
         known = [v for v, _ in self.values.values() if v is not None]
-        return math.fsum(known) / len(known) if len(known) == len(self.ids) else None
+        return math.fsum(known) / len(known) if known and len(known) == len(self.ids) else None
 
     @property
     def loss(self) -> float:
         """The mean of the loss, which decides between equals."""
         known = [loss for _, loss in self.values.values() if loss is not None]
-        return math.fsum(known) / len(known) if len(known) == len(self.ids) else math.inf
+        return math.fsum(known) / len(known) if known and len(known) == len(self.ids) else math.inf
 
 
 class Search:
     """One search.
 
     Args:
-        name: of its file.
-        configure: (learning rate, seed) -> the config of a trial's run.
-        centre: of the range.
+        name: of the search; its seeds and its rates follow from it.
+        configure: (settings, seed) -> the config of a trial's run.
+        centre: of the range of rates.
         tuning: as declared.
         higher_is_better: of the metric.
-        folder: where its file is, or will be.
+
+    Attributes:
+        configs: run id -> config, of the runs that it has asked for.
     """
 
     def __init__(
         self,
         name: str,
-        configure: Callable[[float, int], Config],
+        configure: Callable[[Settings, int], Config],
         centre: float,
         tuning: Tuning,
         higher_is_better: bool,
-        folder: Path,
     ) -> None:
-        self.name, self._configure, self._centre, self._tuning = name, configure, centre, tuning
-        self._higher, self._file = higher_is_better, folder / f"{name}.json"
-        self.trials: list[Trial] = []
+        self.name, self._configure, self._tuning, self._higher = name, configure, tuning, higher_is_better
+        self.trials = [Trial(settings) for settings in settings_of(tuning, centre, name)]
         self.configs: dict[str, Config] = {}
-        try:
-            # What was proposed stands, whatever another version of Optuna would propose.
-            for rate in json.loads(self._file.read_text(encoding="utf-8"))["proposed"]:
-                self._begin(float(rate))
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self._file} is damaged. Remove it: finished runs are kept, the search is made again."
-            ) from None
+        self._rungs = _rungs(len(self.trials), tuning)
+        self._first_seed = FIRST_SEED + _hash(name) % _SEEDS
+        self._rung = -1
+        self._left = self.trials
+        self._climb()
 
     def next_runs(self) -> list[str]:
-        """The ids of the runs that the search waits for; their configs are in `configs`."""
-        for trial in self.trials:
-            if not trial.done:
-                return [i for i in trial.ids if i not in trial.values]
-        if len(self.trials) == self._tuning.trials:
-            return []
-        self._begin(self._propose())
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._file, {"proposed": [trial.lr for trial in self.trials]})
-        return self.next_runs()
-
-    def record(self) -> dict[str, Any]:
-        """The search in plain values: {"name", "trials": [{"lr", "value", "loss", "runs"}], "best"}."""
-        trials = [{"lr": t.lr, "value": t.value, "loss": _or_none(t.loss), "runs": t.ids} for t in self.trials]
-        return {"name": self.name, "trials": trials, "best": self.best}
+        """The ids of all runs that the search waits for; their configs are in `configs`. Empty when it has ended."""
+        while not (missing := [i for trial in self._left for i in trial.ids if i not in trial.values]):
+            if self._rung == len(self._rungs) - 1:
+                return []
+            self._left = sorted(self._left, key=self._rank)[: self._rungs[self._rung + 1]]
+            self._climb()
+        return missing
 
     def take(self, run: str, value: float | None, loss: float | None) -> None:
         """The metric and loss of a run, None where it stopped being finite; of other runs, nothing happens."""
@@ -120,64 +151,38 @@ class Search:
                 trial.values[run] = (value, loss)
 
     @property
-    def best(self) -> float | None:
-        """The best learning rate; None before the search has ended.
+    def best(self) -> Settings | None:
+        """The best settings; None before the search has ended. Where no run was finite, the lowest rate."""
+        return None if self.next_runs() else min(self._left, key=self._rank).settings
 
-        Where no trial was finite it is the lowest rate: that its runs are not finite either is a result.
-        """
-        done = [trial for trial in self.trials if trial.done]
-        if len(done) < self._tuning.trials:
-            return None
-        found = best_of(done, self._higher)
-        return min(trial.lr for trial in done) if found is None else found.lr
+    def left(self) -> int:
+        """How many of its runs have no result yet, those that it has not asked for among them."""
+        return sum(self._rungs) - sum(len(trial.values) for trial in self.trials)
 
-    def _begin(self, lr: float) -> None:
-        configs = [self._configure(lr, FIRST_SEED + i) for i in range(self._tuning.seeds)]
-        trial = Trial(lr, [run_id(config) for config in configs])
-        self.trials.append(trial)
-        self.configs |= dict(zip(trial.ids, configs))
+    def record(self) -> dict[str, Any]:
+        """The search in plain values: {"name", "trials": [settings and "value", "loss", "runs"], "best"}."""
+        trials = [
+            {**asdict(t.settings), "value": t.value, "loss": t.loss if math.isfinite(t.loss) else None, "runs": t.ids}
+            for t in self.trials
+        ]
+        return {"name": self.name, "trials": trials, "best": asdict(self.best) if self.best else None}
 
-    def _propose(self) -> float:
-        low, high = self._centre / self._tuning.spread, self._centre * self._tuning.spread
-        first, k = first_trials(self._tuning.trials), len(self.trials)
-        evenly = low * (high / low) ** (k / (first - 1))
-        rate = evenly if k < first else _optuna(self.trials, low, high, self._higher)
-        return float(f"{rate:.3g}")
+    def _climb(self) -> None:
+        """Gives every setting that is left one more seed."""
+        self._rung += 1
+        for trial in self._left:
+            config = self._configure(trial.settings, self._first_seed + self._rung)
+            trial.ids.append(run_id(config))
+            self.configs[trial.ids[-1]] = config
 
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def first_trials(trials: int) -> int:
-    """How many trials lie evenly over the range: an odd number, so that the centre is one of them."""
-    return max(3, trials // 2 | 1)
+    def _rank(self, trial: Trial) -> tuple[float, float, float]:
+        """The better the smaller: by the metric, then the loss, then the rate."""
+        value = trial.value
+        worth = math.inf if value is None else (-value if self._higher else value)
+        return worth, trial.loss, trial.settings.lr
 
 
-def best_of(trials: list[Trial], higher_is_better: bool) -> Trial | None:
-    """The best finite trial; among equals the one with the lowest loss, then the lowest rate."""
-    sign = -1.0 if higher_is_better else 1.0
-    finite = [(sign * t.value, t.loss, t.lr, t) for t in trials if t.value is not None]
-    return min(finite, key=lambda entry: entry[:3])[3] if finite else None
-
-
-def _optuna(trials: list[Trial], low: float, high: float, higher_is_better: bool) -> float:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(
-            'Searching learning rates needs the package optuna: pip install "strong-scaling-trainer[study]"'
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=len(trials), n_startup_trials=0)
-    study = optuna.create_study(direction="maximize" if higher_is_better else "minimize", sampler=sampler)
-    rates: dict[str, Any] = {"lr": optuna.distributions.FloatDistribution(low, high, log=True)}
-    known = [t.value for t in trials if t.value is not None]
-    if not known:  # nothing to learn from: as the sampler would, with no trial at all
-        return float(study.ask(rates).params["lr"])
-    worst = min(known) if higher_is_better else max(known)
-    for trial in trials:
-        value = worst if trial.value is None else trial.value
-        lr = min(max(trial.lr, low), high)  # rounding may have led over the edge
-        study.add_trial(optuna.trial.create_trial(params={"lr": lr}, distributions=rates, value=value))
-    return float(study.ask(rates).params["lr"])
+def at_edge(trials: Sequence[dict[str, Any]], best: dict[str, Any]) -> bool:
+    """Whether the best rate of a search is the lowest or the highest that it tried: a better one may lie beyond."""
+    rates = [trial["lr"] for trial in trials]
+    return best["lr"] in (min(rates), max(rates))

@@ -1,0 +1,76 @@
+"""What was declared before the runs of a study, and what its words mean, as the page lists it."""
+
+from __future__ import annotations
+
+from .results import Results
+from .sentences import listed
+
+
+def definitions(results: Results) -> list[str]:
+    """One line for each rule."""
+    study, rules, tests = results.study, results.rules, results.judgement.tests
+    more = "more" if rules.higher_is_better else "less"
+    return [
+        f"Metric: {study.metric} of the model that a run keeps; {more} is better.",
+        f"Seeds: {listed(study.seeds)}, the same for every arm"
+        + (f"; of searched arms the first {study.tuning.searches}." if results.searches else "."),
+        "Equal epochs: as many passes over the data as the sequential run. Equal updates: as many optimizer steps"
+        + (f", but at most {study.max_epochs} epochs." if study.max_epochs else "."),
+        "Nothing is decided before all declared seeds are there. A run that stopped being finite is the worst possible "
+        "run, in every arm and in the sequential runs.",
+        "The typical run: the median of the differences paired by seed. Its loss is material if it is above the margin "
+        f"of {rules.margin:g}; small if it is above 0 and below the margin; ruled out if it is below the margin; and "
+        "else undecided. The test is the sign test, which is exact for runs of any distribution. The interval of a "
+        "difference comes from the same test, and the verdict is read from it.",
+        f"Collapsed: not finite, or a loss of {rules.collapse:g} or more. The typical run says nothing of the few runs "
+        f"that collapse, so their number is given, with the rate that is not ruled out at level {1 - rules.alpha:g} "
+        "(Clopper and Pearson; for this comparison alone).",
+        f"Below the target: {_target(results)}.",
+        f"Not converged: the training loss fell by less than {100 * rules.converged_share:g} % of what it falls by in "
+        "the typical sequential run, or stopped being finite.",
+        "More often: McNemar's exact test of the pairs of runs of one seed of which one alone failed.",
+        f"Alpha is {rules.alpha:g} for each of three questions. It is the most that the probability of any wrong "
+        f"verdict on the typical run can be, over all {tests} comparisons of the study; the same holds for the target "
+        "and for convergence, by Holm's correction. Intervals of a metric and of a rate are not corrected, and have "
+        f"level {1 - rules.alpha:g}.",
+        "The rules: linear (Goyal et al. 2017), square root (Hoffer et al. 2017) of the learning rate alone, and with "
+        "Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from the base "
+        "config's rate, so a loss is that of the rule, not of the batch.",
+        *_tuning(results),
+        "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant steps "
+        "as the sequential run makes steps. With equal epochs this stopping rule, which is a part of it, is off.",
+        "synchronised_batch_norm: one micro-batch is as large as those of all ranks together. Its statistics are what "
+        "synchronised BatchNorm would compute, up to rounding.",
+    ]
+
+
+def _target(results: Results) -> str:
+    study = results.study
+    if study.target is not None:
+        return f"{study.target:g}, as given"
+    return (
+        f"what a sequential run would miss with a probability of {study.target_level:g}, by the sequential runs of the "
+        f"other seeds, if they are normal (their standard deviation taken as {study.deviation_floor:g} at least)"
+    )
+
+
+def _tuning(results: Results) -> list[str]:
+    tuning = results.study.tuning
+    extra = [f"warm-ups of {_numbers(tuning.warmup_epochs)} epochs"] if tuning.warmup_epochs else []
+    extra += [f"momenta of {_numbers(tuning.momentum)}"] if tuning.momentum else []
+    return [
+        f"Tuned arms (Shallue et al. 2019): {tuning.searches} independent searches for each W and for the sequential "
+        "runs, each for one judged run. A search tries rates within a factor of "
+        f"{tuning.spread:g} around a centre, at most a factor of {tuning.spacing:g} apart and moved at random"
+        + (f", with {' and '.join(extra)}" if extra else "")
+        + f"; one of {tuning.reduction} settings gets the next seed, up to {tuning.seeds} seeds. "
+        f"{results.study.tuning_metric} decides. A tuned arm that is beaten by a rule with the base's rate is a failed "
+        f"search, and its loss no verdict (beaten: by the sign test at {results.rules.alpha:g}).",
+        "LARS (You et al. 2017) with the linear rule and LAMB (You et al. 2020) with the square-root rule, both with "
+        "warm-up over 5 epochs, are compared with sequential runs of their own. Their settings are searched with the "
+        "batch of one rank, like those of these sequential runs.",
+    ]
+
+
+def _numbers(numbers: list[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)

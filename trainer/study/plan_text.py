@@ -1,0 +1,102 @@
+"""The plan of a study as text: its runs, what cannot be run, and what its seeds can decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..exact.plan import steps_per_epoch
+from ..record.console import table
+from .arms import WEAK
+from .declaration import Plan
+from .inference import seeds_needed, smallest_p
+from .power import paired, power, seeds_for
+from .tuning import runs_of_search
+
+# What a study should at least be able to do.
+_WANTED = 0.8
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a table, with what cannot be run and why, the numbers of runs, and the power of its verdicts."""
+    lines = [_table(plan)]
+    for W, answer in plan.strong:
+        if isinstance(answer, int):
+            lines.append(f"strong, W = {W}: the sequential run; its {answer} micro-batches are split over {W} ranks")
+        else:
+            lines.append(f"strong, W = {W}: impossible, {answer}")
+    lines += [f"{place}: impossible, {why}" for place, why in plan.impossible]
+    return "\n".join([*lines, *_runs(plan), *power_lines(plan)])
+
+
+def _table(plan: Plan) -> str:
+    rows: list[Sequence[str]] = []
+    seeds: dict[object, int] = {}
+    for cell in plan.cells:
+        seeds[cell.place] = seeds.get(cell.place, 0) + 1
+    for cell in [c for c in plan.cells if c.seed == plan.study.seeds[0]]:
+        samples = plan.variants[cell.variant].samples
+        config = plan.config(cell.place, cell.seed) if cell.id is None else plan.configs[cell.id]
+        trainer, B = config.trainer, config.plan(1).global_batch_size
+        updates = trainer.epochs * steps_per_epoch(samples, B, trainer.drop_last)
+        updates = min(updates, trainer.max_steps or updates)
+        adaptive = trainer.learning_rate.adascale_steps is not None
+        rows.append(
+            (
+                cell.arm,
+                *([cell.variant or "-"] if len(plan.variants) > 1 else []),
+                "-" if cell.arm not in WEAK else cell.budget,
+                str(cell.world_size),
+                f"{B:,}",
+                f"{'at most ' if adaptive else ''}{trainer.epochs}",
+                f"{'at most ' if adaptive else ''}{updates:,}",
+                str(seeds[cell.place]),
+            )
+        )
+    variant = ["variant"] if len(plan.variants) > 1 else []
+    return table(rows, ("arm", *variant, "equal", "W", "global batch", "epochs", "updates", "seeds"))
+
+
+def _runs(plan: Plan) -> list[str]:
+    """The numbers of runs, those of searches apart."""
+    if not plan.searches:
+        return []
+    each, study = runs_of_search(plan.study.tuning), plan.study
+    tuned = sum(cell.id is None for cell in plan.cells)
+    return [
+        f"{len(plan.searches):,} searches of {each} runs each, by {study.tuning_metric}: {len(plan.searches) * each:,} "
+        f"runs, for {tuned:,} runs with what they find; {len(plan.configs):,} runs have given settings"
+    ]
+
+
+def power_lines(plan: Plan) -> list[str]:
+    """What the declared seeds can decide, in words: whether anything, and how likely that nothing lost is seen."""
+    study, tests = plan.study, plan.comparisons()
+    if not tests:
+        return []
+    level, lines = study.alpha / tests, []
+    ways = {cell.id is None: None for cell in plan.cells if cell.arm in WEAK}  # searched or not, the latter first
+    for searched in ways:
+        n = len(study.searched_seeds if searched else study.seeds)
+        what, count = ("searched arms, ", f"{n} searches") if searched else ("", f"{n} seeds")
+        if smallest_p(n) > level:
+            lines.append(
+                f"note: {what}{count}: no verdict is possible in {tests} comparisons at alpha {study.alpha:g}; at "
+                f"least {seeds_needed(level)} are needed"
+            )
+        else:
+            lines.append(f"power: {what}{count}, {tests} comparisons: {_power(plan, n, level)}")
+    return lines
+
+
+def _power(plan: Plan, n: int, level: float) -> str:
+    study = plan.study
+    begin = f"if nothing is lost, a loss of {study.margin:g} is ruled out with probability"
+    if study.expected_deviation is None:
+        shown = ", ".join(f"{power(n, level, 1.0, f):.2f} (of {f:g} margins)" for f in (0.5, 1.0, 2.0))
+        return f"{begin} {shown}, by the standard deviation of differences; study.expected_deviation is not set"
+    deviation = paired(study.expected_deviation)
+    reached = power(n, level, study.margin, deviation)
+    needed = seeds_for(_WANTED, level, study.margin, deviation)
+    more = f"about {needed}" if needed else "more than 500 of them, or a larger margin,"
+    end = "" if reached >= _WANTED else f"; {more} would make it {_WANTED:g}"
+    return f"{begin} {reached:.2g} (normal runs, standard deviation {study.expected_deviation:g}){end}"

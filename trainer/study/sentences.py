@@ -1,0 +1,199 @@
+"""What a study says, in sentences. Each lists what it is about: no "from 600 on" where 900 says otherwise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .arms import SEQUENTIAL, Place, title_of
+from .judgement import Comparison, Reference, Verdict
+from .noise import Scale, scales_by_epoch, whole_scale
+from .results import Results, sizes_of
+from .timing import check_bits
+from .tuning import at_edge
+
+CLAIMS = {
+    "loses": "does the typical run lose against its sequential run",
+    "below": "do runs end below the target more often than sequential runs",
+    "unconverged": "do runs fail to converge more often than sequential runs",
+}
+_LOSSES: tuple[Verdict, ...] = ("material loss", "small loss", "ruled out", "undecided")
+
+
+def verdicts(folder: Path) -> list[str]:
+    """The verdicts of a study as lines of text."""
+    results = Results(folder)
+    lines = [*sequential_sentences(results)]
+    if results.missing():
+        lines.append(f"{results.missing():,} declared runs are missing.")
+    lines += strong_sentences(results)
+    for claim, what, comparisons in claims(results):
+        lines.append(f"{what}: {CLAIMS[claim]}?")
+        lines += [f"  W = {c.place.world_size}: {c.verdicts[claim]}. {c.sentences[claim]}" for c in comparisons]
+    return lines + search_sentences(results) + size_sentences(results) + noise_sentences(results)
+
+
+def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
+    """(claim, what it is about, its comparisons by W), for each arm, budget and variant."""
+    for variant, budget in results.blocks():
+        for arm, comparisons in results.groups(variant, budget).items():
+            for claim in CLAIMS:
+                what = f"{title_of(arm, budget)}, {results.budget(budget)}"
+                yield claim, f"{variant}: {what}" if variant else what, comparisons
+
+
+def sequential_sentences(results: Results) -> list[str]:
+    """The results of the sequential runs of each variant."""
+    return [
+        reference_sentence(results, place, reference)
+        for place, reference in results.judgement.references.items()
+        if reference.outcomes
+    ]
+
+
+def reference_sentence(results: Results, place: Place, reference: Reference) -> str:
+    """The numbers of one set of sequential runs, those of its own failures among them."""
+    runs = len(reference.outcomes)
+    target = "unknown" if math.isnan(reference.target) else f"{reference.target:.4f}"
+    percent = f"{100 * (1 - results.rules.alpha):g} %"
+    return (
+        f"{place}: {results.study.metric} {reference.centre:.4f} in the typical run ({percent} "
+        f"interval {reference.interval[0]:.4f} to {reference.interval[1]:.4f}), standard deviation "
+        f"{reference.deviation:.4f}, {runs} seeds; {reference.not_finite} of {runs} not finite, "
+        f"{reference.failed['unconverged']} not converged, {reference.failed['below']} below the target ({target})"
+    )
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers with commas between them."""
+    return ", ".join(f"{n:,}" for n in numbers)
+
+
+def strong_sentences(results: Results) -> list[str]:
+    """What is known of strong scaling: by equal plans, and by runs on real ranks."""
+    strong, timings = results.declared["strong"], results.timings
+    lines = []
+    possible = [W for W, answer in strong if isinstance(answer, int)]
+    sequential = results.results_at(Place("", SEQUENTIAL, "epochs", 1))
+    if possible:
+        micro_batches = next(answer for _, answer in strong if isinstance(answer, int))
+        hashes = [r["parameters_sha256"] for r in sequential if r["parameters_sha256"]]
+        lines.append(
+            f"strong scaling has the accuracy of the sequential runs: supported at W = {listed(possible)}, by "
+            f"construction and not by a test. At each of these W the plan is the sequential run's: the same "
+            f"{micro_batches} micro-batches a step, each dealt to one rank, added along the same tree. Its parameters "
+            f"are those of the {len(hashes)} sequential runs (sha256 {', '.join(h[:8] for h in hashes[:3])}"
+            f"{', ...' if len(hashes) > 3 else ''})."
+        )
+    if timings is not None and len(timings.hashes) > 1:
+        first = next((r["parameters_sha256"] for r in sequential if r["seed"] == results.study.seeds[0]), None)
+        same, others = check_bits(timings, first)
+        what = "whole runs" if timings.max_steps is None else f"runs of {timings.max_steps:,} steps"
+        if same:
+            lines.append(
+                f"strong scaling on real ranks: {what} of seed {results.study.seeds[0]} at W = {listed(same)} ended "
+                f"with the same bits (sha256 {timings.hashes[same[0]][0][:8]})."
+            )
+        if others:
+            lines.append(f"strong scaling on real ranks: NOT the same bits at W = {listed(others)}.")
+        for W, ratios in timings.speed_ups().items():
+            if W > 1:
+                middle = statistics.median(ratios)
+                lines.append(
+                    f"strong scaling at W = {W} is {middle:.2f} times as fast as one rank (efficiency "
+                    f"{middle / W:.2f}; {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} runs)."
+                )
+    elif possible:
+        lines.append("These are equal plans, not runs on W ranks; `python -m trainer verify` makes those.")
+    lines += [
+        f"strong scaling at W = {W}: impossible here. {answer}" for W, answer in strong if isinstance(answer, str)
+    ]
+    return lines
+
+
+def search_sentences(results: Results) -> list[str]:
+    """Searches that failed, and how many ended at the edge of their range, where a better rate may lie beyond."""
+    lines = [
+        f"{c.place}: a failed search. {c.search_failed}." for c in results.judgement.comparisons if c.search_failed
+    ]
+    ends: dict[str, list[bool]] = {}
+    for search in results.searches.values():
+        if search["best"] is not None:
+            ends.setdefault(str(Place(**search["place"])), []).append(at_edge(search["trials"], search["best"]))
+    return lines + [
+        f"{place}: {sum(edges)} of {len(edges)} searches ended at the edge of their range of rates."
+        for place, edges in ends.items()
+        if any(edges)
+    ]
+
+
+def size_sentences(results: Results) -> list[str]:
+    """The verdict at each number of training samples, for studies of dataset sizes."""
+    sizes = sizes_of(results)
+    if len(sizes) < 2:
+        return []
+    lines = []
+    pairs = dict.fromkeys((c.place.arm, c.place.budget, c.place.world_size) for c in results.judgement.comparisons)
+    for arm, budget, W in pairs:
+        by_size = {
+            sizes[c.place.variant]: c
+            for c in results.judgement.comparisons
+            if (c.place.arm, c.place.budget, c.place.world_size) == (arm, budget, W) and c.place.variant in sizes
+        }
+        if len(by_size) < 2:
+            continue
+        shown = ", ".join(f"{n:,}: {by_size[n].difference:+.4f}" for n in sorted(by_size))
+        at = {v: [n for n in sorted(by_size) if by_size[n].verdicts["loses"] == v] for v in _LOSSES}
+        found = "; ".join(f"{verdict} at {listed(numbers)}" for verdict, numbers in at.items() if numbers)
+        what = f"{title_of(arm, budget)}, {results.budget(budget)}, W = {W}"
+        lines.append(f"{what}, by training samples: {found} ({shown}).")
+    return lines
+
+
+def noise_scale(results: Results) -> Scale | None:
+    """The gradient noise scale over the sequential runs; None if it was not measured."""
+    return whole_scale(results.results_at(Place("", SEQUENTIAL, "epochs", 1)), results.rules.alpha)
+
+
+def material_losses(results: Results) -> dict[str, list[int]]:
+    """Arm -> the W at which a material loss was shown, of the base at equal epochs."""
+    groups = results.groups("", "epochs").items()
+    found = {
+        arm: [c.place.world_size for c in comparisons if c.verdicts["loses"] == "material loss"]
+        for arm, comparisons in groups
+    }
+    return {arm: sizes for arm, sizes in found.items() if sizes}
+
+
+def noise_sentences(results: Results) -> list[str]:
+    """The batch that gradient noise calls harmless, next to where weak scaling was seen to lose."""
+    runs = results.results_at(Place("", SEQUENTIAL, "epochs", 1))
+    scale = noise_scale(results)
+    if scale is None:
+        return []
+    B, percent = runs[0]["global_batch_size"], f"{100 * (1 - results.rules.alpha):g} %"
+    line = (
+        f"gradient noise scale of the sequential runs (McCandlish et al. 2018): {scale.value:,.0f} samples over whole "
+        f"runs ({percent} interval {scale.low:,.0f} to {scale.high:,.0f})"
+    )
+    by_epoch = scales_by_epoch(runs, results.rules.alpha)
+    if len(by_epoch) > 1:
+        chosen = sorted(by_epoch)
+        chosen = [chosen[0], chosen[len(chosen) // 2], chosen[-1]] if len(chosen) > 3 else chosen
+        line += "; " + ", ".join(
+            f"{by_epoch[e].value:,.0f} in epoch {e} ({by_epoch[e].low:,.0f} to {by_epoch[e].high:,.0f})" for e in chosen
+        )
+    line += (
+        f". Batches well below it should cost few samples more, and {scale.value:,.0f} about twice as many: "
+        f"W = {max(1.0, scale.value / B):.3g} times the batch of {B}. "
+    )
+    lost = [f"{arm} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
+    if not results.groups("", "epochs"):
+        line += "That is at equal epochs, at which this study compares nothing."
+    elif lost:
+        line += f"The study shows a material loss of {'; '.join(lost)}."
+    else:
+        line += "No material loss is shown in this study."
+    return [line]
