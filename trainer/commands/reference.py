@@ -59,6 +59,11 @@ def schema() -> str:
         "study.seeds": {"type": ["integer", "array"], "minimum": 2, "minItems": 2, **from_0},
         "study.variants": {"additionalProperties": {"type": "object", "minProperties": 1}},
         "study.metric": {"pattern": "^[^/]*/[^/]*$"},
+        "study.tuning.warmup_epochs": {"items": {"type": "number", "minimum": 0}, "uniqueItems": True},
+        "study.tuning.momentum": {
+            "items": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+            "uniqueItems": True,
+        },
         "study.tuning.metric": {"pattern": "^(|(?!test/)[^/]*/[^/]*)$"},
     }
     return json.dumps(json_schema.document(_options(), Study, more), indent=1) + "\n"
