@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import LostRankError, NonFiniteError, TrainerError, UserError
-from trainer.ranks import workers
+from trainer.ranks import group, workers
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import WorkerError, jobs_from, run_ranks, worker_context
 
@@ -89,7 +89,7 @@ def test_a_slip_comes_with_its_traceback() -> None:
 
 
 def test_a_rank_that_dies_is_named_and_the_others_do_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(workers, "_GRACE_S", 0.5)
+    monkeypatch.setattr(group, "_GRACE_S", 0.5)
     with pytest.raises(WorkerError, match="rank 1 died without a message"):
         run_ranks(fail, 3, {1: 9, 2: 300.0}, tmp_path)
     for process in tmp_path.iterdir():
