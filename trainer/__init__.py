@@ -17,23 +17,16 @@ if TYPE_CHECKING:
     from .api.evaluation import evaluate, predict
     from .api.result import Result
     from .api.training import load_config, train
-    from .errors import (
-        LostRankError,
-        NonFiniteError,
-        RanksDifferError,
-        Stopped,
-        TrainerError,
-        UserError,
-    )
+    from .errors import LostRankError, NonFiniteError, RanksDifferError, Stopped, TrainerError, UserError
+    from .ranks.messages import WorkerError
 
 __version__ = "0.1.0"
 # Public name -> its module. They are loaded when they are asked for, so `import trainer` loads nothing.
 _PUBLIC = {"Callback": "api.callbacks", "CallbackError": "api.callbacks", "Result": "api.result"}
 _PUBLIC |= {"evaluate": "api.evaluation", "predict": "api.evaluation"}
 _PUBLIC |= {"load_config": "api.training", "train": "api.training"}
-_PUBLIC |= dict.fromkeys(
-    ("LostRankError", "NonFiniteError", "RanksDifferError", "Stopped", "TrainerError", "UserError"), "errors"
-)
+_PUBLIC |= {"TrainerError": "errors", "UserError": "errors", "NonFiniteError": "errors", "Stopped": "errors"}
+_PUBLIC |= {"RanksDifferError": "errors", "LostRankError": "errors", "WorkerError": "ranks.messages"}
 __all__ = [
     "Callback",
     "CallbackError",
@@ -44,6 +37,7 @@ __all__ = [
     "Stopped",
     "TrainerError",
     "UserError",
+    "WorkerError",
     "evaluate",
     "load_config",
     "predict",

@@ -130,13 +130,12 @@ class Callbacks:
 def _check(callback: object, name: str) -> None:
     if isinstance(callback, type):
         raise UserError(f"{name} is the class {callback.__name__}. Give an object: {callback.__name__}().")
-    hooks = [hook for hook in dir(callback) if hook.startswith("on_")]
-    unknown = [hook for hook in hooks if hook not in _HOOKS]
-    if unknown and not callable(getattr(callback, unknown[0])):
-        unknown = []
-    if unknown and isinstance(callback, Callback) or (unknown and not set(hooks) & set(_HOOKS)):
-        raise UserError(f"{name}: {type(callback).__name__}.{unknown[0]} is no hook. {near(unknown[0], _HOOKS)}")
-    if not any(callable(getattr(callback, hook, None)) for hook in _HOOKS):
+    hooks = [hook for hook in dir(callback) if hook.startswith("on_") and callable(getattr(callback, hook))]
+    # Objects of other libraries may have hooks for those libraries, too.
+    unknown = [] if set(hooks) & set(_HOOKS) and not isinstance(callback, Callback) else set(hooks) - set(_HOOKS)
+    for hook in sorted(unknown):
+        raise UserError(f"{name}: {type(callback).__name__}.{hook} is no hook. {near(hook, _HOOKS)}")
+    if not hooks:
         raise UserError(
             f"{name} is a {type(callback).__name__}, which has none of the methods {', '.join(_HOOKS)}.\n"
             "A callback is an object with one of them, or of a class that inherits from trainer.Callback."

@@ -131,7 +131,9 @@ class _Engine:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         import torch
 
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.low_precision else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, dtype=torch.bfloat16) if self.low_precision else contextlib.nullcontext()
+        )
 
 
 def _evaluated(found: Saved, config: Config, progress: Progress, data: object) -> dict[str, float]:

@@ -28,7 +28,7 @@ class _Setting:
     """
 
     get: Callable[[], Any]
-    put: Callable[[Any], None]
+    put: Callable[[Any], object]
     fresh: Any = None
 
 
@@ -50,12 +50,15 @@ def _settings() -> dict[str, _Setting]:
         ),
         "threads": _Setting(torch.get_num_threads, torch.set_num_threads),
         "deterministic algorithms": _Setting(
-            lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+            lambda: (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
             lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
             (False, False),
         ),
-        "filling of uninitialised memory": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
-        "gradients": _Setting(torch.is_grad_enabled, torch._C._set_grad_enabled, True),
+        "filling of uninitialised memory": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
+        "gradients": _Setting(torch.is_grad_enabled, torch.set_grad_enabled, True),
         "denormal numbers": _Setting(_flushes_denormals, torch.set_flush_denormal, False),
         "oneDNN": _Setting(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, True),
         "cuDNN": _attribute(backends.cudnn, "enabled", True),
@@ -76,10 +79,19 @@ def _settings() -> dict[str, _Setting]:
         found[f"{kind} attention"] = _Setting(get, put, True)
     for device in ("cpu", "cuda"):
         found[f"autocast on {device}"] = _Setting(*_autocast(device), False)
-    if torch.cuda.is_initialized():  # pragma: no cover
-        found["current GPU"] = _Setting(torch.cuda.current_device, torch.cuda.set_device)
-        found["GPUs' random"] = _Setting(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-    return found
+    return found | _settings_of_gpus()
+
+
+def _settings_of_gpus() -> dict[str, _Setting]:
+    """The same of GPUs; none as long as this process has not used one."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "current GPU": _Setting(torch.cuda.current_device, torch.cuda.set_device),
+        "GPUs' random": _Setting(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),
+    }
 
 
 def _default_device() -> str:
@@ -110,15 +122,26 @@ def _flushes_denormals() -> bool:
 
 def _places() -> list[Any]:
     """What has a precision of its own, from torch 2.9 on; the widest first."""
-    from torch import backends as b
+    import torch
 
+    b: Any = torch.backends
     if not hasattr(b, "fp32_precision"):
         return []
-    return [b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
+    return [
+        b,
+        b.cuda.matmul,
+        b.cudnn,
+        b.cudnn.conv,
+        b.cudnn.rnn,
+        b.mkldnn,
+        b.mkldnn.matmul,
+        b.mkldnn.conv,
+        b.mkldnn.rnn,
+    ]
 
 
 def _precision() -> tuple[str | None, bool | None, tuple[str, ...]]:
-    """The precision of float32 products: in torch's older way and in its newer one. The older fails if both were used."""
+    """The precision of float32 products: in torch's older way, which fails if the newer was used, and in that one."""
     import torch
 
     matmul, convolution = None, None
@@ -186,7 +209,8 @@ class Host:
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
-        """Inside, the process has its own state, as before the run; afterwards that of the run again, whatever changed."""
+        """Inside, the process has its own state, as before the run; afterwards it has that of the run again."""
+        self._settings |= _settings_of_gpus()  # the run may be the first to use one
         inside = self._read()
         self._put(self._own)
         try:
@@ -236,11 +260,18 @@ def hosted(code: Path | None = None) -> Iterator[Host]:
             finally:
                 _leave_group()
                 _imported.update(_from(code, set(sys.modules) - before))
-                gc.collect()  # engines refer to themselves
-                if torch.cuda.is_initialized():  # pragma: no cover
-                    torch.cuda.empty_cache()
+        give_memory_back()
     finally:
         _busy.release()
+
+
+def give_memory_back() -> None:
+    """Frees what a run has left, which nobody uses any more."""
+    import torch
+
+    gc.collect()  # engines refer to themselves
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _leave_group() -> None:

@@ -79,13 +79,12 @@ def on_this_rank(
         listener=listener,
         guest=guest,
     )
-    close()
+    if not guest:  # then `guest.hosted` does
+        close()
     return summary
 
 
-def on_ranks(
-    order: Order, world_size: int, listener: Listener = _nobody, *, quiet: bool = False
-) -> dict[str, Any]:
+def on_ranks(order: Order, world_size: int, listener: Listener = _nobody, *, quiet: bool = False) -> dict[str, Any]:
     """Makes a run in `world_size` new processes. Returns the summary.
 
     The listener is called in this process and thread. Signals are passed on to the ranks.
@@ -118,8 +117,7 @@ def on_ranks(
         )
     except Died as died:  # before the ranks have met: afterwards the others notice, and say more
         raise LostRankError(
-            f"R{str(died)[1:]} before the first step: by the system, if memory runs out, or by a crash. The other ranks "
-            "were ended."
+            f"R{str(died)[1:]} (as by the system, if memory runs out). The other ranks were ended."
         ) from None
     summary: dict[str, Any] = summaries[0]
     return summary

@@ -47,7 +47,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Split ("validation", "test") -> metric ("loss", and those of the task) -> value, of the model that is kept."""
+        """Split ("validation", "test") -> metric ("loss", and those of the task) -> value, of the kept model."""
         return {split: dict(values) for split, values in self.summary["metrics"].items()}
 
     @property

@@ -156,9 +156,10 @@ def hosted_model(model: str | Path | Result, task: str | type | None) -> Iterato
     from .guest import hosted
 
     if isinstance(model, Result):
-        model, task = model.output_dir, task or model.task
+        task = task or model.task
+    folder = model.output_dir if isinstance(model, Result) else model
     cls = task if isinstance(task, type) and file_of(task) is None else None
     name = name_of(cls) if cls is not None else file_of(task) if isinstance(task, type) else task
-    found = find(model, name)
+    found = find(folder, name)
     with given(cls), hosted(found.code) as host:
         yield found, host

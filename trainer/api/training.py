@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..config import keys
 from ..config.keys import Config
 from ..config.schema import lay_over
 from ..errors import Stopped, TrainerError, UserError
+from ..ranks.stopping import EndedBySignal
 from ..ranks.workers import WorkerError
 from ..tasks.first_look import look
 from ..tasks.given import file_of, given, name_of
@@ -22,9 +25,7 @@ from .callbacks import Callbacks
 from .result import Result
 
 
-def load_config(
-    config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None
-) -> Config:
+def load_config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> Config:
     """A checked config.
 
     Args:
@@ -120,9 +121,7 @@ def train(
             WorkerError, with its traceback.
     """
     try:
-        return _train(
-            config, ranks, overrides, task, callbacks, output_dir, resume, allow_changed_config, quiet
-        )
+        return _train(config, ranks, overrides, task, callbacks, output_dir, resume, allow_changed_config, quiet)
     except (TrainerError, KeyboardInterrupt) as error:
         # A message for a person needs no traceback. Its frames would keep the model and its optimizer, too, as long as
         # a notebook keeps the exception. An error of the task's own keeps its frames, for a debugger.
@@ -130,11 +129,29 @@ def train(
         raise error.with_traceback(None)  # noqa: B904
 
 
-def _clear(error: BaseException | None) -> None:
-    """Empties the frames of an exception, and of those from which it came."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _clear(error: BaseException) -> None:
+    """Empties the frames of an exception, and of those from which it came, and gives their memory back."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [one.__cause__, one.__context__]
+            for frame, _ in traceback.walk_tb(one.__traceback__):
+                _clear_frames(frame)
+    if "torch" in sys.modules:
+        from .guest import give_memory_back
+
+        give_memory_back()
+
+
+def _clear_frames(frame: FrameType | None) -> None:
+    """Empties a frame and those that called it: an error that is caught early refers to them, too."""
+    while frame is not None:
+        with contextlib.suppress(RuntimeError):  # it is still at work: this function's callers
+            frame.clear()
+        frame = frame.f_back
 
 
 def _train(
@@ -183,10 +200,10 @@ def _train(
 
 
 def _in_no_file(cls: type, ranks: int) -> str:
+    where = "this program" if cls.__module__ == "__main__" else cls.__module__
     return (
-        f"The class {cls.__name__} is part of {'this program' if cls.__module__ == '__main__' else cls.__module__}, and "
-        f"{ranks} ranks are other processes, which cannot see it. Save it in a file of its own, with its imports, and "
-        f'give task="my_task.py:{cls.__name__}".\n'
+        f"The class {cls.__name__} is part of {where}, and {ranks} ranks are other processes, which cannot see it. "
+        f'Save it in a file of its own, with its imports, and give task="my_task.py:{cls.__name__}".\n'
         "In a notebook, begin its cell with the line %%writefile my_task.py and run it. Or use ranks=1."
     )
 
@@ -231,6 +248,9 @@ def _explained(heard: Callbacks) -> Iterator[None]:
         if stopped.reason == "SIGINT":
             raise KeyboardInterrupt(str(stopped)) from None
         raise
+    except EndedBySignal as end:
+        signal.raise_signal(end.signal)  # it has its usual effect now, which is to end this process
+        raise TrainerError(f"stopped by {end.signal.name} before the first step") from None
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(str(error) or "stopped from the keyboard before the first step") from None
     except WorkerError as error:

@@ -50,6 +50,7 @@ class Group:
         ranks = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while ranks:
             for pipe in multiprocessing.connection.wait(list(ranks)):
+                assert isinstance(pipe, multiprocessing.connection.Connection)
                 try:
                     self._came.put((ranks[pipe], *pipe.recv()))
                 except Exception:  # its other end is closed, or the rank has died inside a message

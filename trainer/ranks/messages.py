@@ -91,10 +91,18 @@ class _Stream(io.TextIOBase):
 
     def __init__(self, line: Line, name: str, terminal: bool, descriptor: int) -> None:
         self._line, self._name, self._terminal, self._descriptor = line, name, terminal, descriptor
+        self._written = ""
 
     def write(self, text: str) -> int:
-        self._line.send("console", (self._name, text))
+        self._written += text
+        if self._written.endswith("\n"):  # print() writes it by itself
+            self.flush()
         return len(text)
+
+    def flush(self) -> None:
+        written, self._written = self._written, ""
+        if written:
+            self._line.send("console", (self._name, written))
 
     def writable(self) -> bool:
         return True
@@ -120,12 +128,14 @@ def console(kind: Console, line: Line, first: bool, terminal: bool) -> Iterator[
     if kind == "inherited":
         yield
         return
-    out: Any = _Stream(line, "stdout", False, 1) if kind == "shown" and first else io.StringIO()
+    out = _Stream(line, "stdout", False, 1) if kind == "shown" and first else io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
+        stack.callback(out.flush)
         if kind != "dropped":
-            bars = terminal and first and kind == "shown"
-            stack.enter_context(contextlib.redirect_stderr(_Stream(line, "stderr", bars, 2)))
+            errors = _Stream(line, "stderr", terminal and first and kind == "shown", 2)
+            stack.enter_context(contextlib.redirect_stderr(errors))
+            stack.callback(errors.flush)
             stack.enter_context(warnings.catch_warnings())
             if not first:
                 warnings.simplefilter("ignore")  # rank 0 has them as well

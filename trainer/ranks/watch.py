@@ -53,9 +53,7 @@ class Watch:
             it, but raises KeyboardInterrupt in the run.
     """
 
-    def __init__(
-        self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None, *, guest: bool = False
-    ) -> None:
+    def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None, *, guest: bool = False) -> None:
         self._ranks, self._timeout_s, self._guest = ranks, hang_timeout_s, guest
         self.step = 0
         self.way_on: Callable[[], str] = lambda: "Start the run again."

@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence

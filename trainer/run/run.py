@@ -152,6 +152,7 @@ def _run(
     finally:
         if watch is not None:
             watch.close()
+            watch.way_on = str  # refers to the whole run, which frames of an exception would keep
         log.close()
         if folder is not None:
             folder.unlock()
