@@ -16,7 +16,7 @@ RESULT = Result(Path("runs/x"), {"metrics": {}})
 
 
 class Hears:
-    """Inherits from nothing, and has only some hooks."""
+    """Inherits from nothing."""
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
@@ -24,6 +24,10 @@ class Hears:
     def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:
         self.heard.append((split, dict(metrics), step))
         metrics.clear()
+
+    def on_log(self, record: dict[str, float]) -> None:
+        self.heard.append(dict(record))
+        record.clear()
 
     def on_end(self, result: Result) -> None:
         self.heard.append(result)
@@ -33,10 +37,11 @@ def test_each_hook_gets_a_copy_of_its_own() -> None:
     one, other = Hears(), Hears()
     heard = Callbacks([one, other])
     assert heard.listener("folder", {"path": "runs/x"}) is None and heard.folder == "runs/x"
-    assert heard.listener("log", {"step": 2, "train/loss": 0.5}) is None
+    record = {"step": 2, "train/loss": 0.5}
+    assert heard.listener("log", record) is None and record == {"step": 2, "train/loss": 0.5}
     heard.listener("evaluation", {"split": "test", "step": 2, "epoch": 1, "eval/test/loss": 0.25, "eval/test/f/1": 1.0})
     heard.end(RESULT)
-    assert one.heard == other.heard == [("test", {"loss": 0.25, "f/1": 1.0}, 2), RESULT]
+    assert one.heard == other.heard == [record, ("test", {"loss": 0.25, "f/1": 1.0}, 2), RESULT]
     heard.raise_failure("unused")  # nothing has failed
 
 

@@ -191,6 +191,26 @@ if __name__ == "__main__":
 """
 
 
+UNGUARDED = """
+import sys
+sys.path.insert(0, {root!r})
+from trainer.ranks import workers
+from trainer.ranks.place import Ranks
+workers._PRELOAD = ["trainer.ranks.place"]
+print([found["RANK"] for found in workers.run_ranks(Ranks.variables, 2)])
+"""
+
+
+def test_ranks_need_nothing_of_the_program_that_starts_them(tmp_path: Path) -> None:
+    """Not its guard: without one it would start ranks again in each rank. They find the same trainer as it does."""
+    (tmp_path / "script.py").write_text(UNGUARDED.format(root=str(Path(__file__).resolve().parents[2])))
+    if sys.version_info >= (3, 11):
+        (tmp_path / "trainer").mkdir()
+        (tmp_path / "trainer" / "__init__.py").write_text("raise AssertionError('another trainer')")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("['0', '1']\n", "")
+
+
 @pytest.mark.parametrize("values", [{}, {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda"}])
 def test_ranks_on_the_cpu_see_no_gpu_and_the_process_that_starts_them_does(
     tmp_path: Path, values: dict[str, str]
