@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import USER_TASKS
 from trainer import Callback, CallbackError, LostRankError, Result, UserError, load_config, train
 from trainer.config.keys import Config
+from trainer.ranks import group
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import run_ranks
 
@@ -74,10 +76,15 @@ class Hears(Callback):
 class Meddles(Hears):
     """Changes what holds for the whole process."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[Any] = []
+
     def on_log(self, record: dict[str, float]) -> None:
         import torch
 
         super().on_log(record)
+        self.streams.append((sys.stdout, sys.stderr))
         torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)
@@ -155,6 +162,9 @@ def as_a_guest(ranks: Ranks, folder: str) -> dict[str, Any]:
     train(CONFIG, output_dir=f"{folder}/other", quiet=True, overrides={"torch_autocast.enabled": True})
     second = train(CONFIG, output_dir=f"{folder}/second", quiet=True, callbacks=[hears])
     meddled = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), os.environ.get("MEDDLED"))
+    # In a quiet run, too, callbacks may print.
+    assert hears.streams == [(sys.stdout, sys.stderr)] * 5
+    del hears.streams
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     return {
@@ -309,6 +319,16 @@ def test_the_error_of_a_rank_is_raised_here(tmp_path: Path, how: str, kind: type
             quiet=True,
         )
     assert type(caught.value) is kind
+
+
+def test_a_rank_that_dies_before_the_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_GRACE_S", 0.5)  # the others wait for it, as long as they may
+    kills = "        if os.environ['RANK'] == '1':\n            os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "fails.py").write_text(FAILS.replace("        super().__init__()\n", kills))
+    changes = {"trainer.task_options": {"how": ""}}
+    with pytest.raises(LostRankError, match=r"^Rank 1 was killed by SIGKILL"):
+        train(CONFIG, ranks=2, task=f"{tmp_path}/fails.py:Fails", output_dir=tmp_path / "run", overrides=changes)
+    assert not (tmp_path / "run").exists()
 
 
 # What is given

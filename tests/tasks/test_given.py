@@ -36,9 +36,10 @@ class Task(Base):
 """
 
 
-def notebook(monkeypatch: pytest.MonkeyPatch, code: str = CODE) -> Any:
-    """The class Task as a notebook defines it: in a module without a file."""
+def notebook(monkeypatch: pytest.MonkeyPatch, code: str = CODE, file: str | None = None) -> Any:
+    """The class Task as a notebook defines it: in a module without a file. A program from stdin has one of no file."""
     module = types.ModuleType("__main__")
+    module.__file__ = file
     monkeypatch.setitem(sys.modules, "__main__", module)
     exec(compile(code, "a cell", "exec"), vars(module))
     return module.Task  # type: ignore[attr-defined]
@@ -87,7 +88,7 @@ def test_a_class_of_a_notebook_is_found_for_a_time(monkeypatch: pytest.MonkeyPat
 )
 def test_its_code_is_known_again(monkeypatch: pytest.MonkeyPatch, old: str, new: str, same: bool) -> None:
     """In another cell, too. It covers what the class uses of the notebook."""
-    before = task_code_sha256(notebook(monkeypatch)(), "__main__:Task")
+    before = task_code_sha256(notebook(monkeypatch, file="<stdin>")(), "__main__:Task")
     assert CODE.count(old) == 1
     after = task_code_sha256(notebook(monkeypatch, "\n\n" + CODE.replace(old, new))(), "__main__:Task")
     assert before is not None and (before == after) is same

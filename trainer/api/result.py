@@ -19,7 +19,7 @@ class Result:
     """A run that has finished.
 
     Attributes:
-        output_dir: its folder, where everything else is read from.
+        output_dir: its folder (an absolute path), where everything else is read from.
         summary: the content of summary.json.
         task: the class that was given as an object, for a task that is in no file; else None.
     """
@@ -35,7 +35,7 @@ class Result:
         Raises:
             UserError: the folder holds no finished run.
         """
-        path = Path(output_dir).expanduser()
+        path = Path(output_dir).expanduser().absolute()
         try:
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
             finished = summary["metrics"] is not None
@@ -101,5 +101,6 @@ class Result:
             f"{split} " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             for split, values in self.metrics.items()
         )
-        status, steps = self.summary.get("status", "?"), self.summary.get("steps", 0)
-        return f"Result({str(self.output_dir)!r}: {status} after {steps:,} steps, {self.exactness}; {metrics})"
+        status, steps, path = self.summary.get("status", "?"), self.summary.get("steps", 0), self.output_dir
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return f"Result({str(shown)!r}: {status} after {steps:,} steps, {self.exactness}; {metrics})"

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from ..config import keys
 from ..config.keys import Config
@@ -190,7 +190,7 @@ def _train(
             with given(cls):
                 summary = _in_this_process(order, heard, quiet)
     assert heard.folder is not None
-    result = Result(Path(heard.folder), summary, cls)
+    result = Result(Path(heard.folder).absolute(), summary, cls)
     ended = f"The run has finished: trainer.Result.read({heard.folder!r}) has its results."
     heard.raise_failure(ended)
     heard.outside = contextlib.nullcontext
@@ -214,27 +214,35 @@ def _in_this_process(order: launch.Order, heard: Callbacks, quiet: bool) -> dict
     name = order.config.trainer.task
     file = Path(name.rpartition(":")[0])
     code = file.parent if ":" in name and file.is_file() else None
-    with _console(quiet), hosted(code) as host:
-        heard.outside = host.at_home
+    own = sys.stdout, sys.stderr
+    quietly = (io.StringIO(), _Errors(sys.stderr)) if quiet else own
+    with _console(*quietly), hosted(code) as host:
+
+        @contextlib.contextmanager
+        def outside() -> Iterator[None]:
+            with host.at_home(), _console(*own):  # a quiet run's callbacks may print
+                yield
+
+        heard.outside = outside
         return launch.on_this_rank(order, listener=heard.listener, guest=True)
 
 
 class _Errors(io.TextIOBase):
-    """Standard error without a progress bar, which is only drawn on terminals."""
+    """A stream of errors that shows no progress bar, which is only drawn on terminals."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
-        return sys.__stderr__.write(text) if sys.__stderr__ is not None else len(text)
+        return self._stream.write(text)
 
     def isatty(self) -> bool:
         return False
 
 
 @contextlib.contextmanager
-def _console(quiet: bool) -> Iterator[None]:
-    if not quiet:
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Errors()):
+def _console(out: Any, errors: Any) -> Iterator[None]:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         yield
 
 

@@ -19,6 +19,8 @@ from .messages import Died, WorkerError
 
 # After a rank has failed, the others have this time to end by themselves.
 _GRACE_S = 10.0
+# And this one after a SIGTERM.
+_LEAVING_S = 2.0
 
 
 class Group:
@@ -103,11 +105,22 @@ class Group:
             with contextlib.suppress(OSError):  # it has ended
                 os.kill(process.pid, number)
 
-    def end(self) -> None:
-        """Ends the processes that are left, unless all have brought a result and are ending by themselves."""
-        for process in self._processes:
-            if process.is_alive() and len(self.results) < len(self._processes):
+    def end(self, *, gently: bool = False) -> None:
+        """Ends the processes that are left, unless all have brought a result and are ending by themselves.
+
+        Args:
+            gently: by SIGTERM first: a run that has not begun removes its output folder then.
+        """
+        if len(self.results) < len(self._processes):
+            left = [process for process in self._processes if process.is_alive()]
+            for process in left if gently else []:
+                process.terminate()
+            until_s = time.monotonic() + _LEAVING_S
+            for process in left if gently else []:
+                process.join(max(0.0, until_s - time.monotonic()))
+            for process in left:
                 process.kill()
+        for process in self._processes:
             process.join()
 
     def error(self) -> BaseException | None:

@@ -211,7 +211,7 @@ def run_ranks(
                 group.add(process, ours)
         with handled_by(group.pass_on if hear is not None else None):
             group.wait(hear or (lambda value: None))
-            group.end()
+            group.end(gently=hear is not None)
     finally:
         group.end()
     error = group.error()

@@ -34,7 +34,7 @@ def file_of(cls: type) -> str | None:
         return inner
     file = getattr(module, "__file__", None)
     found = getattr(module, cls.__name__, None) is cls
-    if file is None or cls.__module__ == "__main__" or package or not found:
+    if not Path(file or "").is_file() or cls.__module__ == "__main__" or package or not found:
         return None
     path = Path(file)
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{cls.__name__}"

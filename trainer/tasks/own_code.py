@@ -25,7 +25,7 @@ def task_code_sha256(task: object, name: str) -> str | None:
     cls = type(task)
     if ":" not in name or cls.__module__.startswith("trainer."):
         return None
-    if getattr(sys.modules[cls.__module__], "__file__", None) is None:  # of a notebook
+    if not Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").is_file():  # of a notebook, or of stdin
         return code_sha256(cls)
     # The class may come from another file than the one that is named.
     roots = [Path(name.rpartition(":")[0]).resolve(), Path(str(sys.modules[cls.__module__].__file__)).resolve()]
