@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import LostRankError, NonFiniteError, TrainerError, UserError
-from trainer.ranks import group, workers
+from trainer.ranks import group, server, workers
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import WorkerError, jobs_from, run_ranks, worker_context
 
@@ -159,7 +159,7 @@ def test_a_gpu_needs_fresh_processes() -> None:
 
 def test_modules_that_are_imported_ahead_exist() -> None:
     """A name that nothing has is passed over in silence, and each rank would import the module itself."""
-    for name in {*workers._PRELOAD} - {"peft", "pytorch_optimizer"}:  # optional
+    for name in {server.__name__, *workers._PRELOAD} - {"peft", "pytorch_optimizer"}:  # optional
         package, *inner = name.split(".")
         found = importlib.util.find_spec(package)  # of the package alone: more would import it
         assert found is not None and found.submodule_search_locations, name

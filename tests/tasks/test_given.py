@@ -73,6 +73,19 @@ def test_a_class_of_a_notebook_is_found_for_a_time(monkeypatch: pytest.MonkeyPat
     assert given.find("__main__:Task") is None
 
 
+def test_what_a_class_takes_from_another_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for factor in (2, 3):
+        (tmp_path / "some_helper.py").write_text(f"def scaled(x):\n    return {factor} * x\n")
+        code = CODE.replace("import math", "import math\nfrom some_helper import scaled").replace(
+            "half(batch)", "scaled(1)"
+        )
+        found.append(given.code_sha256(notebook(monkeypatch, code)))
+        del sys.modules["some_helper"]
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [

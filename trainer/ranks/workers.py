@@ -8,6 +8,7 @@ survive a fork.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -25,7 +26,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from . import messages
+from . import messages, server
 from .group import Group, handled_by
 from .messages import Console, Died, Line, WorkerError
 from .place import Ranks
@@ -41,9 +42,6 @@ _PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_router",
 _PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
 # What ranks on the CPU have in their environment: they see no GPU, and DeepSpeed does not look for one.
 _ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-# The server finds this very trainer, and not one that is installed or lies in the working directory. (Until Python 3.13
-# it does not get the path of the process that starts it.)
-_PATH = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONSAFEPATH": "1"}
 
 
 def _free_port() -> int:
@@ -72,21 +70,30 @@ def worker_context(cuda: bool) -> BaseContext:
     if cuda:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload([server.__name__, *_PRELOAD])
     # The ranks have the environment that the server starts with. This process keeps its own: it may start ranks on
     # GPUs later. When a rank dies, torch's stores would print C++ stack traces beside our message.
-    more = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")} | _PATH
-    if "PYTHONPATH" in os.environ:
-        more["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    more = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     multiprocessing.resource_tracker.ensure_running()  # its start would lift the mask
     # A Ctrl-C in the terminal reaches the server, too, and would end it while it imports. It inherits this mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _environment(_ON_THE_CPU | more):
+        with _environment(_ON_THE_CPU | more | _path()):
             multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _path() -> dict[str, str]:
+    """Variables with which the server finds this very trainer, and not one that is installed or in the working folder.
+
+    Until Python 3.13 it does not get the path of the process that starts it.
+    """
+    folder, own = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
+    restored = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    path = folder if own is None else f"{folder}{os.pathsep}{own}"
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", server.RESTORED: json.dumps(restored)}
 
 
 @contextlib.contextmanager
@@ -140,8 +147,6 @@ def _rank_main(
     # When the process that started this rank is gone, even by SIGKILL, the rank ends, too.
     line = Line(pipe, messages.stop_this_process if heard else lambda: os._exit(0))
     messages.speak_over(line)
-    for name in _PATH:
-        os.environ.pop(name, None)
     os.environ.update(environment)
     if ranks.world_size > 1:
         # Launchers set these variables, too. A task that reads the environment finds what it would find in a run.
@@ -194,8 +199,7 @@ def run_ranks(
     """
     context = worker_context(cuda)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TRAINER_LAUNCH": uuid.uuid4().hex}
-    common = {name: os.environ[name] for name in _PATH if name in os.environ} | dict(environment or {}) | common
-    common |= {} if cuda else _ON_THE_CPU
+    common = dict(environment or {}) | common | ({} if cuda else _ON_THE_CPU)
     kinds: tuple[Console, Console] = ("dropped", "inherited") if hear is None else ("errors", "shown")
     terminal = sys.stderr is not None and sys.stderr.isatty()
     group = Group(timeout_s)

@@ -32,7 +32,7 @@ def file_of(cls: type) -> str | None:
     package, _, inner = cls.__module__.rpartition(".")
     if package == __package__ and inner in BUILT_IN and getattr(module, "TASK", None) is cls:
         return inner
-    file = getattr(module, "__file__", None)
+    file: Any = getattr(module, "__file__", None)
     found = getattr(module, cls.__name__, None) is cls
     if not Path(file or "").is_file() or cls.__module__ == "__main__" or package or not found:
         return None
@@ -59,7 +59,10 @@ def name_of(cls: type) -> str:
 
 
 def code_sha256(cls: type) -> str:
-    """SHA-256 of the code of a class, and of what it uses of its own module: other classes, functions, constants."""
+    """SHA-256 of the code of a class, and of what it uses of its own module: other classes, functions, constants.
+
+    Of classes and functions that it takes from other modules, the modules' files count.
+    """
     total, seen = hashlib.sha256(), set()
 
     def note(*values: object) -> None:
@@ -79,8 +82,13 @@ def code_sha256(cls: type) -> str:
         value = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)) or value)
         if isinstance(value, (int, float, str, bytes, bool, type(None))):
             note(value)
-        elif getattr(value, "__module__", None) != cls.__module__ or id(value) in seen:
+        elif id(value) in seen:
+            note(value.__name__)
+        elif getattr(value, "__module__", None) != cls.__module__:
             note(getattr(value, "__name__", type(value).__name__))
+            file = Path(getattr(sys.modules.get(str(getattr(value, "__module__", ""))), "__file__", None) or "")
+            if file.suffix == ".py" and file.is_file():
+                total.update(file.read_bytes())
         elif isinstance(value, types.FunctionType):
             seen.add(id(value))
             note(value.__defaults__, value.__kwdefaults__)
