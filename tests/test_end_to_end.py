@@ -89,10 +89,21 @@ def test_the_main_command(project: Path) -> None:
         cwd=project,
     )
     assert alone.returncode == 0, alone.stderr
-    again = json.loads((project / "runs" / "strong-002" / "summary.json").read_text())
-    assert again["world_size"] == 1
-    for name in ("parameters_sha256", "model_sha256", "metrics"):
-        assert again[name] == summary[name]
+    # And without a launcher: nothing is printed but what one rank prints.
+    itself, marker = launch(
+        *(sys.executable, "-m", "trainer", "train", "--ranks", "3"),
+        *("--ds_config", "ds_configs/strong.json", "--epochs", "2", *ON_CPU),
+        cwd=project,
+    )
+    assert itself.returncode == 0 and itself.stderr == ""
+    assert left_running(marker) == []
+    begins = [line.split("  ")[0] for line in itself.stdout.splitlines()]
+    assert begins[1:] == [line.split("  ")[0] for line in alone.stdout.splitlines()][1:]
+    for number, world_size in ((2, 1), (3, 3)):
+        again = json.loads((project / "runs" / f"strong-00{number}" / "summary.json").read_text())
+        assert again["world_size"] == world_size
+        for name in ("parameters_sha256", "model_sha256", "metrics"):
+            assert again[name] == summary[name]
 
 
 @pytest.mark.slow

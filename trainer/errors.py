@@ -60,9 +60,14 @@ class LostRankError(TrainerError):
 
 
 class Stopped(TrainerError):
-    """The run was asked to stop, and wrote a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again)."""
+    """The run was asked to stop, and wrote a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again).
+
+    Attributes:
+        reason: who or what asked: the name of a signal such as SIGINT, or a clause.
+    """
 
     exit_code = 75
+    reason = ""
 
 
 # An agreed error is rebuilt on every rank from its exit code (see ranks.collectives.raise_together).

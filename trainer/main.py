@@ -6,12 +6,10 @@ import time
 
 _STARTED_AT_S, _BEGAN_S = time.time(), time.monotonic()
 
-import contextlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import NoReturn  # noqa: E402
 
 if __package__ in (None, ""):
     # `deepspeed trainer/main.py` puts this folder on the path, but its parent is needed there.
@@ -21,6 +19,7 @@ if __package__ in (None, ""):
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.commands.cli import config_from, run_parser  # noqa: E402
+from trainer.commands.ending import end  # noqa: E402
 from trainer.errors import TrainerError  # noqa: E402
 from trainer.ranks.launchers import remember_launchers  # noqa: E402
 from trainer.ranks.place import Ranks  # noqa: E402
@@ -74,24 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _end(code: int) -> NoReturn:
-    """Ends the process without the interpreter's clean-up, once everything is written.
-
-    The watching threads may be inside a store's C++ code, and the clean-up would then crash. DeepSpeed's own clean-up
-    takes seconds.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            if stream is not None:  # as after >&-
-                stream.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     try:
-        _end(main())
-    except SystemExit as end:  # --help
-        _end(end.code if isinstance(end.code, int) else 1)
+        end(main())
+    except SystemExit as stop:  # --help
+        end(stop.code if isinstance(stop.code, int) else 1)
     except BaseException:
         traceback.print_exc()
-        _end(1)
+        end(1)

@@ -155,7 +155,7 @@ def test_a_signal_is_a_wish_to_stop_from_the_beginning_to_the_end(run: Watched) 
 
 
 def test_a_second_signal_ends_the_process_at_once(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "_SAME_SIGNAL_S", 0.1)
+    monkeypatch.setattr(stopping, "SAME_SIGNAL_S", 0.1)
     run.heart.alone = True
     made = run.watch()
     made.begin()
@@ -168,7 +168,7 @@ def test_a_second_signal_ends_the_process_at_once(run: Watched, monkeypatch: pyt
 
 def test_a_second_signal_that_has_ended_another_rank_already(run: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ranks get it at about the same time, and none is called lost because of it."""
-    monkeypatch.setattr(stopping, "_SAME_SIGNAL_S", 0.1)
+    monkeypatch.setattr(stopping, "SAME_SIGNAL_S", 0.1)
     monkeypatch.setattr(watch, "_MOMENT_S", 10.0)
     made = run.watch()
     made.begin()

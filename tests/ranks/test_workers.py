@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import LostRankError, NonFiniteError, TrainerError, UserError
-from trainer.ranks import workers
+from trainer.ranks import group, server, workers
 from trainer.ranks.place import Ranks
 from trainer.ranks.workers import WorkerError, jobs_from, run_ranks, worker_context
 
@@ -89,7 +89,7 @@ def test_a_slip_comes_with_its_traceback() -> None:
 
 
 def test_a_rank_that_dies_is_named_and_the_others_do_not_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(workers, "_GRACE_S", 0.5)
+    monkeypatch.setattr(group, "_GRACE_S", 0.5)
     with pytest.raises(WorkerError, match="rank 1 died without a message"):
         run_ranks(fail, 3, {1: 9, 2: 300.0}, tmp_path)
     for process in tmp_path.iterdir():
@@ -159,7 +159,7 @@ def test_a_gpu_needs_fresh_processes() -> None:
 
 def test_modules_that_are_imported_ahead_exist() -> None:
     """A name that nothing has is passed over in silence, and each rank would import the module itself."""
-    for name in {*workers._PRELOAD} - {"peft", "pytorch_optimizer"}:  # optional
+    for name in {server.__name__, *workers._PRELOAD} - {"peft", "pytorch_optimizer"}:  # optional
         package, *inner = name.split(".")
         found = importlib.util.find_spec(package)  # of the package alone: more would import it
         assert found is not None and found.submodule_search_locations, name
@@ -189,6 +189,26 @@ def variables(ranks=None):
 if __name__ == "__main__":
     print(workers.run_ranks(variables, 1), variables())
 """
+
+
+UNGUARDED = """
+import sys
+sys.path.insert(0, {root!r})
+from trainer.ranks import workers
+from trainer.ranks.place import Ranks
+workers._PRELOAD = ["trainer.ranks.place"]
+print([found["RANK"] for found in workers.run_ranks(Ranks.variables, 2)])
+"""
+
+
+def test_ranks_need_nothing_of_the_program_that_starts_them(tmp_path: Path) -> None:
+    """Not its guard: without one it would start ranks again in each rank. They find the same trainer as it does."""
+    (tmp_path / "script.py").write_text(UNGUARDED.format(root=str(Path(__file__).resolve().parents[2])))
+    if sys.version_info >= (3, 11):
+        (tmp_path / "trainer").mkdir()
+        (tmp_path / "trainer" / "__init__.py").write_text("raise AssertionError('another trainer')")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("['0', '1']\n", "")
 
 
 @pytest.mark.parametrize("values", [{}, {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda"}])

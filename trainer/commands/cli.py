@@ -52,6 +52,13 @@ def run_parser() -> argparse.ArgumentParser:
         prog="trainer/main.py",
         description="Trains one config on this rank; start it with deepspeed, torchrun or plain python.",
     )
+    add_run_flags(parser)
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a training run, whoever starts its ranks."""
     add_config_flags(parser)
     parser.add_argument("--output_dir", help="trainer.output_dir: where results go")
     parser.add_argument(
@@ -60,8 +67,6 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_changed_config", action="store_true", help="continue even if a changed config changes the bits"
     )
-    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
-    return parser
 
 
 def config_from(flags: argparse.Namespace) -> Config:
@@ -124,6 +129,9 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=Version, help="versions of the trainer, torch and DeepSpeed")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    training = commands.add_parser("train", help="train a config; starts the ranks on this machine itself")
+    add_run_flags(training)
+    training.add_argument("--ranks", type=int, metavar="N", help="how many; default: one for each GPU, else one")
     plan = commands.add_parser("plan", help="show what each world size would do; starts nothing")
     verify = commands.add_parser("verify", help="run a config at several world sizes and compare every bit")
     check = commands.add_parser("check-task", help="say what in a task isn't exact, and why")
@@ -197,6 +205,10 @@ def _main(arguments: list[str] | None) -> int:
 
             print(script(COMMAND, flags.shell))
             return 0
+        if flags.command == "train":
+            from .train import train
+
+            return train(config_from(flags), flags)
         if flags.command == "check-task":
             from .check_task import check_task
 

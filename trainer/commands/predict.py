@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 import sys
@@ -11,15 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..config.schema import read_json
-from ..engine.gpus import usable_gpus
+from ..api import saved
 from ..errors import UserError
 from ..files import whole_file
-from ..record.folder import ORIGIN
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..tasks.protocol import Task
 
 
@@ -45,15 +40,15 @@ def predict(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: it must be at least 1.")
-    folder = _model_folder(Path(model))
+    found = saved.find(model, task_name, flags=True)
     path = Path(source)
     if not path.exists():
         raise UserError(f"--input {source} does not exist (looked from {Path.cwd()}).")
     if output is not None:
-        _check_overwrites_nothing(output, path, folder)
+        _check_overwrites_nothing(output, path, found.folder)
     if kind is None:
         kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
-    task, network = _load(folder, task_name, device)
+    task, network = found.predictor(device)
     rows = task.predict(network, path, batch_size)  # type: ignore[attr-defined]
     if output is None:
         _write(rows, kind, sys.stdout)
@@ -85,69 +80,6 @@ def _check_overwrites_nothing(output: str, source: Path, model: Path) -> None:
 def _say_notes(task: Task) -> None:
     for note in getattr(task, "notes", ()):
         print(f"note: {note}", file=sys.stderr)
-
-
-def _model_folder(path: Path) -> Path:
-    for folder in (path, path / "model"):
-        if (folder / ORIGIN).is_file():
-            return folder
-    raise UserError(
-        f"--model {path} holds no model of this trainer: there is no {ORIGIN} in it. "
-        "Give a run's output folder, or the folder model in it."
-    )
-
-
-def _load(folder: Path, task_name: str | None, device: str) -> tuple[Task, nn.Module]:
-    from ..run.saving import load_model
-    from ..tasks.protocol import load_task
-
-    origin = read_json(folder / ORIGIN)
-    name, options = origin.get("task"), origin.get("task_options")
-    if not isinstance(name, str) or not isinstance(options, dict):
-        raise UserError(f"{folder / ORIGIN} is damaged: it must name a task and its options.")
-    if ":" in name:
-        name = task_name or _own_code(folder, name, origin)
-    else:
-        options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})
-    task = load_task(name, options)
-    if not callable(getattr(task, "predict", None)):
-        raise UserError(
-            f"The task {name} has no method predict(), so it cannot predict on new data. Add one to the class:\n"
-            "    def predict(self, model, source, batch_size):  # source: the path of --input\n"
-            "        yields a dictionary, column -> value, for each sample\n"
-            "trainer/tasks/README.md has an example."
-        )
-    gpus = usable_gpus(device)
-    if device == "cuda" and gpus == 0:
-        raise UserError("--device cuda, but torch finds no GPU on this machine.")
-    return task, load_model(task, folder).to("cuda" if gpus else "cpu").eval()
-
-
-def _own_code(folder: Path, name: str, origin: dict[str, Any]) -> str:
-    """The code of a user's own task, as path/to/file.py:ClassName, for a run's model.
-
-    A model's folder may come from anybody, so it must not choose which code runs here. So only a run's folder may name
-    its task, and only a file outside of it, with the content that it had when the run began.
-
-    Raises:
-        UserError: there is no such file, or it has changed.
-    """
-    advice = "Add --task path/to/file.py:ClassName."
-    file, known = origin.get("task_file"), origin.get("task_sha256")
-    run = folder.parent.resolve()
-    if not isinstance(file, str) or not (run / "manifest.json").is_file():
-        raise UserError(f"This model belongs to a user's task, {name}. {advice}")
-    path = Path(file)
-    if not path.is_file() or path.resolve().is_relative_to(run):
-        raise UserError(
-            f"This model belongs to the task {name}, whose code was in {file} and is not there now. {advice}"
-        )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != known:
-        raise UserError(
-            f"This model belongs to the task {name}, whose code in {file} has changed since it was trained. To use it "
-            f"as it is now, add --task {file}:{name.rpartition(':')[2]}"
-        )
-    return f"{file}:{name.rpartition(':')[2]}"
 
 
 def _write(rows: Iterator[dict[str, Any]], kind: str, file: TextIO) -> int:

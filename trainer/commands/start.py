@@ -43,7 +43,8 @@ def start(name: str, file: str | None, program: str) -> int:
     data = trainer["task_options"].get("data")
     change = f' Set "data" in it to yours (it is "{data}").' if isinstance(data, str) else ""
     print(f"Wrote {target}.{change} `{program} keys {trainer['task']}` explains the task's options.")
-    print(f"Then `{program} plan --ds_config {target}` shows what would run.")
+    print(f"Then `{program} plan --ds_config {target}` shows what would run,")
+    print(f"and `{program} train --ds_config {target}` runs it.")
     return 0
 
 

@@ -458,3 +458,9 @@ def _deepspeed_config(config: Config, micro_batch_size: int, world_size: int, ma
             if getattr(config, key) is not None:
                 result[key] = getattr(config, key)
     return result
+
+
+def leave_group() -> None:
+    """Leaves the process group, and has DeepSpeed forget it: a later run in this process joins a new one."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()

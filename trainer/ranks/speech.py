@@ -6,12 +6,25 @@ import contextlib
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from ..errors import LostRankError, Stopped, TrainerError
 from .launchers import launch_name
 from .place import Ranks
 
 _claim: socket.socket | None = None
+
+
+def print_error(error: TrainerError) -> None:
+    """Prints an error, even if the terminal is gone."""
+    kind = "" if isinstance(error, Stopped) else "error: "
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\n{kind}{error}", file=sys.stderr, flush=True)
+
+
+# How this process tells a person why the run has ended. A rank that `workers` has started tells the process that
+# started it, which speaks for all ranks.
+speak: Callable[[TrainerError], None] = print_error
 
 
 def first_to_speak(ranks: Ranks) -> bool:
@@ -43,9 +56,7 @@ def report(error: TrainerError, ranks: Ranks) -> None:
     if speaks is None:
         speaks = ranks.first if error.agreed else first_to_speak(ranks)
     if speaks:
-        kind = "" if isinstance(error, Stopped) else "error: "
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            print(f"\n{kind}{error}", file=sys.stderr, flush=True)
+        speak(error)
     if isinstance(error, LostRankError) and (speaks or ranks.first):
         # The others may notice the loss some seconds later. Until then this rank must hold its claim to report, and
         # rank 0 must hold the store in which they read about it.

@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,7 +16,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 # A rank may get a signal twice: from the terminal or the scheduler, and from its launcher. Within this time the second
 # one counts as the same signal. Later it means "stop at once".
-_SAME_SIGNAL_S = 2.0
+SAME_SIGNAL_S = 2.0
 
 
 class StopWish:
@@ -51,7 +51,7 @@ class StopWish:
         self.ask(name)
         if self._signalled_at_s is None:
             self._signalled_at_s = time.monotonic()
-        return time.monotonic() - self._signalled_at_s > _SAME_SIGNAL_S
+        return time.monotonic() - self._signalled_at_s > SAME_SIGNAL_S
 
 
 class EndedBySignal(BaseException):
@@ -103,14 +103,18 @@ class SignalPipe:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
 
-    def install(self) -> None:
-        """From now on, signals no longer end the process. Works only in the main thread (a rule of Python)."""
+    def install(self, handler: Callable[[int, FrameType | None], None] = _ignore) -> None:
+        """From now on, signals no longer end the process. Works only in the main thread (a rule of Python).
+
+        Args:
+            handler: called in the main thread with each signal that comes.
+        """
         if threading.current_thread() is threading.main_thread():
             # Python writes the number of each signal into this pipe at once.
             self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
             # nohup has a run ignore that its terminal goes.
             wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-            self._handlers = {number: signal.signal(number, _ignore) for number in wanted}
+            self._handlers = {number: signal.signal(number, handler) for number in wanted}
 
     def read(self, wait_s: float, also: Sequence[int] = ()) -> list[signal.Signals]:
         """The signals that have arrived. Waits up to `wait_s` seconds for the first.

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from ..errors import LostRankError, TrainerError
+from . import speech
 from .collectives import COLLECTIVE_TIMEOUT_S, gather_objects, meetings
 from .heartbeat import BEAT_S, Heartbeat
 from .launchers import remembered_launchers
@@ -46,10 +49,12 @@ class Watch:
         ranks: this rank, and how many.
         hang_timeout_s: how long a rank may not answer.
         deadline_s: time.monotonic() at which the run stops by itself; None for never.
+        guest: the process belongs to somebody's program, and goes on after the run. So a second signal does not end
+            it, but raises KeyboardInterrupt in the run.
     """
 
-    def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None) -> None:
-        self._ranks, self._timeout_s = ranks, hang_timeout_s
+    def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None, *, guest: bool = False) -> None:
+        self._ranks, self._timeout_s, self._guest = ranks, hang_timeout_s, guest
         self.step = 0
         self.way_on: Callable[[], str] = lambda: "Start the run again."
         self._begun, self._failing = False, False
@@ -72,8 +77,20 @@ class Watch:
 
     def begin(self) -> None:
         """From now on, a signal stops the run after a step instead of ending the process."""
-        self._signals.install()
+        if self._guest:
+            self._signals.install(self._interrupt)
+        else:
+            self._signals.install()
         self._begun = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of signals in a guest's process, in its main thread."""
+        if self._wish.signalled(signal.Signals(number).name):
+            raise KeyboardInterrupt
+
+    def ask(self, reason: str) -> None:
+        """Requests a stop after a step, as a signal does."""
+        self._wish.ask(reason)
 
     @property
     def stop_reason(self) -> str | None:
@@ -137,7 +154,7 @@ class Watch:
 
     def _heed_signals(self, wait_s: float, also: Sequence[int] = ()) -> None:
         for number in self._signals.read(wait_s, also):
-            if self._wish.signalled(number.name):
+            if self._wish.signalled(number.name) and not self._guest:
                 os._exit(128 + number)
 
     def _look_after_ranks(self) -> None:
@@ -164,7 +181,7 @@ class Watch:
             self._leave(failed.exit_code)
         error = self._lost_error(str(lost))
         if error.speaks:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            speech.speak(error)
         if error.speaks or self._ranks.first:
             # The others come to the same end, but a launcher ends them as soon as one rank has ended. They also
             # read about the loss in rank 0's store. So this rank waits.

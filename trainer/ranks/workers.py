@@ -1,4 +1,4 @@
-"""Starts the ranks of a run as processes of this program, for `verify` and the tests.
+"""Starts the ranks of a run as processes of this program, for `train`, `verify` and the tests.
 
 On the CPU they are forked from a server that has already imported torch and DeepSpeed. So a run starts
 in tenths of a second, without W imports. On a GPU they are new processes, because CUDA does not
@@ -8,23 +8,30 @@ survive a fork.
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import queue
+import signal
 import socket
+import sys
 import threading
-import time
-import traceback
+import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
-from ..errors import BY_EXIT_CODE, TrainerError
+from . import messages, server
+from .group import Group, handled_by
+from .messages import Console, Died, Line, WorkerError
 from .place import Ranks
+
+__all__ = ["Died", "WorkerError", "jobs_from", "run_ranks", "worker_context"]
 
 _PRELOAD = ["trainer.engine.deepspeed_engine", "trainer.run.run", "trainer.run.evaluate", "torch._dynamo"]
 # DeepSpeed imports these when an engine is made, which takes a fifth of a second in each rank. Some are optional: the
@@ -33,16 +40,8 @@ _PRELOAD += ["setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.m
 _PRELOAD += ["deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_router", "peft", "pytorch_optimizer"]
 # The tasks of trainer/tasks import these late.
 _PRELOAD += ["sklearn.metrics", "transformers.modeling_utils", "transformers.models.auto", "tokenizers"]
-# After a rank has failed, the others have this time to end by themselves.
-_GRACE_S = 10.0
-
-
-class WorkerError(Exception):
-    """A rank ended with something other than a TrainerError; the message holds its traceback."""
-
-
-class _Died(WorkerError):
-    """A rank has ended without a message."""
+# What ranks on the CPU have in their environment: they see no GPU, and DeepSpeed does not look for one.
+_ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def _free_port() -> int:
@@ -71,12 +70,30 @@ def worker_context(cuda: bool) -> BaseContext:
     if cuda:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    # The ranks have the environment that the server starts with. They see no GPU, and DeepSpeed does not look for one.
-    # This process keeps its own environment: it may start ranks on GPUs later.
-    with _environment({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
-        multiprocessing.forkserver.ensure_running()
+    context.set_forkserver_preload([server.__name__, *_PRELOAD])
+    # The ranks have the environment that the server starts with. This process keeps its own: it may start ranks on
+    # GPUs later. When a rank dies, torch's stores would print C++ stack traces beside our message.
+    more = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    multiprocessing.resource_tracker.ensure_running()  # its start would lift the mask
+    # A Ctrl-C in the terminal reaches the server, too, and would end it while it imports. It inherits this mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with _environment(_ON_THE_CPU | more | _path()):
+            multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _path() -> dict[str, str]:
+    """Variables with which the server finds this very trainer, and not one that is installed or in the working folder.
+
+    Until Python 3.13 it does not get the path of the process that starts it.
+    """
+    folder, own = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
+    restored = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    path = folder if own is None else f"{folder}{os.pathsep}{own}"
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", server.RESTORED: json.dumps(restored)}
 
 
 @contextlib.contextmanager
@@ -93,17 +110,43 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _without_the_program(function: Callable[..., Any]) -> Iterator[None]:
+    """New processes do not import the program that starts them, unless the function is in it.
+
+    They need nothing of it. And a script that does not guard its code with `if __name__ == "__main__"` would start
+    ranks again in each rank.
+    """
+    program = sys.modules["__main__"]
+    if function.__module__ == "__main__":
+        yield
+        return
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
 def _rank_main(
     pipe: multiprocessing.connection.Connection,
     function: Callable[..., Any],
     ranks: Ranks,
     arguments: Sequence[Any],
     environment: Mapping[str, str],
-    quiet: bool,
+    console: Console,
+    terminal: bool,
+    heard: bool,
 ) -> None:
     from tqdm import tqdm
 
-    jobs_from(pipe)  # none come, but it ends this rank when the process that started it is gone, even by SIGKILL
+    if heard:
+        # Signals of the terminal are for the process that started the ranks, which passes them on.
+        os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the server has blocked it
+    # When the process that started this rank is gone, even by SIGKILL, the rank ends, too.
+    line = Line(pipe, messages.stop_this_process if heard else lambda: os._exit(0))
+    messages.speak_over(line)
     os.environ.update(environment)
     if ranks.world_size > 1:
         # Launchers set these variables, too. A task that reads the environment finds what it would find in a run.
@@ -113,28 +156,13 @@ def _rank_main(
         )
     # tqdm's own lock is a semaphore between processes. It would be left behind, because these processes end at once.
     tqdm.set_lock(threading.RLock())
-    console: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if quiet:
-        console = contextlib.redirect_stdout(io.StringIO())
-    try:
-        with console:
-            result = ("result", function(ranks, *arguments))
-    except TrainerError as error:
-        result = ("error", (error.exit_code, str(error), error.speaks))
-    except BaseException:
-        result = ("traceback", traceback.format_exc())
-    pipe.send(result)
-    pipe.close()
+    more = (line.tell,) if heard else ()
+    with messages.console(console, line, ranks.first, terminal):
+        result = messages.call(function, ranks, *arguments, *more)
+    line.send(*result)
+    line.close()
     # Skips the clean-up of the interpreter and of DeepSpeed, which takes seconds.
     os._exit(0)
-
-
-def _silence(error: Exception) -> int:
-    """How little a rank's error says of why the ranks have failed, compared with those of other ranks."""
-    if isinstance(error, TrainerError):
-        # True: it reports for all. None: its own error. False: it left because of another rank, whose error says more.
-        return {True: 0, None: 1, False: 3}[error.speaks]
-    return 4 if isinstance(error, _Died) else 2  # a traceback may be of a connection that another rank has broken
 
 
 def run_ranks(
@@ -145,6 +173,7 @@ def run_ranks(
     quiet: bool = True,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
+    hear: Callable[[Any], str | None] | None = None,
 ) -> list[Any]:
     """Calls `function(ranks, *arguments)` in `world_size` processes that can join one process group.
 
@@ -155,6 +184,10 @@ def run_ranks(
         quiet: whether to drop what they print.
         environment: variables set in every rank.
         timeout_s: after this time they are ended.
+        hear: for runs, which react to signals by themselves. `function` gets one more argument, `tell`. What a rank
+            tells is heard here, in this thread. If that returns a reason to stop, the rank's next `tell` returns it.
+            Signals that this process gets are passed on to the ranks. If this process is gone, they stop as well. What
+            they print is printed here: all of rank 0, and the errors of the others.
 
     Returns:
         The results, by rank.
@@ -162,56 +195,30 @@ def run_ranks(
     Raises:
         TrainerError: of the kind a rank raised.
         WorkerError: a rank failed otherwise, died or took too long.
+        KeyboardInterrupt, EndedBySignal: with `hear`: a signal has ended the ranks before they heeded it themselves.
     """
     context = worker_context(cuda)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TRAINER_LAUNCH": uuid.uuid4().hex}
-    common |= environment or {}
-    processes: list[Any] = []
-    pipes: list[Any] = []
-    for rank in range(world_size):
-        ours, theirs = context.Pipe()
-        ranks = Ranks(rank, world_size, rank, world_size)
-        process = context.Process(  # type: ignore[attr-defined]
-            target=_rank_main, args=(theirs, function, ranks, arguments, common, quiet), daemon=True
-        )
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
-    results: dict[int, Any] = {}
-    failures: dict[int, Exception] = {}
-    deadline_s = time.monotonic() + timeout_s
+    common = dict(environment or {}) | common | ({} if cuda else _ON_THE_CPU)
+    kinds: tuple[Console, Console] = ("dropped", "inherited") if hear is None else ("errors", "shown")
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    group = Group(timeout_s)
     try:
-        while len(results) + len(failures) < world_size:
-            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results and rank not in failures]
-            ready = multiprocessing.connection.wait(waiting, max(0.0, deadline_s - time.monotonic()))
-            if not ready:
-                break
-            for pipe in ready:
-                rank = pipes.index(pipe)
-                try:
-                    kind, value = pipes[rank].recv()
-                except EOFError:
-                    failures[rank] = _Died(f"rank {rank} died without a message")
-                else:
-                    if kind == "result":
-                        results[rank] = value
-                    elif kind == "error":
-                        known = BY_EXIT_CODE.get(value[0], TrainerError)(value[1], agreed=True)
-                        known.speaks = value[2]
-                        failures[rank] = known
-                    else:
-                        failures[rank] = WorkerError(f"rank {rank} failed:\n{value}")
-                if failures:
-                    deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
+        with _without_the_program(function):
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                place = Ranks(rank, world_size, rank, world_size)
+                settings = (theirs, function, place, arguments, common, kinds[not quiet], terminal, hear is not None)
+                process = context.Process(target=_rank_main, args=settings, daemon=True)  # type: ignore[attr-defined]
+                process.start()
+                theirs.close()
+                group.add(process, ours)
+        with handled_by(group.pass_on if hear is not None else None):
+            group.wait(hear or (lambda value: None))
+            group.end(gently=hear is not None)
     finally:
-        for process in processes:
-            if process.is_alive() and len(results) < world_size:
-                process.kill()
-            process.join()
-    if failures:
-        raise failures[min(failures, key=lambda rank: (_silence(failures[rank]), rank))]
-    if len(results) < world_size:
-        missing = sorted(set(range(world_size)) - set(results))
-        raise WorkerError(f"ranks {missing} did not end within {timeout_s:g} s")
-    return [results[rank] for rank in range(world_size)]
+        group.end()
+    error = group.error()
+    if error is not None:
+        raise error
+    return [group.results[rank] for rank in range(world_size)]

@@ -61,8 +61,12 @@ def command(arguments: Sequence[str], world_size: int) -> str:
         words = ["python", *words]
         if world_size > 1:
             words = ["deepspeed", "--num_gpus", str(world_size), *(["--module"] if words[1] == "-m" else []), words[-1]]
-    else:
-        words = ["python", "-m", "trainer"] if Path(program).name == "__main__.py" else [Path(program).name]
+    elif "ipykernel" in program:
+        return "# trained in a notebook by trainer.train()"
+    elif Path(program).name == "__main__.py":
+        words = ["python", "-m", "trainer"]
+    else:  # the installed program, or a script that calls trainer.train()
+        words = ["python", program] if program.endswith(".py") else [Path(program).name]
     skip = False
     for word in rest:
         name, _, value = word.partition("=")

@@ -220,7 +220,7 @@ def _own(cls: type) -> bool:
     """Whether a class is the user's: neither from an installed package nor from the trainer."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None:
-        return False
+        return cls.__module__ == "__main__"  # of a notebook
     path = str(Path(file).resolve())
     return not path.startswith((*_INSTALLED, _TRAINER)) and "site-packages" not in path
 
@@ -265,7 +265,7 @@ class PythonState:
             self._add_object(f"the attribute {{}} of {where}", module, classes)
         for file in {sys.modules[cls.__module__]: None for cls in classes}:
             names = vars(file)
-            label = f"the global {{}} of {Path(str(file.__file__)).name}"
+            label = f"the global {{}} of {Path(str(getattr(file, '__file__', 'this program'))).name}"
             self._namespaces.append(_Namespace(label, names, names.__setitem__, names.__delitem__))
             classes |= {v: None for v in names.values() if isinstance(v, type) and v.__module__ == file.__name__}
         for cls in classes:

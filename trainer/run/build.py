@@ -159,7 +159,7 @@ def build(
     host_splits: dict[str, Split] = {}
     model, total_steps = nn.Module(), 0
     try:
-        host_splits = _splits(task, config)
+        host_splits = splits_of(task, config)
         total_steps = _total_steps(config, plan, len(host_splits["train"]))
         seed_generators(key(config.trainer.seed, "model"), device)
         model = _model(task, config)
@@ -223,10 +223,11 @@ def build(
 def train_split(config: Config) -> Split:
     """The training split of a config, without a model."""
     seed_python(key(config.trainer.seed, "task"))
-    return _splits(load_task(config.trainer.task, config.trainer.task_options), config)["train"]
+    return splits_of(load_task(config.trainer.task, config.trainer.task_options), config)["train"]
 
 
-def _splits(task: Task, config: Config) -> dict[str, Split]:
+def splits_of(task: Task, config: Config) -> dict[str, Split]:
+    """A task's splits, on the CPU: name -> split. Raises UserError."""
     splits = as_splits(task.splits(), type(task).__name__)
     splits["train"] = chosen_samples(splits["train"], config.trainer.train_samples)
     return splits

@@ -29,7 +29,7 @@ from ..rehearsal.stage import Subject
 from .banner import banner
 from .best import BestModel
 from .build import Pieces, measures_norms, refuse_inexact
-from .recorder import Recorder
+from .recorder import Recorder, Tell, tell_nobody
 from .resume import Saver, as_written
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def set_out(
     trace: Trace | None,
     started_at_s: float,
     began_s: float,
+    tell: Tell = tell_nobody,
 ) -> Course:
     """Prepares the first step of a run: restores, rehearses, prints the banner. Collective: every rank.
 
@@ -177,6 +178,7 @@ def set_out(
         snapshot: the checkpoint from which it continues. The engine has its state already.
         trace: called after every step.
         started_at_s, began_s: time.time() and time.monotonic() at which this process began.
+        tell: called with every new record, on rank 0.
 
     Raises:
         UserError: the task does not keep the protocol, or is not exact although the config asks for "bitwise".
@@ -195,7 +197,7 @@ def set_out(
         first_step, history = snapshot.step, snapshot.facts["history"]
         _restore(p, window, best, snapshot)
     history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
-    record = Recorder(p, window, first_step, history)
+    record = Recorder(p, window, first_step, history, tell)
     saver = Saver(p, window, best, history, folder, first_step)
     rehearsal_s, notes = _rehearse(p, step, first_step) if first_step < p.total_steps else (0.0, [])
     rate = p.engine.set_learning_rate(p.rates.factor(first_step))

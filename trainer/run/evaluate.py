@@ -6,12 +6,13 @@ size. Ranks take contiguous blocks of them, as in training.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..exact.order import key, seed_generators, seed_python
@@ -23,13 +24,33 @@ from ..ranks.place import Ranks
 from ..tasks.contract import check_outputs, metrics_problem
 from ..tasks.protocol import Outputs, Task
 
-if TYPE_CHECKING:
-    from ..engine.deepspeed_engine import Engine
+
+class Evaluated(Protocol):
+    """What an evaluation needs of an engine: `deepspeed_engine.Engine`, or a saved model without an optimizer."""
+
+    @property
+    def forward_module(self) -> nn.Module:
+        """The model that a task's forward is called with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether every micro-batch must have one shape."""
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision context of forward and loss."""
 
 
 def evaluate(
     task: Task,
-    engine: Engine,
+    engine: Evaluated,
     split: Split,
     host_split: Split,
     ranks: Ranks,

@@ -97,8 +97,11 @@ def _stop(c: Course) -> None:
     raise_together(error)
     reasons = [reason for reason in gather_objects(c.watch.stop_reason) if reason is not None]
     where = broadcast_object(shlex.quote(str(c.folder.path)) if c.folder is not None else None)
-    raise Stopped(
-        f"stopped after step {c.done:,} of {c.pieces.total_steps:,}: {reasons[0] if reasons else 'asked to'}. Nothing "
+    reason = reasons[0] if reasons else "asked to"
+    stopped = Stopped(
+        f"stopped after step {c.done:,} of {c.pieces.total_steps:,}: {reason}. Nothing "
         f"is lost. To continue on any number of ranks, start the same command with --resume auto --output_dir {where}",
         agreed=True,
     )
+    stopped.reason = reason
+    raise stopped

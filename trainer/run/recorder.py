@@ -21,6 +21,13 @@ from ..tasks.protocol import Outputs
 from .build import Pieces
 from .evaluate import evaluate
 
+# Called on rank 0 with what is recorded: "log" or "evaluation", and a copy of the line in metrics.jsonl.
+Tell = Callable[[str, dict[str, Any]], None]
+
+
+def tell_nobody(kind: str, record: dict[str, Any]) -> None:
+    """For a run to which nobody listens."""
+
 
 class Recorder:
     """The records of one run.
@@ -30,10 +37,19 @@ class Recorder:
         window: the steps since the last record.
         first_step: steps made before this process began. Records of later steps are written again.
         history: one entry for each process that has worked on this run, for the manifest.
+        tell: called with every new record, after it is written.
     """
 
-    def __init__(self, pieces: Pieces, window: Window, first_step: int, history: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        window: Window,
+        first_step: int,
+        history: list[dict[str, Any]],
+        tell: Tell = tell_nobody,
+    ) -> None:
         self._pieces, self._window, self._first_step, self._history = pieces, window, first_step, history
+        self._tell = tell if pieces.ranks.first else tell_nobody
         self._writer: Writer | None = None
         self._pending: Callable[[], dict[str, float]] | None = None
         self._eval_s = self._checkpoint_s = 0.0
@@ -94,6 +110,7 @@ class Recorder:
         self.progress.logged(record)
         if self._writer is not None:
             self._writer.write(record)
+        self._tell("log", dict(record))
 
     def checkpointed(self, seconds: float) -> None:
         """Notes the time that a checkpoint took from the run."""
@@ -131,6 +148,7 @@ class Recorder:
             if self._writer is not None:
                 self._writer.write(record)
             self.progress.evaluated(step, name, metrics)
+            self._tell("evaluation", {"split": name, **record})
             self.pace.pause(time.perf_counter() - began_s)
         return metrics
 

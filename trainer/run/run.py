@@ -7,6 +7,7 @@ promise is kept.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ from .resume import restore
 from .same_run import goes_on
 
 NO_RESUME = Resume()
+# Called on rank 0: first with ("folder", {"path": the output folder}), then with each record, as `recorder.Tell`. It
+# gets copies, so nothing that it does to them reaches the run. It returns why the run has to stop, or None.
+Listener = Callable[[str, dict[str, Any]], str | None]
+
+
+def nobody(kind: str, values: dict[str, Any]) -> None:
+    """For a run to which nobody listens."""
 
 
 def run(
@@ -41,6 +49,8 @@ def run(
     began_s: float | None = None,
     trace: Trace | None = None,
     resume: Resume = NO_RESUME,
+    listener: Listener = nobody,
+    guest: bool = False,
 ) -> dict[str, Any]:
     """Runs a config to its end. Collective: every rank.
 
@@ -52,6 +62,8 @@ def run(
         began_s: time.monotonic() at that moment, for durations: the clock may be set; None for now.
         trace: called after every step.
         resume: whether to continue from a checkpoint.
+        listener: hears of every record, on rank 0.
+        guest: the process belongs to somebody's program and goes on after the run, so it must never be ended.
 
     Returns:
         The summary, as in summary.json, on every rank (only rank 0 writes files).
@@ -60,7 +72,7 @@ def run(
         TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
     with raised(ranks.first), linear_kept():
-        return _run(config, ranks, config_name, started_at_s, began_s, trace, resume)
+        return _run(config, ranks, config_name, started_at_s, began_s, trace, resume, listener, guest)
 
 
 def _run(
@@ -71,6 +83,8 @@ def _run(
     began_s: float | None,
     trace: Trace | None,
     resume: Resume,
+    listener: Listener,
+    guest: bool,
 ) -> dict[str, Any]:
     plan = config.plan(ranks.world_size)
     budget_s, began_s = config.trainer.max_wall_time_s, time.monotonic() if began_s is None else began_s
@@ -80,6 +94,7 @@ def _run(
     try:
         if ranks.first:
             folder, source = claim(resume, config, config_name)
+            listener("folder", {"path": str(folder.path)})
     except TrainerError as error:
         failed = error  # the other ranks hear of it when they meet
     log = DeepSpeedLog(keep=ranks.first)
@@ -88,7 +103,13 @@ def _run(
 
     def met() -> None:
         nonlocal watch
-        watch = Watch(ranks, config.trainer.hang_timeout_s, None if budget_s is None else began_s + budget_s)
+        deadline_s = None if budget_s is None else began_s + budget_s
+        watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s, guest=guest)
+
+    def tell(kind: str, record: dict[str, Any]) -> None:
+        reason = listener(kind, record)
+        if reason is not None and watch is not None:
+            watch.ask(reason)
 
     try:
         pieces = build(config, ranks, plan, log, met, failed)
@@ -109,7 +130,7 @@ def _run(
         path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
         assert path is not None
         watch.way_on = lambda: way_on(path, resumed=resumed)
-        course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s, began_s)
+        course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s, began_s, tell)
         watch.way_on = lambda: way_on(path, began=course.saver.began, resumed=resumed)
         return _train(course)
     except TrainerError as error:
@@ -131,6 +152,7 @@ def _run(
     finally:
         if watch is not None:
             watch.close()
+            watch.way_on = str  # refers to the whole run, which frames of an exception would keep
         log.close()
         if folder is not None:
             folder.unlock()

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .given import code_sha256
+
 
 def task_code_sha256(task: object, name: str) -> str | None:
     """SHA-256 of the code of a task; None for a task of the trainer, whose code has a hash of its own.
@@ -23,6 +25,8 @@ def task_code_sha256(task: object, name: str) -> str | None:
     cls = type(task)
     if ":" not in name or cls.__module__.startswith("trainer."):
         return None
+    if not Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").is_file():  # of a notebook, or of stdin
+        return code_sha256(cls)
     # The class may come from another file than the one that is named.
     roots = [Path(name.rpartition(":")[0]).resolve(), Path(str(sys.modules[cls.__module__].__file__)).resolve()]
     folders = list(dict.fromkeys([*(file.parent for file in roots), Path(sys.path[0] or ".").resolve()]))

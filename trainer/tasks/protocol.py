@@ -1,4 +1,4 @@
-"""What a task is, and how it is found: a name in this folder, or `path/to/file.py:ClassName`."""
+"""What a task is, and how it is found: a name in this folder, `path/to/file.py:ClassName`, or a class in `given`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..config.task_options import check_options, read_arguments
 from ..errors import UserError
 from ..exact.splits import Batch, Split
 from .first_look import BUILT_IN, task_file
+from .given import find
 
 Outputs = Any  # a tensor, or a dictionary of them; whatever `loss` and `metrics` of the same task take
 
@@ -98,7 +99,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     Raises:
         UserError: there is no such task, file or class, it lacks a method, or an option is unknown.
     """
-    cls = _from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name)
+    cls = find(name) or (_from_file(name) if ":" in name or name.endswith(".py") else _from_folder(name))
     if not isinstance(cls, type):
         raise UserError(f"The task {name} is not a class, but a {type(cls).__name__}.")
     missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]

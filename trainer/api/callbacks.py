@@ -1,0 +1,142 @@
+"""Callbacks: what a program hears of its run, and what happens if one of them fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config.schema import near
+from ..errors import TrainerError, UserError
+
+if TYPE_CHECKING:
+    from .result import Result
+
+_HOOKS = ("on_log", "on_evaluation", "on_end")
+
+
+class Callback:
+    """Hears of a run, in the process and the thread that called `train`; with several ranks, of rank 0 only.
+
+    Inherit from it, or give any object that has some of these methods. A callback cannot change a bit of the run: it
+    gets plain numbers that are its own copies, and with several ranks the run is in other processes. At one rank the
+    run is in this process. There a callback has the process's own settings and random generators, and the run goes on
+    with those of the run, whatever the callback has done to torch's settings, generators or the environment. (It could
+    still search the process for the model, and change that. Nothing can prevent it.)
+
+    If a callback raises an exception, no callback is called any more, and the run stops with a checkpoint. Then `train`
+    raises `CallbackError`.
+    """
+
+    def on_log(self, record: dict[str, float]) -> None:
+        """After a step that is logged, each `trainer.log_every_steps` steps. On a GPU it comes one such window later.
+
+        Args:
+            record: a line of metrics.jsonl: "step" (optimizer steps made), "epoch", "train/loss" (the mean over the
+                window's samples), "train/learning_rate", "throughput/samples_per_s", and others by their names in
+                TensorBoard.
+        """
+
+    def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:
+        """After an evaluation.
+
+        Args:
+            split: "validation" or "test".
+            metrics: "loss", and the task's metrics.
+            step: optimizer steps made.
+        """
+
+    def on_end(self, result: Result) -> None:
+        """When the run has finished and all its files are written; not if it was stopped or has failed."""
+
+
+class CallbackError(TrainerError):
+    """A callback has raised an exception, which is this error's `__cause__`."""
+
+
+class Callbacks:
+    """The callbacks of one run. Its `listener` is what a run calls.
+
+    Args:
+        callbacks: objects with hooks.
+        outside: a context in which they are called.
+
+    Attributes:
+        folder: the run's output folder, as soon as it is known.
+        failed: why the run has to stop; None as long as no callback has failed.
+
+    Raises:
+        UserError: an object has no hook, or one with a misspelt name.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[object],
+        outside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        for number, callback in enumerate(callbacks):
+            _check(callback, f"callbacks[{number}]")
+        self._callbacks, self.outside = callbacks, outside
+        self.folder: str | None = None
+        self.failed: str | None = None
+        self._error: BaseException | None = None
+
+    def listener(self, kind: str, values: dict[str, Any]) -> str | None:
+        """Calls what belongs to an event of `run.run.Listener`. Returns why the run has to stop, or None."""
+        if kind == "folder":
+            self.folder = values["path"]
+        elif kind == "log":
+            self._call("on_log", lambda: (dict(values),))
+        elif kind == "evaluation":
+            prefix = f"eval/{values['split']}/"
+            metrics = {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+            self._call("on_evaluation", lambda: (values["split"], dict(metrics), int(values["step"])))
+        return self.failed
+
+    def end(self, result: Result) -> None:
+        """Calls on_end."""
+        self._call("on_end", lambda: (result,))
+
+    def _call(self, hook: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
+        if not self._callbacks or self.failed is not None:
+            return
+        with self.outside():
+            for callback in self._callbacks:
+                method = getattr(callback, hook, None)
+                if method is None:
+                    continue
+                try:
+                    method(*arguments())  # each callback has a copy of its own
+                except BaseException as error:
+                    where = f"{type(callback).__name__}.{hook}()"
+                    self.failed = f"the callback {where} has raised {type(error).__name__}"
+                    self._error = error
+                    return
+
+    def raise_failure(self, ended: str) -> None:
+        """Raises the error of a callback, if one has failed.
+
+        Args:
+            ended: how the run has ended, as a sentence.
+        """
+        if self._error is None:
+            return
+        if not isinstance(self._error, Exception):  # KeyboardInterrupt, SystemExit: meant for the program
+            raise self._error
+        why = f"T{str(self.failed)[1:]}: {self._error}"
+        raise CallbackError(f"{why}\n{ended}") from self._error
+
+
+def _check(callback: object, name: str) -> None:
+    if isinstance(callback, type):
+        raise UserError(f"{name} is the class {callback.__name__}. Give an object: {callback.__name__}().")
+    hooks = [hook for hook in dir(callback) if hook.startswith("on_") and callable(getattr(callback, hook))]
+    # Objects of other libraries may have hooks for those libraries, too.
+    unknown = [] if set(hooks) & set(_HOOKS) and not isinstance(callback, Callback) else set(hooks) - set(_HOOKS)
+    for hook in sorted(unknown):
+        raise UserError(f"{name}: {type(callback).__name__}.{hook} is no hook. {near(hook, _HOOKS)}")
+    if not hooks:
+        raise UserError(
+            f"{name} is a {type(callback).__name__}, which has none of the methods {', '.join(_HOOKS)}.\n"
+            "A callback is an object with one of them, or of a class that inherits from trainer.Callback."
+        )

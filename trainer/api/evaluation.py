@@ -1,0 +1,163 @@
+"""`evaluate` and `predict`: what a saved model is worth, and what it says of new data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..config.keys import Config, parse
+from ..config.schema import read_json
+from ..errors import UserError
+from ..exact.plan import steps_per_epoch
+from ..ranks.place import Ranks
+from .result import Result
+from .saved import Saved, hosted_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..exact.progress import Progress
+    from ..exact.splits import Split
+    from ..tasks.protocol import Task
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def evaluate(
+    model: str | Path | Result,
+    data: str | Mapping[str, Any] | Split = "test",
+    *,
+    task: str | type | None = None,
+    device: Device = "auto",
+) -> dict[str, float]:
+    """Loss and metrics of a saved model: what its run computed at its end, bit for bit, on the same kind of device.
+
+    It runs in this process, which is left as it was.
+
+    Args:
+        model: a run's output folder, its `Result`, or a model's folder. From a run come the task, its options, the
+            precision, the seed and `trainer.evaluate_micro_batch_size`. A model's folder that lies alone knows only its
+            task: there the precision is float32, and 128 samples are computed at a time.
+        data: a split of the task's own data ("train", "validation", "test"), or labelled data as the task's `splits`
+            gives a split: name -> array or tensor (samples, ...), or an `exact.splits.Split`.
+        task: for a model of your own task: path/to/file.py:ClassName, or the class. Not needed for a run's folder if
+            the task's file is unchanged.
+        device: auto takes a GPU if there is one.
+
+    Returns:
+        {"loss": ..., and the task's metrics}. With LoRA or trainer.compile they agree with the run's up to rounding:
+        what is saved is the merged model, and it is not compiled here.
+
+    Raises:
+        UserError: there is no such model or split, or its task's code must be named.
+    """
+    with hosted_model(model, task) as (found, _):
+        config, progress = _of_the_run(found, device)
+        return _evaluated(found, config, progress, data)
+
+
+def predict(
+    model: str | Path | Result,
+    data: str | Path,
+    *,
+    task: str | type | None = None,
+    batch_size: int = 32,
+    device: Device = "auto",
+) -> list[dict[str, Any]]:
+    """Predictions of a saved model for new data: the rows that `python -m trainer predict` writes.
+
+    It runs in this process, which is left as it was.
+
+    Args:
+        model, task, device: as of `evaluate`.
+        data: a file, or a folder if the task takes one.
+        batch_size: samples of one forward.
+
+    Returns:
+        A dictionary for each sample, in order: column -> value. `pandas.DataFrame(predict(...))` makes a table of them.
+
+    Raises:
+        UserError: there is no such model or file, or the task cannot predict.
+    """
+    path = Path(data).expanduser()
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}. It must be at least 1.")
+    if not path.exists():
+        raise UserError(f"{data} does not exist (looked from {Path.cwd()}).")
+    with hosted_model(model, task) as (found, _):
+        import torch
+
+        own, network = found.predictor(device)
+        with torch.inference_mode():
+            return list(own.predict(network, path, batch_size))  # type: ignore[attr-defined]
+
+
+def _of_the_run(found: Saved, device: Device) -> tuple[Config, Progress]:
+    """The config of a model's run, and its progress at the end."""
+    from ..exact.progress import Progress
+
+    if found.run is None:
+        values: dict[str, Any] = {"train_batch_size": 1, "tensorboard": {"enabled": False}}
+        progress = Progress(1, 1, 1)
+    else:
+        manifest = read_json(found.run / "manifest.json")
+        values, plan = manifest["config"], manifest["batch_plan"]
+        total, done = manifest.get("total_steps", 0), 0
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a run that has not finished
+            done = int(json.loads((found.run / "summary.json").read_text())["steps"])
+        every = steps_per_epoch(manifest["samples"]["train"], plan["global_batch_size"], values["trainer"]["drop_last"])
+        progress = Progress(done or total, (done or total) // every, max(total, 1))
+    config = parse(values, str(found.folder))
+    options = dataclasses.replace(config.trainer, device=device, ranks_per_gpu=1)
+    options = dataclasses.replace(options, task=found.task_name, task_options=found.task_options)
+    return dataclasses.replace(config, trainer=options), progress
+
+
+@dataclasses.dataclass
+class _Engine:
+    """A model without an optimizer, as `run.evaluate` sees an engine."""
+
+    forward_module: nn.Module
+    device: torch.device
+    low_precision: bool
+    compiled: bool = False
+    zero_stage: int = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        return (
+            torch.autocast(self.device.type, dtype=torch.bfloat16) if self.low_precision else contextlib.nullcontext()
+        )
+
+
+def _evaluated(found: Saved, config: Config, progress: Progress, data: object) -> dict[str, float]:
+    from ..engine import device as devices
+    from ..exact.order import key, seed_generators, seed_python
+    from ..exact.splits import as_split
+    from ..run.build import splits_of
+    from ..run.evaluate import evaluate as evaluated
+
+    device, _ = devices.choose(config, Ranks())
+    devices.settle(config)
+    seed_python(key(config.trainer.seed, "task"))
+    task: Task = found.task()
+    if isinstance(data, str):
+        splits = splits_of(task, config)
+        if data not in splits:
+            raise UserError(f'The task {found.task_name} has no split "{data}". It has: {", ".join(splits)}.')
+        split = splits[data]
+    else:
+        split = as_split(data, "data", type(task).__name__)
+    seed_generators(key(config.trainer.seed, "model"), device)
+    model = found.model(task).to(device)
+    engine = _Engine(model, device, config.torch_autocast.enabled)
+    size, seed = config.trainer.evaluate_micro_batch_size, config.trainer.seed
+    metrics = evaluated(task, engine, split.to(device), split, Ranks(), size, seed, progress)
+    model.eval()
+    return metrics

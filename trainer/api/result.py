@@ -1,0 +1,106 @@
+"""What a finished run has brought: metrics, history, the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import nn
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A run that has finished.
+
+    Attributes:
+        output_dir: its folder (an absolute path), where everything else is read from.
+        summary: the content of summary.json.
+        task: the class that was given as an object, for a task that is in no file; else None.
+    """
+
+    output_dir: Path
+    summary: dict[str, Any]
+    task: type | None = field(default=None, repr=False)
+
+    @staticmethod
+    def read(output_dir: str | Path) -> Result:
+        """The result of a run that has finished earlier, by whatever command.
+
+        Raises:
+            UserError: the folder holds no finished run.
+        """
+        path = Path(output_dir).expanduser().absolute()
+        try:
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            finished = summary["metrics"] is not None
+        except (OSError, ValueError, KeyError, TypeError):
+            finished = False
+        if not finished:
+            raise UserError(f"{path} holds no finished run: its summary.json is missing, or has no metrics.")
+        return Result(path, summary)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Split ("validation", "test") -> metric ("loss", and those of the task) -> value, of the kept model."""
+        return {split: dict(values) for split, values in self.summary["metrics"].items()}
+
+    @property
+    def parameters_sha256(self) -> str:
+        """The hash of all parameters after the last step: the same at every number of ranks if the run is bitwise."""
+        return str(self.summary["parameters_sha256"])
+
+    @property
+    def exactness(self) -> str:
+        """The run's label: "bitwise" or "tolerance"."""
+        return str(self.summary["exactness"])
+
+    @property
+    def records(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl, in order: one for each logging window and each evaluation."""
+        lines = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def history(self) -> pandas.DataFrame:
+        """The same as a table: one row a step that was logged or evaluated, in order, with the step as its index.
+
+        Its columns are the names in TensorBoard: "epoch", "train/loss", "eval/validation/accuracy", ... A cell is NaN
+        where a step has no such number.
+        """
+        import pandas
+
+        rows: dict[int, dict[str, float]] = {}
+        for record in self.records:
+            rows.setdefault(int(record["step"]), {}).update(record)
+        table = pandas.DataFrame(list(rows.values()))
+        return table.set_index("step") if len(table) else table
+
+    def model(self, device: str = "cpu") -> nn.Module:
+        """The trained model, loaded anew from the output folder, in evaluation mode.
+
+        Args:
+            device: where to put it, as torch names devices.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from .saved import hosted_model
+
+        with hosted_model(self, None) as (found, _):
+            return found.model().to(device).eval()
+
+    def __repr__(self) -> str:
+        """The folder, the steps and the metrics in one line."""
+        metrics = "; ".join(
+            f"{split} " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            for split, values in self.metrics.items()
+        )
+        status, steps, path = self.summary.get("status", "?"), self.summary.get("steps", 0), self.output_dir
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return f"Result({str(shown)!r}: {status} after {steps:,} steps, {self.exactness}; {metrics})"
