@@ -61,6 +61,8 @@ def made(**options: Any) -> tuple[Tabular, Any, Any]:
 def test_classes(data: str, model: str) -> None:
     task, splits, network = made(data=data, model=model, test_fraction=0.2, **CLASSES)
     assert {name: len(split) for name, split in splits.items()} == {"train": 56, "validation": 8, "test": 16}
+    of_class = [sum(row["label"] == name for row in rows()) for name in ("new", "old")]
+    assert splits["test"].arrays["label"].bincount().tolist() == [round(0.2 * n) for n in of_class], "of each alike"
     train = splits["train"].arrays
     assert {n: (a.dtype, a.shape[1:]) for n, a in train.items()} == {
         "numbers": (torch.float32, (3,)), "categories": (torch.int64, (1,)), "label": (torch.int64, ())}  # fmt: skip
@@ -137,6 +139,7 @@ def test_a_run_says_what_it_read(data: str) -> None:
         ({"missing_values": ["old"]}, 'values of the column "label" in train are missing'),
         ({"problem": "regression", "class_weights": "balanced"}, '"trainer.task_options.class_weights" is'),
         ({"problem": "regression"}, 'column "label" in train must hold numbers, but row 0'),
+        ({"label_column": "price", "ignored_columns": [], "problem": "classification"}, "holds fractions, such as 11"),
         ({"missing_values": [" "]}, "a blank field is missing anyway"),
         ({"numeric_columns": ["city"]}, 'column "city" in train must hold numbers, but row 1'),
         ({"numeric_columns": ["label"]}, "which is the column to predict"),

@@ -79,6 +79,7 @@ class Tabular:
     """Predicts a column of a table from the others. Its arguments are `TabularOptions`."""
 
     Options = TabularOptions
+    random_weights = True
 
     def __init__(self, **given: Any) -> None:
         o = read_options(TabularOptions, given)
@@ -204,10 +205,15 @@ class Tabular:
         problem: str | None = self._o.problem
         if problem is None:
             problem, why = _problem(values, train, label)
-            other = "regression" if problem == "classification" else "classification"
-            notes.append(f'this is {problem}, since {why}; "problem": "{other}" in trainer.task_options changes it')
+            notes.append(f"this is {problem}, since {why}")
         if problem == "regression":
             return {s: features.read_numbers(t, label, s, ()) for s, t in found.items()}, []
+        numbers, wrong = features.parsed(train, label, "train")
+        if not len(wrong) and (numbers % 1).any() and label not in train.classes:
+            raise UserError(
+                f'"trainer.task_options.problem" is "classification", but "{label}" holds fractions, such as '
+                f'{values[int(np.flatnonzero(numbers % 1)[0])]}, which are no classes. Leave "problem" out.'
+            )
         by_split = {s: values if s == "train" else tables.labels(t, label, s) for s, t in found.items()}
         classes = tables.class_names(by_split, tables.declared_names(train, label))
         return {s: tables.label_numbers(own, classes) for s, own in by_split.items()}, classes
@@ -225,7 +231,7 @@ class Tabular:
             if fitted.target is not None:
                 label = ((label - fitted.target.mean) / fitted.target.deviation).astype(np.float32)
             every[split] = {**fitted.encode(columns, split, notes), "label": label}
-        notes += _copies(every)
+        notes += report.copies_notes(every)
         return {f"{s}.{name}": torch.from_numpy(array) for s, own in every.items() for name, array in own.items()}
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -346,7 +352,11 @@ def _problem(values: list[Any], table: Table, label: str) -> tuple[str, str]:
     if len(fractions):
         return "regression", f'"{label}" holds fractions, such as {values[fractions[0]]}'
     many = different > FEW or 2 * different > len(values)
-    return "regression" if many else "classification", f'"{label}" holds {different:,} different whole numbers'
+    found, other = ("regression", "classification") if many else ("classification", "regression")
+    return found, (
+        f'"{label}" holds {different:,} different whole numbers; "problem": "{other}" in trainer.task_options changes '
+        "it"
+    )
 
 
 def _target(label: str, values: np.ndarray) -> Numeric:
@@ -378,23 +388,6 @@ def _sample_line(train: Table, row: int, fitted: Preparation) -> str:
 def _not_read(columns: Sequence[str], used: Sequence[str | None]) -> list[str]:
     rest = [column.strip() or repr(column) for column in columns if column not in used]
     return [f"not read: {', '.join(rest)}"] if rest else []
-
-
-def _copies(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """A sentence for each split some of whose rows are in train, too, in all columns that are read."""
-
-    def rows(split: Mapping[str, np.ndarray]) -> list[bytes]:
-        parts = [np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1) for array in split.values()]
-        return [row.tobytes() for row in np.concatenate(parts, axis=1)]
-
-    train = set(rows(arrays["train"]))
-    shared = {split: sum(row in train for row in rows(own)) for split, own in arrays.items() if split != "train"}
-    return [
-        f"{count:,} of the {len(arrays[split]['label']):,} rows of {split} are also in train, in every column that is "
-        "read. If they are copies, its metrics are too good"
-        for split, count in shared.items()
-        if count
-    ]
 
 
 TASK = Tabular
