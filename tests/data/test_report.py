@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from trainer.data import report
@@ -46,6 +47,13 @@ def test_classes_that_look_alike_are_named() -> None:
     assert "'pos' and ' pos' differ only in blanks, case or accents' encoding" in line
     assert "differ" not in report.classes_line(["pos", "neg"], {"train": [0, 1]})
     assert "differ only" in report.classes_line(["caf\u00e9", "cafe\u0301"], {"train": [0, 1]})
+
+
+def test_rows_of_train_in_other_splits_are_counted() -> None:
+    rows = {"x": np.array([[1.0], [2.0], [3.0]], np.float32), "label": np.array([0, 1, 0])}
+    other = {"x": np.array([[2.0], [3.0]], np.float32), "label": np.array([1, 1])}
+    (note,) = report.copies_notes({"train": rows, "validation": {n: a + 5 for n, a in rows.items()}, "test": other})
+    assert note.startswith("1 of the 2 rows of test are also in train")
 
 
 def test_a_missing_validation_split_is_said() -> None:

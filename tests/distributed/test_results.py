@@ -169,6 +169,10 @@ def small_data(task: str, folder: Path) -> Path | None:
         rows = [f"{word} {other},{word}" for word in ("red", "green") for other in map(str, range(80))]
         (folder / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
         return folder / "train.csv"
+    if task == "tabular":
+        rows = [f"{x:.3f},{'ab'[i % 2]},{i % 3}" for i, x in enumerate(random.normal(size=160))]
+        (folder / "train.csv").write_text("x,kind,label\n" + "\n".join(rows) + "\n")
+        return folder / "train.csv"
     if task == "causal_lm":
         (folder / "input.txt").write_text("".join(random.choice(list("abcd \n"), 20_000)))
         return folder / "input.txt"

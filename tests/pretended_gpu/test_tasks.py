@@ -35,6 +35,7 @@ NARROW: dict[str, dict[str, Any]] = {
         f"{MODEL}.intermediate_size": 16,
         "trainer.task_options.image_size": 16,
     },
+    "tabular": {"trainer.task_options.width": 8},
     "nodules": {"trainer.task_options.width": 2},
     "nodules_autoencoder": {"trainer.task_options.width": 2},
 }
@@ -123,6 +124,7 @@ CEILINGS: dict[str, tuple[int, float, float]] = {
     "text_classification": (4, 1.4, 4.6),
     "image_classification": (8, 1.5, 3.1),
     "image_classification_vit": (4, 1.15, 3.15),
+    "tabular": (4, 1.6, 2.6),
     "nodules": (8, 1.5, 3.1),
     "nodules_autoencoder": (8, 1.5, 3.0),
 }

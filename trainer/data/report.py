@@ -84,3 +84,27 @@ def _shown(sample: Any) -> str:
     """The first numbers of one sample, without torch's line breaks."""
     values = [f"{value:.4g}" for value in sample.flatten()[:6].tolist()]
     return ", ".join(values) + (", ..." if sample.numel() > len(values) else "")
+
+
+def copies_notes(splits: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """A sentence for each split some of whose rows are in train, too, with the same label.
+
+    Args:
+        splits: name -> arrays (rows, ...) of everything that is read of a row.
+    """
+
+    def rows(arrays: Mapping[str, np.ndarray]) -> list[bytes]:
+        parts = [np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1) for array in arrays.values()]
+        return [row.tobytes() for row in np.concatenate(parts, axis=1)]
+
+    train = set(rows(splits["train"]))
+    notes = []
+    for split, arrays in splits.items():
+        every = [] if split == "train" else rows(arrays)
+        shared = sum(row in train for row in every)
+        if shared:
+            notes.append(
+                f"{shared:,} of the {len(every):,} rows of {split} are also in train, in every column that is read. If "
+                "they are copies, its metrics are too good"
+            )
+    return notes

@@ -10,7 +10,7 @@ import codecs
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -433,7 +433,7 @@ def _reader(names: Sequence[str]) -> Callable[[str], Any] | None:
     return next((read for read in readers if all(read(name) is not None for name in names)), None)
 
 
-def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
+def places(names: Sequence[str]) -> Callable[[Any], int | None]:
     """The position of a label's class among names, or None. Where all names are numbers, 1.0 is the class 1."""
     place, read = {name: i for i, name in enumerate(names)}, _reader(names)
     by_value = {} if read is None else {read(name): i for name, i in place.items()}
@@ -444,6 +444,18 @@ def _places(names: Sequence[str]) -> Callable[[Any], int | None]:
         return by_value.get(read(name)) if found is None and read is not None else found
 
     return of
+
+
+def distinct(values: Iterable[Any]) -> list[str]:
+    """The different values as they are written: numbers by value, of 1 and 1.0 the shorter; else by alphabet."""
+    names = sorted({label_name(value) for value in values}, key=lambda name: (len(name), name))
+    read = _reader(names)
+    if read is None:
+        return sorted(names)
+    by_value: dict[Any, str] = {}
+    for name in names:
+        by_value.setdefault(read(name), name)
+    return [by_value[value] for value in sorted(by_value)]
 
 
 def _is_label(value: Any) -> bool:
@@ -467,7 +479,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         odd = next((v for v in values if not _is_label(v)), None)
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
-    train = sorted({label_name(v) for v in labels["train"]}, key=lambda name: (len(name), name))
+    train = distinct(labels["train"])
     read = _reader(train)
     values_of = {} if read is None else {name: read(name) for name in train}
     fraction = next(
@@ -475,11 +487,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
     )
     if fraction is not None:
         raise UserError(f"A label in train is {fraction}. {_other_labels(float(fraction))}")
-    if values_of:  # by value, each once: of 1 and 1.0 the shorter
-        train = [next(name for name in train if values_of[name] == value) for value in sorted(set(values_of.values()))]
-    else:
-        train.sort()
-    known = _places(train)
+    known = places(train)
     for split, values in labels.items():
         unknown = Counter(v for v in values if known(v) is None)
         if unknown:
@@ -519,7 +527,7 @@ def _other_labels(value: Any) -> str:
 
 def label_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     """(rows,) int64 positions in `names`."""
-    place = _places(names)
+    place = places(names)
     return np.array([place(value) for value in values], dtype=np.int64)
 
 

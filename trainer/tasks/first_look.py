@@ -19,7 +19,7 @@ from ..config.schema import near
 from ..errors import UserError
 
 # The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
-BUILT_IN = ("causal_lm", "digits", "image_classification", "nodules", "text_classification")
+BUILT_IN = ("causal_lm", "digits", "image_classification", "nodules", "tabular", "text_classification")
 # Names that columns usually have, the likeliest first.
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
@@ -54,7 +54,7 @@ def look(task: str, options: Mapping[str, Any]) -> None:
             f'unknown task "{task}". {_typed("--task ", near(task, BUILT_IN))} Your own is given as '
             "path/to/file.py:ClassName."
         )
-    if task not in ("causal_lm", "image_classification", "text_classification"):
+    if task not in ("causal_lm", "image_classification", "tabular", "text_classification"):
         return
     data = options.get("data")
     parts = {f"data.{name}": part for name, part in data.items()} if isinstance(data, Mapping) else {"data": data}
@@ -140,12 +140,12 @@ def _look_at_columns(task: str, path: Path, options: Mapping[str, Any]) -> None:
     for option, column in given.items():
         if column not in columns:
             raise _no_column(option, columns, f'the data has no column "{column}".', column)
-    if task != "text_classification" or suffix not in (".csv", ".tsv"):
+    if task not in ("tabular", "text_classification") or suffix not in (".csv", ".tsv"):
         return
     lower = [column.lower() for column in columns]
     if "label_column" not in given and not set(lower) & set(LABEL_COLUMNS):
         raise _no_column("label_column", columns, "which column holds the labels?")
-    if "text_column" not in given and not set(lower) & set(TEXT_COLUMNS):
+    if task == "text_classification" and "text_column" not in given and not set(lower) & set(TEXT_COLUMNS):
         known = {given.get("label_column"), given.get("pair_column"), options.get("split_column") or "split"}
         others = [c for c in columns if c not in known and c.lower() not in LABEL_COLUMNS]
         if len(others) != 1:
