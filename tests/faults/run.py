@@ -226,6 +226,7 @@ def main() -> int:
     flags = parser.parse_args()
     # A shell starts what runs in its background with SIGINT ignored, and so would be all that is started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and a run that is started so ignores it, too
     kinds = [kind for kind in KINDS if flags.only is None or flags.only in kind]
     reason = why_not()
     if reason is not None and "cut link" in kinds:
