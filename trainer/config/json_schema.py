@@ -106,7 +106,7 @@ _MORE: dict[str, Schema] = {
         "properties": {**{name: {"minimum": 0} for name in ("lr", "weight_decay", "eps")}, "betas": _BETAS},
     },
     "scheduler.type": {"enum": list(deepspeed_keys.SCHEDULERS)},
-    "trainer.pack": {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]},
+    "trainer.pack": {"anyOf": [{"enum": ["auto", None]}, {"type": "integer", "minimum": 1}]},
     "trainer.parameter_groups": {"additionalProperties": {**_closed(_GROUP), "minProperties": 1}},
 }
 

@@ -115,10 +115,10 @@ class TrainerOptions:
         "as often as the guard, and less often if a rank has fewer than four micro-batches",
         minimum=0,
     )
-    pack: int | str = option(
-        "auto",
-        "micro-batches that one forward computes at most; no bit depends on it. auto: each rank finds what is fastest "
-        "while the run goes on, if it has 60 steps or more; 1: one at a time",
+    pack: int | str | None = option(
+        None,
+        "micro-batches that one forward computes at most. auto: each rank finds what is fastest while the run goes on, "
+        "if it has 60 steps or more; 1: one at a time; default: auto for the trainer's own tasks, 1 for others",
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
@@ -308,7 +308,7 @@ def _check_model_options(config: Config) -> None:
     if best.patience_evaluations and (best.metric is None or not options.evaluate_every_epochs):
         cause = "trainer.best.metric is null" if best.metric is None else "trainer.evaluate_every_epochs is 0"
         raise UserError(f"trainer.best.patience_evaluations has no effect, because {cause}.")
-    if options.pack != "auto" and (not isinstance(options.pack, int) or options.pack < 1):
+    if options.pack not in (None, "auto") and (not isinstance(options.pack, int) or options.pack < 1):
         raise UserError(
             f'"trainer.pack" is {json.dumps(options.pack)}. It must be "auto", or a whole number of at least 1.'
         )

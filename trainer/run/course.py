@@ -26,6 +26,7 @@ from ..record.folder import OutputFolder
 from ..record.window import Window
 from ..rehearsal.rehearse import rehearse
 from ..rehearsal.stage import Subject
+from ..tasks.first_look import BUILT_IN
 from .banner import banner
 from .best import BestModel
 from .build import Pieces, measures_norms, refuse_inexact
@@ -293,8 +294,11 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
             seed=p.config.trainer.seed,
             alike=p.alike,
         )
-    if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and p.config.trainer.pack != 1:
-        size = None if p.config.trainer.pack == "auto" else int(p.config.trainer.pack)
+    pack = p.config.trainer.pack
+    if pack is None:  # packs are compared, not proven: code that nobody has tried with them has to ask for them
+        pack = "auto" if p.config.trainer.task in BUILT_IN else 1
+    if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and pack != 1:
+        size = None if pack == "auto" else int(pack)
         assert isinstance(step, ExactStep)
         step.packs = Packs(
             step.micro_batches,

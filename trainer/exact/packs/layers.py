@@ -243,6 +243,9 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
     if all(own.is_contiguous() for own in pieces):
         return torch.cat(pieces)  # type: ignore[arg-type]
     strides = pieces[0].stride()
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, pieces[0].shape)):
+        # An expanded dimension has no place in the order of strides: what follows from it keeps that of the dimensions.
+        return torch.cat(pieces).contiguous()  # type: ignore[arg-type]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     whole = torch.cat([own.permute(order).contiguous() for own in pieces], dim=order.index(0))
     return whole.permute([order.index(dim) for dim in range(len(order))])

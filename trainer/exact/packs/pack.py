@@ -205,7 +205,8 @@ class Pack(TorchFunctionMode):
         tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
         if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
             return None
-        return (name, self.g, *((tuple(t.shape), t.stride()) for t in tensors), str(tensors[0].dtype))
+        cast = torch.is_autocast_enabled(self.leaves.device_type)
+        return (name, self.g, *((tuple(t.shape), t.stride()) for t in tensors), str(tensors[0].dtype), cast)
 
     def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
@@ -269,7 +270,7 @@ class Pack(TorchFunctionMode):
         return False
 
     def _widened(self, value: Any) -> Any:
-        """Arguments with float32 in place of lower precision; None if there is none."""
+        """Arguments with float32 in place of lower precision; None if none is used: by type or by autocast."""
         low: list[Tensor] = []
 
         def widen(v: Any) -> Any:
@@ -281,7 +282,7 @@ class Pack(TorchFunctionMode):
             return v.detach().float().requires_grad_(v.requires_grad)
 
         wide = widen(value)
-        return wide if low else None
+        return wide if low or torch.is_autocast_enabled(self.leaves.device_type) else None
 
     def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
