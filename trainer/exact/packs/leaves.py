@@ -30,6 +30,10 @@ class Leaves:
     way and not for the whole model g times. Gradients of several uses are added in the order in which they come, as
     autograd does.
 
+    Attributes:
+        shared: parameters that get gradients both after the backward and in another way. Autograd would add them in an
+            order that is not known here.
+
     Args:
         parameters: the trained ones, in order.
         g: micro-batches in the pack.
@@ -44,6 +48,7 @@ class Leaves:
         self._cast: dict[int, Tensor] = {}  # what comes in another type than the parameter's
         self._expected: dict[int, int] = {}
         self._held: set[int] = set()
+        self.shared: set[int] = set()
         self._done: set[int] = set()
 
     @property
@@ -53,6 +58,8 @@ class Leaves:
 
     def expect(self, place: int) -> None:
         """One more gradient of a parameter will come, unless its use leads to no loss."""
+        if place in self._held:
+            self.shared.add(place)
         self._expected[place] = self._expected.get(place, 0) + 1
 
     def expect_shape(self, place: int, like: Tensor) -> None:
@@ -61,6 +68,7 @@ class Leaves:
 
     def hold(self, places: set[int]) -> None:
         """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
+        self.shared |= {place for place in places if place in self._held or self._expected.get(place)}
         self._held |= places
 
     def put(self, place: int, rows: Tensor) -> None:

@@ -37,10 +37,18 @@ GATHERS = frozenset(
 ARITHMETIC = frozenset(
     (
         "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rtruediv",
-        "itruediv", "true_divide", "floordiv", "rdiv", "idiv", "pow", "rpow", "ipow", "mod", "remainder",
+        "itruediv", "true_divide", "floordiv", "rdiv", "idiv", "mod", "remainder",
         "fmod", "multiply", "subtract", "divide", "lt", "le", "gt", "ge", "eq", "ne", "less", "greater",
         "clamp", "clip", "clamp_min", "clamp_max", "fill", "masked_fill", "full", "full_like", "new_full",
         "where", "lerp", "addcmul", "addcdiv",
+    )
+)  # fmt: skip
+# Functions that are called for one micro-batch at a time: they may bring samples together for some values only, or give
+# what is not compared.
+SINGLY = frozenset(
+    (
+        "renorm", "renorm_", "masked_scatter", "masked_scatter_", "cummax", "cummin", "sort", "argsort", "msort",
+        "kthvalue", "topk", "normalize", "roll", "quantile", "nanquantile", "searchsorted", "bucketize",
     )
 )  # fmt: skip
 # Functions that look at a tensor or move its values: never another bit.

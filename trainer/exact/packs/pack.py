@@ -29,7 +29,7 @@ from ..batch_norm import RunningStatistics
 from .functions import FUNCTIONS
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
-from .names import ARITHMETIC, MAKES, MOVES, SIZES, TURNS, cloned, gives_up_samples, mapped, parts
+from .names import ARITHMETIC, MAKES, MOVES, SINGLY, SIZES, TURNS, cloned, gives_up_samples, mapped, parts
 from .streams import Streams
 from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
@@ -126,13 +126,13 @@ class Pack(TorchFunctionMode):
         given = self._note(func, args, kwargs)
         if given == _PARTED | _WHOLE:
             raise RefusedError(f"{name_of(func)} brings samples together with a value that several of them gave")
-        found = self._called(func, args, kwargs)
+        found = self._called(func, args, kwargs, given)
         if given and name_of(func) not in MAKES:
             self._note_whole(func, args, kwargs, found, given == _WHOLE)
         return found
 
-    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function returns: by a rule, for one micro-batch at a time, or for the pack."""
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: int) -> Any:
+        """What a function returns: by a rule, one micro-batch at a time, or for the pack. given: as from `_note`."""
         rule = FUNCTIONS.get(func)
         if rule is not None:
             found = rule(self, func, args, kwargs)
@@ -140,7 +140,14 @@ class Pack(TorchFunctionMode):
                 return found
         used = self._used(args) | self._used(kwargs.values()) if kwargs else self._used(args)
         if used:
+            if given & _WHOLE:
+                raise RefusedError(f"{name_of(func)} brings parameters together with a value that several samples gave")
             return self._with_parameters(func, args, kwargs, used)
+        name = name_of(func)
+        if name in SINGLY and given & _PARTED:
+            return self.apart(func, args, kwargs)
+        if name == "register_hook":
+            raise RefusedError("a gradient has a hook, which would get that of all samples")
         if self.checks or self._any_alone:
             key = self._function_key(func, args, kwargs)
             if key is not None and self._is_alone(key, func, args, kwargs):
@@ -206,7 +213,9 @@ class Pack(TorchFunctionMode):
         if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
             return None
         cast = torch.is_autocast_enabled(self.leaves.device_type)
-        return (name, self.g, *((tuple(t.shape), t.stride()) for t in tensors), str(tensors[0].dtype), cast)
+        shapes = ((tuple(t.shape), t.stride()) for t in tensors)
+        numbers = () if name.strip("_") in ARITHMETIC else (*filter(_plain, args), *filter(_plain, kwargs.values()))
+        return (name, self.g, *shapes, str(tensors[0].dtype), cast, numbers)
 
     def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
@@ -336,6 +345,8 @@ class Pack(TorchFunctionMode):
 
     def _derive(self, graph: Tensor) -> Tensor:
         """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
+        if graph.dtype != torch.float32 and graph.dtype not in LOW_PRECISION:
+            raise RefusedError(f"what follows from parameters alone is {graph.dtype}")
         leaf = graph.detach().requires_grad_()
         self.derived.append((graph, leaf))
         self._derived[id(leaf)] = -len(self.derived)
@@ -597,6 +608,13 @@ class Pack(TorchFunctionMode):
             # The first has the fewest operators, so it wins if the clock does not clearly say otherwise.
             places.sort(key=lambda place: (times_s[place] >= 1.2 * min(times_s), place))
         return next((place for place in places if _is_exact(sites[place], tensors)), ALONE)
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument is a number, a name, or a few of them, such as dimensions."""
+    if isinstance(value, tuple):
+        return all(isinstance(v, (int, float, str)) for v in value)
+    return isinstance(value, (int, float, str))
 
 
 def _is_exact(site: Site, tensors: list[Any]) -> bool:

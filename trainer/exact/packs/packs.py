@@ -226,6 +226,8 @@ class Packs:
         Raises:
             RefusedError: this cannot be done. The sink may have taken some gradients.
         """
+        if any(p._backward_hooks for p in self._trained):
+            raise RefusedError("a parameter's gradient has a hook, which would not be called")
         g = len(part)
         verdict = self._verdicts.get(self._key(batch, part))
         random = verdict is None or verdict.random
@@ -249,6 +251,8 @@ class Packs:
         try:
             with pack, pack.modules_apart([modules[name] for name in self._apart]):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
+            if leaves.shared:
+                raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
             known = {} if verdict is None else verdict.trials
             if not trial and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
