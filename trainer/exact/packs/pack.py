@@ -140,7 +140,10 @@ class Pack(TorchFunctionMode):
                 return found
         used = self._used(args) | self._used(kwargs.values()) if kwargs else self._used(args)
         if used:
-            if given & _WHOLE:
+            # Whole numbers are positions: they follow from a length.
+            if given & _WHOLE and any(
+                isinstance(v, Tensor) and v.is_floating_point() and id(v) in self._whole for v in args
+            ):
                 raise RefusedError(f"{name_of(func)} brings parameters together with a value that several samples gave")
             return self._with_parameters(func, args, kwargs, used)
         name = name_of(func)
