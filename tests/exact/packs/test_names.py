@@ -1,0 +1,88 @@
+"""Functions, by name, that packs call singly or refuse: what outsiders' tasks got other bits from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.exact.packs.packed import Task, floats, made, trained
+from trainer.exact.packs import layers
+
+pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
+
+
+class Own(Task):
+    """A task whose forward is given; `weight` is the model's (8, 8) weight."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self._forward(model(batch["x"]), model.weight)
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (lambda h, w: F.linear(h, w.t()), "a parameter is used in several ways"),
+        (lambda h, w: h * w.double().cos().sum(0).float(), "is torch.float64"),
+        (
+            lambda h, w: h * (w[0] * (100 / h.norm()).clamp(max=1)),
+            "brings parameters together with a value that several",
+        ),
+        (lambda h, w: (h.register_hook(lambda g: g * (100 / g.norm()).clamp(max=1)), h)[1], "a gradient has a hook"),
+    ],
+)
+def test_what_packs_cannot_know_the_gradients_of_is_refused(forward: Any, why: str) -> None:
+    """An outsider's tasks got other bits from these, where their effect was rare or came late."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8), floats(8)
+    found, packs = trained(model, x, 4, task=Own(forward))
+    assert found == trained(model, x, 0, task=Own(forward))[0]
+    assert packs is not None and packs.refusals()
+    assert all(why in refusal for refusal in packs.refusals().values()), packs.refusals()
+
+
+def test_a_parameter_with_a_hook_has_no_packs() -> None:
+    model = nn.Linear(8, 8)
+    model.weight.register_hook(lambda g: None if g is None else g.clamp(-0.1, 0.1))
+    step, batches = made(model, floats(8), 4)
+    for batch in batches.starting_at(0):
+        step(batch)
+    assert step.packs is not None
+    assert all("has a hook" in refusal for refusal in step.packs.refusals().values()) and step.packs.refusals()
+
+
+class Grows(Own):
+    """Its values are small in the first steps, those of trials."""
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], progress: Any) -> Tensor:
+        return self._forward(model(batch["x"]) * (1e4 if progress.step > 2 else 1.0), model.weight) * 1e-4
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda h, w: torch.renorm(h, 2, 1, 1e3),
+        lambda h, w: h + F.relu(h.cummax(0).values - 1e3),
+        lambda h, w: h.masked_scatter(h > 1e3, h),
+        lambda h, w: F.normalize(h, dim=0, eps=1e3),
+    ],
+)
+def test_functions_that_may_bring_samples_together_are_called_singly(forward: Any) -> None:
+    """They need not show it in a trial, so they are not tried."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8), floats(8)
+    found, packs = trained(model, x, 4, task=Grows(forward))
+    assert found == trained(model, x, 0, task=Grows(forward))[0]
+    assert packs is not None and not packs.refusals()
+
+
+def test_an_expanded_value_of_micro_batches_keeps_the_order_of_its_dimensions() -> None:
+    """As of a learned first state. With its strides sorted, later values lay in another order than singly."""
+    own = [torch.arange(5.0).expand(2, 5) for _ in range(3)]
+    assert layers.joined(own).stride() == (5, 1)
