@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.run.small import Task, config_of, course_of, pieces_of
+from trainer.config.keys import TrainerOptions
 from trainer.engine.zero_step import ZeroStep
 from trainer.errors import NonFiniteError, RanksDifferError, UserError
 from trainer.exact.step import ExactStep
 from trainer.record.checkpoints import Snapshot, read
 from trainer.record.window import StepNumbers
 from trainer.run import course as course_module
-from trainer.run.course import make_step
+from trainer.run.course import make_step, size_of_packs
 from trainer.run.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -203,3 +204,11 @@ def test_what_makes_the_steps() -> None:
     assert type(make_step(pieces)) is ExactStep
     pieces.engine.zero_stage = 2
     assert type(make_step(pieces)) is ZeroStep
+
+
+@pytest.mark.parametrize(
+    ("task", "pack", "size"),
+    [("digits", None, "auto"), ("my.py:Mine", None, 1), ("my.py:Mine", "auto", "auto"), ("digits", 4, 4)],
+)
+def test_tasks_of_ones_own_have_no_packs_unless_asked_for(task: str, pack: Any, size: Any) -> None:
+    assert size_of_packs(TrainerOptions(task=task, pack=pack)) == size

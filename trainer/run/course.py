@@ -34,6 +34,7 @@ from .recorder import Recorder, Tell, tell_nobody
 from .resume import Saver, as_written
 
 if TYPE_CHECKING:
+    from ..config.keys import TrainerOptions
     from ..engine.deepspeed_engine import Engine
 
 # Called after every step with (steps made, engine, loss sums of all micro-batches). `verify` and the benchmarks use it
@@ -265,6 +266,13 @@ def _why_without(p: Pieces, name: str) -> str:
     return say_why(name, p.host_splits["validation"].arrays) if callable(say_why) else ""
 
 
+def size_of_packs(options: TrainerOptions) -> int | str:
+    """`trainer.pack`, or its default. Packs are compared, not proven: code that nobody has tried must ask for them."""
+    if options.pack is not None:
+        return options.pack
+    return "auto" if options.task in BUILT_IN else 1
+
+
 def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str]]:
     """Rehearses, labels or refuses the run, and begins its audits. Collective: every rank.
 
@@ -294,9 +302,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
             seed=p.config.trainer.seed,
             alike=p.alike,
         )
-    pack = p.config.trainer.pack
-    if pack is None:  # packs are compared, not proven: code that nobody has tried with them has to ask for them
-        pack = "auto" if p.config.trainer.task in BUILT_IN else 1
+    pack = size_of_packs(p.config.trainer)
     if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and pack != 1:
         size = None if pack == "auto" else int(pack)
         assert isinstance(step, ExactStep)
