@@ -19,6 +19,7 @@ from .splits import Batch, Split
 
 if TYPE_CHECKING:
     from .packs.pack import Pack
+    from .packs.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ class MicroBatches:
         self._chunk = max(1, CHUNK_BYTES // max(1, sample_bytes * micro_batch_size))
         # The task claims it; the rehearsal checks the claim (see `rehearsal.chunks`).
         self.augments_in_chunks = bool(getattr(task, "augment_in_chunks", False))
+        # Notes what a micro-batch's forward and loss call, for trials of packs.
+        self.watch: Callable[[Batch], contextlib.AbstractContextManager[Trace]] | None = None
 
     def losses(self, batch: GlobalBatch, part: Sequence[int]) -> Iterator[Tensor]:
         """The summed losses of some micro-batches, each with its graph: () on the device."""
@@ -250,6 +253,7 @@ class MicroBatches:
         """
         with self._autocast():
             outputs = self._calls.forward(self._model, arrays, batch.progress)
+            pack.end_of_forward()
             if self._calls.sample_losses is not None and not apart:
                 found = self._calls.sample_losses(outputs, arrays, batch.progress)
                 return pack.summed(found)
@@ -258,7 +262,7 @@ class MicroBatches:
                 own, piece = pack.outputs_of(outputs, k), pack.samples_of(arrays, k)
                 with pack.now(k, random):
                     losses.append(self._result(own, piece, batch.progress)[0])
-            return torch.stack(losses)
+            return pack.stacked(losses)
 
     def augmented(self, batch: GlobalBatch, j: int) -> Any:
         """What a task's augment() returns for one micro-batch, unchecked. For the rehearsal."""
@@ -273,8 +277,13 @@ class MicroBatches:
         # numbers whichever rank computes it, and whatever that rank computed before.
         seed_generators(self.forward_key(batch, j), self._device)
         with self._autocast():
-            outputs = self._calls.forward(self._model, arrays, batch.progress)
-            return Computed(arrays, outputs, self._result(outputs, arrays, batch.progress))
+            if self.watch is None:
+                outputs = self._calls.forward(self._model, arrays, batch.progress)
+                return Computed(arrays, outputs, self._result(outputs, arrays, batch.progress))
+            with self.watch(arrays) as trace:
+                outputs = self._calls.forward(self._model, arrays, batch.progress)
+                trace.end_of_forward()
+                return Computed(arrays, outputs, self._result(outputs, arrays, batch.progress))
 
     def _result(self, outputs: Any, arrays: Batch, progress: Progress) -> Any:
         """The summed loss of one micro-batch and its count, as in `Computed`."""

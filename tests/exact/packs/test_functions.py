@@ -14,14 +14,9 @@ from tests.exact.packs.packed import floats, trained
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 
 
-class Mixes(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean(0))
-
-
 class Reads(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(x[0, 0])
+        return super().forward(x) if x[:2].tolist() else x
 
 
 class Chooses(nn.Linear):
@@ -37,7 +32,6 @@ class DrawsUnseen(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Mixes, "brings samples together with a value that several of them gave"),
         (Reads, "depends on values"),
         (Chooses, "depends on values"),
         (DrawsUnseen, "random numbers"),

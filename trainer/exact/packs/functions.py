@@ -62,10 +62,10 @@ def _attention(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Random numbers of the shape of an argument, or of a shape whose first number is that of the samples."""
+    """Random numbers of the shape of an argument."""
     if kwargs.get("generator") is not None:
         raise RefusedError(f"{name_of(func)} with a generator of its own")
-    return pack.apart(func, args, kwargs, random=True) if pack.has_parts((args, kwargs), func) else NotImplemented
+    return pack.apart(func, args, kwargs, random=True)
 
 
 def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,13 +85,6 @@ def _needs_part(pack: Pack, func: Any, x: Any) -> None:
         raise RefusedError(f"{name_of(func)} of something that no micro-batch has a part of")
 
 
-def _reduction(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A whole tensor's number, which the host may read."""
-    if len(args) != 1 or set(kwargs) - {"dtype"} or not isinstance(args[0], Tensor) or not pack.has_part(args[0]):
-        return NotImplemented
-    return pack.reduced(func, args, kwargs)
-
-
 def _read(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pack.read(func, args, kwargs)
 
@@ -106,23 +99,15 @@ def _where(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _index(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     places = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if any(isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8) for p in places):
+    if any(pack.has_part(p) and p.dtype in (torch.bool, torch.uint8) for p in places):
         raise RefusedError("an index of booleans: the shape of what it gives depends on values")
     return NotImplemented
 
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.dropout: _dropout,
-    torch.dropout: _dropout,
-    F.scaled_dot_product_attention: _attention,
-    Tensor.__getitem__: _index,
-    torch.where: _where,
-}
-FUNCTIONS |= LAYER_FUNCTIONS
-FUNCTIONS |= dict.fromkeys(
-    (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), _other_dropout
-)
-FUNCTIONS |= dict.fromkeys(
+# Functions that are given BatchNorm's scratch memory.
+HAS_STATISTICS = frozenset((F.batch_norm, F.instance_norm))
+# Functions that draw random numbers and return them.
+DRAWN = frozenset(
     (
         torch.rand,
         torch.randn,
@@ -136,31 +121,23 @@ FUNCTIONS |= dict.fromkeys(
         Tensor.bernoulli,
         torch.multinomial,
         Tensor.multinomial,
-    ),
-    _drawn,
+    )
 )
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
+    Tensor.__getitem__: _index,
+    torch.where: _where,
+}
+FUNCTIONS |= LAYER_FUNCTIONS
+FUNCTIONS |= dict.fromkeys(
+    (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), _other_dropout
+)
+FUNCTIONS |= dict.fromkeys(DRAWN, _drawn)
 FUNCTIONS |= dict.fromkeys(
     (Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.random_, Tensor.log_normal_),
     _drawn_in_place,
-)
-FUNCTIONS |= dict.fromkeys(
-    (
-        torch.all,
-        Tensor.all,
-        torch.any,
-        Tensor.any,
-        torch.max,
-        Tensor.max,
-        torch.min,
-        Tensor.min,
-        torch.sum,
-        Tensor.sum,
-        torch.amax,
-        Tensor.amax,
-        torch.count_nonzero,
-        Tensor.count_nonzero,
-    ),
-    _reduction,
 )
 FUNCTIONS |= dict.fromkeys(
     (
@@ -194,8 +171,6 @@ FUNCTIONS |= dict.fromkeys(
         Tensor.unique_consecutive,
         torch.bincount,
         Tensor.bincount,
-        torch.repeat_interleave,
-        Tensor.repeat_interleave,
     ),
     _shape_follows_values,
 )

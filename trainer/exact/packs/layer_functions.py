@@ -28,8 +28,8 @@ def _tuple(value: Any, n: int) -> list[int] | None:
 
 def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
     return (
-        isinstance(x, Tensor)
-        and pack.has_part(x)
+        pack.has_part(x)
+        and not any(pack.has_part(p) for p in parameters)
         and any(p is not None and pack.place(p) is not None for p in parameters)
     )
 
@@ -40,7 +40,7 @@ def _by_name(function: Callable[..., Any]) -> Callable[[Pack, Any, tuple[Any, ..
 
 
 def _linear(pack: Pack, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not _concerns(pack, input, weight, bias):
+    if not _concerns(pack, input, weight, bias) or input.dim() < 2:
         return NotImplemented
 
     def call(x: Tensor, w: Tensor, b: Tensor | None, place: int = 0) -> Tensor:
@@ -125,7 +125,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if not _concerns(pack, input, weight, bias):
+    if not _concerns(pack, input, weight, bias) or input.dim() <= len(normalized_shape):
         return NotImplemented
 
     def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
@@ -139,7 +139,7 @@ def _layer_norm(
 def _rms_norm(
     pack: Pack, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
-    if not _concerns(pack, input, weight):
+    if not _concerns(pack, input, weight) or input.dim() <= len(normalized_shape):
         return NotImplemented
 
     def call(x: Tensor, w: Tensor, b: None, place: int = 0) -> Tensor:

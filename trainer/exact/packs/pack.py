@@ -26,18 +26,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..batch_norm import RunningStatistics
-from .functions import FUNCTIONS
+from .functions import DRAWN, FUNCTIONS, HAS_STATISTICS
+from .independent import ARITHMETIC, MOVES, is_in_place, is_independent, plain_name, takes_sizes
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
-from .names import ARITHMETIC, MAKES, MOVES, SINGLY, SIZES, TURNS, cloned, gives_up_samples, mapped, parts
 from .streams import Streams
+from .trace import LOOKS, Call, Trace, custom_functions, flat, scaled_numbers, tensors_of
 from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
 ALONE = -1
-# Kinds of arguments: tensors with a part for each micro-batch, and values that several samples gave.
-_PARTED, _WHOLE = 1, 2
+# Kinds of tensors: with a part for each micro-batch, one after the other along the first dimension; with one number for
+# each; and those that are the same for all of them. Tensors that were there before have no kind.
+_PARTED, _NUMBERS, _SAME = 1, 2, 4
 
 
 class Alias(torch.autograd.Function):
@@ -62,22 +64,25 @@ class Pack(TorchFunctionMode):
     Attributes:
         g: micro-batches in it.
         leaves: takes the gradients.
-        checks: in a trial: compares each layer with the layer applied to one micro-batch at a time.
+        checks: whether this is a trial: it compares each layer with the layer applied to one micro-batch at a time.
         form: names the functions that were called so far: which, of what shapes, in which order. Numbers in
             arithmetic do not count: a task may let them follow its progress.
 
     Args:
         parameters: id of a trained parameter -> its place.
-        constants: ids of the model's other tensors, which no micro-batch has a part of.
+        constants: ids of the model's other tensors.
         statistics: of normalisation layers.
-        rows: samples of the pack.
+        arrays: the samples.
+        rows: how many they are.
         g: micro-batches; rows / g samples each.
         leaves: takes the gradients.
         streams: random numbers.
         sites: what trials have found out: the key of a layer -> which of its rules is taken; the key of a layer or
             function that is computed one micro-batch at a time -> ALONE. A trial adds to them.
         checked: keys of layers and functions that trials have compared. A trial adds to them.
-        checks: whether this is a trial.
+        calls: what trials have found out about each call, named by the `form` that it makes: whether the function is
+            called once for all micro-batches, and which of its numbers are those of all samples. A trial adds to it.
+        trace: in a trial, the calls of a micro-batch alone; else None.
     """
 
     def __init__(
@@ -86,32 +91,67 @@ class Pack(TorchFunctionMode):
         constants: frozenset[int],
         statistics: RunningStatistics,
         *,
+        arrays: Mapping[str, Tensor],
         rows: int,
         g: int,
         leaves: Leaves,
         streams: Streams,
         sites: dict[Key, int],
         checked: set[Key],
-        checks: bool,
+        calls: dict[int, tuple[bool, frozenset[int]]],
+        trace: Trace | None,
     ) -> None:
         super().__init__()
         self._parameters, self._constants, self._statistics = parameters, constants, statistics
-        self._rows, self.g, self.leaves, self._streams, self.checks = rows, g, leaves, streams, checks
-        self._sites, self._checked, self.form = sites, checked, 0
-        self._any_alone = ALONE in sites.values()
+        self._rows, self.g, self.leaves, self._streams = rows, g, leaves, streams
+        self._sites, self._checked, self._calls, self.form = sites, checked, calls, 0
+        self._trace, self.checks, self._position = trace, trace is not None, 0
         self.scratch = statistics.scratch_rows(g)
         self._aliases: dict[tuple[int, int], Tensor] = {}
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
-        self._reductions: dict[int, tuple[Tensor, Callable[[int], Any]]] = {}
-        self._whole: dict[int, Tensor] = {}
         self._now: int | None = None  # the micro-batch that is computed alone
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
+        # Marks on tensors. Nobody else has these objects, so that a tensor of an earlier pack is none of this one.
+        self._marks = {kind: (kind,) for kind in (_PARTED, _NUMBERS, _SAME)}
+        for array in arrays.values():
+            self._mark(array, _PARTED)
+
+    @contextlib.contextmanager
+    def active(self, apart: Sequence[nn.Module]) -> Iterator[None]:
+        """Sees what is called meanwhile. `apart` are modules that are called for one micro-batch at a time."""
+        with self, self._modules_apart(apart), custom_functions(self._seen, (Layer, Alias, Cut, Join)):
+            yield
 
     def close(self) -> None:
         """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
-        for kept in (self._aliases, self._cuts, self._reductions, self.derived, self._whole):
+        for kept in (self._aliases, self._cuts, self.derived):
             kept.clear()
+
+    def end_of_forward(self) -> None:
+        """The task's forward has returned: in a trial it has to have called as much as that of a micro-batch."""
+        if self._trace is not None and self._position != self._trace.forward_calls:
+            raise RefusedError("forward() calls fewer functions than with a micro-batch alone")
+
+    # ---- what a tensor is ----------------------------------------------------------------------------------------
+
+    def _mark(self, tensor: Tensor, kind: int) -> Tensor:
+        tensor._kind = self._marks[kind]  # type: ignore[attr-defined]
+        return tensor
+
+    def _kind(self, tensor: Tensor) -> int:
+        """What a tensor is: one of the kinds above; 0 for one that was made outside of the pack."""
+        mark = getattr(tensor, "_kind", None)
+        return mark[0] if mark is not None and self._marks[mark[0]] is mark else 0
+
+    def has_part(self, value: Any) -> bool:
+        """Whether a value is a tensor of which each micro-batch has its own part, one after the other."""
+        return isinstance(value, Tensor) and self._kind(value) == _PARTED
+
+    def place(self, tensor: Any) -> int | None:
+        """The place of a trained parameter, or of what follows from parameters alone; None for any other."""
+        found = self._parameters.get(id(tensor))
+        return self._derived.get(id(tensor)) if found is None else found
 
     # ---- what is called ------------------------------------------------------------------------------------------
 
@@ -119,55 +159,88 @@ class Pack(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch instead of each of its functions."""
-        kwargs = kwargs or {}
+        if func in LOOKS:
+            return func(*args, **(kwargs or {}))
+        return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function returns: by a rule, one micro-batch at a time, or for the pack."""
         if self._now is not None:
             k = self._now
             return func(*self._own(args, k), **self._own(kwargs, k))
-        given = self._note(func, args, kwargs)
-        if given == _PARTED | _WHOLE:
-            raise RefusedError(f"{name_of(func)} brings samples together with a value that several of them gave")
-        found = self._called(func, args, kwargs, given)
-        if given and name_of(func) not in MAKES:
-            self._note_whole(func, args, kwargs, found, given == _WHOLE)
+        given, used, scaled = self._note(func, args, kwargs)
+        own = None
+        if scaled is None:
+            own, scaled = self._compared(func, args, kwargs)
+            self._calls[self.form] = (True, scaled)
+        found = self._called(func, args, kwargs, given, used, scaled, own)
+        kind = _PARTED if given & (_PARTED | _NUMBERS) or scaled else _SAME
+        for tensor in tensors_of(found):
+            if not self._kind(tensor) and id(tensor) not in self._constants and self.place(tensor) is None:
+                self._mark(tensor, kind)
         return found
 
-    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: int) -> Any:
-        """What a function returns: by a rule, one micro-batch at a time, or for the pack. given: as from `_note`."""
+    def _called(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: int,
+        used: set[int],
+        scaled: frozenset[int],
+        own: Call | None,
+    ) -> Any:
+        parted = bool(given & (_PARTED | _NUMBERS))
         rule = FUNCTIONS.get(func)
-        if rule is not None:
+        if rule is not None and not scaled and (parted or used):
             found = rule(self, func, args, kwargs)
             if found is not NotImplemented:
                 return found
-        used = self._used(args) | self._used(kwargs.values()) if kwargs else self._used(args)
-        if used:
-            # Whole numbers are positions: they follow from a length.
-            if given & _WHOLE and any(
-                isinstance(v, Tensor) and v.is_floating_point() and id(v) in self._whole for v in args
-            ):
-                raise RefusedError(f"{name_of(func)} brings parameters together with a value that several samples gave")
-            return self._with_parameters(func, args, kwargs, used)
-        name = name_of(func)
-        if name in SINGLY and given & _PARTED:
-            return self.apart(func, args, kwargs)
-        if name == "register_hook":
-            raise RefusedError("a gradient has a hook, which would get that of all samples")
-        if self.checks or self._any_alone:
-            key = self._function_key(func, args, kwargs)
-            if key is not None and self._is_alone(key, func, args, kwargs):
-                return self.apart(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Adds a call to `form`. Returns what is among its arguments: `_PARTED`, `_WHOLE`, both or neither."""
-        known: list[Any] = [func, torch.is_grad_enabled()]
-        numbers = name_of(func).strip("_") not in ARITHMETIC
-        found = self._look_at(args, known, numbers)
-        if kwargs:
-            found |= self._look_at(kwargs, known, numbers)
-        self.form = hash((self.form, *known))
+        if not parted and not scaled:
+            return self._derived_from(func, args, kwargs, used) if used else func(*args, **kwargs)
+        random = func in DRAWN
+        if random and kwargs.get("generator") is not None:
+            raise RefusedError(f"{name_of(func)} with a generator of its own")
+        if own is None:  # as a trial has found
+            together = self._calls[self.form][0]
+        else:
+            together = not used and not given & _NUMBERS and self._may_be_together(func, args, kwargs, scaled)
+        if not together and is_in_place(func, kwargs):
+            raise RefusedError(f"{name_of(func)}, which cannot be called one micro-batch at a time, in place")
+        found = func(*args, **kwargs) if together else self.apart(func, args, kwargs, random, scaled)
+        if own is not None:
+            if together and [t.shape for t in tensors_of(found)] != [
+                (self.g * s[0], *s[1:]) if s else s for s in own.shapes
+            ]:
+                if is_in_place(func, kwargs):
+                    raise RefusedError(f"{name_of(func)} gives a micro-batch another shape")
+                together, found = False, self.apart(func, args, kwargs, random, scaled)
+            self._calls[self.form] = (together, scaled)
         return found
 
-    def _look_at(self, values: Any, known: list[Any], numbers: bool) -> int:
+    def _note(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, set[int], frozenset[int] | None]:
+        """Adds a call to `form`.
+
+        Returns:
+            Which kinds of tensors are among the arguments; the places of the parameters among them; the places of
+            numbers that are those of all samples, None if a trial has to find them.
+        """
+        known: list[Any] = [func, torch.is_grad_enabled()]
+        numbers, used = plain_name(func) not in ARITHMETIC, set[int]()
+        given = self._look_at(args, known, numbers, used)
+        if kwargs:
+            given |= self._look_at(kwargs, known, numbers, used)
+        self.form = hash((self.form, *known))
+        if self._trace is not None:
+            return given, used, None
+        call = self._calls.get(self.form)
+        if call is None:
+            raise RefusedError("it calls other functions than in its trials", untried=True)
+        return given, used, call[1]
+
+    def _look_at(self, values: Any, known: list[Any], numbers: bool, used: set[int]) -> int:
         """One pass through arguments, since it is made for every function: notes their form, and what there is."""
         found = 0
         if isinstance(values, Mapping):
@@ -175,68 +248,78 @@ class Pack(TorchFunctionMode):
             values = values.values()
         for value in values:
             if isinstance(value, Tensor):
-                known += (value.shape, value.stride(), value.dtype, value.requires_grad, self.place(value))
-                if self.has_part(value):
-                    found |= _PARTED
-                elif id(value) in self._whole:
-                    found |= _WHOLE
+                kind, place = self._kind(value), self.place(value)
+                known += (value.shape, value.stride(), value.dtype, value.requires_grad, place, kind)
+                if kind != _SAME:
+                    found |= kind
+                if place is not None:
+                    used.add(place)
             elif value is None or isinstance(value, (str, bool, torch.dtype)):
                 known.append(value)
             elif isinstance(value, (list, tuple, Mapping)):
                 known.append(len(value))
-                found |= self._look_at(value, known, numbers)
+                found |= self._look_at(value, known, numbers, used)
             elif isinstance(value, slice):
                 known += (value.start, value.stop, value.step)
+            elif isinstance(value, (int, float)):
+                known.append(value if numbers else (type(value), value == self._rows))
             else:
-                known.append(value if numbers and isinstance(value, int) else type(value))
+                known.append(type(value))
         return found
 
-    def _note_whole(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, from_whole: bool
-    ) -> None:
-        """Notes results in which samples are no longer apart. Whatever they do later, a micro-batch has its own."""
-        for tensor in found if isinstance(found, (list, tuple)) else (found,):
-            if not isinstance(tensor, Tensor):
+    def _compared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, frozenset[int]]:
+        """In a trial: this call of a micro-batch alone, and the places of numbers that are those of all samples."""
+        assert self._trace is not None
+        if self._position >= len(self._trace.calls):
+            raise RefusedError(f"{name_of(func)} is not called for a micro-batch alone")
+        own, given = self._trace.calls[self._position], flat((args, kwargs), [])
+        self._position += 1
+        scaled = scaled_numbers(func, given, own, self.g, lambda t: self._kind(t) in (_PARTED, _NUMBERS))
+        for tensor, one in zip(given, own.given):
+            if not isinstance(tensor, Tensor) or self._kind(tensor) or self.place(tensor) is not None:
                 continue
-            lost = not self.has_part(tensor)
-            if not lost:
-                turned = gives_up_samples(func, args, kwargs, tensor)
-                # What was turned may be turned back. All else that follows from such values alone is one of them.
-                lost = not (turned and name_of(func) in TURNS) if from_whole else turned
-            if lost and self.place(tensor) is None:
-                self._whole[id(tensor)] = tensor  # kept, as an id may be given to another one
+            if id(tensor) not in self._constants and tensor is not one.outside:
+                raise RefusedError(f"{name_of(func)} gets a tensor that packs have not seen being made")
+            if self._statistics.scratch_piece(tensor, self.scratch) is not None and func not in HAS_STATISTICS:
+                raise RefusedError(f"{name_of(func)} of BatchNorm's statistics")
+        # One call more or less changes all that follow, so the first that differs is the one to name.
+        return own, scaled
+
+    def _may_be_together(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scaled: frozenset[int]
+    ) -> bool:
+        """In a trial: whether a function is called once for all micro-batches."""
+        if name_of(func) == "register_hook":
+            raise RefusedError("a gradient has a hook, which would get that of all samples")
+        if scaled and not takes_sizes(func):
+            return False
+        if not is_independent(func, args, kwargs, self.has_part):
+            return False
+        key = self._function_key(func, args, kwargs)
+        return key is None or not self._is_alone(key, func, args, kwargs)
 
     def _function_key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
         """Names a function of samples by its shapes; None for one that only looks at tensors or moves values."""
         name = name_of(func)
-        if name in MOVES:
+        if plain_name(func) in MOVES:
             return None
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        tensors += [t for v in args if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)]
+        tensors = list(tensors_of((args, kwargs)))
         if not any(t.is_floating_point() and self.has_part(t) for t in tensors):
             return None
         cast = torch.is_autocast_enabled(self.leaves.device_type)
         shapes = ((tuple(t.shape), t.stride()) for t in tensors)
-        numbers = () if name.strip("_") in ARITHMETIC else (*filter(_plain, args), *filter(_plain, kwargs.values()))
+        counts = plain_name(func) not in ARITHMETIC
+        numbers = (*filter(_plain, args), *filter(_plain, kwargs.values())) if counts else ()
         return (name, self.g, *shapes, str(tensors[0].dtype), cast, numbers)
 
     def _is_alone(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a function is computed one micro-batch at a time. In a trial, finds out."""
-        if key in self._sites:
-            return True
-        if not self.checks or key in self._checked:
-            return False
-        self._checked.add(key)
-        with self._aside():
-            differs = self._differs(func, args, kwargs)
-        if differs and (key[0].endswith("_") or kwargs.get("inplace")):
-            raise RefusedError(f"{key[0]}, which gives other bits in a pack, in place")
-        if differs:
-            self._set_alone(key)
-        return differs
-
-    def _set_alone(self, key: Key) -> None:
-        self._sites[key], self._any_alone = ALONE, True
+        """In a trial: whether a function gives other bits for a pack, as has been found out now or before."""
+        if key not in self._checked:
+            self._checked.add(key)
+            with self._aside():
+                if self._differs(func, args, kwargs):
+                    self._sites[key] = ALONE
+        return key in self._sites
 
     def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
@@ -255,13 +338,10 @@ class Pack(TorchFunctionMode):
                     if not isinstance(together, Tensor) or not together.is_floating_point():
                         return False
                     pieces = [
-                        func(*cloned(self.part(own[0], k, func)), **cloned(self.part(own[1], k, func)))
-                        for k in range(self.g)
+                        func(*cloned(self.part(own[0], k)), **cloned(self.part(own[1], k))) for k in range(self.g)
                     ]
-                    if any(p.dim() != together.dim() or p.dim() == 0 for p in pieces):
-                        return False  # it mixes samples: the comparison of the whole tells
-                    if pieces[0].shape[1:] != together.shape[1:]:
-                        raise RefusedError(f"{name_of(func)} mixes samples")
+                    if any(p.shape[1:] != together.shape[1:] or p.dim() == 0 for p in pieces):
+                        return True
                     joined = Join.apply(*pieces)
                     if joined.shape != together.shape:
                         return False
@@ -291,7 +371,7 @@ class Pack(TorchFunctionMode):
             if v.dtype not in LOW_PRECISION or not self.has_part(v):
                 return v
             low.append(v)
-            return v.detach().float().requires_grad_(v.requires_grad)
+            return self._mark(v.detach().float().requires_grad_(v.requires_grad), _PARTED)
 
         wide = widen(value)
         return wide if low or torch.is_autocast_enabled(self.leaves.device_type) else None
@@ -299,8 +379,8 @@ class Pack(TorchFunctionMode):
     def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
             if not value.is_floating_point() or not self.has_part(value):
-                return value  # what no micro-batch has a part of is known by its identity
-            drawn = drawn_like(value.detach())
+                return value
+            drawn = self._mark(drawn_like(value.detach()), _PARTED)
             if value.requires_grad:
                 inputs.append(drawn.requires_grad_())
             return drawn
@@ -312,26 +392,8 @@ class Pack(TorchFunctionMode):
         with self._streams.aside():
             yield
 
-    def place(self, tensor: Any) -> int | None:
-        """The place of a trained parameter, or of what follows from parameters alone; None for any other."""
-        found = self._parameters.get(id(tensor))
-        return self._derived.get(id(tensor)) if found is None else found
-
-    def _used(self, values: Any) -> set[int]:
-        used = set()
-        for value in values:
-            if isinstance(value, Tensor):
-                place = self.place(value)
-                if place is not None:
-                    used.add(place)
-            elif isinstance(value, (list, tuple)):
-                used |= self._used(value)
-        return used
-
-    def _with_parameters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> Any:
-        """A function without a rule that is given trained parameters."""
-        if self._has_part((args, kwargs), func):
-            return self.apart(func, args, kwargs)
+    def _derived_from(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> Any:
+        """A function of trained parameters alone."""
         graphs = self._graphs((args, kwargs))
         found = func(*graphs[0], **graphs[1])
         if not isinstance(found, Tensor):
@@ -370,38 +432,35 @@ class Pack(TorchFunctionMode):
 
     # ---- one micro-batch at a time -------------------------------------------------------------------------------
 
-    def has_part(self, tensor: Tensor) -> bool:
-        """Whether each micro-batch has its own part of a tensor: it lies along the first dimension."""
-        if tensor.dim() == 0 or tensor.size(0) == 0 or tensor.size(0) % self._rows:
-            return False
-        key = id(tensor)  # looked up here and not by `place`: this is asked for every argument and result
-        if key in self._constants or key in self._whole or key in self._parameters or key in self._derived:
-            return False
-        return not self._statistics.size or self._statistics.scratch_piece(tensor, self.scratch) is None
+    def part(self, value: Any, k: int, scaled: frozenset[int] = frozenset()) -> Any:
+        """What micro-batch k sees of a function's arguments; one that is given twice is one tensor here, too.
 
-    def _has_part(self, value: Any, func: Any) -> bool:
-        if isinstance(value, Tensor):
-            return self.has_part(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value == self._rows and name_of(func) in SIZES
-        return any(self._has_part(v, func) for v in parts(value))
-
-    def part(self, value: Any, k: int, func: Any = "", same: dict[int, Tensor] | None = None) -> Any:
-        """What micro-batch k sees of an argument; an argument that is given twice is one tensor here, too.
-
-        A whole number may be that of the pack's samples, among the sizes that a function is given. Others, such as the
-        stride of a convolution, may only happen to be as large.
+        Args:
+            value: the arguments.
+            k: the micro-batch.
+            scaled: places of numbers that are those of all samples, as from `trace.scaled_numbers`.
         """
-        same = {} if same is None else same
+        same: dict[int, Tensor] = {}
+        if not scaled:
+            return self._parts(value, k, same, None)
+        places = iter(range(len(flat(value, [])) + 1))
+        return type(value)(self._parts(v, k, same, (scaled, places)) for v in value)
+
+    def _parts(self, value: Any, k: int, same: dict[int, Tensor], numbers: Any) -> Any:
+        if numbers is not None and not isinstance(value, slice):
+            place = next(numbers[1])
+            if place in numbers[0]:
+                return value // self.g
+            if isinstance(value, Mapping):
+                for _ in value:
+                    next(numbers[1])
         if isinstance(value, Tensor):
-            if self.has_part(value):
-                if id(value) not in same:
-                    same[id(value)] = self._piece(value, k)
-                return same[id(value)]
-            return self._own(value, k)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value // self.g if value == self._rows and name_of(func) in SIZES else value
-        return mapped(value, lambda v: self.part(v, k, func, same))
+            if id(value) not in same:
+                same[id(value)] = self._own(value, k)
+            return same[id(value)]
+        if isinstance(value, slice) and numbers is not None:
+            return slice(*(self._parts(v, k, same, numbers) for v in (value.start, value.stop, value.step)))
+        return mapped(value, lambda v: self._parts(v, k, same, numbers))
 
     def _piece(self, value: Tensor, k: int) -> Tensor:
         if not (value.requires_grad and torch.is_grad_enabled()):
@@ -412,11 +471,16 @@ class Pack(TorchFunctionMode):
         return known[2][k]
 
     def _own(self, value: Any, k: int) -> Any:
-        """An argument with micro-batch k's own parameters and scratch memory."""
+        """An argument as micro-batch k has it: its part, its own parameters and scratch memory."""
         if isinstance(value, Tensor):
             place = self.place(value)
             if place is not None:
                 return self._alias(value, place, k)
+            kind = self._kind(value)
+            if kind == _PARTED:
+                return self._piece(value, k)
+            if kind == _NUMBERS:
+                return self._piece(value, k).view(())
             own = self._statistics.scratch_piece(value, self.scratch)
             return value if own is None else own[k].data
         if isinstance(value, (list, tuple, dict)):
@@ -432,24 +496,36 @@ class Pack(TorchFunctionMode):
             alias = self._aliases[place, k] = Alias.apply(value, self, place, k)
         return alias
 
-    def apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], random: bool = False) -> Any:
+    def apart(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        random: bool = False,
+        scaled: frozenset[int] = frozenset(),
+    ) -> Any:
         """Calls a function for one micro-batch at a time, and joins what it returns."""
         found = []
         for k in range(self.g):
+            own = self.part((args, kwargs), k, scaled)
             with self._streams.of(k) if random else contextlib.nullcontext():
-                found.append(func(*self.part(args, k, func), **self.part(kwargs, k, func)))
+                found.append(func(*own[0], **own[1]))
         return self.joined(found, func)
 
     def joined(self, found: Sequence[Any], what: Any) -> Any:
         """One value of those of all micro-batches."""
         first = found[0]
         if isinstance(first, Tensor):
+            if any(not isinstance(f, Tensor) or f.shape != first.shape for f in found):
+                raise RefusedError(f"{name_of(what)} gives micro-batches different shapes", once=True)
             if first.dim() == 0:
-                raise RefusedError(f"{name_of(what)} mixes samples")
-            return Join.apply(*found)
+                return self._mark(Join.apply(*(f.view(1) for f in found)), _NUMBERS)
+            return self._mark(Join.apply(*found), _PARTED)
         if isinstance(first, tuple) and hasattr(first, "_fields"):
             return type(first)(*(self.joined(column, what) for column in zip(*found)))
         if isinstance(first, (list, tuple)):
+            if any(len(f) != len(first) for f in found):
+                raise RefusedError(f"{name_of(what)} gives micro-batches different shapes", once=True)
             return type(first)(self.joined(column, what) for column in zip(*found))
         if isinstance(first, Mapping):
             return type(first)({name: self.joined([f[name] for f in found], what) for name in first})  # type: ignore[call-arg]
@@ -469,8 +545,7 @@ class Pack(TorchFunctionMode):
             self._now = None
 
     @contextlib.contextmanager
-    def modules_apart(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Modules are called for one micro-batch at a time."""
+    def _modules_apart(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules:
             module.forward = self._apart_forward(module, module.forward)
         try:
@@ -483,17 +558,21 @@ class Pack(TorchFunctionMode):
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._now is not None:
                 return forward(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                given, _, scaled = self._note(type(module), args, kwargs)
+                if scaled is None:
+                    _, scaled = self._compared(type(module), args, kwargs)
+                    self._calls[self.form] = (False, scaled)
+            if not given & (_PARTED | _NUMBERS):
+                raise RefusedError(f"{type(module).__name__} of something that no micro-batch has a part of")
             found = []
             for k in range(self.g):
                 with self.now(k):
                     with torch._C.DisableTorchFunction():
-                        own = self.part((args, kwargs), k)
+                        own = self.part((args, kwargs), k, scaled)
                     found.append(forward(*own[0], **own[1]))
-            self._now = 0  # what is joined is nobody's
-            try:
+            with torch._C.DisableTorchFunction():
                 return self.joined(found, type(module).__name__)
-            finally:
-                self._now = None
 
         return call
 
@@ -501,7 +580,7 @@ class Pack(TorchFunctionMode):
         """Micro-batch k's part of what a task's forward returned."""
         with torch._C.DisableTorchFunction():
             tensors = [outputs] if isinstance(outputs, Tensor) else list(parts(outputs))
-            if not tensors or not all(isinstance(t, Tensor) and self.has_part(t) for t in tensors):
+            if not tensors or not all(self.has_part(t) for t in tensors):
                 raise RefusedError("an output that does not have one row a sample")
             return self.part(outputs, k)
 
@@ -510,10 +589,15 @@ class Pack(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return {name: piece(array, k, self.g) for name, array in arrays.items()}
 
+    def stacked(self, losses: list[Tensor]) -> Tensor:
+        """The losses of all micro-batches: (g,)."""
+        with torch._C.DisableTorchFunction():
+            return torch.stack(losses)
+
     def summed(self, losses: Any) -> Tensor:
         """The sum of each micro-batch's losses, (g,), of what a task's sample_losses returned: (samples,)."""
         with torch._C.DisableTorchFunction():
-            if not isinstance(losses, Tensor) or losses.shape != (self._rows,):
+            if not self.has_part(losses) or losses.shape != (self._rows,):
                 raise RefusedError("sample_losses() does not return one number a sample")
             return losses.view(self.g, -1).sum(1)
 
@@ -532,26 +616,21 @@ class Pack(TorchFunctionMode):
         """Where the micro-batches' statistics of a layer go: (g, features)."""
         return None if running is None else self._statistics.scratch_piece(running, self.scratch)
 
-    def has_parts(self, value: Any, func: Any) -> bool:
-        """Whether each micro-batch has its own part of one of a function's arguments."""
-        return self._has_part(value, func)
-
-    def reduced(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """A number of a whole tensor; each micro-batch has its own, in case that the host reads it."""
-        found = func(*args, **kwargs)
-        self._reductions[id(found)] = (found, lambda k: func(*self.part(args, k), **kwargs))
-        return found
+    def has_parts(self, value: Any) -> bool:
+        """Whether a micro-batch has something of its own among a function's arguments."""
+        return any(self._kind(t) in (_PARTED, _NUMBERS) for t in tensors_of(value))
 
     def read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the host reads of a tensor, if it is the same for all micro-batches."""
-        if id(args[0]) in self._constants or self.place(args[0]) is not None:
+        """What the host reads of tensors, if it is the same for all micro-batches."""
+        if not self.has_parts((args, kwargs)):
             return func(*args, **kwargs)
-        known = self._reductions.get(id(args[0]))
-        if known is None:
-            raise RefusedError(f"{name_of(func)}: what is done next depends on values")
-        values = [func(known[1](k), *args[1:], **kwargs) for k in range(self.g)]
-        if any(value != values[0] for value in values[1:]):
-            raise RefusedError(f"{name_of(func)} gives micro-batches different values", once=True)
+        values = []
+        for k in range(self.g):
+            own = self.part((args, kwargs), k)
+            values.append(func(*own[0], **own[1]))
+        if not all(isinstance(value, (bool, int, float, list)) and value == values[0] for value in values):
+            once = all(isinstance(value, (bool, int)) for value in values)
+            raise RefusedError(f"{name_of(func)}: what is done next depends on values", once=once)
         return values[0]
 
     # ---- layers --------------------------------------------------------------------------------------------------
@@ -582,10 +661,9 @@ class Pack(TorchFunctionMode):
         if self.checks and key not in self._sites:
             with torch.no_grad(), self._aside():
                 chosen = self._fastest(sites, tensors)
-            if chosen == ALONE:
-                self._set_alone(key)
-                return NotImplemented
             self._sites[key] = chosen
+            if chosen == ALONE:
+                return NotImplemented
         site = sites[chosen]
         for place in places:
             if place is not None:
@@ -611,6 +689,29 @@ class Pack(TorchFunctionMode):
             # The first has the fewest operators, so it wins if the clock does not clearly say otherwise.
             places.sort(key=lambda place: (times_s[place] >= 1.2 * min(times_s), place))
         return next((place for place in places if _is_exact(sites[place], tensors)), ALONE)
+
+
+def cloned(value: Any) -> Any:
+    """Arguments with copies of their tensors."""
+    return value.clone() if isinstance(value, Tensor) else mapped(value, cloned)
+
+
+def parts(value: Any) -> Any:
+    """What a list, a tuple or a dictionary holds; nothing for anything else."""
+    if isinstance(value, (list, tuple)):
+        return value
+    return value.values() if isinstance(value, Mapping) else ()
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A list, a tuple or a dictionary with the function applied to each element; anything else as it is."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(function(v) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(v) for v in value)
+    if isinstance(value, dict):
+        return {name: function(v) for name, v in value.items()}
+    return value
 
 
 def _plain(value: Any) -> bool:

@@ -8,6 +8,7 @@ on this device and with these kernels.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from ..batch_norm import RunningStatistics
 from ..micro_batches import GlobalBatch, MicroBatches
+from ..splits import Batch
 from .choice import Choice
 from .leaves import Leaves, Sink
 from .pack import ALONE, Key, Pack
 from .streams import Streams
+from .trace import Trace, same_calls
 from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory, told
 
 # Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
@@ -81,6 +84,7 @@ class Packs:
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._sites: dict[Key, int] = {}
         self._checked: set[Key] = set()
+        self._calls: dict[int, tuple[bool, frozenset[int]]] = {}
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
@@ -212,7 +216,7 @@ class Packs:
     # ---- computing -----------------------------------------------------------------------------------------------
 
     def compute(
-        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, trial: bool = False
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, trace: Trace | None = None
     ) -> Packed:
         """Computes a pack; its gradients go to the sink.
 
@@ -221,7 +225,8 @@ class Packs:
             part: its micro-batches in the pack.
             scale: () the gradient of each loss.
             sink: takes the gradients.
-            trial: looks at each layer by itself, too. Otherwise the functions have to be those of a trial.
+            trace: in a trial, the calls of a micro-batch alone. Each function is looked at by itself, too. Otherwise
+                they have to be those of a trial.
 
         Raises:
             RefusedError: this cannot be done. The sink may have taken some gradients.
@@ -239,22 +244,23 @@ class Packs:
             self._places,
             self._constants,
             self._statistics,
+            arrays=arrays,
             rows=rows,
             g=g,
             leaves=leaves,
             streams=streams,
             sites=self._sites,
             checked=self._checked,
-            checks=trial,
+            calls=self._calls,
+            trace=trace,
         )
-        modules = dict(self._model.named_modules()) if self._apart else {}
         try:
-            with pack, pack.modules_apart([modules[name] for name in self._apart]):
+            with pack.active(self._modules_apart()):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
             if leaves.shared:
                 raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
             known = {} if verdict is None else verdict.trials
-            if not trial and known.get(pack.form, 0) < TRIALS:
+            if trace is None and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
             inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
@@ -268,6 +274,10 @@ class Packs:
         finally:
             pack.close()
             leaves.clear()
+
+    def _modules_apart(self) -> list[nn.Module]:
+        modules = dict(self._model.named_modules()) if self._apart else {}
+        return [modules[name] for name in self._apart]
 
     def _pass_on_derived(self, pack: Pack, leaves: Leaves) -> None:
         """Passes the gradients of what follows from parameters alone on to the parameters."""
@@ -293,12 +303,24 @@ class Packs:
             singly: computes and adds the micro-batches, and returns the hashes of what it found.
         """
         self._tried = True
-        singles = singly(part)
+        traces: list[Trace] = []
+
+        def watch(arrays: Batch) -> contextlib.AbstractContextManager[Trace]:
+            traces.append(Trace(arrays, frozenset(self._places) | self._constants, self._modules_apart()))
+            return traces[-1].active()
+
+        self._micro_batches.watch = watch
+        try:
+            singles = singly(part)
+        finally:
+            self._micro_batches.watch = None
         began = time.perf_counter()
-        self._compare(batch, part, scale, singles)
+        self._compare(batch, part, scale, singles, traces)
         self._trial_s += time.perf_counter() - began
 
-    def _compare(self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singles: list[Single]) -> None:
+    def _compare(
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singles: list[Single], traces: list[Trace]
+    ) -> None:
         key = self._key(batch, part)
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
@@ -309,12 +331,17 @@ class Packs:
             self._verdicts[key] = Verdict(None, random)
             known = len(self._alone())
             try:
-                packed = self.compute(batch, part, scale, sums, trial=True)
+                if not all(same_calls(traces[0], trace) for trace in traces[1:]):
+                    raise RefusedError("micro-batches call different functions", once=True)
+                packed = self.compute(batch, part, scale, sums, traces[0])
             except RefusedError as error:
                 refusal = str(error)
                 if error.once and self._may_be_postponed(key, before):
                     return
-                if error.once or not (self._set_apart(error) or self._set_losses_apart()):
+                if not error.once and self._set_apart(error):
+                    self._postpone(key, before)  # the calls of single micro-batches were noted without it
+                    return
+                if error.once or not self._set_losses_apart():
                     break
                 continue
             except Exception as error:  # whatever a task's code does with more samples than it expects
@@ -344,11 +371,14 @@ class Packs:
         self._postponed[key] = self._postponed.get(key, 0) + 1
         if self._postponed[key] > MOST_POSTPONED:
             return False
+        self._postpone(key, before)
+        return True
+
+    def _postpone(self, key: Key, before: Verdict | None) -> None:
         if before is None:
             del self._verdicts[key]
         else:
             self._verdicts[key] = before
-        return True
 
     def _set_losses_apart(self) -> bool:
         """Has the task's loss called for one micro-batch at a time from now on. False if it is already."""

@@ -30,10 +30,6 @@ class Own(Task):
     [
         (lambda h, w: F.linear(h, w.t()), "a parameter is used in several ways"),
         (lambda h, w: h * w.double().cos().sum(0).float(), "is torch.float64"),
-        (
-            lambda h, w: h * (w[0] * (100 / h.norm()).clamp(max=1)),
-            "brings parameters together with a value that several",
-        ),
         (lambda h, w: (h.register_hook(lambda g: g * (100 / g.norm()).clamp(max=1)), h)[1], "a gradient has a hook"),
     ],
 )

@@ -1,0 +1,276 @@
+"""What a micro-batch computed alone calls, so that a pack can be compared with it call by call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules._functions import BackwardHookFunction
+from torch.overrides import TorchFunctionMode
+
+from .layers import name_of
+from .verdicts import RefusedError
+
+# Functions that only look at a tensor's form. Tasks call many of them.
+LOOKS = frozenset(
+    (
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point),
+        *(Tensor.__len__, Tensor.element_size, torch.is_floating_point, torch.numel, Tensor.get_device),
+        *(Tensor.nelement, Tensor.ndimension, Tensor.is_complex, torch.is_complex, Tensor.__hash__, torch.is_tensor),
+    )
+)  # fmt: skip
+
+
+class Custom:
+    """The function of a class of `torch.autograd.Function`, whose backward may do anything."""
+
+    def __init__(self, of: type, call: Callable[..., Any]) -> None:
+        self._of, self._call, self.__name__ = of, call, f"{of.__name__}.apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls it."""
+        return self._call(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Custom) and self._of is other._of
+
+    def __hash__(self) -> int:
+        return hash(self._of)
+
+
+@contextlib.contextmanager
+def custom_functions(
+    seen: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any], own: tuple[type, ...]
+) -> Iterator[None]:
+    """Functions with a backward of their own are called through `seen`, which torch's modes do not see.
+
+    Args:
+        seen: called with the function, its arguments, and those with names.
+        own: classes that are called as they are.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        call = original.__get__(None, cls)
+        # Inside of torch's own functions no mode is active.
+        if issubclass(cls, own) or torch._C._len_torch_function_stack() == 0:
+            return call(*args, **kwargs)
+        if cls is BackwardHookFunction:
+            raise RefusedError("a module has a backward hook, which would get the gradient of all samples")
+        with torch._C.DisableTorchFunction():
+            return seen(Custom(cls, call), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def flat(values: Any, found: list[Any]) -> list[Any]:
+    """The arguments of a function in one list: tensors, numbers, names, and how many there are of each."""
+    if isinstance(values, Mapping):
+        found += values
+        values = values.values()
+    for value in values:
+        if isinstance(value, (list, tuple, Mapping)):
+            found.append(len(value))
+            flat(value, found)
+        elif isinstance(value, slice):
+            found += (value.start, value.stop, value.step)
+        else:
+            found.append(value)
+    return found
+
+
+def tensors_of(found: Any) -> Iterator[Tensor]:
+    """The tensors that a function has returned."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, (list, tuple)):
+        for value in found:
+            yield from tensors_of(value)
+    elif isinstance(found, Mapping):
+        yield from tensors_of(list(found.values()))
+
+
+class Call(NamedTuple):
+    """One call of a function.
+
+    Attributes:
+        func: the function.
+        given: its arguments, as from `flat`, with (shape, tensor or None) in place of each tensor. The tensor is kept
+            if it was made where nobody saw it: it has to be the same one in a pack.
+        shapes: of the tensors that it returned.
+    """
+
+    func: Any
+    given: list[Any]
+    shapes: list[torch.Size]
+
+
+class Shape(NamedTuple):
+    """A tensor among the arguments of a call, see `Call`."""
+
+    shape: torch.Size
+    outside: Tensor | None
+
+
+class Trace(TorchFunctionMode):
+    """Active while one micro-batch is computed alone: notes its calls.
+
+    Attributes:
+        calls: in order, first those of the task's forward.
+        forward_calls: how many of them were those of the task's forward.
+
+    Args:
+        arrays: the samples.
+        known: ids of the model's parameters and buffers.
+        apart: modules that packs call for one micro-batch at a time.
+    """
+
+    def __init__(self, arrays: Mapping[str, Tensor], known: frozenset[int], apart: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.forward_calls: int | None = None
+        self._known, self._apart, self._inside = known, apart, False
+        self._mark = object()
+        for array in arrays.values():
+            array._seen = self._mark  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Trace]:
+        """Notes what is called meanwhile."""
+        with self, self._modules(), custom_functions(self._call, ()):
+            yield self
+
+    def end_of_forward(self) -> None:
+        """What is called from now on belongs to the losses."""
+        self.forward_calls = len(self.calls)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch instead of each of its functions."""
+        if self._inside or func in LOOKS:
+            return func(*args, **(kwargs or {}))
+        return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside:
+            return func(*args, **kwargs)
+        given = self._given(args, kwargs)
+        found = func(*args, **kwargs)
+        self._note(func, given, found)
+        return found
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        return [self._shape(v) if isinstance(v, Tensor) else v for v in flat((args, kwargs), [])]
+
+    def _note(self, func: Any, given: list[Any], found: Any) -> None:
+        shapes = []
+        for tensor in tensors_of(found):
+            shapes.append(tensor.shape)
+            if id(tensor) not in self._known:
+                tensor._seen = self._mark  # type: ignore[attr-defined]
+        self.calls.append(Call(func, given, shapes))
+
+    def _shape(self, tensor: Tensor) -> Shape:
+        seen = id(tensor) in self._known or getattr(tensor, "_seen", None) is self._mark
+        return Shape(tensor.shape, None if seen else tensor)
+
+    @contextlib.contextmanager
+    def _modules(self) -> Iterator[None]:
+        """A module of `apart` counts as one call."""
+        for module in self._apart:
+            module.forward = self._one_call(module, module.forward)
+        try:
+            yield
+        finally:
+            for module in self._apart:
+                del module.forward  # the class's own is behind it
+
+    def _one_call(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return forward(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                given = self._given(args, kwargs)
+            self._inside = True
+            try:
+                found = forward(*args, **kwargs)
+            finally:
+                self._inside = False
+            with torch._C.DisableTorchFunction():
+                self._note(type(module), given, found)
+            return found
+
+        return call
+
+
+def name_in(func: Any) -> str:
+    """A function's name in a message."""
+    return func.__name__ if isinstance(func, type) else name_of(func)
+
+
+def scaled_numbers(func: Any, given: list[Any], own: Call, g: int, parts: Callable[[Tensor], bool]) -> frozenset[int]:
+    """Compares a pack's call with that of a micro-batch alone.
+
+    Args:
+        func, given: the pack's call, as from `flat`.
+        own: that of a micro-batch.
+        g: micro-batches in the pack.
+        parts: whether a tensor has a part for each micro-batch.
+
+    Returns:
+        The places of whole numbers that are g times those of a micro-batch.
+
+    Raises:
+        RefusedError: the calls do not fit.
+    """
+    name = name_in(func)
+    if func != own.func or len(given) != len(own.given):
+        raise RefusedError(f"{name} is called where a micro-batch alone calls {name_in(own.func)}")
+    scaled = set()
+    for place, (a, b) in enumerate(zip(given, own.given)):
+        if isinstance(a, Tensor):
+            if not isinstance(b, Shape):
+                raise RefusedError(f"{name} gets a tensor where a micro-batch alone has none")
+            one = parts(a)
+            expected = (g * b.shape[0], *b.shape[1:]) if one and b.shape else (g,) if one else tuple(b.shape)
+            if tuple(a.shape) != expected:
+                raise RefusedError(f"{name} gets a tensor whose size does not follow from the micro-batches")
+        elif isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            if a == b or a != a:
+                continue
+            if isinstance(a, bool) or not isinstance(a, int) or a != g * b:
+                raise RefusedError(f"{name} gets a number that depends on how many samples there are")
+            scaled.add(place)
+        elif type(a) is not type(b) or (isinstance(a, str) and a != b):
+            raise RefusedError(f"{name} gets something else than in a micro-batch alone")
+    return frozenset(scaled)
+
+
+def same_calls(one: Trace, other: Trace) -> bool:
+    """Whether the task's forward calls the same functions, of equal shapes and numbers, for two micro-batches."""
+    if one.forward_calls != other.forward_calls:
+        return False
+    return all(
+        a.func == b.func
+        and a.shapes == b.shapes
+        and len(a.given) == len(b.given)
+        and all(map(_alike, a.given, b.given))
+        for a, b in zip(one.calls[: one.forward_calls], other.calls)
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Shape):
+        return isinstance(b, Shape) and a.shape == b.shape
+    if isinstance(a, (int, float, str)):
+        return type(a) is type(b) and (a == b or a != a)
+    return type(a) is type(b)
