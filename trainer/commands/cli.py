@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from ..colours import signalled
 from ..config import ready
 from ..config.keys import Config, load_config
 from ..config.schema import parse_override
@@ -251,5 +252,8 @@ def _main(arguments: list[str] | None) -> int:
 
         return run_verify(config, flags.world_sizes, flags.packs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(signalled(f"error: {error}", sys.stderr), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped from the keyboard", file=sys.stderr)
+        return 130
