@@ -46,6 +46,7 @@ WITHOUT_TORCH = {
     "exact.gradient_noise",
     "config.schema",
     "config.keys",
+    "config.loggers",
     "config.deepspeed_keys",
     "config.task_options",
     "config.json_schema",

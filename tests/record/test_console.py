@@ -194,9 +194,7 @@ def test_validation_stands_beside_the_bar(
         assert last.endswith(f", {beside}]") and " 700/1000 [" in last
 
 
-def test_what_is_said_stands_above_the_bar(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_said_stands_above_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", sys.stderr)  # one terminal, in order
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")

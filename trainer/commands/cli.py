@@ -16,6 +16,7 @@ from ..config.keys import Config, load_config
 from ..config.schema import parse_override
 from ..errors import UserError
 from ..ranks.place import Ranks
+from ..ranks.stopping import end_at_once_no_more
 from ..tasks.first_look import look
 from .version import Version
 
@@ -190,6 +191,8 @@ def _main(arguments: list[str] | None) -> int:
         flags, unknown = parser.parse_known_args(arguments)
         if unknown:
             flags.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if flags.command != "train":  # which has nothing to remove while it imports torch
+            end_at_once_no_more()
         if flags.command == "init":
             from .start import start
 

@@ -163,7 +163,7 @@ class ProgressBar:
             self._next_line = step + max(1, self._total // 10)
 
     def _beside(self) -> str:
-        """What stands beside the bar, as far as there is room: the loss, a metric of validation, the speed, and more."""
+        """What stands beside the bar, as far as there is room: loss, a metric of validation, speed, other metrics."""
         room = (self._bar.format_dict["ncols"] or 80) - _BAR_COLUMNS - _OTHER_COLUMNS - 2 * len(str(self._total))
         shown = ""
         for part in filter(None, (self._loss, *self._validation[:1], self._rate, *self._validation[1:])):
