@@ -170,7 +170,7 @@ def test_numbers_are_shown_as_people_read_them(tmp_path: Path) -> None:
 
 def test_the_answer_stands_first_in_two_sentences(tmp_path: Path) -> None:
     text = page_of(results(tmp_path)).text
-    assert text.index("Strong scaling gives the sequential run's very model at W = 2, so it loses nothing. Weak") < (
+    assert text.index("Strong scaling gives the sequential run's very model at W = 2, 4, so it loses nothing. Weak") < (
         text.index("Verdicts")
     )
     assert "loses more than 0.01 of test/accuracy in 1 (weak, W = 8)" in text

@@ -46,7 +46,8 @@ th:first-child, td:first-child, td.text { text-align: left; } th.text { text-ali
 code { font-size: 0.85em; overflow-wrap: anywhere; } summary { cursor: pointer; }
 .verdict { font-weight: 600; } .material-loss, .more-often { color: #b3261e; } .small-loss { color: #8a4b00; }
 .ruled-out { color: #006d3c; } .undecided, .not-shown { color: #555; }
-.by-size td { vertical-align: top; white-space: normal; } .by-size td > * { display: block; } .by-size .more { color: #555; }
+.by-size td { vertical-align: top; white-space: normal; } .by-size td > * { display: block; }
+.by-size .more { color: #555; }
 pre { overflow-x: auto; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; } h1 { font-size: 1.5rem; }
