@@ -18,6 +18,7 @@ TRAINER = ROOT / "trainer"
 # The packages, from what all may import to what imports all. A module imports from its own package and from those
 # before it in this list.
 PACKAGES = (
+    "colours",
     "errors",
     "files",
     "ranks",
@@ -37,6 +38,7 @@ PACKAGES = (
 )
 # Said before torch is loaded, and computed without it.
 WITHOUT_TORCH = {
+    "colours",
     "errors",
     "files",
     "ranks.place",
@@ -44,6 +46,7 @@ WITHOUT_TORCH = {
     "exact.gradient_noise",
     "config.schema",
     "config.keys",
+    "config.loggers",
     "config.deepspeed_keys",
     "config.task_options",
     "config.json_schema",

@@ -1,6 +1,12 @@
 """`python -m trainer`."""
 
+import signal
 import sys
+
+from .ranks.stopping import end_at_once
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end_at_once)
 
 from .commands.cli import main
 from .commands.ending import end

@@ -7,6 +7,7 @@ import time
 _STARTED_AT_S, _BEGAN_S = time.time(), time.monotonic()
 
 import os  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -15,17 +16,22 @@ if __package__ in (None, ""):
     # `deepspeed trainer/main.py` puts this folder on the path, but its parent is needed there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.ranks.stopping import EndedBySignal, end_at_once  # noqa: E402
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end_at_once)
+
 # When a rank dies, torch's stores would print C++ stack traces beside our message.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.commands.cli import config_from, run_parser  # noqa: E402
 from trainer.commands.ending import end  # noqa: E402
+from trainer.config.loggers import refuse_missing  # noqa: E402
 from trainer.errors import TrainerError  # noqa: E402
 from trainer.ranks.launchers import remember_launchers  # noqa: E402
 from trainer.ranks.place import Ranks  # noqa: E402
 from trainer.ranks.rendezvous import close  # noqa: E402
 from trainer.ranks.speech import first_to_speak, report  # noqa: E402
-from trainer.ranks.stopping import EndedBySignal  # noqa: E402
 from trainer.tasks.first_look import look  # noqa: E402
 
 
@@ -42,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = config_from(flags)
         config.plan(ranks.world_size)  # fails early: before torch is loaded
         look(config.trainer.task, config.trainer.task_options)
+        refuse_missing(config)
         from trainer.run.claim import Resume
         from trainer.run.run import run
 

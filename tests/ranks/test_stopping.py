@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -134,3 +136,22 @@ def test_under_nohup_a_run_outlives_its_terminal() -> None:
         pipe.restore()
         pipe.close()
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_before_a_run_is_one_line() -> None:
+    """Whatever is being imported: some libraries turn a KeyboardInterrupt into an ImportError."""
+    program = (
+        "import os, signal; from trainer.ranks.stopping import end_at_once;"
+        "signal.signal(signal.SIGINT, end_at_once)\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt: raise ImportError('numpy')"
+    )
+    for rank, said in (("0", "\nstopped from the keyboard before the first step\n"), ("1", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"RANK": rank},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (130, said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_only_one_rank_shows_anything(capsys: pytest.CaptureFixture[str], monkey
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         bar = ProgressBar(10, visible=False)
+        bar.begin()
         bar.logged(record(10))
         bar.evaluated(10, "test", {"loss": 1.0})
         bar.close()
@@ -149,16 +151,60 @@ def test_only_one_rank_shows_anything(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run that goes on: it begins where the run does."""
+    """Of a run that goes on: it begins where the run does, and after all that is said before."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
     bar = ProgressBar(100, visible=True, done=40)
+    assert capsys.readouterr() == ("", "")
+    bar.begin()
     assert "40/100" in capsys.readouterr().err
     bar.logged(record(70))
-    bar.evaluated(70, "test", {"loss": 1.0})
     bar.close()
     out, err = capsys.readouterr()
     assert out == ""
     assert "70/100" in err and "loss 0.5000, 1,234 samples/s" in err
+
+
+@pytest.mark.parametrize(
+    ("columns", "beside"),
+    [
+        (60, "loss 0.5000"),
+        (80, "loss 0.5000, validation accuracy 0.9000"),
+        (120, "loss 0.5000, validation accuracy 0.9000, 1,234 samples/s, validation loss 1.0000"),
+    ],
+)
+def test_validation_stands_beside_the_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, beside: str
+) -> None:
+    """What does not fit is left out; nothing is cut."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 30))
+    for colour in (True, False):
+        monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+        monkeypatch.setenv("TERM", "xterm")
+        bar = ProgressBar(1000, visible=True)
+        bar.begin()
+        bar.logged(record(700))
+        bar.evaluated(700, "validation", {"loss": 1.0, "accuracy": 0.9})
+        bar.close()
+        err = capsys.readouterr().err
+        assert ("\x1b[" in err) == colour  # NO_COLOR is obeyed
+        last = re.sub(r"\x1b\[\d*m", "", err).rstrip("\n").rsplit("\r", 1)[1]
+        assert len(last) == columns - 1 or len(last) == columns
+        assert last.endswith(f", {beside}]") and " 700/1000 [" in last
+
+
+def test_what_is_said_stands_above_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stderr)  # one terminal, in order
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    bar = ProgressBar(100, visible=True)
+    bar.begin()
+    capsys.readouterr()
+    say("note: a pack was too large")
+    bar.close()
+    before, _, after = capsys.readouterr().err.partition("note: a pack was too large\n")
+    assert before.endswith("\r") and "0/100" in after
 
 
 def test_a_slow_evaluation_shows_how_far_it_is(
@@ -166,6 +212,7 @@ def test_a_slow_evaluation_shows_how_far_it_is(
 ) -> None:
     """On a slow model it takes minutes, in which nothing else is printed."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console_module, "_FLICKER_S", 0.0)
     tick = ProgressBar(100, visible=True).evaluating("test")
     for done in range(1, 5):
         tick(done, 4)
@@ -195,6 +242,7 @@ def test_a_terminal_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sys, "stderr", Gone())
     bar = ProgressBar(100, visible=True)
+    bar.begin()
     bar.logged(record(70))
     bar.evaluating("test")(1, 1)
     bar.close()

@@ -152,10 +152,10 @@ def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Pa
 def test_both_tables_of_a_block(tmp_path: Path) -> None:
     """The typical run with its verdict and collapses; and the runs that fail, with the sequential ones in brackets."""
     text = page_of(results(tmp_path)).text
-    assert "material loss, 10 collapsed" in text
-    assert "below 10 of 10 (0), not converged 1 of 10 (0)" in text
+    assert "material loss 10 collapsed" in text
+    assert "below 10 of 10 (0) not converged 1 of 10 (0)" in text
     source = (tmp_path / "out" / "report.html").read_text()
-    assert "<b>below 10 of 10 (0)</b>, not converged 1 of 10 (0)" in source
+    assert "<b>below 10 of 10 (0)</b> <span>not converged 1 of 10 (0)</span>" in source
     assert '<span class="verdict material-loss">material loss</span>' in source
 
 
@@ -166,3 +166,23 @@ def test_numbers_are_shown_as_people_read_them(tmp_path: Path) -> None:
     assert "c" * 13 not in text
     assert "nan" not in text
     assert "None" not in text
+
+
+def test_the_answer_stands_first_in_two_sentences(tmp_path: Path) -> None:
+    text = page_of(results(tmp_path)).text
+    assert text.index("Strong scaling gives the sequential run's very model at W = 2, 4, so it loses nothing. Weak") < (
+        text.index("Verdicts")
+    )
+    assert "loses more than 0.01 of test/accuracy in 1 (weak, W = 8)" in text
+
+
+def test_undecided_never_reads_as_no_loss(tmp_path: Path) -> None:
+    """Too few seeds are told once, not once for each comparison, and in each cell beside its number."""
+    folder = results(tmp_path, seeds=3)
+    page = page_of(folder)
+    assert "4 are undecided, so a loss there is neither shown nor ruled out" in page.text
+    assert page.text.count("seeds cannot decide one of 4 comparisons") == 1
+    assert "undecided too few runs" in page.text
+    told = verdicts(folder)
+    assert sum("cannot decide one of" in line for line in told) == 1
+    assert any(line.startswith("4 of 4 comparisons are undecided, which does not mean that nothing") for line in told)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from ..config import keys
 from ..config.keys import Config
+from ..config.loggers import refuse_missing
 from ..config.schema import lay_over
 from ..errors import Stopped, TrainerError, UserError
 from ..ranks.stopping import EndedBySignal
@@ -178,6 +179,7 @@ def _train(
         changes["trainer.output_dir"] = str(output_dir)
     checked = load_config(config, changes)
     checked.plan(ranks)  # fails early: before torch is loaded
+    refuse_missing(checked)
     if cls is None:
         look(checked.trainer.task, checked.trainer.task_options)
     elif ranks > 1:

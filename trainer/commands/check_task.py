@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import loggers
 from ..config.keys import Config, load_config, parse
 from ..config.schema import lay_over
 from ..errors import RanksDifferError, UserError
@@ -47,7 +48,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
     changes = {
         "trainer.device": "cpu",
         "trainer.exactness": "auto",
-        "tensorboard.enabled": False,
+        **loggers.OFF,
         **overrides,
         "trainer.task": name,
     }

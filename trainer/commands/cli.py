@@ -10,11 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from ..colours import signalled
 from ..config import ready
 from ..config.keys import Config, load_config
 from ..config.schema import parse_override
 from ..errors import UserError
 from ..ranks.place import Ranks
+from ..ranks.stopping import end_at_once_no_more
 from ..tasks.first_look import look
 from .version import Version
 
@@ -189,6 +191,8 @@ def _main(arguments: list[str] | None) -> int:
         flags, unknown = parser.parse_known_args(arguments)
         if unknown:
             flags.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if flags.command != "train":  # which has nothing to remove while it imports torch
+            end_at_once_no_more()
         if flags.command == "init":
             from .start import start
 
@@ -251,5 +255,8 @@ def _main(arguments: list[str] | None) -> int:
 
         return run_verify(config, flags.world_sizes, flags.packs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(signalled(f"error: {error}", sys.stderr), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped from the keyboard", file=sys.stderr)
+        return 130

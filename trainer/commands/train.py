@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..api import launch
 from ..config.keys import Config
+from ..config.loggers import refuse_missing
 from ..errors import TrainerError, UserError
 from ..ranks.speech import print_error
-from ..ranks.stopping import EndedBySignal
+from ..ranks.stopping import EndedBySignal, end_at_once_no_more
 from ..ranks.workers import WorkerError
 from ..tasks.first_look import look
 
@@ -46,6 +47,7 @@ def _train(config: Config, flags: argparse.Namespace) -> int:
         raise UserError(f"--ranks {flags.ranks}: it must be at least 1.")
     config.plan(flags.ranks or 1)  # fails early: before torch is loaded
     look(config.trainer.task, config.trainer.task_options)
+    refuse_missing(config)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run has its own way to stop
     from ..engine.gpus import usable_gpus
@@ -56,6 +58,7 @@ def _train(config: Config, flags: argparse.Namespace) -> int:
         launch.on_this_rank(order)
         return 0
     config.plan(ranks)
+    end_at_once_no_more()
     try:
         launch.on_ranks(order, ranks)
     except WorkerError as error:

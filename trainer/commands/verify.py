@@ -160,7 +160,7 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
         )
     unsaved = dataclasses.replace(config.trainer.checkpoint, every_steps=0)
     trainer = dataclasses.replace(config.trainer, guard_every_steps=1, evaluate_every_epochs=0, checkpoint=unsaved)
-    quiet = dataclasses.replace(config, tensorboard=dataclasses.replace(config.tensorboard, enabled=False))
+    quiet = config.unlogged()
     rows: list[Sequence[str]] = []
     verdicts: list[str] = []
     runs: list[Traced] = []

@@ -51,9 +51,6 @@ REFUSED: dict[str, str] = {
     "max_grad_norm": "use gradient_clipping",
     "vocabulary_size": "it only warns in DeepSpeed",
     "graph_harvesting": "DeepSpeed has removed it",
-    "wandb": "scalars go to TensorBoard under <output_dir>/tensorboard and to <output_dir>/metrics.jsonl",
-    "comet": "scalars go to TensorBoard under <output_dir>/tensorboard and to <output_dir>/metrics.jsonl",
-    "csv_monitor": "scalars go to TensorBoard under <output_dir>/tensorboard and to <output_dir>/metrics.jsonl",
     "log_level": "DeepSpeed's messages go to <output_dir>/logs/deepspeed.log",
 }
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..exact.plan import BatchPlan, resolve
 from . import deepspeed_keys
+from .loggers import OFF, CometOptions, CsvMonitorOptions, MlflowOptions, WandbOptions
 from .schema import build, check_arguments, convert, lay_over, near, option, read_json
 
 # Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
@@ -185,6 +186,10 @@ class Config:
     scheduler: SchedulerOptions | None = option(None, "DeepSpeed's schedule of the learning rate")
     torch_autocast: TorchAutocastOptions = option(TorchAutocastOptions, "mixed precision")
     tensorboard: TensorBoardOptions = option(TensorBoardOptions, "events")
+    wandb: WandbOptions = option(WandbOptions, "Weights & Biases")
+    comet: CometOptions = option(CometOptions, "Comet")
+    csv_monitor: CsvMonitorOptions = option(CsvMonitorOptions, "CSV files")
+    mlflow: MlflowOptions = option(MlflowOptions, "MLflow")
     zero_optimization: dict[str, Any] = option({}, "DeepSpeed's ZeRO; stages 1 to 3 make the run tolerance")
     zero_allow_untested_optimizer: bool | None = option(None, "DeepSpeed's, with ZeRO")
     zero_force_ds_cpu_optimizer: bool | None = option(None, "DeepSpeed's, with ZeRO")
@@ -217,6 +222,13 @@ class Config:
         if self.trainer.learning_rate.base_global_batch_size is not None:
             return self.trainer.learning_rate.base_global_batch_size
         return self.plan(1).global_batch_size
+
+    def unlogged(self) -> Config:
+        """This config without any logger."""
+        blocks = {name.partition(".")[0] for name in OFF}
+        return dataclasses.replace(
+            self, **{name: dataclasses.replace(getattr(self, name), enabled=False) for name in blocks}
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The config as resolved, defaults included, ready for JSON."""
@@ -263,6 +275,11 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
             if value is False or value is None or (isinstance(value, dict) and value.get("enabled") is False):
                 continue
             raise UserError(f'"{key}" is a DeepSpeed key without effect here: {deepspeed_keys.REFUSED[key]}.')
+        if key == "comet" and isinstance(value, dict) and "samples_log_interval" in value:
+            raise UserError(
+                '"comet.samples_log_interval" has no effect here: records come every trainer.log_every_steps steps. '
+                "Leave it out."
+            )
         if key not in known:
             ours = [f.name for f in dataclasses.fields(TrainerOptions)]
             if key in ours:

@@ -128,7 +128,7 @@ def console(kind: Console, line: Line, first: bool, terminal: bool) -> Iterator[
     if kind == "inherited":
         yield
         return
-    out = _Stream(line, "stdout", False, 1) if kind == "shown" and first else io.StringIO()
+    out = _Stream(line, "stdout", terminal and os.isatty(1), 1) if kind == "shown" and first else io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.callback(out.flush)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from ..colours import signalled
 from ..errors import LostRankError, Stopped, TrainerError
 from .launchers import launch_name
 from .place import Ranks
@@ -19,7 +20,7 @@ def print_error(error: TrainerError) -> None:
     """Prints an error, even if the terminal is gone."""
     kind = "" if isinstance(error, Stopped) else "error: "
     with contextlib.suppress(OSError, ValueError):
-        print(f"\n{kind}{error}", file=sys.stderr, flush=True)
+        print("\n" + signalled(f"{kind}{error}", sys.stderr), file=sys.stderr, flush=True)
 
 
 # How this process tells a person why the run has ended. A rank that `workers` has started tells the process that

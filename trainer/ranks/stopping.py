@@ -62,6 +62,22 @@ class EndedBySignal(BaseException):
         self.signal = signal.Signals(number)
 
 
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler of SIGINT while there is nothing to remove yet: a KeyboardInterrupt inside an import is an ImportError.
+
+    Its message comes from one rank.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nstopped from the keyboard before the first step\n")
+    os._exit(130)
+
+
+def end_at_once_no_more() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def raised(wanted: bool) -> Iterator[None]:
     """Signals that would end the process at once raise EndedBySignal, so that what it has made is removed.
@@ -70,6 +86,7 @@ def raised(wanted: bool) -> Iterator[None]:
         wanted: only for a process that has something to remove. While C++ code waits for other ranks, Python's
             handlers have to wait, too.
     """
+    end_at_once_no_more()
     process, handled = os.getpid(), []
 
     def end(number: int, frame: FrameType | None) -> None:

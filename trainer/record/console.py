@@ -15,14 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..colours import has_colours, painted, signalled
+
+# The bars that stand on the terminal now.
+_bars: list[Any] = []
+
 
 def say(*lines: str) -> None:
-    """Prints lines at once. If the pipe or terminal has been closed, the run continues without output."""
+    """Prints lines at once, above a bar. If the pipe or terminal has been closed, the run continues without output."""
+    bars = list(_bars)
+    for bar in bars:
+        bar.clear()
     try:
         for line in lines:
-            print(line, flush=True)
+            print(signalled(line, sys.stdout), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for bar in bars:
+        bar.refresh()
 
 
 class DeepSpeedLog(logging.Filter):
@@ -90,11 +100,26 @@ class _Terminal:
 def _bar(**options: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(file=_Terminal(), dynamic_ncols=True, **options)
+    colour = "green" if has_colours(sys.stderr) else None
+    bar = tqdm(file=_Terminal(), dynamic_ncols=True, colour=colour, **options)
+    _bars.append(bar)
+    return bar
+
+
+def _close(bar: Any) -> None:
+    bar.close()
+    if bar in _bars:
+        _bars.remove(bar)
 
 
 # An evaluation that takes longer says how far it is.
 _QUIET_S = 30.0
+# On a terminal it shows a bar after this time: one that goes at once would only flicker.
+_FLICKER_S = 0.5
+# How the bar of a run is written. Its rate is in samples, beside the loss.
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+# Columns of a bar itself, at least; and of what stands around it besides the count of steps.
+_BAR_COLUMNS, _OTHER_COLUMNS = 6, 22
 
 
 class ProgressBar:
@@ -107,12 +132,18 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, visible: bool, done: int = 0) -> None:
-        self._total, self._visible = total, visible
+        self._total, self._visible, self._done = total, visible, done
+        self._terminal = visible and sys.stderr.isatty()
         self._bar: Any = None
         self._inner: Any = None  # that of an evaluation
         self._next_line = self._next_evaluation = 0
-        if visible and sys.stderr.isatty():
-            self._bar = _bar(total=total, initial=done, unit="step")
+        self._loss = self._rate = ""
+        self._validation: list[str] = []
+
+    def begin(self) -> None:
+        """Shows the bar. Call it when everything that belongs above it has been said."""
+        if self._terminal and self._bar is None:
+            self._bar = _bar(total=self._total, initial=self._done, unit="step", bar_format=_FORMAT)
 
     def logged(self, record: dict[str, float]) -> None:
         """Shows a logging window."""
@@ -121,14 +152,27 @@ class ProgressBar:
         step = int(record["step"])
         rate = f"{record.get('throughput/samples_per_s', 0.0):,.0f} samples/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record['train/loss']:.4f}, {rate}", refresh=False)
+            self._loss, self._rate = f"loss {record['train/loss']:.4f}", rate
+            self._bar.set_postfix_str(self._beside(), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step >= self._next_line:
+        elif step >= self._next_line and not self._terminal:
             say(
                 f"step {step:,} of {self._total:,}  epoch {record['epoch']:g}  loss {record['train/loss']:.4f}  "
                 f"learning rate {record['train/learning_rate']:.3g}  {rate}"
             )
             self._next_line = step + max(1, self._total // 10)
+
+    def _beside(self) -> str:
+        """What stands beside the bar, as far as there is room: loss, a metric of validation, speed, other metrics."""
+        room = (self._bar.format_dict["ncols"] or 80) - _BAR_COLUMNS - _OTHER_COLUMNS - 2 * len(str(self._total))
+        shown = ""
+        for part in filter(None, (self._loss, *self._validation[:1], self._rate, *self._validation[1:])):
+            added = f", {part}" if shown else part
+            room -= len(added)
+            if room < 0:
+                break
+            shown += painted(added, "cyan", sys.stderr) if part in self._validation else added
+        return shown
 
     def evaluating(self, split: str) -> Callable[[int, int], None]:
         """A function that shows how far the evaluation of a split is, called with (forwards made, of how many).
@@ -139,23 +183,25 @@ class ProgressBar:
 
         def tick(done: int, total: int) -> None:
             nonlocal said_at_s
-            if not self._visible:
-                return
-            if self._bar is not None:
+            if self._terminal:
                 if done == 1:
-                    self._inner = _bar(total=total, desc=split, unit="batch", leave=False)
+                    self._inner = _bar(total=total, desc=split, unit="batch", leave=False, delay=_FLICKER_S)
                 self._inner.update(done - self._inner.n)
                 if done == total:
-                    self._inner.close()
-            elif done < total and time.monotonic() - said_at_s > _QUIET_S:
+                    _close(self._inner)
+            elif self._visible and done < total and time.monotonic() - said_at_s > _QUIET_S:
                 say(f"{split}: {done:,} of {total:,} micro-batches of this rank")
                 said_at_s = time.monotonic()
 
         return tick
 
     def evaluated(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """Shows an evaluation, about as often as a logging window."""
-        if self._visible and self._bar is None and step >= self._next_evaluation:
+        """Shows an evaluation: beside the bar, or as a line about as often as a logging window."""
+        if self._bar is not None:
+            names = sorted(metrics, key=lambda name: name == "loss")  # the task's own metrics first
+            self._validation = [f"{split} {name} {metrics[name]:.4f}" for name in names]
+            self._bar.set_postfix_str(self._beside())
+        elif self._visible and not self._terminal and step >= self._next_evaluation:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             say(f"step {step:,} of {self._total:,}  {split}: {shown}")
             self._next_evaluation = step + max(1, self._total // 10)
@@ -164,7 +210,8 @@ class ProgressBar:
         """Leaves the terminal as it was."""
         for bar in (self._inner, self._bar):
             if bar is not None:
-                bar.close()
+                _close(bar)
+        self._bar = None
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:

@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config.loggers import OFF
+from .made_by import without_secrets
+
 # Keys that do not change the speed of a step.
+_LOGGERS = {name.partition(".")[0] for name in OFF}
 _NO_SPEED = ("output_dir", "epochs", "max_steps", "seed", "learning_rate", "checkpoint", "best")
 
 
@@ -76,7 +80,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _speed_keys(config: Any) -> Any:
     if not isinstance(config, Mapping) or not isinstance(config.get("trainer"), Mapping):
         return None
-    config = copy.deepcopy(dict(config))
+    config = without_secrets(copy.deepcopy(dict(config)))
+    for block in _LOGGERS:
+        config.pop(block, None)
     for name in _NO_SPEED:
         config["trainer"].pop(name, None)
     return config

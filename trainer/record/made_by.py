@@ -93,6 +93,11 @@ def without_secrets(value: Any) -> Any:
     return re.sub(r"(?<=://)[^/@\s]+@", f"{_MASK}@", value) if isinstance(value, str) else value
 
 
+def without_secrets_in(arguments: Sequence[str]) -> str:
+    """A command line as it was given, secrets replaced by three dots."""
+    return shlex.join(_without_secret(word) for word in arguments)
+
+
 def _without_secret(word: str) -> str:
     """The same for a word of a command line, which may be key=value with a value in JSON."""
     key, equals, text = word.partition("=")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from ..colours import painted
 from ..data.report import array_lines
 from ..engine.adapt import frozen_share
 from ..exact.audit import Audit
@@ -115,4 +117,6 @@ def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> st
     ]
     if tensorboard:
         rows.append(("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"))
-    return table(rows)
+    lines = table(rows).splitlines()
+    measures = len(metrics.get(measured, {}))
+    return "\n".join([*(painted(line, "bold", sys.stdout) for line in lines[:measures]), *lines[measures:]])

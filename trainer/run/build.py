@@ -28,6 +28,7 @@ from ..ranks import rendezvous
 from ..ranks.collectives import COLLECTIVE_TIMEOUT_S, broadcast_tensor, common_value, gather_objects, raise_together
 from ..ranks.place import Ranks
 from ..record.console import DeepSpeedLog, say
+from ..record.made_by import without_secrets
 from ..tasks.own_code import task_code_sha256
 from ..tasks.protocol import Task, load_task
 
@@ -104,7 +105,7 @@ class Pieces:
     def manifest(self) -> dict[str, Any]:
         """Everything that determines the result, for manifest.json."""
         return {
-            "config": self.config.as_dict(),
+            "config": without_secrets(self.config.as_dict()),
             "batch_plan": asdict(self.plan) | {"micro_batches": self.plan.micro_batches},
             "exactness": self.exactness,
             "inexact": self.inexact,

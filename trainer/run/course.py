@@ -216,6 +216,7 @@ def set_out(
         record.open(
             folder, log, snapshot.facts.get("records") if snapshot is not None else None
         )  # only now: the rehearsal has shown that the task works
+    record.progress.begin()
     return Course(
         pieces=p,
         step=step,

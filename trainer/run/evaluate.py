@@ -96,7 +96,7 @@ def evaluate(
             seed_python(key(seed, "evaluation", j))
             outputs = calls.forward(model, batch, progress)
             loss, _ = calls.loss(outputs, batch, progress)
-            tick(position + 1, most)
+            tick(position + 1, len(block) + len(repeats))
             if position >= len(block):
                 continue
             sums.append(loss.detach().float())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from typing import Any
 
 from ..exact.progress import Progress
 from ..exact.splits import Batch
-from ..record.console import DeepSpeedLog, ProgressBar
+from ..record.console import DeepSpeedLog, ProgressBar, say
 from ..record.folder import OutputFolder
-from ..record.made_by import commit
+from ..record.loggers import About, Loggers
+from ..record.made_by import commit, without_secrets, without_secrets_in
 from ..record.pace import Pace, memory_gib
 from ..record.window import Window
 from ..record.writer import Writer
@@ -51,6 +51,7 @@ class Recorder:
         self._pieces, self._window, self._first_step, self._history = pieces, window, first_step, history
         self._tell = tell if pieces.ranks.first else tell_nobody
         self._writer: Writer | None = None
+        self._loggers: Loggers | None = None
         self._pending: Callable[[], dict[str, float]] | None = None
         self._eval_s = self._checkpoint_s = 0.0
         self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
@@ -74,16 +75,23 @@ class Recorder:
         folder.begin()
         log.open(folder.path / "logs" / "deepspeed.log")
         self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step, records)
+        config = without_secrets(p.config.as_dict())
         self._writer.describe(
-            {"config": f"```json\n{json.dumps(p.config.as_dict(), indent=2)}\n```", "exactness": p.exactness},
+            {"config": f"```json\n{json.dumps(config, indent=2)}\n```", "exactness": p.exactness},
             {"run/world_size": p.plan.world_size, "run/global_batch_size": p.plan.global_batch_size},
             self._first_step,
         )
 
+        blocks = {"wandb": p.config.wandb, "comet": p.config.comet}
+        blocks |= {"csv_monitor": p.config.csv_monitor, "mlflow": p.config.mlflow}
+        about = About(folder.path, self._history[0]["started_at_s"], config, self._first_step)
+        self._loggers = Loggers(blocks, about)
+        say(*self._loggers.places, *self._loggers.notes())
+
     def write_manifest(self, folder: OutputFolder) -> None:
         """Writes manifest.json. Rank 0."""
         code = commit()
-        made_by = {"command": shlex.join(sys.argv), "commit": None if code is None else str(code)}
+        made_by = {"command": without_secrets_in(sys.argv), "commit": None if code is None else str(code)}
         folder.write_json("manifest.json", self._pieces.manifest() | made_by | {"history": self._history})
 
     def window(self, step: int, last: bool = False) -> None:
@@ -108,9 +116,15 @@ class Recorder:
         times = {"throughput/eval_ms": self._eval_s * 1e3, "throughput/checkpoint_ms": self._checkpoint_s * 1e3}
         record = read() | times | memory_gib(self._pieces.device)
         self.progress.logged(record)
+        self._write(record)
+        self._tell("log", dict(record))
+
+    def _write(self, record: dict[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(record)
-        self._tell("log", dict(record))
+        if self._loggers is not None:
+            self._loggers.write({n: v for n, v in record.items() if n != "step"}, int(record["step"]))
+            say(*self._loggers.notes())
 
     def checkpointed(self, seconds: float) -> None:
         """Notes the time that a checkpoint took from the run."""
@@ -145,8 +159,7 @@ class Recorder:
             self._eval_s = time.perf_counter() - began_s
             record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
             record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
-            if self._writer is not None:
-                self._writer.write(record)
+            self._write(record)
             self.progress.evaluated(step, name, metrics)
             self._tell("evaluation", {"split": name, **record})
             self.pace.pause(time.perf_counter() - began_s)
@@ -154,6 +167,13 @@ class Recorder:
 
     def close(self) -> None:
         """Flushes the files."""
+        self.end_loggers()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def end_loggers(self) -> None:
+        """Waits until the loggers beside TensorBoard have written everything."""
+        if self._loggers is not None:
+            self._loggers.close()
+            say(*self._loggers.notes())

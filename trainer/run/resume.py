@@ -115,7 +115,7 @@ class Saver:
     def _facts(self, engine: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
         p = self._pieces
         return {  # nothing that a later step changes: a thread writes it while training goes on
-            "config": p.config.as_dict(),
+            "config": p.config.as_dict() | {"comet": {}},  # its key is a secret, and no logger changes a bit
             "plan": asdict(p.plan),
             "total_steps": p.total_steps,
             "data_sha256": p.data_sha256(),

@@ -175,6 +175,9 @@ def _train(course: Course) -> dict[str, Any]:
     except NonFiniteError as failure:
         rescue(course, failure)
         raise
+    except BaseException:
+        course.record.end_loggers()
+        raise
     finally:
         course.record.progress.close()
     return finish(course)

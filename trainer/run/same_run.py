@@ -20,7 +20,8 @@ _HARMLESS = (
     "trainer.checkpoint",
     "trainer.hang_timeout_s", "trainer.max_wall_time_s", "trainer.ranks_per_gpu", "trainer.exactness",
     "trainer.gradient_noise",
-    "tensorboard", "steps_per_print", "memory_breakdown", "dump_state", "disable_python_gc",
+    "tensorboard", "wandb", "comet", "csv_monitor", "mlflow",
+    "steps_per_print", "memory_breakdown", "dump_state", "disable_python_gc",
     # Their effects are compared instead: the batch plan, the number of steps, the hash of the data.
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "trainer.epochs", "trainer.max_steps", "trainer.task_options.data",

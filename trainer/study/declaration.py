@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config import loggers
 from ..config.keys import SCHEMA_KEY, Config, parse
 from ..config.schema import build, lay_over, near, option, read_json
 from ..errors import UserError
@@ -36,7 +37,7 @@ from .tuning import FIRST_SEED, Tuning, runs_of_search
 # Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
 # exact run on one rank equals the run on W ranks.
 OPERATION = {
-    "tensorboard.enabled": False,
+    **loggers.OFF,
     "trainer.guard_every_steps": 0,
     "trainer.checkpoint.every_steps": 0,
     "trainer.exactness": "bitwise",

@@ -122,6 +122,8 @@ class Comparison:
         not_finite, collapsed: numbers of runs.
         collapse_at_most: what is not ruled out as the probability of a collapse, at level 1 - alpha.
         counts: by what runs fail in.
+        missing: declared seeds that are not there yet.
+        unable: why nothing can be decided of it, whatever its runs say; "" if something can.
         search_failed: by which untuned rule this tuned arm, or its tuned sequential runs, are beaten; "" for none.
         verdicts, sentences: by claim: "loses", "below", "unconverged".
     """
@@ -137,6 +139,8 @@ class Comparison:
     collapsed: int
     collapse_at_most: float
     counts: dict[Failing, Count]
+    missing: int = 0
+    unable: str = ""
     search_failed: str = ""
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
@@ -330,6 +334,7 @@ def _conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str
             f"not enough evidence: {n} seeds cannot decide one of {tests} comparisons; at least "
             f"{seeds_needed(rules.alpha / tests)} are needed"
         )
+    c.missing, c.unable = missing, unable
     verdict: Verdict = "undecided"
     verdict, why = (verdict, unable) if unable else _verdict(c, rules)
     if failed and verdict in ("material loss", "small loss"):

@@ -24,11 +24,13 @@ from .results import Results, rows_of, speed_ups
 from .sentences import (
     CLAIMS,
     claims,
+    headline,
     noise_sentences,
     search_sentences,
     sequential_sentences,
     size_sentences,
     strong_sentences,
+    too_few_sentences,
     verdicts,
 )
 from .tuning import at_edge
@@ -36,12 +38,24 @@ from .tuning import at_edge
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+.headline { font-size: 1.15rem; border-left: 4px solid #0072b2; padding-left: 1rem; }
+p, li, h1, h2, h3, summary { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child, td.text { text-align: left; } th.text { text-align: inherit; }
 code { font-size: 0.85em; overflow-wrap: anywhere; } summary { cursor: pointer; }
 .verdict { font-weight: 600; } .material-loss, .more-often { color: #b3261e; } .small-loss { color: #8a4b00; }
 .ruled-out { color: #006d3c; } .undecided, .not-shown { color: #555; }
+.by-size td { vertical-align: top; white-space: normal; } .by-size td > * { display: block; }
+.by-size .more { color: #555; }
+pre { overflow-x: auto; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; } h1 { font-size: 1.5rem; }
+  .by-size, .by-size tbody, .by-size tr, .by-size td { display: block; } .by-size thead { display: none; }
+  .by-size td { text-align: left; white-space: normal; border: 0; padding-left: 1rem; }
+  .by-size td:first-child { font-weight: 600; padding-left: 0; } .by-size tr { border-bottom: 1px solid #ddd; }
+  .by-size td[data-size]::before { content: "W = " attr(data-size); color: #555; }
+}
 figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
 """
 
@@ -91,11 +105,13 @@ def _write_tables(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
     parts = [
         f"<h1>Strong against weak scaling: {escape(results.task)}</h1>",
+        f'<p class="headline">{escape(" ".join(headline(results)))}</p>',
         "<p>A weak run on W ranks was computed exactly on one: its bits follow from its global batch and micro-batches "
         "alone. Accuracy is judged by these runs; speed by runs on real ranks only.</p>",
         *_warnings(results),
         "<h2>Verdicts</h2>",
         *(f"<p>{escape(line)}</p>" for line in strong_sentences(results)),
+        *(f"<p>{escape(line)}</p>" for line in too_few_sentences(results)),
         *(_block(results, variant, budget) for variant, budget in results.blocks()),
         *(f"<p>{escape(line)}</p>" for line in search_sentences(results)),
         *(f"<p>{escape(line)}</p>" for line in noise_sentences(results)),
@@ -180,7 +196,7 @@ def _block(results: Results, variant: str, budget: str) -> str:
     about = (
         f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "
         f"{_shown(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict on a "
-        "loss, and how many runs collapsed, if any."
+        "loss, the interval where it is undecided (which does not mean no loss), and how many runs collapsed, if any."
     )
     failing = (
         "Runs that end below the target, and runs that do not converge; in brackets the sequential runs of the same "
@@ -200,15 +216,23 @@ def _by_size(results: Results, variant: str, budget: str, cell: Callable[[Compar
     lines = []
     for arm, comparisons in groups.items():
         by_size = {c.place.world_size: c for c in comparisons}
-        cells = "".join(f"<td>{cell(by_size[W]) if W in by_size else '-'}</td>" for W in sizes)
+        filled = [(W, cell(by_size[W]) if W in by_size else "-") for W in sizes]
+        cells = "".join(f'<td data-size="{W}">{content}</td>' for W, content in filled)
         lines.append(f"<tr><td>{escape(title_of(arm, budget))}</td>{cells}</tr>")
     head = "".join(f"<th>W = {W}</th>" for W in sizes)
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f"<table class='by-size'><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _verdict_cell(c: Comparison) -> str:
     number = f"{c.difference:+.4f}" if math.isfinite(c.difference) else "not finite"
-    return f"{number} {_marked(c.verdicts['loses'])}" + (f", {c.collapsed} collapsed" if c.collapsed else "")
+    lines = [f"<span>{number}</span> {_marked(c.verdicts['loses'])}"]
+    low, high = c.difference_interval
+    if c.verdicts["loses"] == "undecided":  # a small difference alone would read as if nothing were lost
+        known = math.isfinite(low) or math.isfinite(high)
+        lines.append(f"{low:+.3f} to {high:+.3f}" if known else "too few runs")
+    if c.collapsed:
+        lines.append(f"{c.collapsed} collapsed")
+    return " ".join([lines[0], *(f'<span class="more">{line}</span>' for line in lines[1:])])
 
 
 def _failing_cell(c: Comparison) -> str:
@@ -216,8 +240,8 @@ def _failing_cell(c: Comparison) -> str:
     for failing, word in zip(FAILINGS, ("below", "not converged")):
         count = c.counts[failing]
         text = f"{word} {count.failed} of {count.runs} ({count.of_reference})"
-        shown.append(f"<b>{text}</b>" if c.verdicts[failing] == "more often" else text)
-    return ", ".join(shown)
+        shown.append(f"<b>{text}</b>" if c.verdicts[failing] == "more often" else f"<span>{text}</span>")
+    return " ".join(shown)
 
 
 def _comparison_table(results: Results) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ def verdicts(folder: Path) -> list[str]:
     if results.missing():
         lines.append(f"{results.missing():,} declared runs are missing.")
     lines += strong_sentences(results)
+    lines += too_few_sentences(results)
     for claim, what, comparisons in claims(results):
         lines.append(f"{what}: {CLAIMS[claim]}?")
         lines += [f"  W = {c.place.world_size}: {c.verdicts[claim]}. {c.sentences[claim]}" for c in comparisons]
@@ -36,12 +38,68 @@ def verdicts(folder: Path) -> list[str]:
 
 
 def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
-    """(claim, what it is about, its comparisons by W), for each arm, budget and variant."""
+    """(claim, what it is about, its comparisons by W), for each arm, budget and variant.
+
+    Those that `too_few_sentences` tells of together are left out.
+    """
+    together = _undecidable(results)
     for variant, budget in results.blocks():
         for arm, comparisons in results.groups(variant, budget).items():
             for claim in CLAIMS:
                 what = f"{title_of(arm, budget)}, {results.budget(budget)}"
-                yield claim, f"{variant}: {what}" if variant else what, comparisons
+                own = [c for c in comparisons if c.unable not in together or (claim != "loses" and not c.missing)]
+                if own:
+                    yield claim, f"{variant}: {what}" if variant else what, own
+
+
+def _undecidable(results: Results) -> dict[str, int]:
+    """Reasons why nothing can be decided -> of how many comparisons, where one holds of several."""
+    counts = collections.Counter(c.unable for c in results.judgement.comparisons if c.unable)
+    return {reason: count for reason, count in counts.items() if count > 1}
+
+
+def too_few_sentences(results: Results) -> list[str]:
+    """One sentence for all comparisons of which the same reason keeps a verdict away."""
+    return [
+        f"{count} of {len(results.judgement.comparisons)} comparisons are undecided, which does not mean that nothing "
+        f"is lost: {reason}."
+        for reason, count in _undecidable(results).items()
+    ]
+
+
+def headline(results: Results) -> list[str]:
+    """The answer in two sentences: what strong scaling does, and what weak scaling does."""
+    possible = [W for W, answer in results.declared["strong"] if isinstance(answer, int)]
+    strong = "This study did not ask for strong scaling."
+    if possible:
+        strong = f"Strong scaling gives the sequential run's very model at W = {listed(possible)}, so it loses nothing."
+    elif results.declared["strong"]:
+        strong = "Strong scaling is not possible at the W of this study."
+    comparisons = results.judgement.comparisons
+    at: dict[Verdict, list[str]] = {}
+    for c in comparisons:
+        at.setdefault(c.verdicts["loses"], []).append(str(c.place))
+    margin, metric = f"{results.rules.margin:g}", results.study.metric
+    said = [
+        f"{words} in {len(at[verdict])}{_for_example(at[verdict])}"
+        for verdict, words in (
+            ("material loss", f"the typical run loses more than {margin} of {metric}"),
+            ("small loss", f"it loses, but less than {margin},"),
+            ("ruled out", f"a loss of {margin} is ruled out"),
+        )
+        if verdict in at
+    ]
+    if "undecided" in at:
+        said.append(f"{len(at['undecided'])} are undecided, so a loss there is neither shown nor ruled out")
+    if not comparisons:
+        return [strong, "Nothing is known of weak scaling yet."]
+    joined = said[0] if len(said) == 1 else f"{'; '.join(said[:-1])}; and {said[-1]}"
+    number = len(comparisons)
+    return [strong, f"Weak scaling, {number} comparison{'s' * (number > 1)} with sequential runs: {joined}."]
+
+
+def _for_example(places: Sequence[str]) -> str:
+    return f" ({'; '.join(places)})" if len(places) <= 3 else f" (such as {places[-1]})"
 
 
 def sequential_sentences(results: Results) -> list[str]:
@@ -195,5 +253,8 @@ def noise_sentences(results: Results) -> list[str]:
     elif lost:
         line += f"The study shows a material loss of {'; '.join(lost)}."
     else:
-        line += "No material loss is shown in this study."
+        open_ones = sum(c.verdicts["loses"] == "undecided" for c in results.judgement.comparisons)
+        line += "No material loss is shown in this study" + (
+            f", but {open_ones} of its comparisons are undecided." if open_ones else "."
+        )
     return [line]
