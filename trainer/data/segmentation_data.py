@@ -179,15 +179,14 @@ def _decoded(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Each image with its mask, as they are in the files, resized where that is asked for."""
     for block in images.blocks(files, images.BLOCK):
-        pixels = {}
+        pixels: dict[str, np.ndarray] = {}
         pictures = [(str(image), image) for image, _ in block if image.suffix.lower() != ".npy"]
         for name, image, done in images.decode_all(pictures, channels, size):
             pixels[name] = image
             remarks.update(filter(None, done.split("; ")))
         for image_file, mask_file in block:
-            image = pixels.pop(str(image_file), None)
-            if image is None:
-                image = _load(image_file)
+            array = image_file.suffix.lower() == ".npy"
+            image = _load(image_file) if array else pixels.pop(str(image_file))
             mask = _load(mask_file) if mask_file.suffix.lower() == ".npy" else decode_mask(mask_file, size)
             yield str(image_file), image, mask
     notes += [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]

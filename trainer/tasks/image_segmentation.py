@@ -29,7 +29,6 @@ from . import segmentation
 
 # The file beside model.safetensors: what prediction and loading need.
 FACTS = "segmentation.json"
-_OPTION = '"trainer.task_options.'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,8 @@ class ImageSegmentation:
         self.data_lines: list[str] = []
         # Known once the data or a saved model is read.
         self._classes = Classes([], [])
-        self._channels, self._size = 0, (0, 0)  # of images; (H, W) or (D, H, W)
+        self._channels = 0
+        self._size: tuple[int, ...] = (0, 0)  # (H, W) or (D, H, W)
         self._crop: tuple[int, ...] | None = None
         self._mean: list[float] = []
         self._std: list[float] = []
@@ -134,7 +134,7 @@ class ImageSegmentation:
         self._classes = found.classes
         _, self._channels, *sides = splits["train"].image.shape
         self._size = tuple(sides)
-        _check_halving(self._size, len(o.widths) - 1, "images", str(o.data))
+        segmentation.check_halving(self._size, len(o.widths) - 1, "images", str(o.data))
         self._crop = self._crop_of(self._size)
         self._mean, self._std = splits["train"].mean_and_std()
         self._constants.clear()
@@ -142,7 +142,7 @@ class ImageSegmentation:
         self.notes += tables.duplicates_note(
             {name: [row.tobytes() for row in scenes.digest.numpy()] for name, scenes in splits.items()}
         )
-        self.data_lines[:] = _lines(splits, list(found.splits), found.classes, found.first)
+        self.data_lines[:] = segmentation.data_lines(splits, list(found.splits), found.classes, found.first)
         return {name: {"image": scenes.image, "mask": scenes.mask} for name, scenes in splits.items()}
 
     def _with_held_out(self, splits: dict[str, Scenes]) -> dict[str, Scenes]:
@@ -162,7 +162,7 @@ class ImageSegmentation:
         crop = tuple(asked) if isinstance(asked, list) else (asked,) * len(size)
         if len(crop) != len(size) or any(own > whole for own, whole in zip(crop, size)):
             refuse("crop_size", asked, f"a side, or one number for each axis, within images of {shown(size)}")
-        _check_halving(crop, len(self._o.widths) - 1, "crops", "crop_size")
+        segmentation.check_halving(crop, len(self._o.widths) - 1, "crops", "crop_size")
         return None if crop == tuple(size) else crop
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -357,48 +357,6 @@ def require_monai() -> None:
             'The task image_segmentation needs the package monai, for its U-Net: pip install "strong-scaling-trainer'
             '[segmentation]".'
         )
-
-
-def _check_halving(size: Sequence[int], times: int, what: str, where: str) -> None:
-    """Raises UserError unless a U-Net can halve a size so many times, and more than one pixel is left."""
-    factor = 2**times
-    wrong = [side for side in size if side % factor]
-    rule = f'{_OPTION}widths" has {times + 1} numbers, so the network halves a size {times} times'
-    if wrong:
-        nearest = sorted(
-            {max(factor, side // factor * factor) for side in wrong} | {-(-s // factor) * factor for s in wrong}
-        )
-        raise UserError(
-            f"The {what} of {where} are {shown(size)}, but {rule}: each side must be a multiple of {factor}.\nSet "
-            f"{'crop_size' if what == 'crops' else 'image_size (of image files)'} to such sides, for example "
-            f"{' or '.join(map(str, nearest))} for {wrong[0]}, pad the images, or give fewer widths."
-        )
-    if all(side == factor for side in size):
-        raise UserError(
-            f"The {what} of {where} are {shown(size)}, but {rule}: a single pixel would be left. Give fewer widths."
-        )
-
-
-def _lines(splits: dict[str, Scenes], given: Sequence[str], classes: Classes, first: str) -> list[str]:
-    """What was read: how many images, their size, and the share of each class."""
-    from ..data import report
-
-    train = splits["train"]
-    channels, *size = train.image.shape[1:]
-    kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    unit = "image" if len(size) == 2 else "volume"
-    counts = {name: len(scenes.mask) for name, scenes in splits.items()}
-    pixels = torch.bincount(train.mask.flatten().long(), minlength=256).double()
-    total = float(pixels[: len(classes.names)].sum())
-    shares = [f"{name} {100 * float(pixels[k]) / total:.1f} %" for k, name in enumerate(classes.names[:12])]
-    lines = [
-        report.rows_line(counts, given, unit, f" of {shown(size)}, {kind}"),
-        f"{len(classes.names)} classes, as shares of train's pixels: {', '.join(shares)}"
-        + (", ..." if len(classes.names) > 12 else ""),
-    ]
-    if ignored := int(pixels[mask_values.IGNORED]):
-        lines.append(f"ignored: {100 * ignored / train.mask.numel():.1f} % of train's pixels")
-    return [*lines, f"first image: {first}"]
 
 
 TASK = ImageSegmentation

@@ -1,4 +1,4 @@
-"""What segmentation needs: crops and mirrors of images with their masks, losses, overlaps, metrics and pictures.
+"""What segmentation needs: crops and mirrors of images with masks, losses, metrics, pictures, and what it says.
 
 S stands for (H, W) or (D, H, W), K for the number of classes. Masks hold numbers of classes, or `IGNORED`.
 """
@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.mask_values import IGNORED
+from ..data import report
+from ..data.mask_values import IGNORED, Classes
+from ..data.segmentation_data import Scenes, shown
+from ..errors import UserError
 
 # Added to numerator and denominator of a Dice coefficient, as MONAI has it: two empty regions agree.
 SMOOTH = 1e-5
@@ -21,6 +24,7 @@ PICTURES, PICTURE_SIDE = 8, 256
 PALETTE = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
            (204, 121, 167), (255, 255, 255))  # fmt: skip
 _IGNORED_COLOUR = (96, 96, 96)
+_OPTION = '"trainer.task_options.'
 
 
 def crop_and_flip(x: Tensor, starts: Tensor | None, size: Sequence[int], flipped: Tensor | None) -> Tensor:
@@ -163,3 +167,43 @@ def picture(image: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
     rows = [grey_or_rgb(image), coloured(mask), coloured(chosen)]
     framed = [F.pad(row[..., ::step, ::step], (1, 1, 1, 1), value=128) for row in rows]  # (N, 3, h, w) each
     return torch.cat([torch.cat(list(row), dim=2) for row in framed], dim=1)
+
+
+def check_halving(size: Sequence[int], times: int, what: str, where: str) -> None:
+    """Raises UserError unless a U-Net can halve a size so many times, and more than one pixel is left."""
+    factor = 2**times
+    wrong = [side for side in size if side % factor]
+    rule = f'{_OPTION}widths" has {times + 1} numbers, so the network halves a size {times} times'
+    if wrong:
+        nearest = sorted(
+            {max(factor, side // factor * factor) for side in wrong} | {-(-s // factor) * factor for s in wrong}
+        )
+        raise UserError(
+            f"The {what} of {where} are {shown(size)}, but {rule}: each side must be a multiple of {factor}.\nSet "
+            f"{'crop_size' if what == 'crops' else 'image_size (of image files)'} to such sides, for example "
+            f"{' or '.join(map(str, nearest))} for {wrong[0]}, pad the images, or give fewer widths."
+        )
+    if all(side == factor for side in size):
+        raise UserError(
+            f"The {what} of {where} are {shown(size)}, but {rule}: a single pixel would be left. Give fewer widths."
+        )
+
+
+def data_lines(splits: dict[str, Scenes], given: Sequence[str], classes: Classes, first: str) -> list[str]:
+    """What was read: how many images, their size, and the share of each class."""
+    train = splits["train"]
+    channels, *size = train.image.shape[1:]
+    kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    unit = "image" if len(size) == 2 else "volume"
+    counts = {name: len(scenes.mask) for name, scenes in splits.items()}
+    pixels = torch.bincount(train.mask.flatten().long(), minlength=256).double()
+    total = float(pixels[: len(classes.names)].sum())
+    shares = [f"{name} {100 * float(pixels[k]) / total:.1f} %" for k, name in enumerate(classes.names[:12])]
+    lines = [
+        report.rows_line(counts, given, unit, f" of {shown(size)}, {kind}"),
+        f"{len(classes.names)} classes, as shares of train's pixels: {', '.join(shares)}"
+        + (", ..." if len(classes.names) > 12 else ""),
+    ]
+    if ignored := int(pixels[IGNORED]):
+        lines.append(f"ignored: {100 * ignored / train.mask.numel():.1f} % of train's pixels")
+    return [*lines, f"first image: {first}"]
