@@ -25,6 +25,9 @@ from trainer.tasks.protocol import load_task
 
 CONFIGS = [ready.folder() / name for name in ready.names()]
 DATA = {"data": "d", "model": "m"}
+# What else a task needs, where it is not these two.
+NEEDED: dict[str, dict[str, Any]] = dict.fromkeys(("digits", "nodules"), {})
+NEEDED |= dict.fromkeys(("image_segmentation", "tabular"), {"data": "d"})
 
 
 @functools.cache
@@ -40,7 +43,7 @@ def validator() -> Draft202012Validator:
 
 @functools.cache
 def options_of(task: str) -> type:
-    return type(load_task(task, DATA if task not in ("digits", "nodules") else {})).Options
+    return type(load_task(task, NEEDED.get(task, DATA))).Options
 
 
 def refused_by_the_trainer(values: dict[str, Any], folder: Path) -> str | None:
@@ -108,7 +111,7 @@ def laid(base: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, A
 
 
 def whole(task: str) -> dict[str, Any]:
-    options: dict[str, Any] = {} if task in ("digits", "nodules") else dict(DATA)
+    options: dict[str, Any] = dict(NEEDED.get(task, DATA))
     return {
         "train_batch_size": 64, "train_micro_batch_size_per_gpu": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}},

@@ -180,6 +180,11 @@ def small_data(task: str, folder: Path) -> Path | None:
         arrays = {"x": random.integers(0, 255, (300, 12, 12, 3), dtype=np.uint8), "y": np.arange(300) % 3}
         np.savez(folder / "images.npz", **arrays)
         return folder / "images.npz"
+    if task == "image_segmentation":
+        masks = np.zeros((40, 128, 128), dtype=np.uint8)
+        masks[:, 30:70, 30:70] = 1
+        np.savez(folder / "masks.npz", x=random.integers(0, 255, masks.shape, dtype=np.uint8), y=masks)
+        return folder / "masks.npz"
     if task == "nodules":
         masks = np.zeros((160, 32, 32, 32), dtype=np.uint8)
         masks[:, 12:20, 12:20, 12:20] = 1

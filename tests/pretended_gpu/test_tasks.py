@@ -35,6 +35,7 @@ NARROW: dict[str, dict[str, Any]] = {
         f"{MODEL}.intermediate_size": 16,
         "trainer.task_options.image_size": 16,
     },
+    "image_segmentation": {"trainer.task_options.widths": [2, 4], "trainer.task_options.crop_size": 16},
     "tabular": {"trainer.task_options.width": 8},
     "nodules": {"trainer.task_options.width": 2},
     "nodules_autoencoder": {"trainer.task_options.width": 2},

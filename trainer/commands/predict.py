@@ -26,7 +26,8 @@ def predict(
     Args:
         model: the folder of a model, or the output folder of its run.
         source: the file or folder to predict on.
-        output: where rows go; None for the console.
+        output: where rows go; None for the console. Without a suffix it is a folder, if the task writes a file for each
+            sample: they go there, and the rows with them.
         kind: "csv" or "jsonl"; None takes it from the output's name, else csv.
         task_name: path/to/file.py:ClassName for a model of a user's own task.
         batch_size: samples of one forward.
@@ -49,6 +50,8 @@ def predict(
     if kind is None:
         kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
     task, network = found.predictor(device)
+    if output is not None and callable(getattr(task, "predict_files", None)) and not Path(output).suffix:
+        return _into_folder(task, network, path, batch_size, Path(output), kind)
     rows = task.predict(network, path, batch_size)  # type: ignore[attr-defined]
     if output is None:
         _write(rows, kind, sys.stdout)
@@ -62,6 +65,23 @@ def predict(
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     _say_notes(task)
     print(f"{count:,} predictions in {target}", file=sys.stderr)
+    return 0
+
+
+def _into_folder(task: Task, network: Any, source: Path, batch_size: int, folder: Path, kind: str) -> int:
+    """Has a task write a file for each sample into a new folder, and predictions.csv (or .jsonl) with the rows."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--output {folder} is not empty. Name a new folder, or a .csv for the rows alone.")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = task.predict_files(network, source, batch_size, folder)  # type: ignore[attr-defined]
+        target = folder / f"predictions.{kind}"
+        with whole_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            count = _write(rows, kind, file)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
+    _say_notes(task)
+    print(f"{count:,} predictions in {folder}", file=sys.stderr)
     return 0
 
 

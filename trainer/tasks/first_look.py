@@ -19,7 +19,15 @@ from ..config.schema import near
 from ..errors import UserError
 
 # The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
-BUILT_IN = ("causal_lm", "digits", "image_classification", "nodules", "tabular", "text_classification")
+BUILT_IN = (
+    "causal_lm",
+    "digits",
+    "image_classification",
+    "image_segmentation",
+    "nodules",
+    "tabular",
+    "text_classification",
+)
 # Names that columns usually have, the likeliest first.
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "intent", "sentiment")
@@ -54,7 +62,7 @@ def look(task: str, options: Mapping[str, Any]) -> None:
             f'unknown task "{task}". {_typed("--task ", near(task, BUILT_IN))} Your own is given as '
             "path/to/file.py:ClassName."
         )
-    if task not in ("causal_lm", "image_classification", "tabular", "text_classification"):
+    if task in ("digits", "nodules"):
         return
     data = options.get("data")
     parts = {f"data.{name}": part for name, part in data.items()} if isinstance(data, Mapping) else {"data": data}

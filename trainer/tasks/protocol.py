@@ -58,6 +58,8 @@ class Task(Protocol):
     - `predict(self, model, source, batch_size) -> Iterator[dict]`: for `python -m trainer predict`: one dictionary of
       plain values (column -> value) for each sample of a file or folder, in order. The model is in
       evaluation mode on its device.
+    - `predict_files(self, model, source, batch_size, folder) -> Iterator[dict]`: as `predict`, and writes a file for
+      each sample (a mask, ...) into the folder; for `predict --output` with the name of a folder.
     - `pictures(self, outputs, batch) -> Mapping[str, Tensor]`: name -> (C, H, W) uint8 for TensorBoard, from the
       outputs of a whole split, after each validation; on the CPU, on rank 0.
     """
