@@ -26,8 +26,8 @@ from trainer.tasks.protocol import load_task
 CONFIGS = [ready.folder() / name for name in ready.names()]
 DATA = {"data": "d", "model": "m"}
 # What else a task needs, where it is not these two.
-NEEDED: dict[str, dict[str, Any]] = dict.fromkeys(("digits", "nodules"), {})
-NEEDED |= dict.fromkeys(("image_segmentation", "tabular"), {"data": "d"})
+NEEDED: dict[str, dict[str, Any]] = {key: {} for key in ("digits", "nodules")}
+NEEDED |= {key: {"data": "d"} for key in ("image_segmentation", "tabular")}
 
 
 @functools.cache

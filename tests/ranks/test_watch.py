@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ class Heart:
         self.failed: tuple[int, int] | None = None
         self.lost: str | None = None
         self.silent_ranks: list[int] = []
+        self.silent_since_s = math.inf  # for how long they have been silent
         self.entered: dict[int, int] = {}  # rank -> collectives
         self.said: list[Any] = []
         self.forgiven = 0
@@ -39,7 +41,7 @@ class Heart:
         return time.monotonic() - self.unheard_s
 
     def silent(self, silent_s: float) -> list[int]:
-        return self.silent_ranks
+        return self.silent_ranks if silent_s <= self.silent_since_s else []
 
     def counts(self) -> dict[int, int]:
         return self.entered
@@ -274,6 +276,17 @@ def test_a_rank_for_which_the_others_wait(run: Watched, capsys: pytest.CaptureFi
     said = capsys.readouterr().err
     assert "Rank 3 on node3 did not come to the exchange within 0.2 s, in step 1" in said
     assert "\nLast seen: rank 3 on node3 in splits() (my_task.py, line 12).\nThe other ranks leave." in said
+
+
+def test_a_late_rank_is_not_named_beside_one_that_is_stopped(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine with too much to do, others have not come to the exchange, either. They still answer."""
+    made = run.watch(timeout_s=5.0)
+    made.begin()
+    run.heart.silent_ranks, run.heart.silent_since_s = [3], 1.5
+    run.heart.entered = {2: meetings.count, 3: meetings.count}
+    with meetings:
+        run.ended()
+    assert "Rank 3 on node3 did not come to the exchange" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -215,6 +215,9 @@ class Watch:
             return None
         # A rank between them and this one waits for them as well.
         behind = [rank for rank, entered in counts.items() if entered == least]
+        # On a machine with too much to do, a rank may be late beside one that is stopped. It still answers.
+        silent = self._heartbeat.silent(_SILENT_S)
+        behind = [rank for rank in behind if rank in silent] or behind
         what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
         return self._sentence(behind, what, where=f"\nLast seen: {self._where(behind)}.")
 
