@@ -50,7 +50,7 @@ def custom_functions(
 
     Args:
         seen: called with the function, its arguments, and those with names.
-        own: classes that are called as they are.
+        own: classes that are called as they are; those of packs. Without any, nothing is refused.
     """
     original = torch.autograd.Function.__dict__["apply"]
 
@@ -59,7 +59,7 @@ def custom_functions(
         # Inside of torch's own functions no mode is active.
         if issubclass(cls, own) or torch._C._len_torch_function_stack() == 0:
             return call(*args, **kwargs)
-        if cls is BackwardHookFunction:
+        if own and cls is BackwardHookFunction:  # in a pack
             raise RefusedError("a module has a backward hook, which would get the gradient of all samples")
         with torch._C.DisableTorchFunction():
             return seen(Custom(cls, call), args, kwargs)
