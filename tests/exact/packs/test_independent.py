@@ -82,3 +82,24 @@ def test_an_expanded_value_of_micro_batches_keeps_the_order_of_its_dimensions() 
     """As of a learned first state. With its strides sorted, later values lay in another order than singly."""
     own = [torch.arange(5.0).expand(2, 5) for _ in range(3)]
     assert layers.joined(own).stride() == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda h, w, a: h + 0.1 * h.roll(1, 1) + a * h.roll(1, 0),
+        lambda h, w, a: torch.hypot(h, w[0]) + F.linear(h, w) + a * torch.hypot(h, w[0] + h),
+    ],
+)
+def test_gradients_of_several_uses_are_added_in_their_order(forward: Any) -> None:
+    """An outsider's task got other bits when its third use began to count."""
+
+    class Counts(Task):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor], progress: Any) -> Tensor:
+            return forward(model(batch["x"]), model.weight, 0.3 if progress.step > 2 else 0.0)
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8), floats(8)
+    found, packs = trained(model, x, 4, task=Counts())
+    assert found == trained(model, x, 0, task=Counts())[0]
+    assert packs is not None

@@ -107,10 +107,11 @@ class Pack(TorchFunctionMode):
         self._sites, self._checked, self._calls, self.form = sites, checked, calls, 0
         self._trace, self.checks, self._position = trace, trace is not None, 0
         self.scratch = statistics.scratch_rows(g)
-        self._aliases: dict[tuple[int, int], Tensor] = {}
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
         self._now: int | None = None  # the micro-batch that is computed alone
+        # Those of the present call. Each use of a tensor gives it a gradient of its own, in the order of the uses, as
+        # when a micro-batch is computed alone.
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
         # Marks on tensors. Nobody else has these objects, so that a tensor of an earlier pack is none of this one.
         self._marks = {kind: (kind,) for kind in (_PARTED, _NUMBERS, _SAME)}
@@ -125,8 +126,8 @@ class Pack(TorchFunctionMode):
 
     def close(self) -> None:
         """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
-        for kept in (self._aliases, self._cuts, self.derived):
-            kept.clear()
+        self._cuts.clear()
+        self.derived.clear()
 
     def end_of_forward(self) -> None:
         """The task's forward has returned: in a trial it has to have called as much as that of a micro-batch."""
@@ -490,10 +491,8 @@ class Pack(TorchFunctionMode):
     def _alias(self, value: Tensor, place: int, k: int) -> Tensor:
         if not torch.is_grad_enabled():
             return value
-        alias = self._aliases.get((place, k))
-        if alias is None:
-            self.leaves.expect(place)
-            alias = self._aliases[place, k] = Alias.apply(value, self, place, k)
+        self.leaves.expect(place)
+        alias: Tensor = Alias.apply(value, self, place, k)
         return alias
 
     def apart(
@@ -506,6 +505,7 @@ class Pack(TorchFunctionMode):
     ) -> Any:
         """Calls a function for one micro-batch at a time, and joins what it returns."""
         found = []
+        self._cuts.clear()
         for k in range(self.g):
             own = self.part((args, kwargs), k, scaled)
             with self._streams.of(k) if random else contextlib.nullcontext():
@@ -566,6 +566,7 @@ class Pack(TorchFunctionMode):
             if not given & (_PARTED | _NUMBERS):
                 raise RefusedError(f"{type(module).__name__} of something that no micro-batch has a part of")
             found = []
+            self._cuts.clear()
             for k in range(self.g):
                 with self.now(k):
                     with torch._C.DisableTorchFunction():
