@@ -76,7 +76,7 @@ class _Chosen(dict[Any, int]):
 def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int], dict[str, int]]:
     """The kernels, by operation, of a step with packs of `trainer.pack` micro-batches and of a plain loop's step.
 
-    No trial is made, whose findings depend on the CPU: all rules hold.
+    A trial notes the calls of the first step. What it would find depends on the CPU, so all rules hold.
 
     Args:
         ranks, config: of the run.
@@ -85,8 +85,9 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
     from trainer.exact.packs import pack, packs
 
     use_caches_beside(config)
-    packs.TRIALS = 0
-    packs.Packs.known = lambda *_: True  # type: ignore[method-assign]
+    packs.TRIALS = 1
+    packs.difference = lambda *_: None
+    pack.Pack._is_alone = lambda *_: False  # type: ignore[method-assign]
     pack.Pack.holds = lambda *_: True  # type: ignore[method-assign]
     with PretendedGpu(1) as gpu:
         pieces, step = jobs.built(ranks, config)

@@ -325,6 +325,8 @@ class Packs:
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
+        if len(traces) > 2 and not same_calls(traces[0], traces[-1]):
+            del traces[0]  # the first of all makes what later ones find at hand
         trials = {} if before is None else dict(before.trials)
         for _ in range(len(self._owners) + 4):
             sums = HashedSums(len(part))
