@@ -117,6 +117,16 @@ def test_ranks_on_gpus_have_the_cpus_bits(tmp_path: Path, W: int, gpus: int, bac
     assert there[0]["metrics"] == here["metrics"]
 
 
+def test_an_exchange_under_the_backward_has_the_cpus_bits(tmp_path: Path) -> None:
+    """On a stream of its own, and without a wait of the host."""
+    more = {"max_steps": 6, "device": "auto"}
+    here = run_ranks(jobs.train, 2, small_config(tmp_path / "here", **more))[0]
+    there = run_ranks(train_counted, 2, 2, small_config(tmp_path / "there", exchange_bucket_mib=0.0005, **more))
+    assert there[0]["trace"] == here["trace"]
+    for waits in there[0]["waits"][2:-1]:
+        assert [what for what, _ in waits] == ["Event.synchronize"]
+
+
 # Kernels of a step with one pack, at most, as a multiple of a plain loop's: at the config's own M with the first rule
 # of each layer; and at M = 32 with the last, which makes convolutions' weight gradients one micro-batch at a time.
 CEILINGS: dict[str, tuple[int, float, float]] = {
