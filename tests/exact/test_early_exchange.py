@@ -94,9 +94,7 @@ class LateCollectives(ThreadedCollectives):
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["by shards", "directly"])
 @pytest.mark.parametrize("W", [2, 3, 5, 8])
 @pytest.mark.parametrize("bucket_bytes", [4, 100, 1 << 20])
-def test_all_ranks_get_the_bits_of_one(
-    monkeypatch: pytest.MonkeyPatch, W: int, limit: int, bucket_bytes: int
-) -> None:
+def test_all_ranks_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch, W: int, limit: int, bucket_bytes: int) -> None:
     """Several steps on the same buffers, with ranks that have no micro-batch, or give a pack up half-way."""
     collectives = LateCollectives(W)
     monkeypatch.setattr(exchange, "DIRECT_LIMIT_BYTES", limit)

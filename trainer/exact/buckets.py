@@ -55,8 +55,12 @@ def in_buckets(total: GradientSum, floats: int) -> list[Bucket]:
 class Sender(Protocol):
     """Sends buckets, see `early_exchange.EarlyExchange`."""
 
-    buckets: Sequence[Bucket]
     sent: int
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """In the order of sending."""
+        ...
 
     def send(self, nodes: Sequence[Tensor]) -> None:
         """Sends the next bucket of this rank's nodes, in order."""

@@ -125,9 +125,7 @@ class ExactStep:
         )
         self._early: EarlyExchange | None = None
         if W > 1 and bucket_bytes is not None:
-            early = EarlyExchange(
-                self._sum, layout, leaves=leaves, rank=rank, world_size=W, bucket_bytes=bucket_bytes
-            )
+            early = EarlyExchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, bucket_bytes=bucket_bytes)
             if len(early.buckets) > 1:  # a single one would be sent at the end, too
                 self._exchange = self._early = early
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
