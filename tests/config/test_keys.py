@@ -323,6 +323,14 @@ CONTRADICTIONS = [
     (base(trainer={"pack": "fast"}), ('"trainer.pack" is "fast"', '"auto", or a whole number of at least 1')),
     (base(trainer={"pack": 0}), ('"trainer.pack" is 0',)),
     (
+        base(trainer={"exchange_bucket_mib": 4, "compile": True}),
+        ('"trainer.exchange_bucket_mib" has no effect with "trainer.compile"',),
+    ),
+    (
+        base(trainer={"exchange_bucket_mib": 4}, zero_optimization={"stage": 2}),
+        ('has no effect with "zero_optimization.stage" 2',),
+    ),
+    (
         base(zero_optimization={"reduce_scatter": True}),
         ('"reduce_scatter" has no effect at ZeRO stage 0', "stage to 1, 2 or 3"),
     ),

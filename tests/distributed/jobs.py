@@ -131,6 +131,45 @@ def train_as_on_a_gpu(ranks: Ranks, config: Config) -> dict[str, Any]:
     return train(ranks, config)
 
 
+@fresh
+def sent_early(ranks: Ranks, config: Config) -> tuple[dict[str, int], str]:
+    """Buckets that a rank has sent before the exchange: singly, in packs, and all; and the error of a pack given up."""
+    from trainer.errors import TrainerError
+    from trainer.exact.packs.packs import Packs
+    from trainer.exact.packs.verdicts import RefusedError
+
+    pieces, step = built(ranks, config)
+    found, early = {"buckets": len(step._early.buckets)}, step._early
+    finish, sent = type(early).__call__, []
+
+    def noted(self: Any, leaves: int) -> Any:
+        sent.append(self.sent)
+        return finish(self, leaves)
+
+    type(early).__call__ = noted
+    batches = [pieces.batches.at(number) for number in (0, 1, 2, 3, 5)]
+    step(batches[0])
+    size = config.trainer.pack
+    assert isinstance(size, int)
+    parameters, model = pieces.engine.parameters, pieces.engine.model
+    step.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, size, 1000)
+    for batch in batches[:4]:  # three steps of trials
+        step(batch)
+    found |= {"singly": sent[0], "in packs": sent[-1]}
+    compute = Packs.compute
+
+    def given_up(self: Packs, *arguments: Any, **named: Any) -> Any:
+        compute(self, *arguments, **named)
+        raise RefusedError("on purpose")
+
+    Packs.compute = given_up  # type: ignore[method-assign]
+    try:
+        step(batches[4])
+    except (TrainerError, RuntimeError) as error:
+        return found, f"{type(error).__name__}: {error}"
+    return found, "none"
+
+
 def first_gradient(ranks: Ranks, config: Config) -> list[Any]:
     """The reduced gradient of the first step, one numpy array a parameter."""
     pieces, step = built(ranks, config)

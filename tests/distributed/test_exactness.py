@@ -12,7 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed.jobs import USER_TASKS, first_gradient, small_config, train, train_as_on_a_gpu, train_with_shards
+from tests.distributed.jobs import (
+    USER_TASKS,
+    first_gradient,
+    sent_early,
+    small_config,
+    train,
+    train_as_on_a_gpu,
+    train_with_shards,
+)
 from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import NonFiniteError
@@ -102,6 +110,30 @@ def test_large_gradients_take_another_exchange_to_the_same_bits(tmp_path: Path) 
     direct = run_ranks(train, 1, small_config(tmp_path / "direct"))[0]
     shards = same_everywhere(lambda W: small_config(tmp_path / f"s{W}"), [3, 4, 5, 8], train_with_shards)
     assert shards["trace"] == direct["trace"]
+
+
+def test_an_exchange_under_the_backward_has_the_same_bits(tmp_path: Path) -> None:
+    """In buckets, of one micro-batch or of a pack; whole nodes or shards; with audits, and with norms measured."""
+    more = {"exchange_bucket_mib": 0.0005, "audit_every_steps": 2, "gradient_noise": True}
+    direct = run_ranks(train, 1, small_config(tmp_path / "direct", max_steps=8))[0]
+    buckets = same_everywhere(lambda W: small_config(tmp_path / f"b{W}", max_steps=8, pack=W, **more), [1, 2, 3])
+    shards = same_everywhere(
+        lambda W: small_config(tmp_path / f"s{W}", max_steps=8, pack=2, **more), [3, 5], train_with_shards
+    )
+    assert direct["trace"] == buckets["trace"] == shards["trace"]
+    assert buckets["exactness"] == "bitwise"
+
+
+def test_buckets_are_sent_before_the_backward_ends(tmp_path: Path) -> None:
+    """By each rank, in single micro-batches and in packs; a pack that is given up then ends the run."""
+    config = small_config(tmp_path / "run", exchange_bucket_mib=0.0005, pack=4)
+    (sent, error), (other, elsewhere) = run_ranks(sent_early, 2, config)
+    assert sent == other
+    assert sent["singly"] == sent["in packs"] == sent["buckets"] - 1 > 0
+    # Rank 1's last micro-batch has no pack, so it gives none up after it has sent something.
+    assert error.startswith("TrainerError: A pack of step 6 could not be computed (on purpose)")
+    assert "exchange_bucket_mib=null" in error
+    assert elsewhere.startswith("RuntimeError: ") and "onnection" in elsewhere  # it has not applied the step
 
 
 def test_logged_curves_lie_on_one_another(tmp_path: Path) -> None:

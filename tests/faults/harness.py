@@ -89,7 +89,8 @@ def workloads(folder: Path, long_epochs: int = 30) -> list[Workload]:
     transformer = digits | {
         "train_batch_size": 52,
         "train_micro_batch_size_per_gpu": 4,
-        "trainer": common | {"task": "text_classification", "task_options": options},
+        # Small buckets, so that faults meet an exchange under the backward, too.
+        "trainer": common | {"task": "text_classification", "task_options": options, "exchange_bucket_mib": 0.01},
     }
     # A launcher looks at its ranks once a second: a run that lasts longer than that.
     long = digits | {"trainer": digits["trainer"] | {"epochs": long_epochs, "evaluate_every_epochs": 5}}

@@ -17,6 +17,7 @@ from tests.distributed.test_results import small_data
 from tests.pretended_gpu.jobs import launches, train, train_counted
 from tests.standing import run_ranks
 from trainer.config.keys import Config, load_config
+from trainer.errors import UserError
 from trainer.ranks.rendezvous import GLOO_AND_NCCL
 
 MODEL = "trainer.task_options.model"
@@ -115,6 +116,22 @@ def test_ranks_on_gpus_have_the_cpus_bits(tmp_path: Path, W: int, gpus: int, bac
     assert {rank["backend"] for rank in there} == {backend}
     assert there[0]["trace"] == here["trace"]
     assert there[0]["metrics"] == here["metrics"]
+
+
+def test_an_exchange_under_the_backward_has_the_cpus_bits(tmp_path: Path) -> None:
+    """On a stream of its own, and without a wait of the host."""
+    more = {"max_steps": 6, "device": "auto"}
+    here = run_ranks(jobs.train, 2, small_config(tmp_path / "here", **more))[0]
+    there = run_ranks(train_counted, 2, 2, small_config(tmp_path / "there", exchange_bucket_mib=0.0005, **more))
+    assert there[0]["trace"] == here["trace"]
+    for waits in there[0]["waits"][2:-1]:
+        assert [what for what, _ in waits] == ["Event.synchronize"]
+
+
+def test_ranks_that_share_a_gpu_have_no_exchange_under_the_backward(tmp_path: Path) -> None:
+    config = small_config(tmp_path, exchange_bucket_mib=4, device="auto", ranks_per_gpu=2)
+    with pytest.raises(UserError, match=r'"trainer.exchange_bucket_mib" is 4, but ranks that share a GPU'):
+        run_ranks(train_counted, 2, 1, config)
 
 
 # Kernels of a step with one pack, at most, as a multiple of a plain loop's: at the config's own M with the first rule

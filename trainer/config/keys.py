@@ -121,6 +121,12 @@ class TrainerOptions:
         "micro-batches that one forward computes at most. auto: each rank finds what is fastest while the run goes on, "
         "if it has 60 steps or more; 1: one at a time; default: auto for the trainer's own tasks, 1 for others",
     )
+    exchange_bucket_mib: float | None = option(
+        None,
+        "exchange the gradient in parts of this many MiB or more, each as soon as a rank's last backward has computed "
+        "it; default: in one piece, after the backward",
+        above=0,
+    )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
     checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
     max_wall_time_s: float | None = option(
@@ -329,6 +335,9 @@ def _check_model_options(config: Config) -> None:
         raise UserError(
             f'"trainer.pack" is {json.dumps(options.pack)}. It must be "auto", or a whole number of at least 1.'
         )
+    if options.exchange_bucket_mib is not None and (config.zero_stage or options.compile):
+        other = f'"zero_optimization.stage" {config.zero_stage}' if config.zero_stage else '"trainer.compile"'
+        raise UserError(f'"trainer.exchange_bucket_mib" has no effect with {other}. Leave one of them out.')
     for pattern in options.freeze:
         if not isinstance(pattern, str):
             raise UserError(f'"trainer.freeze" holds {pattern!r}. It must be a list of parameter names or patterns.')

@@ -29,6 +29,8 @@ class GradientSum:
 
     Attributes:
         growing: the nodes of this rank at hand, by their buffers.
+        left: micro-batches of the block that have not been added.
+        starts: where each parameter's gradient begins in a node.
         numel: floats of the gradient, which is the same at every world size.
         size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
         storage: (head_size + buffers x size,) float32: `head`, then `nodes`, so that both can be sent as one piece.
@@ -66,8 +68,8 @@ class GradientSum:
         self._missing = [node[size : size + count] for node in self.nodes]
         self._zeros: dict[int, Tensor] = {}
         self.growing = Growing(0)
-        self._leaves = self._left = 0
-        self._shapes_of, self._offsets, self._count = list(shapes_of), offsets, count
+        self._leaves = self.left = 0
+        self._shapes_of, self.starts, self._count = list(shapes_of), offsets, count
 
     @property
     def gradient(self) -> Tensor:
@@ -86,7 +88,7 @@ class GradientSum:
         """Begins a step of M micro-batches. Returns this rank's block of them."""
         block = rank_block(leaves, self._world_size, self._rank)
         self.growing = Growing(leaves)
-        self._leaves, self._left = leaves, len(block)
+        self._leaves, self.left = leaves, len(block)
         return block
 
     def add(self, j: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -112,7 +114,7 @@ class GradientSum:
         else:
             torch._foreach_add_(views, present)  # the first merge, for all parameters in one call
             self.merge(self.growing.join((0, j), place))
-        self._left -= 1
+        self.left -= 1
         return present
 
     def merge(self, merges: Sequence[Merge]) -> None:
@@ -122,13 +124,21 @@ class GradientSum:
 
     def note_added(self, count: int) -> None:
         """So many micro-batches have been added by other means, see `packs.pack_sum`."""
-        self._left -= count
+        self.left -= count
 
     def finish(self) -> None:
         """All micro-batches of the block have been added: brings what is left into `nodes`, in order."""
-        assert self._left == 0, f"{self._left} micro-batches are missing"
+        self._check_complete()
         for to, source in self.growing.in_order():
             self.buffer(to)[0].copy_(self.buffer(source)[0])
+
+    def whole_nodes(self) -> list[Tensor]:
+        """All micro-batches of the block have been added: what is left, in order, wherever it lies: (size,) each."""
+        self._check_complete()
+        return [self.buffer(self.growing.places[node])[0] for node in self.growing.nodes()]
+
+    def _check_complete(self) -> None:
+        assert self.left == 0, f"{self.left} micro-batches are missing"
 
     def buffer(self, number: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """A buffer, whole, as one tensor a parameter, and its counts of missing gradients.
@@ -138,7 +148,7 @@ class GradientSum:
         while number >= len(self._views):
             node = torch.zeros(self.size, device=self.storage.device)
             self._rows.append(node)
-            self._views.append([_view_like(p, node, o) for p, o in zip(self._shapes_of, self._offsets)])
+            self._views.append([_view_like(p, node, o) for p, o in zip(self._shapes_of, self.starts)])
             end = self.numel
             self._missing.append(node[end : end + self._count])
         return self._rows[number], self._views[number], self._missing[number]

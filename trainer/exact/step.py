@@ -18,11 +18,12 @@ from ..ranks.collectives import meetings, message_device
 from ..ranks.place import Ranks
 from .audit import Audit
 from .batch_norm import RunningStatistics
+from .early_exchange import EarlyExchange
 from .exchange import Exchange, most_local
 from .gradient_sum import GradientSum, norm_of
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .packs.pack_sum import PackSum
+from .packs.pack_sum import PackSum, given_up, taking
 from .packs.packs import Packs
 from .packs.verdicts import RefusedError, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
@@ -89,6 +90,8 @@ class ExactStep:
         device: of the model.
         max_norm: the norm to which the gradient is clipped; 0 for no clipping.
         measures_norms: whether to measure the norm of each micro-batch's gradient.
+        bucket_bytes: ranks exchange the gradient in buckets of this size or more, under the last backward; None: whole,
+            after it.
         mark: called at the end of each phase of the step, so that phases can be timed.
     """
 
@@ -103,6 +106,7 @@ class ExactStep:
         device: torch.device,
         max_norm: float = 0.0,
         measures_norms: bool = False,
+        bucket_bytes: int | None = None,
         mark: Callable[[str], None] = ignore_phase,
     ) -> None:
         self._optimizer, self.micro_batches, self.statistics = optimizer, micro_batches, statistics
@@ -119,6 +123,11 @@ class ExactStep:
         self._exchange = Exchange(
             self._sum, layout, leaves=leaves, rank=rank, world_size=W, staging=message_device(device)
         )
+        self._early: EarlyExchange | None = None
+        if W > 1 and bucket_bytes is not None:
+            early = EarlyExchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, bucket_bytes=bucket_bytes)
+            if len(early.buckets) > 1:  # a single one would be sent at the end, too
+                self._exchange = self._early = early
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = _Flags(device)
@@ -151,6 +160,8 @@ class ExactStep:
         self._scale.fill_(1.0 / batch.count)
         M = len(batch.bounds)  # smaller in an epoch's last batch, where some ranks may have no micro-batch at all
         block = self._sum.start(M)
+        if self._early is not None:
+            self._early.begin(M)
         audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
         if audit is not None:
             audit.choose(batch.step, M)
@@ -206,7 +217,15 @@ class ExactStep:
         statistics, own = self.statistics, self._own
         # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
         for j, loss in zip(part, self.micro_batches.losses(batch, part)):
-            gradients, number = self._gradients(loss), j - block.start
+            # The last one's gradients are added as they come, so that what is complete can be sent meanwhile.
+            sender, number, last = self._sender(1), j - block.start, None
+            if sender is None:
+                gradients = self._gradients(loss)
+            else:
+                last = PackSum(self._sum, len(batch.bounds), (j,), self._measures_norms, None, sender)
+                with taking(self._optimizer.parameters, last):
+                    gradients = self._gradients(loss)
+                last.check(gradients)
             collected = own.statistics(number)
             if statistics.size:
                 statistics.collect(collected)
@@ -215,8 +234,13 @@ class ExactStep:
                 audit.note_summed(loss, collected, gradients)
             if self._look is not None:
                 self._look(j, loss, collected, gradients)
-            added = self._sum.add(j, gradients)
-            own.add(number, loss, norm_of(added) if self._measures_norms else None)
+            if last is None:
+                added = self._sum.add(j, gradients)
+                norm = norm_of(added) if self._measures_norms else None
+            else:
+                last.close()
+                norm = last.norms[0] if self._measures_norms else None
+            own.add(number, loss, norm)
             self._mark("compute")
 
     def _add_pack(
@@ -233,14 +257,18 @@ class ExactStep:
             self._add_known_pack(packs, batch, block, part, audit)
             return True
         except RefusedError as error:  # of these values; others may do
+            if self._early is not None and self._early.sent:
+                raise given_up(batch.step, error) from error
             if error.untried and packs.may_try_more():
                 packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
                 return True
             packs.refuse(batch, part, error)
         except Exception as error:  # whatever a task's code does with more samples than in a trial
             if out_of_memory(error):
-                packs.shrink(len(part))
+                packs.shrink(len(part))  # what has been sent is complete, and it is not sent again
             else:
+                if self._early is not None and self._early.sent:
+                    raise given_up(batch.step, error) from error
                 packs.refuse(batch, part, error)
         return False
 
@@ -248,13 +276,18 @@ class ExactStep:
         self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
     ) -> None:
         audited = part.index(audit.own) if audit is not None and audit.own is not None and audit.own in part else None
-        added = PackSum(self._sum, len(batch.bounds), part, self._measures_norms, audited)
+        sender = self._sender(len(part))
+        added = PackSum(self._sum, len(batch.bounds), part, self._measures_norms, audited, sender)
         packed = packs.compute(batch, part, self._scale, added)
         added.close()
         if audit is not None and audited is not None:
             audit.note_summed(packed.losses[audited], packed.statistics[audited], added.audited)
         self._own.add_pack([j - block.start for j in part], packed.losses, packed.statistics, added.norms)
         self._mark("compute")
+
+    def _sender(self, count: int) -> EarlyExchange | None:
+        """Sends buckets while the next `count` micro-batches are computed, if they are this rank's last ones."""
+        return self._early if self._sum.left == count and self._look is None else None
 
     def _add_noted(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> list[Single]:
         """As `_add_singly`; returns hashes of what was computed."""

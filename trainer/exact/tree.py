@@ -56,6 +56,12 @@ class Growing:
         self._leaves = leaves
         self.places: dict[Node, int] = {}
 
+    def copy(self) -> Growing:
+        """Another one with the same nodes."""
+        other = Growing(self._leaves)
+        other.places = dict(self.places)
+        return other
+
     def free(self, count: int) -> list[int]:
         """The first `count` places in which no node lies. They stay free until nodes arrive there."""
         taken = set(self.places.values())

@@ -98,10 +98,19 @@ def all_gather_flat(out: Tensor, piece: Tensor) -> None:
     Both lie on a `message_device`.
     """
     with meetings:
-        _all_gather_flat(out, piece)
+        wait_for(begin_gather(out, piece))
 
 
-def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
+def begin_gather(out: Tensor, piece: Tensor, tag: int = 0) -> list[Any]:
+    """Begins an `all_gather_flat`, which `meetings` do not count. Collective: every rank.
+
+    Args:
+        out, piece: as there. On the CPU, leave both alone until the end of the collective.
+        tag: another one for each that is under way.
+
+    Returns:
+        What `wait_for` takes. Empty for a GPU, whose present stream waits by itself.
+    """
     import torch.distributed as dist
 
     if piece.device.type == "cpu":
@@ -110,16 +119,29 @@ def _all_gather_flat(out: Tensor, piece: Tensor) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         rows = out.view(world_size, -1)
         sources = [(rank - k) % world_size for k in range(1, world_size)]
-        waits = [dist.irecv(rows[source], source) for source in sources]
-        waits += [dist.isend(piece, (rank + k) % world_size) for k in range(1, world_size)]
+        works = [dist.irecv(rows[source], source, tag=tag) for source in sources]
+        works += [dist.isend(piece, (rank + k) % world_size, tag=tag) for k in range(1, world_size)]
         rows[rank].copy_(piece)
-        for wait in waits:
-            assert wait is not None
-            wait.wait()
-        return
+        return works
     # torch 2.13 renames the collective and warns about the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, piece)
+    return []
+
+
+def begin_all_to_all(out: Tensor, piece: Tensor, out_sizes: list[int], sizes: list[int]) -> list[Any]:
+    """As `begin_gather`: a part of `sizes[r]` elements goes to rank r, and one of `out_sizes[r]` comes from it."""
+    import torch.distributed as dist
+
+    work = dist.all_to_all_single(out, piece, out_sizes, sizes, async_op=piece.device.type == "cpu")
+    return [] if work is None else [work]
+
+
+def wait_for(works: Sequence[Any]) -> None:
+    """Waits until collectives that have begun have ended. Raises RuntimeError if another rank is gone."""
+    # In this module, as an error from here is known to be of a collective: see `run.failures`.
+    for work in works:
+        work.wait()
 
 
 def gather_int64(value: Tensor) -> list[int]:

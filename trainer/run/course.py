@@ -19,6 +19,7 @@ from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
 from ..exact.packs.packs import Packs
 from ..exact.step import ExactStep, non_finite
+from ..ranks.collectives import message_device
 from ..ranks.watch import Watch
 from ..record.checkpoints import Snapshot, refuse_unstorable
 from ..record.console import DeepSpeedLog, say
@@ -138,8 +139,21 @@ def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactSte
         device=p.device,
         max_norm=p.config.gradient_clipping,
         measures_norms=measures_norms(p.config),
+        bucket_bytes=_bucket_bytes(p),
         mark=mark,
     )
+
+
+def _bucket_bytes(p: Pieces) -> int | None:
+    """The size of the parts in which the ranks exchange the gradient; None for one piece. Raises UserError."""
+    mib = p.config.trainer.exchange_bucket_mib
+    if mib is not None and p.ranks.world_size > 1 and message_device(p.device) != p.device:
+        raise UserError(
+            f'"trainer.exchange_bucket_mib" is {mib:g}, but ranks that share a GPU exchange the gradient over the '
+            "CPU, in one piece.\nLeave it out, or use one rank per GPU.",
+            agreed=True,
+        )
+    return None if mib is None else max(1, int(mib * (1 << 20)))
 
 
 def subject_of(p: Pieces, step: ExactStep | ZeroStep) -> Subject:
