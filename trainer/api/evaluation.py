@@ -119,7 +119,7 @@ def _of_the_run(found: Saved, device: Device) -> tuple[Config, Progress]:
 
 
 @dataclasses.dataclass
-class _Engine:
+class BareEngine:
     """A model without an optimizer, as `run.evaluate` sees an engine."""
 
     forward_module: nn.Module
@@ -129,6 +129,7 @@ class _Engine:
     zero_stage: int = 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision context of forward and loss."""
         import torch
 
         return (
@@ -156,7 +157,7 @@ def _evaluated(found: Saved, config: Config, progress: Progress, data: object) -
         split = as_split(data, "data", type(task).__name__)
     seed_generators(key(config.trainer.seed, "model"), device)
     model = found.model(task).to(device)
-    engine = _Engine(model, device, config.torch_autocast.enabled)
+    engine = BareEngine(model, device, config.torch_autocast.enabled)
     size, seed = config.trainer.evaluate_micro_batch_size, config.trainer.seed
     metrics = evaluated(task, engine, split.to(device), split, Ranks(), size, seed, progress)
     model.eval()

@@ -159,6 +159,19 @@ def command_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: study.seeds=5"
     )
     compare.add_argument("--dry_run", action="store_true", help="show the plan and start no run")
+    folded = commands.add_parser("cross-validate", help="k folds, each an ordinary run; the mean and its interval")
+    folded.add_argument("ds_config", metavar="FILE", help='JSON config; it may have a "cross_validation" block')
+    folded.add_argument("--task", help="trainer.task: a built-in task, or path/to/file.py:ClassName")
+    folded.add_argument("--epochs", type=int, help="trainer.epochs")
+    folded.add_argument("--folds", type=int, help="cross_validation.folds: 5, for example")
+    folded.add_argument("--repeats", type=int, help="cross_validation.repeats: cut the samples so often")
+    folded.add_argument("--group_column", help="samples of one group stay in one fold")
+    folded.add_argument("--metric", help="the metric to begin with")
+    folded.add_argument("--output_dir", help="where results go; default: runs/<config>-folds")
+    folded.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file: cross_validation.seed=3"
+    )
+    folded.add_argument("--dry_run", action="store_true", help="check everything, show the plan, start no run")
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
     again.add_argument("folder", metavar="DIR", help="study.output_dir")
     start = commands.add_parser("init", help="write a config to start from")
@@ -232,6 +245,8 @@ def _main(arguments: list[str] | None) -> int:
             from ..study.runner import study
 
             return study(config_file(flags.ds_config), flags.dry_run, dict(parse_override(text) for text in flags.set))
+        if flags.command == "cross-validate":
+            return _cross_validate(flags)
         if flags.command == "report":
             from ..study.page import report
 
@@ -260,3 +275,16 @@ def _main(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("\nstopped from the keyboard", file=sys.stderr)
         return 130
+
+
+def _cross_validate(flags: argparse.Namespace) -> int:
+    from ..folds.runner import cross_validate
+
+    overrides: dict[str, Any] = dict(parse_override(text) for text in flags.set)
+    for block, names in (
+        ("trainer", ("task", "epochs")),
+        ("cross_validation", ("folds", "repeats", "group_column", "metric", "output_dir")),
+    ):
+        given = {f"{block}.{name}": getattr(flags, name) for name in names}
+        overrides |= {key: value for key, value in given.items() if value is not None}
+    return cross_validate(config_file(flags.ds_config), overrides, flags.dry_run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..api import saved
 from ..errors import UserError
 from ..files import whole_file
+from ..record.cells import no_formula
 
 if TYPE_CHECKING:
     from ..tasks.protocol import Task
@@ -113,29 +113,7 @@ def _write(rows: Iterator[dict[str, Any]], kind: str, file: TextIO) -> int:
             else:
                 if writer is None:
                     writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                    writer.writerow({name: _no_formula(name) for name in row})
-                writer.writerow({name: _no_formula(value) for name, value in row.items()})
+                    writer.writerow({name: no_formula(name) for name in row})
+                writer.writerow({name: no_formula(value) for name, value in row.items()})
             count += 1
     return count
-
-
-# A spreadsheet takes a cell that begins so for a formula. The last four are their wide forms, as in Japanese.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-
-
-def _no_formula(value: Any) -> Any:
-    """A csv value that no spreadsheet runs: a text that begins like a formula gets a quote mark in front.
-
-    Such a text may come from anybody, as part of the data, and a formula can send away the cells beside it. The rule
-    is OWASP's, https://owasp.org/www-community/attacks/CSV_Injection. Numbers stay, and so does a sign alone.
-    """
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"\r(?!\n)", "\n", value)  # before version 3.13, Python's csv would not quote it
-    if not value.startswith(_FORMULA) or len(value.strip()) < 2:
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}"
-    return value

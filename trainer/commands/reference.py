@@ -17,7 +17,7 @@ from ..config.keys import Config, TrainerOptions
 from ..config.reference import table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("ds_configs/README.md", "trainer/tasks/README.md", "trainer/study/README.md")
+PAGES = ("ds_configs/README.md", "trainer/tasks/README.md", "trainer/study/README.md", "trainer/folds/README.md")
 
 
 def _options() -> dict[str, type]:
@@ -29,18 +29,21 @@ def _options() -> dict[str, type]:
 
 def tables() -> dict[str, str]:
     """Name -> table."""
+    from ..folds.declaration import CrossValidation
     from ..study.declaration import Study
 
     found = {
         "deepspeed": table(Config, skipped=("trainer",)),
         "trainer": table(TrainerOptions, "trainer."),
         "study": table(Study, "study."),
+        "cross_validation": table(CrossValidation, "cross_validation."),
     }
     return found | {name: table(options, "") for name, options in _options().items()}
 
 
 def schema() -> str:
     """The schema of a config file, as JSON text."""
+    from ..folds.declaration import CrossValidation
     from ..study.arms import NAMES
     from ..study.declaration import Study
 
@@ -66,7 +69,7 @@ def schema() -> str:
         },
         "study.tuning.metric": {"pattern": "^(|(?!test/)[^/]*/[^/]*)$"},
     }
-    return json.dumps(json_schema.document(_options(), Study, more), indent=1) + "\n"
+    return json.dumps(json_schema.document(_options(), Study, CrossValidation, more), indent=1) + "\n"
 
 
 def filled(page: str) -> str:

@@ -101,22 +101,26 @@ _DOCS = {
 }
 _BETAS: Schema = {"minItems": 2, "maxItems": 2, "items": {"type": "number", "minimum": 0, "exclusiveMaximum": 1}}
 _GROUP = dict.fromkeys(("lr", "weight_decay", "eps", "momentum"), _NUMBER_FROM_0) | {"betas": {}}
+_POOL: Schema = {"items": {"enum": ["train", "validation", "test"]}, "minItems": 1, "uniqueItems": True}
 _MORE: dict[str, Schema] = {
     "optimizer.params": {
         "properties": {**{name: {"minimum": 0} for name in ("lr", "weight_decay", "eps")}, "betas": _BETAS},
     },
     "scheduler.type": {"enum": list(deepspeed_keys.SCHEDULERS)},
     "trainer.pack": {"anyOf": [{"enum": ["auto", None]}, {"type": "integer", "minimum": 1}]},
+    "trainer.fold.pool": _POOL,
+    "cross_validation.pool": _POOL,
     "trainer.parameter_groups": {"additionalProperties": {**_closed(_GROUP), "minProperties": 1}},
 }
 
 
-def document(tasks: Mapping[str, type], study: type, more: Mapping[str, Schema]) -> Schema:
+def document(tasks: Mapping[str, type], study: type, folds: type, more: Mapping[str, Schema]) -> Schema:
     """The schema of a whole file.
 
     Args:
         tasks: the trainer's own tasks, name -> dataclass of its options.
         study: the dataclass of the block "study".
+        folds: the dataclass of the block "cross_validation".
         more: dotted key -> what is added to that key's schema.
     """
     more = {**_MORE, **more}
@@ -141,6 +145,8 @@ def document(tasks: Mapping[str, type], study: type, more: Mapping[str, Schema])
     properties["trainer"]["properties"]["task"]["anyOf"] = [{"enum": sorted(tasks)}, {"pattern": r":|\.py$"}]
     doc = "what `study` compares, and how; a plain run ignores it"
     properties["study"] = {"description": doc, **block(study, "study.", more), **more.get("study", {})}
+    doc = "how `cross-validate` cuts the samples into folds; a plain run ignores it"
+    properties["cross_validation"] = {"description": doc, **block(folds, "cross_validation.", more)}
     properties["$schema"] = {"description": "where editors find this schema; the trainer ignores it", "type": "string"}
     head = {"$schema": _DIALECT, "title": "a config of strong-scaling-trainer"}
     return {**head, **top, "patternProperties": {f"^{name}$": _refused(why) for name, why in _REFUSED}}

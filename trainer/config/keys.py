@@ -22,6 +22,8 @@ from .schema import build, check_arguments, convert, lay_over, near, option, rea
 
 # Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
 SCHEMA_KEY = "$schema"
+# Blocks that only the command of this name reads. A plain run ignores them.
+OTHERS = ("study", "cross_validation")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,30 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
+class FoldOptions:
+    """`trainer.fold`: train on all folds of the data but one, and test on that one. `cross-validate` sets it."""
+
+    folds: int = option(5, "how many there are", minimum=2)
+    number: int = option(0, "the fold that is the test split, from 0", minimum=0)
+    seed: int = option(0, "which samples go into which fold", minimum=0)
+    stratified: bool | None = option(
+        None, "each fold has its share of every class; without it wherever there are classes"
+    )
+    validation_fraction: float = option(
+        0.0, "of the other folds, held out for validation; 0 for none", minimum=0, below=1
+    )
+    pool: list[str] = option(
+        ["train", "validation", "test"], "the splits of the data that are put together, in this order, and then cut"
+    )
+    group_column: str | None = option(
+        None, "of a task of your own: the array of groups (patients, ...) whose samples stay in one fold"
+    )
+    label_column: str | None = option(
+        None, "of a task of your own: the array of classes; without it y, label, labels or target"
+    )
+
+
+@dataclass(frozen=True)
 class TrainerOptions:
     """`trainer`: everything that DeepSpeed has no key for."""
 
@@ -141,6 +167,7 @@ class TrainerOptions:
     parameter_groups: dict[str, Any] = option({}, "parameter name or pattern -> other optimizer.params for it")
     freeze: list[str] = option([], "names or patterns of parameters that are not trained")
     lora: LoraOptions | None = option(None, "train low-rank updates instead of the weights")
+    fold: FoldOptions | None = option(None, "test on one fold of all samples instead of the task's own test split")
     gradient_checkpointing: bool = option(
         False, "compute activations a second time in the backward: less memory, more time"
     )
@@ -271,7 +298,7 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
     """The values without DeepSpeed's keys that ask for nothing. Raises UserError for unknown and refused ones."""
     known = [f.name for f in dataclasses.fields(Config)]
     for key, value in values.items():
-        if key == "study":  # only `python -m trainer study` reads it; a plain run ignores it
+        if key in OTHERS:
             continue
         if key == SCHEMA_KEY:
             convert(str, value, key)
@@ -290,7 +317,7 @@ def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
             ours = [f.name for f in dataclasses.fields(TrainerOptions)]
             if key in ours:
                 raise UserError(f'unknown key "{key}". It belongs in the "trainer" block: trainer.{key}.')
-            raise UserError(f'unknown key "{key}". {near(key, [*known, "study", SCHEMA_KEY, *deepspeed_keys.REFUSED])}')
+            raise UserError(f'unknown key "{key}". {near(key, [*known, *OTHERS, SCHEMA_KEY, *deepspeed_keys.REFUSED])}')
     return {key: value for key, value in values.items() if key in known}
 
 
@@ -320,8 +347,23 @@ def _check_contradictions(config: Config) -> None:
         raise UserError('trainer.learning_rate.final_fraction has no effect with schedule "constant".')
 
 
+def _check_fold(fold: FoldOptions) -> None:
+    if fold.number >= fold.folds:
+        raise UserError(
+            f'"trainer.fold.number" is {fold.number}, but there are {fold.folds} folds, counted from 0: it must be at '
+            f"most {fold.folds - 1}."
+        )
+    if not fold.pool or len(set(fold.pool)) < len(fold.pool) or set(fold.pool) - {"train", "validation", "test"}:
+        raise UserError(
+            f'"trainer.fold.pool" is {json.dumps(fold.pool)}. It must name at least one of train, validation and '
+            "test, and each of them once."
+        )
+
+
 def _check_model_options(config: Config) -> None:
     options = config.trainer
+    if options.fold is not None:
+        _check_fold(options.fold)
     best = options.best
     if best.mode != "auto" and best.metric in ("auto", None):
         raise UserError(

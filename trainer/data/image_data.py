@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import npz, sources, tables
 from .cache import cached
+from .cut import Cut
 from .image_files import image_folder
 from .images import BLOCK, Size, decode_all
 from .table_files import Table
@@ -79,6 +80,20 @@ class Images:
     notes: list[str]
     first: tuple[str, str]
     groups: dict[str, list[Any]]
+
+
+def in_fold(found: Images, cut: Cut) -> dict[str, ImageSplit]:
+    """The splits of one fold. Raises UserError."""
+    chosen = cut.chosen(found.splits)
+    parts = [(s.image, s.label, s.sums, s.digest) for s in chosen.values()]
+    whole = ImageSplit(*(torch.cat(tensors) for tensors in zip(*parts)))
+    known = [found.groups.get(name) for name in chosen]
+    groups = [group for own in known if own is not None for group in own]
+    if groups and None in known:
+        raise UserError("The column of groups must be in all splits that are put together and cut into folds.")
+    return {
+        name: whole.select(rows) for name, rows in cut(len(whole.label), whole.label.numpy(), groups or None).items()
+    }
 
 
 @dataclass

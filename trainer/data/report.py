@@ -12,7 +12,7 @@ import numpy as np
 MOST_CLASSES = 12
 SAMPLE_CHARACTERS = 80
 # Names that arrays of labels usually have.
-_LABELS = ("y", "label", "labels", "target")
+LABELS = ("y", "label", "labels", "target")
 
 
 def rows_line(rows: Mapping[str, int], given: Sequence[str], unit: str = "row", of: str = "") -> str:
@@ -70,7 +70,7 @@ def array_lines(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     shapes = [f"{name} {tuple(a.shape[1:])} {str(a.dtype).removeprefix('torch.')}" for name, a in train.items()]
     lines = [f"one sample: {', '.join(shapes)}"]
     for name, array in train.items():
-        if name in _LABELS and array.ndim == 1 and not array.is_floating_point():
+        if name in LABELS and array.ndim == 1 and not array.is_floating_point():
             values = {split: arrays[name].numpy() for split, arrays in splits.items() if name in arrays}
             found = np.unique(np.concatenate(list(values.values())))
             if len(found) <= max(MOST_CLASSES, len(array) // 2):

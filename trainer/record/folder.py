@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ORIGIN = "trainer.json"
 # The trained weights as they are: beside the model while it is not certain that it was saved rightly.
 RAW = "weights.safetensors"
+# What the run of a fold says of each sample that it tests.
+PREDICTIONS = "fold_predictions.csv"
 # What a run writes. A folder with one of these already holds a run, or files of the user's own.
 _NAMES = (
     "manifest.json",
@@ -32,13 +34,14 @@ _NAMES = (
     "model",
     "adapter",
     RAW,
+    PREDICTIONS,
     "checkpoints",
     "tensorboard",
     "logs/deepspeed.log",
 )
 # The names under which files and folders are written before they are whole, and the probe of `_make`.
 _UNFINISHED = re.compile(
-    r"\.(model|adapter|weights\.safetensors|manifest\.json|summary\.json|metrics\.jsonl)\.\d+|\.probe-\d+"
+    r"\.(model|adapter|weights\.safetensors|manifest\.json|summary\.json|metrics\.jsonl|fold_predictions\.csv)\.\d+|\.probe-\d+"
 )
 # The time in which a run that is ending must release its folder.
 _LEAVING_S = 20.0

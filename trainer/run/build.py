@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.deepspeed_keys import LAYERWISE
 from ..config.keys import Config
+from ..data.cut import Cut
 from ..engine import device as devices
 from ..engine.adapt import adapt, compile_in_place
 from ..engine.adascale import growth
@@ -29,6 +30,7 @@ from ..ranks.collectives import COLLECTIVE_TIMEOUT_S, broadcast_tensor, common_v
 from ..ranks.place import Ranks
 from ..record.console import DeepSpeedLog, say
 from ..record.made_by import without_secrets
+from ..tasks.folds import splits_in_fold
 from ..tasks.own_code import task_code_sha256
 from ..tasks.protocol import Task, load_task
 
@@ -50,6 +52,7 @@ class Pieces:
         alike: whether all ranks have the same device model.
         changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them. The
             rehearsal finds them.
+        cut: which samples are train, validation and test, in a fold of a cross-validation.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class Pieces:
     hosts: list[str]
     alike: bool = True
     changing: list[str] = field(default_factory=list)
+    cut: Cut | None = None
     _data_sha256: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -158,12 +162,13 @@ def build(
     # From here on ranks wait for one another, so an error on one rank must be raised on all of them.
     error: TrainerError | None = None
     host_splits: dict[str, Split] = {}
-    model, total_steps = nn.Module(), 0
+    model, total_steps, cut = nn.Module(), 0, None
     try:
-        host_splits = splits_of(task, config)
+        cut = None if config.trainer.fold is None else Cut(config.trainer.fold)
+        host_splits = splits_of(task, config, cut)
         total_steps = _total_steps(config, plan, len(host_splits["train"]))
         seed_generators(key(config.trainer.seed, "model"), device)
-        model = _model(task, config)
+        model = built_model(task, config)
     except TrainerError as own:
         error = own
     raise_together(error)
@@ -218,6 +223,7 @@ def build(
         facts=facts,
         hosts=gather_objects(f"{socket.gethostname()} {device}"),
         alike=not unlike,
+        cut=cut,
     )
 
 
@@ -227,9 +233,14 @@ def train_split(config: Config) -> Split:
     return splits_of(load_task(config.trainer.task, config.trainer.task_options), config)["train"]
 
 
-def splits_of(task: Task, config: Config) -> dict[str, Split]:
-    """A task's splits, on the CPU: name -> split. Raises UserError."""
-    splits = as_splits(task.splits(), type(task).__name__)
+def splits_of(task: Task, config: Config, cut: Cut | None = None) -> dict[str, Split]:
+    """A task's splits, on the CPU: name -> split; those of `trainer.fold` if it is set. Raises UserError.
+
+    `cut` may be given to learn afterwards which samples went where.
+    """
+    if cut is None and config.trainer.fold is not None:
+        cut = Cut(config.trainer.fold)
+    splits = as_splits(task.splits(), type(task).__name__) if cut is None else splits_in_fold(task, cut)
     splits["train"] = chosen_samples(splits["train"], config.trainer.train_samples)
     return splits
 
@@ -239,7 +250,8 @@ def measures_norms(config: Config) -> bool:
     return config.trainer.gradient_noise or config.trainer.learning_rate.scaling_rule == "adascale"
 
 
-def _model(task: Task, config: Config) -> nn.Module:
+def built_model(task: Task, config: Config) -> nn.Module:
+    """A task's model as a run trains it, on the CPU. Raises UserError."""
     model = task.model()
     if not isinstance(model, nn.Module):
         raise UserError(f"{type(task).__name__}.model() must return a torch.nn.Module, not {type(model).__name__}.")

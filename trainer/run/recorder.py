@@ -20,6 +20,7 @@ from ..record.writer import Writer
 from ..tasks.protocol import Outputs
 from .build import Pieces
 from .evaluate import evaluate
+from .predictions import write_predictions
 
 # Called on rank 0 with what is recorded: "log" or "evaluation", and a copy of the line in metrics.jsonl.
 Tell = Callable[[str, dict[str, Any]], None]
@@ -52,6 +53,7 @@ class Recorder:
         self._tell = tell if pieces.ranks.first else tell_nobody
         self._writer: Writer | None = None
         self._loggers: Loggers | None = None
+        self._folder: OutputFolder | None = None
         self._pending: Callable[[], dict[str, float]] | None = None
         self._eval_s = self._checkpoint_s = 0.0
         self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
@@ -71,6 +73,7 @@ class Recorder:
             records: lines of metrics.jsonl to keep; None for all up to the first step.
         """
         p = self._pieces
+        self._folder = folder
         self.write_manifest(folder)  # first: it says that the folder is a run's
         folder.begin()
         log.open(folder.path / "logs" / "deepspeed.log")
@@ -134,8 +137,11 @@ class Recorder:
         """Evaluates a split, and records the result unless `quiet`. Collective: every rank."""
         p = self._pieces
         pictures = getattr(p.task, "pictures", None)
+        seen: list[tuple[Outputs, Batch]] = []
 
         def look(outputs: Outputs, arrays: Batch) -> None:
+            if p.cut is not None and name == "test":
+                seen.append((outputs, arrays))
             if pictures is not None and self._writer is not None:
                 self._writer.draw({f"{name}/{n}": picture for n, picture in pictures(outputs, arrays).items()}, step)
 
@@ -156,6 +162,8 @@ class Recorder:
             )
             if quiet:
                 return metrics
+            if p.cut is not None and seen and self._folder is not None:
+                write_predictions(self._folder.path, p.task, p.cut, *seen[0], metrics)
             self._eval_s = time.perf_counter() - began_s
             record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
             record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,31 +33,8 @@ from .sentences import (
     too_few_sentences,
     verdicts,
 )
+from .sheet import document, shown_value, table
 from .tuning import at_edge
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.headline { font-size: 1.15rem; border-left: 4px solid #0072b2; padding-left: 1rem; }
-p, li, h1, h2, h3, summary { overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
-th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } th.text { text-align: inherit; }
-code { font-size: 0.85em; overflow-wrap: anywhere; } summary { cursor: pointer; }
-.verdict { font-weight: 600; } .material-loss, .more-often { color: #b3261e; } .small-loss { color: #8a4b00; }
-.ruled-out { color: #006d3c; } .undecided, .not-shown { color: #555; }
-.by-size td { vertical-align: top; white-space: normal; } .by-size td > * { display: block; }
-.by-size .more { color: #555; }
-pre { overflow-x: auto; }
-@media (max-width: 40rem) {
-  body { margin: 1rem auto; } h1 { font-size: 1.5rem; }
-  .by-size, .by-size tbody, .by-size tr, .by-size td { display: block; } .by-size thead { display: none; }
-  .by-size td { text-align: left; white-space: normal; border: 0; padding-left: 1rem; }
-  .by-size td:first-child { font-weight: 600; padding-left: 0; } .by-size tr { border-bottom: 1px solid #ddd; }
-  .by-size td[data-size]::before { content: "W = " attr(data-size); color: #555; }
-}
-figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
-"""
 
 
 def report(folder: str) -> int:
@@ -135,16 +112,8 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
     ]
     parts += [_origin(results)]
     parts += ["<h2>Every run</h2><details><summary>Open the table</summary>"]
-    parts += [_table([list(r.values()) for r in rows], list(rows[0])), "</details>"]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:">'
-        f"<title>Scaling study: {escape(results.task)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    parts += [table([list(r.values()) for r in rows], list(rows[0])), "</details>"]
+    return document(f"Scaling study: {results.task}", parts)
 
 
 def _warnings(results: Results) -> list[str]:
@@ -156,25 +125,6 @@ def _warnings(results: Results) -> list[str]:
         if len(found) > 1:
             lines.append(f"The runs come from {len(found)} {what}, which give different bits.")
     return [f"<p><strong>{escape(line)}</strong></p>" for line in lines]
-
-
-def _shown(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
-    if isinstance(value, str) and len(value) == 64:
-        return value[:12]
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:
-        words = [' class="text"' if isinstance(cell, str) and cell != "-" else "" for cell in cells]
-        return "<tr>" + "".join(f"<{tag}{w}>{escape(_shown(c))}</{tag}>" for c, w in zip(cells, words)) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(header, 'th')}</thead><tbody>\n{body}\n</tbody></table>"
 
 
 def _sizes(results: Results) -> list[str]:
@@ -195,7 +145,7 @@ def _block(results: Results, variant: str, budget: str) -> str:
     reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
     about = (
         f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "
-        f"{_shown(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict on a "
+        f"{shown_value(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict on a "
         "loss, the interval where it is undecided (which does not mean no loss), and how many runs collapsed, if any."
     )
     failing = (
@@ -259,7 +209,7 @@ def _comparison_table(results: Results) -> str:
         rows[-1] += [c.values.get(seed) for seed in seeds]
     header = ["variant", "arm", "equal", "W", "median", "from", "to", "difference", "from", "to", "collapsed"]
     header += ["not finite", "below", "adjusted p", "not converged", "adjusted p", *(f"seed {seed}" for seed in seeds)]
-    return f"<h2>Every comparison: {escape(results.study.metric)}</h2>" + _table(rows, header)
+    return f"<h2>Every comparison: {escape(results.study.metric)}</h2>" + table(rows, header)
 
 
 def _noise_table(results: Results) -> str:
@@ -270,7 +220,7 @@ def _noise_table(results: Results) -> str:
     level = f"{100 * (1 - results.rules.alpha):g} %"
     return (
         f"<h2>Gradient noise scale by epoch</h2><p>In samples, with {level} intervals over the sequential seeds.</p>"
-        + _table(rows, ["epoch", "scale", "from", "to"])
+        + table(rows, ["epoch", "scale", "from", "to"])
     )
 
 
@@ -281,13 +231,13 @@ def _searches(results: Results) -> str:
     for name, search in results.searches.items():
         trials = sorted((t for t in search["trials"] if t["value"] is not None), key=lambda t: t["value"])
         best = trials[::-1] if results.study.direction == "max" else trials
-        seen = "; ".join(f"{_settings(t)}: {_shown(t['value'])}" for t in best[:3])
+        seen = "; ".join(f"{_settings(t)}: {shown_value(t['value'])}" for t in best[:3])
         edge = at_edge(search["trials"], search["best"])
         rows.append([name, str(_settings(search["best"])), "at the edge of its range" if edge else "inside", seen])
     return (
         f"<h2>Searches</h2><p>{len(rows):,} searches by {escape(results.study.tuning_metric)}: what each found, and "
         "the three settings with the best means (of one seed or more). A best rate at the edge of its range may not be "
-        "the best there is.</p>" + _table(rows, ["search", "found: rate", "where", "rate: mean"])
+        "the best there is.</p>" + table(rows, ["search", "found: rate", "where", "rate: mean"])
     )
 
 
@@ -297,7 +247,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
 
 def _impossible(results: Results) -> str:
     rows = results.declared["impossible"]
-    return "<h2>What could not be run</h2>" + _table(rows, ["arm", "because"]) if rows else ""
+    return "<h2>What could not be run</h2>" + table(rows, ["arm", "because"]) if rows else ""
 
 
 def _origin(results: Results) -> str:
@@ -344,5 +294,5 @@ def _trials_table(results: Results) -> str:
         "<h2>Where the devices serve a search best</h2><p>Seconds until the best of so many configurations is known, "
         f"for runs{whole} that take {trial_s:.3g} s on one device, and do not need one another's results. W trials at "
         "once waste no device as long as there are W trials left; one run on W ranks shows its result sooner, and lets "
-        "a search learn from it before the next.</p>" + _table(rows, header)
+        "a search learn from it before the next.</p>" + table(rows, header)
     )

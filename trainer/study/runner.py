@@ -82,11 +82,11 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
     declared, variants = load_study(path, overrides)
     _check_packages(declared)
     folder = Path(declared.output_dir)
-    cuda, parallel = _parallel(variants[0].config, declared.max_parallel)
+    cuda, parallel = devices_for(variants[0].config, declared.max_parallel)
     slots = Slots(cuda)
     total = 0
     try:
-        with _interruptible():
+        with interruptible():
             slots.grow(1)
             probe, variants = _probed(slots, variants)
             plan = expand(declared, variants)
@@ -95,7 +95,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
             if dry_run:
                 say(f"{total:,} runs, {parallel} at a time; nothing was started")
                 return 0
-            with _locked(folder):
+            with locked(folder):
                 _declare(folder, plan, probe)
                 shutil.rmtree(folder / "running", ignore_errors=True)
                 return _make(plan, probe, folder, slots, parallel, cuda)
@@ -133,7 +133,7 @@ def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], 
     return probes[0], known
 
 
-def _parallel(config: Config, wanted: int | None) -> tuple[bool, int]:
+def devices_for(config: Config, wanted: int | None) -> tuple[bool, int]:
     """Whether runs use GPUs, and how many there are at a time."""
     gpus = usable_gpus(config.trainer.device)
     cores = len(os.sched_getaffinity(0)) // config.trainer.cpu_threads
@@ -141,7 +141,7 @@ def _parallel(config: Config, wanted: int | None) -> tuple[bool, int]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """A context in which SIGTERM has the effect of Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -154,16 +154,16 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder, created and locked against a second study. Raises UserError."""
+def locked(folder: Path, what: str = "study") -> Iterator[None]:
+    """The folder, created and locked against a second study (or `what` it is). Raises UserError."""
     from filelock import FileLock, Timeout
 
     try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{folder} is in use: another study runs there.") from None
+        raise UserError(f"{folder} is in use: another {what} runs there.") from None
 
 
 def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +197,7 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
     """Writes study.json, or compares with it. Raises UserError if the study was declared in another way."""
     values = declaration(plan, probe)
     file = folder / "study.json"
+    (folder / "runs").mkdir(exist_ok=True)
     if not file.exists():
         write_json(file, values)
         return

@@ -109,6 +109,22 @@ def why_no_auroc(name: str, names: Sequence[str], labels: Tensor) -> str:
     )
 
 
+def columns(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Columns for the table of a fold's predictions: target, prediction, and the probability of each class.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) int64.
+        names: the classes.
+    """
+    probabilities = torch.softmax(logits.double(), dim=1)
+    result: dict[str, Sequence[Any]] = {"target": [names[place] for place in labels.tolist()]}
+    result["prediction"] = [names[place] for place in logits.argmax(dim=1).tolist()]
+    for place, name in enumerate(names):
+        result[f"probability of {name}"] = [round(p, 9) for p in probabilities[:, place].tolist()]
+    return result
+
+
 def predictions(logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each row of logits (B, classes): {"label": name, "score": its probability}."""
     probabilities = torch.softmax(logits.double(), dim=1).cpu()

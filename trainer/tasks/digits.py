@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options
+from ..data.cut import Cut
 from ..errors import UserError
 from ..exact.order import SampleRandom, key
 from ..exact.splits import Batch
@@ -102,9 +103,12 @@ class Digits:
                 f"{o.model} with a width of {self._width}."
             )
 
-    def splits(self) -> dict[str, dict[str, Tensor]]:
-        """Images (N, 1, 8, 8) float32 in 0..1, labels (N,) int64: 1,200 train, 297 validation, 300 test."""
+    def splits(self, cut: Cut | None = None) -> dict[str, dict[str, Tensor]]:
+        """Images (N, 1, 8, 8) float32 in 0..1, labels (N,) int64: 1,200 train, 297 validation, 300 test; or a fold."""
         images, labels = read_images()
+        if cut is not None:  # of the images in scikit-learn's order
+            pixels, label = torch.from_numpy(images).reshape(-1, 1, 8, 8) / 16.0, torch.from_numpy(labels)
+            return {name: {"image": pixels[rows], "label": label[rows]} for name, rows in cut(SAMPLES, labels).items()}
         order = np.random.default_rng(key(self._split_seed, "digits split")).permutation(SAMPLES)
         image = torch.from_numpy(images[order]).reshape(-1, 1, 8, 8) / 16.0
         label = torch.from_numpy(labels[order])
@@ -166,6 +170,10 @@ class Digits:
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
         """The share of images whose likeliest class is the right one."""
         return {"accuracy": float((outputs.argmax(dim=1) == batch["label"]).double().mean())}
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each image: the digit, the likeliest one, and the probability of each."""
+        return classification.columns(outputs, batch["label"], [str(digit) for digit in range(10)])
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """{"label", "score"} for each line of a csv file: 64 pixels, row after row, from 0 to 16, as scikit-learn's."""

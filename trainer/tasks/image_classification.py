@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from ..data import (
     sources,
     tables,
 )
+from ..data.cut import Cut
 from ..data.image_data import ImageSplit
 from ..data.images import Size
 from ..data.pretrained import check_spec
@@ -143,13 +144,16 @@ class ImageClassification:
 
     # ------------------------------------------------------------ data
 
-    def splits(self) -> dict[str, Split]:
-        """Images (N, C, H, W) uint8 and labels (N,) int64."""
+    def splits(self, cut: Cut | None = None) -> dict[str, Split]:
+        """Images (N, C, H, W) uint8 and labels (N,) int64. With `cut`, the splits of a fold."""
         self.notes.clear()
         self._constants.clear()
         processor, channels, size = self._wanted()
         found = image_data.read_images(self._data, channels=channels, size=size, **self._columns)
-        splits = self._with_held_out(found.splits, found.groups.get("train"))
+        if cut is None:
+            splits = self._with_held_out(found.splits, found.groups.get("train"))
+        else:
+            splits = image_data.in_fold(found, cut)
         self._classes = found.classes
         self.notes += found.notes
         self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
@@ -362,6 +366,10 @@ class ImageClassification:
     def why_without(self, name: str, batch: Batch) -> str:
         """Why a split has no metric of this name; an empty text where nothing is known."""
         return classification.why_no_auroc(name, self._classes, batch["label"])
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each image: target, prediction, and the probability of each class."""
+        return classification.columns(outputs, batch["label"], self._classes)
 
     # ------------------------------------------------------------ afterwards
 

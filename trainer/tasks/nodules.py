@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config.schema import option
 from ..config.task_options import read_options, refuse
 from ..data import lidc
+from ..data.cut import Cut
 from ..errors import UserError
 from ..exact.order import SampleRandom, key
 from ..exact.progress import Progress
@@ -245,10 +246,13 @@ class Nodules:
         self.best_metric = ("negative_elbo", "min") if self._variational else ("nll", "min")
         self.notes: list[str] = []
 
-    def splits(self) -> dict[str, dict[str, Tensor]]:
-        """Bit-packed masks, (N, 4096) uint8, of 80, 10 and 10 % of the patients by default."""
+    def splits(self, cut: Cut | None = None) -> dict[str, dict[str, Tensor]]:
+        """Bit-packed masks, (N, 4096) uint8, of 80, 10 and 10 % of the patients by default; or a fold by patient."""
         masks, patients = self._read(self._data)
         assert patients is not None
+        if cut is not None:
+            chosen = cut(len(masks), None, patients)
+            return {name: {"mask": masks[torch.from_numpy(places)]} for name, places in chosen.items()}
         rows: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
         people: dict[str, int] = dict.fromkeys(rows, 0)
         for patient, of_patient in _groups(patients):
@@ -367,6 +371,11 @@ class Nodules:
             result["median_volume_mm3"] = float(real.double().quantile(0.5))
             result["median_sampled_volume_mm3"] = float(sampled.double().quantile(0.5))
         return result
+
+    def predictions(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each mask: nats, Dice and volume."""
+        names = {"nll": "nll", "kl": "kl", "dice": "dice", "volume": "volume_mm3"}
+        return {column: outputs[name].tolist() for name, column in names.items() if name in outputs}
 
     def pictures(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Central slices: masks above their reconstructions, and samples from the prior."""

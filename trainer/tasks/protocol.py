@@ -40,6 +40,12 @@ class Task(Protocol):
     - `forward`, `loss`, `sample_losses` and `augment` may take a keyword `progress`, an `exact.progress.Progress`
       (step, epoch, total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend
       on the rank.
+    - `splits` may take a keyword `cut`, a `data.cut.Cut`, or None in an ordinary run: for a task that computes anything
+      from its training samples (a mean, a vocabulary). In a fold of a cross-validation it calls
+      `cut(count, labels, groups)` with all its samples, gets the rows of train, validation and test, and prepares its
+      data by those of train. The splits of a task without it are put together and cut as they are.
+    - `predictions(self, outputs, batch) -> Mapping[str, Sequence]`: column -> one plain value a sample of a whole
+      split, for the predictions.csv of a fold: the columns target and prediction, and others.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
       `splits` and `model` fill; they are printed once, before the first step.
     - `data_lines`: what was read (rows, what is left out, classes, the first sample), a list of lines that `splits`

@@ -19,6 +19,7 @@ from ..config.schema import option, read_json
 from ..config.task_options import read_options, refuse, required
 from ..data import features, held_out, preparation, report, sources, tables
 from ..data.cache import Cached, cached
+from ..data.cut import Cut, together
 from ..data.features import FEW, Column, Wish
 from ..data.preparation import Numeric, Preparation
 from ..data.table_files import Table
@@ -108,10 +109,10 @@ class Tabular:
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def splits(self) -> dict[str, Split]:
+    def splits(self, cut: Cut | None = None) -> dict[str, Split]:
         """Arrays: numbers (N, inputs) float32, categories (N, columns) int64, label (N,) int64 or standardised float32.
 
-        Without a column of numbers or categories, there is no such array.
+        Without a column of numbers or categories, there is no such array. With `cut`, the splits of a fold.
         """
         o = self._o
         content, found = tables.content_of(o.data, self._read)
@@ -124,7 +125,10 @@ class Tabular:
             "held_out": [o.test_fraction, o.validation_fraction, o.split_seed],
             "one_file": isinstance(o.data, str),
         }
-        arrays, facts = cached("tabular", key, lambda: self._build(found or self._read()))
+        if cut is None:
+            arrays, facts = cached("tabular", key, lambda: self._build(found or self._read()))
+        else:
+            arrays, facts = self._build(found or self._read(), cut)
         self._preparation = preparation.from_json(facts["preparation"], "the cache")
         self._settle_problem("classification" if self._preparation.classes else "regression")
         self.data_lines[:], self.notes[:] = facts["read"], facts["notes"]
@@ -141,12 +145,15 @@ class Tabular:
         o = self._o
         return tables.read(o.data, config_name=o.config_name, split_column=o.split_column, how=self._how)
 
-    def _build(self, found: dict[str, Table]) -> Cached:
+    def _build(self, found: dict[str, Table], cut: Cut | None = None) -> Cached:
         """What the cache keeps: arrays by "split.name", and facts."""
         o, train = self._o, found["train"]
         label = tables.find_column(train.column_names, o.label_column, LABEL_COLUMNS, "label_column")
         notes = tables.notes_of(found)
         found = self._with_labels(found, label, notes)
+        if cut is not None:
+            found = together(cut, found, [label, *([] if o.group_column is None else [o.group_column])])
+            train = found["train"]
         columns = [c for c in train.column_names if c not in (label, o.group_column, o.split_column)]
         whole = features.find(train, columns, self._wish, notes)
         kinds = {column: features.kind_of(values) for column, values in whole.items()}
@@ -157,7 +164,10 @@ class Tabular:
         wanted = {name: part for name, part in wanted.items() if name not in found}
         groups = tables.groups(train, o.group_column, "train")
         strata = labels["train"] if classes else None
-        chosen = held_out.held_out(len(train), wanted, o.split_seed, strata, groups)
+        if cut is None:
+            chosen = held_out.held_out(len(train), wanted, o.split_seed, strata, groups)
+        else:
+            chosen = cut(len(train), strata, groups)
         every = labels["train"]
         for name, rows in chosen.items():
             read[name] = {c: features.rows_of(values, rows) for c, values in whole.items()}
@@ -278,6 +288,15 @@ class Tabular:
         if self._preparation.target is not None:
             return regression.why_no_r2(name)
         return classification.why_no_auroc(name, self._preparation.classes, batch["label"])
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each row: target and prediction, and the probability of each class."""
+        p = self._preparation
+        assert p is not None
+        if p.target is None:
+            return classification.columns(outputs, batch["label"], p.classes)
+        label, found = _in_units(batch["label"], p.target), _in_units(outputs, p.target)
+        return {"target": label.tolist(), "prediction": found.tolist()}
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ..config.task_options import read_options, required
 from ..data import held_out, masks, model_checks, report, sources, tables, text, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
+from ..data.cut import Cut, together
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
@@ -117,7 +118,7 @@ class TextClassification:
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def splits(self) -> dict[str, Split]:
+    def splits(self, cut: Cut | None = None) -> dict[str, Split]:
         """input_ids and attention_mask (N, tokens) int64, label (N,) int64; token_type_ids where they differ from 0."""
         config = self._configuration()
         self._check_kind(config)
@@ -144,9 +145,12 @@ class TextClassification:
             "model": [known, token_types],
             "versions": text.versions("datasets", "tokenizers", "transformers"),
         }
-        arrays, self._facts = cached(
-            "text-classification", key, lambda: self._build(found or self._read(), limit, known, token_types)
-        )
+        if cut is None:
+            arrays, self._facts = cached(
+                "text-classification", key, lambda: self._build(found or self._read(), limit, known, token_types)
+            )
+        else:
+            arrays, self._facts = self._build(found or self._read(), limit, known, token_types, cut)
         other = None if self._tokenizer_name in _BUILT else self._tokenizer_name
         self.data_lines[:] = self._facts["read"]
         self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, other)
@@ -166,7 +170,9 @@ class TextClassification:
     def _read(self) -> dict[str, Table]:
         return tables.read(self._data, config_name=self._config_name, split_column=self._split_column, how=self._how)
 
-    def _build(self, found: dict[str, Table], limit: int | None, known: list[str], token_types: bool) -> Cached:
+    def _build(
+        self, found: dict[str, Table], limit: int | None, known: list[str], token_types: bool, cut: Cut | None = None
+    ) -> Cached:
         """What the cache keeps: arrays by "split.name", and facts."""
         columns = found["train"].column_names
         label_column = tables.find_column(columns, self._label_column, LABEL_COLUMNS, "label_column")
@@ -181,6 +187,9 @@ class TextClassification:
                 rows_without = len(found[split])
                 notes.append(f'{rows_without:,} rows of {split} left out: they have no column "{label_column}"')
             found = {split: table for split, table in found.items() if split not in without}
+        if cut is not None:
+            read = (text_column, label_column, self._pair_column, self._group_column)
+            found = together(cut, found, [column for column in read if column is not None])
         rows: dict[str, dict[str, Any]] = {}
         for split, table in found.items():
             needed = {"text_column": text_column, "label_column": label_column, "pair_column": self._pair_column}
@@ -202,7 +211,7 @@ class TextClassification:
             names.sort(key=lambda name: place[name.casefold()])
         for row in rows.values():
             row["label"] = tables.label_numbers(row["label"], names)
-        rows = self._hold_out(rows)
+        rows = self._hold_out(rows, cut)
 
         train = rows["train"]
         types = token_types and self._pair_column is not None
@@ -232,7 +241,7 @@ class TextClassification:
             arrays[f"{split}.lengths"] = lengths
         notes += unknown.check_share(shares, self._tokenizer_said(), self._tokenizer_remedy())
         used = {"text": text_column, "pair": self._pair_column, "label": label_column, "group": self._group_column}
-        read = [
+        described = [
             report.rows_line({split: len(row["label"]) for split, row in rows.items()}, list(found)),
             report.columns_line(columns, used),
             report.classes_line(names, {split: row["label"] for split, row in rows.items()}),
@@ -242,7 +251,7 @@ class TextClassification:
             "splits": list(rows),
             "names": names,
             "notes": notes,
-            "read": read,
+            "read": described,
             "tokens": text.facts_of(tokenizer),
             "limit": limit,
             "tokenizer": tokenizer_text,
@@ -287,11 +296,14 @@ class TextClassification:
         others = [c for c in columns if c not in known and c.lower() not in LABEL_COLUMNS]
         return [name.lower() for name in (*TEXT_COLUMNS, *(others if len(others) == 1 else ()))]
 
-    def _hold_out(self, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The splits, with parts of train as those that the data lacks."""
+    def _hold_out(self, rows: dict[str, dict[str, Any]], cut: Cut | None) -> dict[str, dict[str, Any]]:
+        """The splits, with parts of train as those that the data lacks; or those of a fold."""
         train = rows["train"]
         wanted = {name: part for name, part in self._fractions.items() if name not in rows}
-        chosen = held_out.held_out(len(train["label"]), wanted, self._split_seed, train["label"], train["group"])
+        if cut is None:
+            chosen = held_out.held_out(len(train["label"]), wanted, self._split_seed, train["label"], train["group"])
+        else:
+            chosen = cut(len(train["label"]), train["label"], train["group"])
 
         def take(places: np.ndarray) -> dict[str, Any]:
             lists = {name: train[name] and [train[name][i] for i in places] for name in ("text", "pair", "group")}
@@ -402,6 +414,10 @@ class TextClassification:
     def why_without(self, name: str, batch: Batch) -> str:
         """Why a split has no metric of this name; an empty text where nothing is known."""
         return classification.why_no_auroc(name, self._facts["names"], batch["label"])
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each text: target, prediction, and the probability of each class."""
+        return classification.columns(outputs, batch["label"], self._facts["names"])
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 

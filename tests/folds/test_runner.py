@@ -1,0 +1,120 @@
+"""Whole cross-validations, small ones: what they leave, what is not repeated, and what is refused before any work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.jobs import ROOT, train
+from tests.standing import run_ranks
+from trainer.errors import UserError
+from trainer.folds.declaration import Place, load
+from trainer.folds.runner import cross_validate
+from trainer.tasks.digits import read_images
+
+STRONG = str(ROOT / "ds_configs" / "strong.json")
+SMALL: dict[str, Any] = {
+    "trainer.task_options": {"model": "mlp", "width": 8},
+    "trainer.epochs": 1,
+    "trainer.learning_rate": {},
+    "tensorboard": {"enabled": False},
+    "cross_validation.folds": 3,
+    "cross_validation.max_parallel": 1,
+}
+
+
+def overrides(folder: Path, **more: Any) -> dict[str, Any]:
+    return SMALL | {"cross_validation.output_dir": str(folder)} | more
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished cross-validation."""
+    folder = tmp_path_factory.mktemp("folds") / "cv"
+    assert cross_validate(STRONG, overrides(folder)) == 0
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_sample_is_predicted_once_in_the_order_of_the_data(made: Path) -> None:
+    found = rows(made)
+    assert [int(row["row"]) for row in found] == list(range(1797))
+    assert [int(row["target"]) for row in found] == read_images()[1].tolist()
+    known = json.loads((made / "cross_validation.json").read_text())["known"]
+    assert [int(row["fold"]) for row in found] == known["fold_of"][0]
+    # What is said of the folds is what is in the file.
+    summary = json.loads((made / "summary.json").read_text())
+    for fold, accuracy in enumerate(summary["metrics"]["accuracy"]["runs"]):
+        own = [row["target"] == row["prediction"] for row in found if row["fold"] == str(fold)]
+        assert accuracy == pytest.approx(sum(own) / len(own))
+
+
+def test_the_page_shows_runs_interval_and_confusions(made: Path) -> None:
+    page = (made / "report.html").read_text()
+    low, high = json.loads((made / "summary.json").read_text())["metrics"]["accuracy"]["interval"]
+    assert f"interval {low:.4f} to {high:.4f}" in page
+    assert "<h2>Confusions</h2>" in page
+    assert "n_test / n_train = 1 / 2" in page
+    assert "<script" not in page
+
+
+def test_finished_runs_stay_and_what_is_missing_is_made_again(made: Path, capsys: Any) -> None:
+    """As after a kill: one run is gone, one has only its checkpoints."""
+    before, stamps = (made / "predictions.csv").read_bytes(), {}
+    shutil.rmtree(made / "runs" / "repeat-0-fold-0")
+    for name in ("summary.json", "fold_predictions.csv"):
+        (made / "runs" / "repeat-0-fold-1" / name).unlink()
+    kept = made / "runs" / "repeat-0-fold-2" / "summary.json"
+    stamps[kept] = kept.stat().st_mtime_ns
+    assert cross_validate(STRONG, overrides(made)) == 0
+    assert (made / "predictions.csv").read_bytes() == before
+    assert kept.stat().st_mtime_ns == stamps[kept]
+    printed = capsys.readouterr().out
+    assert "1 of 3 runs were finished before" in printed
+    assert printed.rstrip().endswith("report.html")
+
+
+def test_another_declaration_is_refused(made: Path) -> None:
+    with pytest.raises(UserError, match=r"another cross-validation. These differ: trainer\."):
+        cross_validate(STRONG, overrides(made, **{"trainer.epochs": 2}))
+    with pytest.raises(UserError, match=r"cross_validation\.seed"):
+        cross_validate(STRONG, overrides(made, **{"cross_validation.seed": 2}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cross_validation.metric": "acuracy"}, 'Did you mean "accuracy"'),
+        ({"cross_validation.folds": 175}, "the smallest has 174"),
+        ({"trainer.task_options": {"modl": "mlp"}}, 'Did you mean "model"'),
+        ({"train_batch_size": 1200}, "less than the global batch of 1,200"),
+    ],
+)
+def test_bad_input_costs_no_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cross_validate(STRONG, overrides(tmp_path / "cv", **change))
+    assert not (tmp_path / "cv").exists()
+
+
+def test_a_fold_has_the_same_bits_at_two_ranks_and_in_another_slot(made: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    fraction = json.loads((made / "cross_validation.json").read_text())["known"]["validation_fraction"]
+    config = load(STRONG, overrides(made)).run_config(Place(0, 1), fraction)
+    trainer = dataclasses.replace(config.trainer, output_dir=str(tmp_path / "two"))
+    run: Callable[..., Any] = run_ranks
+    summary = run(train, 2, dataclasses.replace(config, trainer=trainer))[0]
+    own = json.loads((made / "runs" / "repeat-0-fold-1" / "summary.json").read_text())
+    assert summary["parameters_sha256"] == own["parameters_sha256"]
+    first = (made / "runs" / "repeat-0-fold-1" / "fold_predictions.csv").read_bytes()
+    assert (tmp_path / "two" / "fold_predictions.csv").read_bytes() == first

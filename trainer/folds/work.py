@@ -1,0 +1,166 @@
+"""What a slot does for a cross-validation: it looks at data and model before any run, and makes the runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..config.keys import Config
+from ..errors import NonFiniteError, UserError
+from ..ranks.place import Ranks
+from .declaration import Declared, Place, cut_seed
+
+if TYPE_CHECKING:
+    from ..exact.splits import Split
+    from ..tasks.protocol import Task
+
+
+def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, Any]:
+    """What is known before the first run, so that a mistake costs no work.
+
+    Args:
+        ranks: the slot's place.
+        declared: the cross-validation.
+        ask: how a slot's job asks for more; not needed here.
+
+    Returns:
+        `samples`, `validation_fraction` (settled), `fold_of` (a list of (samples,) folds, one a repeat), `groups` and
+        `classes` (how many; None if the cut heeds none), `metrics` (their names on test), `best_metric`,
+        `data_sha256`, `facts`, and `lines` and `notes` for people.
+
+    Raises:
+        UserError: something must change first.
+    """
+    from ..data.cut import fold_of_rows
+    from ..engine import deepspeed_engine as engine
+    from ..engine import device as devices
+    from ..engine.optimizers import check_optimizer
+    from ..run.build import splits_of
+
+    config = declared.config
+    device, _ = devices.choose(config, ranks)
+    devices.settle(config)
+    check_optimizer(config)
+    fraction = _validation_fraction(declared)
+    first = declared.run_config(Place(0, 0), fraction)
+    task, cut = _task(first), _cut(first)
+    splits = splits_of(task, first, cut)
+    o, count = declared.options, len(cut.fold_of)
+    fold_of = [
+        fold_of_rows(count, o.folds, cut_seed(o.seed, repeat), cut.labels, cut.groups).tolist()
+        for repeat in range(o.repeats)
+    ]
+    _check_batch(config, splits["train"], fold_of)
+    metrics = _untrained_metrics(task, first, splits["test"], device)
+    own = getattr(task, "best_metric", None)
+    return {
+        "samples": count,
+        "validation_fraction": fraction,
+        "fold_of": fold_of,
+        "groups": None if cut.groups is None else len(set(cut.groups)),
+        "classes": None if cut.labels is None else len(set(cut.labels.tolist())),
+        "metrics": list(metrics),
+        "best_metric": None if own is None else own[0],
+        "data_sha256": {name: split.data_hash() for name, split in splits.items()},
+        "facts": devices.facts(device, engine.VERSION),
+        "lines": list(getattr(task, "data_lines", ())),
+        "notes": list(getattr(task, "notes", ())) + _own_note(task, declared),
+    }
+
+
+def _task(config: Config) -> Task:
+    from ..exact.order import key, seed_python
+    from ..tasks.protocol import load_task
+
+    seed_python(key(config.trainer.seed, "task"))
+    return load_task(config.trainer.task, config.trainer.task_options)
+
+
+def _cut(config: Config) -> Any:
+    from ..data.cut import Cut
+
+    assert config.trainer.fold is not None
+    return Cut(config.trainer.fold)
+
+
+def _validation_fraction(declared: Declared) -> float:
+    """What a run holds out of the samples that it learns from: as declared, or what an ordinary run holds out."""
+    if declared.options.validation_fraction is not None:
+        return declared.options.validation_fraction
+    from ..exact.splits import as_splits
+
+    task = _task(declared.config)
+    named = {field.name: field.default for field in dataclasses.fields(getattr(type(task), "Options", Place))}
+    if "validation_fraction" in named:
+        given = declared.config.trainer.task_options.get("validation_fraction", named["validation_fraction"])
+        return float(given)
+    splits = as_splits(task.splits(), type(task).__name__)
+    if "validation" not in splits:
+        return 0.0
+    return round(len(splits["validation"]) / (len(splits["validation"]) + len(splits["train"])), 4)
+
+
+def _check_batch(config: Config, train: Split, fold_of: list[list[int]]) -> None:
+    """Raises UserError if the training set of a run is smaller than the global batch."""
+    batch = config.plan(1).global_batch_size
+    tested = [fold.count(number) for fold in fold_of for number in set(fold)]
+    most, first = max(tested), tested[0]
+    least = len(train) - (most - first)
+    if least < batch:
+        raise UserError(
+            f"A run of {len(set(fold_of[0]))} folds has {least:,} samples to train on, which is less than the global "
+            f"batch of {batch:,}. Take a smaller train_batch_size, or more folds."
+        )
+
+
+def _untrained_metrics(task: Task, config: Config, test: Split, device: Any) -> dict[str, float]:
+    """The metrics of a model that has learnt nothing: to know their names, and that the task can be evaluated."""
+    from ..api.evaluation import BareEngine
+    from ..exact.order import key, seed_generators
+    from ..exact.progress import Progress
+    from ..run.build import built_model
+    from ..run.evaluate import evaluate
+
+    seed_generators(key(config.trainer.seed, "model"), device)
+    model = built_model(task, config).to(device)
+    engine = BareEngine(model, device, config.torch_autocast.enabled)
+    size = config.trainer.evaluate_micro_batch_size
+    return evaluate(task, engine, test.to(device), test, Ranks(), size, config.trainer.seed, Progress(1, 1, 1))
+
+
+def _own_note(task: Task, declared: Declared) -> list[str]:
+    from ..tasks.folds import takes_cut
+
+    if takes_cut(task):
+        return []
+    return [
+        f"{type(task).__name__}.splits() gives its samples before they are cut. If it computes anything from its "
+        "training samples (a mean, a vocabulary, a choice of features), what is tested has leaked into it: let splits "
+        "take the keyword cut then (trainer/folds/README.md)"
+    ]
+
+
+def make(ranks: Ranks, config: Config, ask: object = None) -> dict[str, Any]:
+    """Makes a run, or continues one: its output folder says how far it came.
+
+    Returns:
+        Its summary; {"status": "not finite", "reason": ...} of a run that stopped being finite.
+    """
+    from ..run.claim import Resume
+    from ..run.run import run
+
+    try:
+        resume = Resume("auto")
+        return run(config, ranks, config_name="fold", started_at_s=time.time(), resume=resume)
+    except NonFiniteError as error:
+        return {"status": "not finite", "reason": str(error), "steps": error.good_steps}
+    finally:
+        gc.collect()  # engines refer to themselves
+
+
+def sha256_of(fold_of: list[int]) -> str:
+    """A hash of one cut."""
+    return hashlib.sha256(",".join(map(str, fold_of)).encode()).hexdigest()

@@ -1,0 +1,38 @@
+"""What the run of one fold says of each sample that it tests, as a file in its folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..data.cut import Cut
+from ..exact.splits import Batch
+from ..files import whole_file
+from ..record.cells import no_formula
+from ..record.folder import PREDICTIONS
+from ..tasks.folds import columns_of
+from ..tasks.protocol import Outputs, Task
+
+
+def write_predictions(
+    folder: Path, task: Task, cut: Cut, outputs: Outputs, arrays: Batch, metrics: Mapping[str, float]
+) -> None:
+    """Writes one line a sample of the test split: `row`, its place among all samples, and what the task says of it.
+
+    Args:
+        folder: of the run.
+        task: of the run.
+        cut: says which samples these are.
+        outputs, arrays: of the whole split, on the CPU.
+        metrics: of the split.
+    """
+    columns = columns_of(task, outputs, arrays, metrics)
+    with (
+        whole_file(folder / PREDICTIONS, synced=True) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", *(no_formula(name) for name in columns)])
+        for row, *values in zip(cut.rows["test"].tolist(), *columns.values()):
+            writer.writerow([row, *(no_formula(value) for value in values)])
