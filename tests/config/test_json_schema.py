@@ -19,6 +19,7 @@ from trainer.config import deepspeed_keys, ready
 from trainer.config.keys import load_config, parse
 from trainer.config.task_options import check_options
 from trainer.errors import UserError
+from trainer.folds.declaration import load as load_folds
 from trainer.study.declaration import load_study
 from trainer.tasks.first_look import BUILT_IN
 from trainer.tasks.protocol import load_task
@@ -61,6 +62,10 @@ def refused_by_the_trainer(values: dict[str, Any], folder: Path) -> str | None:
             file = folder / "study.json"
             file.write_text(json.dumps(values))
             load_study(str(file))
+        if "cross_validation" in values:
+            file = folder / "folds.json"
+            file.write_text(json.dumps(values))
+            load_folds(str(file))
     except UserError as error:
         return str(error)
     return None
@@ -164,6 +169,7 @@ def of_deepspeed(base: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # What the schema lets through: rules between keys.
 BETWEEN_KEYS = re.compile(
     "has no effect (at|with|without) |nothing to scale under strong scaling|names no metric|belongs to torch's"
+    "|knows no groups|is for a task of your own|counted from 0"
 )
 
 

@@ -238,6 +238,9 @@ INT_MINIMA = {
     ("trainer", "checkpoint", "every_steps"): 0,
     ("trainer", "checkpoint", "keep"): 1,
     ("trainer", "lora", "alpha"): 1,
+    ("trainer", "fold", "folds"): 2,
+    ("trainer", "fold", "number"): 0,
+    ("trainer", "fold", "seed"): 0,
 }
 
 

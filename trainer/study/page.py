@@ -145,8 +145,9 @@ def _block(results: Results, variant: str, budget: str) -> str:
     reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
     about = (
         f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "
-        f"{shown_value(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict on "
-        "a loss, the interval where it is undecided (which does not mean no loss), and how many runs collapsed, if any."
+        f"{shown_value(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict "
+        "on a loss, the interval where it is undecided (which does not mean no loss), and how many runs collapsed, if "
+        "any."
     )
     failing = (
         "Runs that end below the target, and runs that do not converge; in brackets the sequential runs of the same "

@@ -36,11 +36,9 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
         sys.stdout = sys.stderr = nowhere
         while True:
             kind, *arguments = jobs.get()
-            if callable(kind):
-                arguments.append(lambda value: (pipe.send(("asks", value)), jobs.get()[0])[1])
-            job = {"probe": probe, "run": _run}.get(kind, kind)
             answer: tuple[str, Any]
             try:
+                job = {"probe": _probe, "run": _run}.get(kind, kind)
                 answer = ("done", job(Ranks(0, 1, slot, 1), *arguments))
             except TrainerError as error:
                 answer = ("error", str(error))
@@ -49,7 +47,7 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
             pipe.send(answer)
 
 
-def probe(ranks: Ranks, config: Config) -> dict[str, Any]:
+def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
     """What a plan needs to know of the data, and results of the machine."""
     from ..engine import deepspeed_engine as engine
     from ..engine import device as devices
@@ -121,56 +119,31 @@ class Slots:
     def grow(self, count: int) -> None:
         """Starts processes until there are `count`."""
         for slot in range(len(self._pipes), count):
-            pipe, process = self._start(slot)
-            self._pipes.append(pipe)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
             self._processes.append(process)
 
-    def _start(self, slot: int) -> tuple[Any, Any]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
-        process.start()
-        theirs.close()
-        return ours, process
-
-    def renew(self, slot: int) -> None:
-        """Ends a slot's process, if it has not died already, and starts another one in its place."""
-        self._processes[slot].kill()
-        self._processes[slot].join()
-        self._pipes[slot].close()
-        self._pipes[slot], self._processes[slot] = self._start(slot)
-
     def send(self, slot: int, *job: Any) -> None:
-        """Gives a slot that is idle something to do, or one that asks its answer.
+        """Gives a slot that is idle something to do: "probe" or "run", or a function that is importable by name.
 
-        Args:
-            slot: its number.
-            job: "probe" or "run" with what they take; or a function that is importable by name, with its arguments. It
-                is called with the slot's `Ranks`, the arguments, and `ask`: what it asks, `wait` gives as (slot,
-                "asks", value), and what is sent then is what `ask` returns.
+        It is called as function(ranks, *arguments), and what it returns is the answer.
         """
         try:
             self._pipes[slot].send(job)
         except OSError:
             raise self._died(slot) from None
 
-    def wait(
-        self, busy: Sequence[int], timeout_s: float | None = None, *, survive: bool = False
-    ) -> Iterator[tuple[int, str, Any]]:
-        """Waits for busy slots. Gives (slot, "done", "asks", "error" or "traceback", value) of those with an answer.
-
-        Args:
-            busy: the slots.
-            timeout_s: how long at most; None for as long as it takes.
-            survive: give a slot whose process has died as (slot, "died", why). Else it raises WorkerError.
-        """
-        for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy], timeout_s):
+    def wait(self, busy: Sequence[int]) -> Iterator[tuple[int, str, Any]]:
+        """Waits for busy slots. Gives (slot, "done", "error" or "traceback", value) of those that have answered."""
+        for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy]):
             slot = self._pipes.index(pipe)
             try:
                 kind, value = self._pipes[slot].recv()
             except (EOFError, OSError):
-                if not survive:
-                    raise self._died(slot) from None
-                kind, value = "died", str(self._died(slot))
+                raise self._died(slot) from None
             yield slot, kind, value
 
     def _died(self, slot: int) -> WorkerError:
