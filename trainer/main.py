@@ -17,8 +17,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.ranks.stopping import EndedBySignal, end_at_once  # noqa: E402
+from trainer.ranks.streams import open_streams  # noqa: E402
 
 if __name__ == "__main__":
+    open_streams()
     signal.signal(signal.SIGINT, end_at_once)
 
 # When a rank dies, torch's stores would print C++ stack traces beside our message.

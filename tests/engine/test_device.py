@@ -154,7 +154,9 @@ def test_the_hash_of_the_code_changes_with_any_of_its_files(tmp_path: Path, monk
     assert hashed() not in (here, changed)
 
 
-def test_the_facts_of_a_cpu() -> None:
+def test_the_facts_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in device._SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     found = device.facts(CPU, "0.19.8")
     assert set(found) == {
         "trainer", "code_sha256", "python", "torch", "deepspeed", "device_type", "device_model", "cpu_capability",
@@ -163,6 +165,10 @@ def test_the_facts_of_a_cpu() -> None:
     assert (found["deepspeed"], found["device_type"], found["torch"]) == ("0.19.8", "cpu", torch.__version__)
     assert found["cpu_threads"] == torch.get_num_threads()
     assert all(found.values())
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    found = device.facts(CPU, "0.19.8")
+    assert found["math_settings"] == "MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41", "they change the bits"
 
 
 def test_a_gpus_facts_name_its_model_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

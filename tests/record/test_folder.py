@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from trainer.errors import UserError
 from trainer.record import folder as output
-from trainer.record.folder import OutputFolder, write_tensors
+from trainer.record.folder import ORIGIN, OutputFolder, write_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -365,6 +365,30 @@ def test_a_model_that_no_run_has_written_is_not_replaced(tmp_path: Path, kind: s
     with pytest.raises(UserError, match=r"mine/model was not written by a run: it (lacks trainer\.json|is a link)"):
         _without_lock(lambda: OutputFolder.claim("mine", "strong", again=True))
     assert os.path.lexists(model)
+
+
+def test_what_a_user_has_put_beside_a_model_stays(tmp_path: Path) -> None:
+    """A finished run that goes on writes its model again. Files of its own that the new model lacks are gone."""
+    folder = OutputFolder.claim("mine", "strong")
+
+    def write(*names: str) -> None:
+        def model(target: Path) -> None:
+            for name in names:
+                (target / name).write_text("new")
+            (target / ORIGIN).write_text(json.dumps({"files": names}))
+
+        folder.write_folder("model", model)
+
+    write("old.safetensors", "config.json")
+    model = tmp_path / "mine" / "model"
+    (model / "notes.txt").write_text("mine")
+    (model / "plots").mkdir()
+    (model / "plots" / "a.png").write_text("mine")
+    (model / "link").symlink_to("notes.txt")
+    write("new.safetensors", "config.json")
+    names = ["config.json", "link", "new.safetensors", "notes.txt", "plots", "trainer.json"]
+    assert sorted(file.name for file in model.iterdir()) == names
+    assert (model / "link").is_symlink() and (model / "plots" / "a.png").read_text() == "mine"
 
 
 def _without_lock(function: Any) -> Any:

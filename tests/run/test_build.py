@@ -190,6 +190,12 @@ def test_ranks_on_other_device_models_are_labelled_once(monkeypatch: pytest.Monk
     assert reason.startswith("rank 3 on host3 runs on none, others on ")
 
 
+def test_ranks_with_other_settings_of_math_libraries_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks_say(monkeypatch, [{}, {"math_settings": "MKL_CBWR=COMPATIBLE"}, {}])
+    (reason,) = built(monkeypatch).inexact
+    assert reason == "rank 1 on host1 runs on MKL_CBWR=COMPATIBLE, others on default settings of math libraries"
+
+
 def test_norms_are_measured_only_where_something_needs_them() -> None:
     rate = {"scaling_rule": "adascale", "base_global_batch_size": 4}
     assert not measures_norms(config_of())

@@ -31,7 +31,7 @@ def test_the_weights_load_into_the_tasks_model(tmp_path: Path) -> None:
     state = pieces.engine.model_state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
     assert json.loads((tmp_path / "run" / "model" / ORIGIN).read_text()) == {
-        "task": "mine.py:Task", "task_options": {"width": 3},
+        "task": "mine.py:Task", "task_options": {"width": 3}, "files": ["model.safetensors"],
     }  # fmt: skip
     assert not (tmp_path / "run" / "adapter").exists()
 

@@ -127,6 +127,20 @@ def cpu_model() -> str:
     return f"{fields.get('model name', platform.processor() or platform.machine())} ({numbers})"
 
 
+# With these, libraries of mathematics take other kernels, which give other bits.
+_SETTINGS = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_DEBUG_CPU_TYPE",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
 def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
     """What a run's bits depend on besides config and data. Two runs can have the same bits if these facts agree."""
     result: dict[str, str | int] = {
@@ -140,6 +154,9 @@ def facts(device: torch.device, deepspeed_version: str) -> dict[str, str | int]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),
     }
+    settings = [f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)]
+    if settings:
+        result["math_settings"] = " ".join(settings)
     if device.type == "cuda":
         result["device_model"] = torch.cuda.get_device_name(device)
         result["cpu_model"] = cpu_model()  # of rank 0, which draws the first weights

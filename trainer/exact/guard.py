@@ -39,7 +39,8 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
         )
     raise RanksDifferError(
         f"After step {step} {who}, first in {tensor}. All ranks apply the same gradient, so something else changed it: "
-        "the task's forward or loss writes to it (`python -m trainer check-task` looks for that), or a device is "
-        "faulty. Nothing was saved from this step.",
+        "the task's forward or loss writes to it (`python -m trainer check-task` looks for that), a device is faulty, "
+        "or the devices are not alike (then the run is labelled tolerance, and says so at its start). Nothing was "
+        "saved from this step.",
         agreed=True,
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The file in the folder of a model that says what made it.
 ORIGIN = "trainer.json"
+# The card of a model, beside it.
+CARD = "README.md"
 # The trained weights as they are: beside the model while it is not certain that it was saved rightly.
 RAW = "weights.safetensors"
 # What the run of a fold says of each sample that it tests.
@@ -161,9 +163,18 @@ class OutputFolder:
         write_json(self.path / name, value)
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
-        """Calls `write` with an empty folder, which then replaces the folder `name` in one step."""
+        """Calls `write` with an empty folder, which then replaces the folder `name` in one step.
+
+        What a user has put into the old one is in the new one, too.
+        """
         with whole_folder(self.path / name, synced=True) as temporary:
             write(temporary)
+            for own in _files_of_users(self.path / name):
+                copy = temporary / own.name
+                if own.is_dir() and not own.is_symlink():
+                    shutil.copytree(own, copy, symlinks=True)
+                elif not copy.exists():
+                    shutil.copy2(own, copy, follow_symlinks=False)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -172,6 +183,19 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
     # Clones, because tied weights and statistics in one buffer share memory, and the format refuses that.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, str(path))
+
+
+def _files_of_users(folder: Path) -> list[Path]:
+    """What is in the folder of a model, or of an adapter, and was not written by a run."""
+    if not folder.is_dir():
+        return []
+    if folder.name == "adapter":
+        return [file for file in folder.iterdir() if not file.name.startswith("adapter_") and file.name != CARD]
+    try:
+        ours = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # of an earlier version, which did not note them
+    return [file for file in folder.iterdir() if file.name not in (*ours, ORIGIN, CARD)]
 
 
 def _make(path: Path, created: list[Path]) -> None:

@@ -371,7 +371,8 @@ def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Spli
                 continue
             where = f"rank {rank} on {everyone[rank][0]}"
             if name in _OF_THE_DEVICE:
-                unlike.append(f"{where} runs on {value}, others on {usual}")
+                usually, this = (v or "default settings of math libraries" for v in (usual, value))
+                unlike.append(f"{where} runs on {this}, others on {usually}")
                 break
             shown = "" if name == "config" else f": {value}, others {usual}"
             raise UserError(f"{where} has another {name} than the other ranks{shown}.", agreed=True)
@@ -380,4 +381,4 @@ def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Spli
 
 # Facts in which ranks may differ; the run is then labelled tolerance. Any other difference is an error: the ranks would
 # not train the same thing.
-_OF_THE_DEVICE = ("device_model", "cpu_capability")
+_OF_THE_DEVICE = ("device_model", "cpu_capability", "math_settings")

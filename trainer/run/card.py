@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..record.folder import OutputFolder
+from ..record.folder import CARD, OutputFolder
 from ..record.made_by import command, commit, without_secrets
 from .build import Pieces
 
@@ -51,7 +51,7 @@ def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
         "",
         *_training(p, summary),
     ]
-    (model / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (model / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _of_transformers(model: Path) -> bool:

@@ -38,7 +38,7 @@ _LABELLED: tuple[str, ...] = (
     "device_type",
     "device_model",
 )
-_LABELLED += ("cpu_capability", "cuda", "cudnn", "tf32", "task_code_sha256")
+_LABELLED += ("cpu_capability", "math_settings", "cuda", "cudnn", "tf32", "task_code_sha256")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -111,7 +111,7 @@ def check_same_run(p: Pieces, step: int, facts: Mapping[str, Any], resume: Resum
         if name == "task_code_sha256" and old not in (None, new):  # checkpoints of earlier versions do not have it
             reasons.append("the code of the task has changed since the checkpoint")
         elif name != "task_code_sha256" and old != new:
-            reasons.append(f"the checkpoint was made with {name} {old}, but this is {new}")
+            reasons.append(f"the checkpoint was made with {name} {old or 'unset'}, but this is {new or 'unset'}")
     reasons += [reason for reason in facts["inexact"] if reason not in p.inexact + reasons]
     refuse_inexact(p.config, reasons)
     p.inexact += [reason for reason in reasons if reason not in p.inexact]

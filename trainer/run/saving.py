@@ -40,7 +40,8 @@ def save_model(p: Pieces, folder: OutputFolder) -> str | None:
                 write_tensors(target / "model.safetensors", model.state_dict())
             else:
                 save(model, target)
-            (target / ORIGIN).write_text(to_json(_origin(p), indent=2) + "\n", encoding="utf-8")
+            files = {"files": sorted(file.name for file in target.iterdir())}
+            (target / ORIGIN).write_text(to_json(_origin(p) | files, indent=2) + "\n", encoding="utf-8")
 
         folder.write_folder("model", write)
         if adapted:
