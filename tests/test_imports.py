@@ -312,6 +312,7 @@ LONG = {
     "tasks/tabular.py": "a task is one file, as a user's own is",
     "tasks/text_classification.py": "a task is one file, as a user's own is",
     "tasks/nodules.py": "a task is one file, as a user's own is",
+    "tasks/token_classification.py": "a task is one file, as a user's own is",
 }
 
 

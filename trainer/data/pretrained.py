@@ -217,12 +217,12 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def tokenizer_of(spec: str, trust_remote_code: bool = False) -> Any:
+def tokenizer_of(spec: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """The fast tokenizer in a folder or under a hub name. Raises UserError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True)
+        return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True, **options)
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise UserError(
             f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {reason(error)}\n'

@@ -27,6 +27,7 @@ BUILT_IN = (
     "nodules",
     "tabular",
     "text_classification",
+    "token_classification",
 )
 # Names that columns usually have, the likeliest first.
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
@@ -151,6 +152,12 @@ def _look_at_columns(task: str, path: Path, options: Mapping[str, Any]) -> None:
     if task not in ("tabular", "text_classification") or suffix not in (".csv", ".tsv"):
         return
     lower = [column.lower() for column in columns]
+    several = options.get("label_columns") or []
+    missing = [c for c in several if c not in columns] if isinstance(several, list) else []
+    if missing:
+        raise _no_column("label_columns", columns, f'the data has no column "{missing[0]}".')
+    if options.get("problem_type") == "multi_label_classification":
+        return  # of columns of 0 and 1, the task says which there are
     if "label_column" not in given and not set(lower) & set(LABEL_COLUMNS):
         raise _no_column("label_column", columns, "which column holds the labels?")
     if task == "text_classification" and "text_column" not in given and not set(lower) & set(TEXT_COLUMNS):
