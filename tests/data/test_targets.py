@@ -54,7 +54,7 @@ def test_the_classes_of_lists_come_from_parquet_and_datasets(tmp_path: Path) -> 
         ([["a"], 3], LISTS, r"row 1 .* is 3\. For one class a sample, leave .problem_type. out"),
         (["a;b", "c"], LISTS, r"row 0 .* is the text 'a;b'.*.label_separator.: .;."),
         (["['a' 'b']"], LISTS, "is the text"),
-        ([["a"], None], LISTS, r"1 values .* missing .*empty list"),
+        ([["a"], None], LISTS, r"1 value .* is missing .*empty list"),
         ([["a", 0.5]], LISTS, "0.5 is no label"),
         ([["a", ["b"]]], LISTS, "is no label"),
         (["1.5", "high"], Wish(NUMBER), r"must hold numbers, but row 1 .* is 'high'"),

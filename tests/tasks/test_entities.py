@@ -10,9 +10,12 @@ from trainer.tasks.entities import entities, metrics
 
 
 def test_entities_of_every_scheme() -> None:
-    assert entities("O B-a I-a O B-a B-a".split()) == {("a", 1, 2), ("a", 4, 4), ("a", 5, 5)}
-    assert entities("I-a I-a I-b B-b".split()) == {("a", 0, 1), ("b", 2, 2), ("b", 3, 3)}, "IOB1, and a change of kind"
-    assert entities("S-a B-a I-a E-a O".split()) == entities("U-a B-a I-a L-a O".split()) == {("a", 0, 0), ("a", 1, 3)}
+    assert entities(["O", "B-a", "I-a", "O", "B-a", "B-a"]) == {("a", 1, 2), ("a", 4, 4), ("a", 5, 5)}
+    old = ["I-a", "I-a", "I-b", "B-b"]
+    assert entities(old) == {("a", 0, 1), ("b", 2, 2), ("b", 3, 3)}, "IOB1, and a change of kind"
+    for last, single in ("ES", "LU"):
+        tags = [f"{single}-a", "B-a", "I-a", f"{last}-a", "O"]
+        assert entities(tags) == {("a", 0, 0), ("a", 1, 3)}
     assert entities(["B-per-son", "I-per-son"]) == {("per-son", 0, 1)}
     assert entities([]) == entities(["O"]) == set()
 

@@ -156,11 +156,17 @@ def _lists(table: Table, column: str, wanted: Wish, split: str) -> list[list[Any
     names = table.list_classes.get(column)
     values = tables.values_of(table, column, split)
     nothing = [row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value)]
-    if nothing and not (wanted.separator and all(isinstance(v, str) or v is None for v in values)):
+    texts = any(isinstance(value, str) and value for value in values)
+    if nothing and not texts:
         raise UserError(
-            f'{len(nothing):,} values of the column "{column}" in {split} are missing (the first in row {nothing[0]}, '
-            "counted from 0). A sample without a label has an empty list: []."
+            f'{len(nothing):,} value{"s" * (len(nothing) > 1)} of the column "{column}" in {split} '
+            f"{'are' if len(nothing) > 1 else 'is'} missing (the first in row {nothing[0]}, counted from 0). A sample "
+            "without a label has an empty list: []."
         )
+    if nothing and wanted.separator is None:  # what is between the labels of the other rows is the first question
+        row = next(row for row, value in enumerate(values) if value and isinstance(value, str))
+        where = f'The column "{column}" in {split} must hold lists of labels, but row {row} (counted from 0) is '
+        raise UserError(where + _instead(values[row]))
     result = []
     for row, value in enumerate(values):
         labels = _list(value, wanted.separator)

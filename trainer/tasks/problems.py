@@ -127,7 +127,7 @@ class SeveralClasses(OneClass):
         return rows
 
     def columns(self, outputs: Tensor, labels: Tensor) -> dict[str, Sequence[Any]]:
-        """target and prediction: the labels in one text. Then the probability of each."""
+        """Target and prediction: the labels in one text. Then the probability of each."""
         probabilities = torch.sigmoid(outputs.double()).cpu()
 
         def joined(present: Tensor) -> list[str]:
@@ -190,7 +190,7 @@ class Number(OneClass):
         return [{"value": value} for value in regression.in_units(outputs.cpu(), self.target).tolist()]
 
     def columns(self, outputs: Tensor, labels: Tensor) -> dict[str, Sequence[Any]]:
-        """target and prediction, in the units of the data."""
+        """Target and prediction, in the units of the data."""
         assert self.target is not None
         return regression.columns(outputs, labels, self.target)
 

@@ -195,7 +195,7 @@ class TokenClassification:
         return arrays, facts | {"tokens": text.facts_of(tokenizer), "tokenizer": built}
 
     def _hold_out(self, read: dict[str, Sentences], names: list[str], cut: Cut | None) -> dict[str, Sentences]:
-        """The splits, with parts of train, drawn by each sentence's rarest tag, as those that the data lacks; or a fold."""
+        """The splits, with parts of train as those that the data lacks, drawn by rarest tags; or those of a fold."""
         wanted = {"test": self._o.test_fraction, "validation": self._o.validation_fraction}
         wanted = {name: part for name, part in wanted.items() if name not in read}
         train = read["train"]
