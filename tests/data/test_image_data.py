@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.data.test_images import encoded, some_images
 from trainer.data import image_files, sources, targets
-from trainer.data.image_data import read_images, read_npz_images, stacked
+from trainer.data.image_arrays import read_npz_images
+from trainer.data.image_data import read_images, stacked
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")

@@ -1,4 +1,4 @@
-"""Several labels, numbers and tags of words: the same bits at every number of ranks and with packs, and after saving."""
+"""Several labels, numbers and tags: the same bits at every number of ranks, with packs, and once saved."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def images(folder: Path, count: int = 24) -> str:
     lines = ["file_name,tags,amount"]
     random = np.random.default_rng(0)
     for i in range(count):
-        pixels = random.integers(0, 40, (8, 8), dtype=np.uint8) + np.uint8(8 * i)
+        pixels = random.integers(0, 40, (8, 8), dtype=np.uint8) + np.uint8(200 * i // count)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         lines.append(f"{i}.png,{'|'.join(n for n, there in (('a', i % 2), ('b', i % 3 == 0)) if there)},{0.5 * i}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import npz, sources, tables, targets
+from . import image_arrays, npz, sources, tables, targets
 from .cache import cached
 from .cut import Cut
 from .image_files import image_folder
@@ -26,8 +26,6 @@ from .table_files import Table
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "y")
-# train_x, x_train, train_images (MedMNIST), plain x; and the same for labels.
-_NPZ_IMAGES, _NPZ_LABELS = ("x", "images", "image"), ("y", "labels", "label")
 # Increase it when the same content is read in another way.
 _VERSION = 4
 _ONE_CLASS = targets.Wish()
@@ -104,7 +102,7 @@ class _Source:
 
     count: int
     named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or pixels)
-    labels: Sequence[Any]  # what `targets.read` gives
+    labels: targets.Labels  # what `targets.read` gives
     groups: list[Any] | None = None
 
 
@@ -276,14 +274,14 @@ def _pixels(rows: list[Any]) -> np.ndarray | None:
 def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, _Source]:
     parts = {}
     with npz.npz_arrays(path) as file:
-        pairs = _npz_pairs(file.files)
+        pairs = image_arrays.pairs(file.files)
         if "train" not in pairs:
             raise UserError(
                 f'"trainer.task_options.data": {path} needs the arrays train_x and train_y, and test_x and test_y, '
                 f"or x and y. It has {', '.join(file.files) or 'none'}."
             )
         for split, (x, y) in pairs.items():
-            images, labels = npz_images(path, file, x), npz.npz_array(path, file, y)
+            images, labels = image_arrays.npz_images(path, file, x), npz.npz_array(path, file, y)
             if labels.ndim == 2 and labels.shape[1] == 1 and wish.problem != targets.SEVERAL:
                 labels = labels[:, 0]
             several = wish.problem == targets.SEVERAL
@@ -298,45 +296,6 @@ def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, _Source]:
             values = np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
             parts[split] = _Source(len(images), named, targets.of_array(values, wish, y, split))
     return parts
-
-
-def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Split -> (array of images, array of labels)."""
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        words = name.lower().split("_")
-        kinds = [k for k, known in (("x", _NPZ_IMAGES), ("y", _NPZ_LABELS)) if set(words) & set(known)]
-        rest = [w for w in words if w not in _NPZ_IMAGES + _NPZ_LABELS]
-        split = sources.ALIASES.get(rest[0]) if len(rest) == 1 else None if rest else "train"
-        if len(kinds) == 1 and split is not None:
-            found.setdefault(split, {}).setdefault(kinds[0], name)
-    return {split: (found[split]["x"], found[split]["y"]) for split in sources.SPLITS if len(found.get(split, {})) == 2}
-
-
-def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
-    """(N, H, W) or (N, H, W, 3) uint8, the array `name` of an open .npz file. Raises UserError."""
-    images = npz.npz_array(path, file, name)
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
-        hint = ""
-        if images.ndim == 4 and images.shape[1] in (1, 3):
-            hint = "\nFor channels in the second place: images.transpose(0, 2, 3, 1)."
-        elif images.dtype != np.uint8:
-            hint = "\nFor pixels from 0 to 1: (images * 255).round().astype(numpy.uint8)."
-        raise UserError(
-            f"{path}: {name} is {images.dtype} of shape {images.shape}. Images must be uint8 of shape (N, H, W), "
-            f"(N, H, W, 1) or (N, H, W, 3).{hint}"
-        )
-    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-
-
-def read_npz_images(path: Path) -> np.ndarray:
-    """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
-    with npz.npz_arrays(path) as file:
-        names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
-        chosen = "x" if "x" in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise UserError(f"{path} needs an array x of images. It has {', '.join(file.files) or 'none'}.")
-        return npz_images(path, file, chosen)
 
 
 def _decoded(
@@ -386,7 +345,7 @@ def _decoded(
     notes += [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
     label = targets.shown(classes, next(iter(numbers.values()))[0])
     name = "/".join((first[0] if first else "").split("/")[-3:])  # of a file, with its folder
-    facts = {"splits": list(parts), "classes": classes, "notes": notes, "first": [name, label]}
+    facts: dict[str, Any] = {"splits": list(parts), "classes": classes, "notes": notes, "first": [name, label]}
     facts |= {"groups": {s: part.groups for s, part in parts.items() if part.groups}, "label_columns": label_columns}
     return arrays, facts
 

@@ -243,4 +243,8 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would initialise them at random
         raise UserError(f"The model in {folder} is damaged: its weights lack {', '.join(missing[:5])}.")
+    # In memory of their own: in the file's they may begin at any address, and by that a math library may choose a
+    # kernel that rounds in another way.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model.eval()

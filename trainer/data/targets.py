@@ -20,6 +20,8 @@ from .table_files import Table
 
 ONE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 PROBLEMS = (ONE, SEVERAL, NUMBER)
+# Of each row a label, a list of labels, or (as an array) a number.
+Labels = Sequence[Any] | np.ndarray
 # Between the labels of a sample in a prediction, where no option says otherwise.
 SEPARATOR = "|"
 _MULTI = f'"problem_type": "{SEVERAL}"'
@@ -86,7 +88,7 @@ def columns_of(table: Table, wanted: Wish, usual: Sequence[str]) -> list[str]:
     return [tables.find_column(table.column_names, wanted.column, usual, "label_column")]
 
 
-def read(table: Table, columns: Sequence[str], wanted: Wish, split: str) -> Sequence[Any]:
+def read(table: Table, columns: Sequence[str], wanted: Wish, split: str) -> Labels:
     """The labels of each row: a label; a list of labels; or a number, (rows,) float64. Raises UserError."""
     if wanted.problem == NUMBER:
         return _numbers(table, columns[0], split)
@@ -214,7 +216,7 @@ def _instead(value: Any) -> str:
     )
 
 
-def of_array(labels: np.ndarray, wanted: Wish, name: str, split: str) -> Sequence[Any]:
+def of_array(labels: np.ndarray, wanted: Wish, name: str, split: str) -> Labels:
     """As `read`, of an array in an .npz file: (rows,), or (rows, labels) of 0 and 1 for several labels.
 
     Args:
@@ -241,7 +243,7 @@ def of_array(labels: np.ndarray, wanted: Wish, name: str, split: str) -> Sequenc
 
 
 def numbered(
-    raw: Mapping[str, Sequence[Any]], wanted: Wish, declared: Sequence[str] | None, known: Sequence[str] = ()
+    raw: Mapping[str, Labels], wanted: Wish, declared: Sequence[str] | None, known: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The labels of each split as numbers, and the names of the classes.
 
@@ -260,9 +262,9 @@ def numbered(
     """
     if wanted.problem == NUMBER:
         return {split: np.asarray(values, dtype=np.float64) for split, values in raw.items()}, []
-    flat = raw
+    flat: Mapping[str, Sequence[Any]] = {split: list(rows) for split, rows in raw.items()}
     if wanted.problem == SEVERAL:
-        flat = {split: [label for row in rows for label in row] for split, rows in raw.items()}
+        flat = {split: [label for row in rows for label in row] for split, rows in flat.items()}
         if not flat["train"]:
             raise UserError("No sample of train has a label: nothing can be learnt.")
     # With a column for each label, one that never occurs in train is no mistake.
@@ -271,15 +273,15 @@ def numbered(
     if len(place) == len(names) and all(name.casefold() in place for name in names):
         names.sort(key=lambda name: place[name.casefold()])
     if wanted.problem == ONE:
-        return {split: tables.label_numbers(rows, names) for split, rows in raw.items()}, names
-    return {split: _matrix(rows, names) for split, rows in raw.items()}, names
+        return {split: tables.label_numbers(rows, names) for split, rows in flat.items()}, names
+    return {split: _matrix(list(rows), names) for split, rows in raw.items()}, names
 
 
 def _matrix(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> np.ndarray:
     place = tables.places(names)
     result = np.zeros((len(rows), len(names)), dtype=np.float32)
     for line, labels in zip(result, rows):
-        line[[place(label) for label in labels]] = 1
+        line[[at for label in labels if (at := place(label)) is not None]] = 1
     return result
 
 
@@ -334,7 +336,7 @@ def shown(names: Sequence[str], label: Any) -> str:
 
 def never_in_train(names: Sequence[str], labels: np.ndarray) -> list[str]:
     """A note on labels that no sample of the training set has, once other splits are held out."""
-    lacking = [] if labels.ndim == 1 else [names[i] for i in np.flatnonzero(~labels.any(axis=0))]
+    lacking = [] if labels.ndim == 1 else [names[int(i)] for i in np.flatnonzero(~labels.any(axis=0))]
     if not lacking:
         return []
     return [f"no sample of train has the label{'s' * (len(lacking) > 1)} {', '.join(lacking[:10])}: nothing is learnt"]

@@ -16,6 +16,7 @@ from ..config.task_options import is_number, read_options, refuse, required
 from ..data import (
     grey,
     held_out,
+    image_arrays,
     image_data,
     image_files,
     images,
@@ -425,7 +426,7 @@ class ImageClassification:
     def _sources(self, source: Path) -> tuple[str, Iterator[tuple[Any, Any]]]:
         """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
         if source.suffix.lower() == ".npz":
-            return "row", iter(enumerate(image_data.read_npz_images(source)))
+            return "row", iter(enumerate(image_arrays.read_npz_images(source)))
         if source.is_file() and image_files.is_image(source):
             return "file", iter([(str(source), source)])
         found = sources.find(str(source))
