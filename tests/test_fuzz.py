@@ -29,7 +29,7 @@ import torch
 
 from trainer.commands import predict as prediction
 from trainer.config import keys as config
-from trainer.data import cache, image_data, images, lidc, pretrained, tables, text
+from trainer.data import cache, image_arrays, image_data, images, lidc, pretrained, tables, text
 from trainer.errors import UserError
 from trainer.record import checkpoints as checkpoint
 from trainer.record.checkpoints import Checkpoints, DamagedError, Snapshot

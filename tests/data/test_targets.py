@@ -52,6 +52,7 @@ def test_the_classes_of_lists_come_from_parquet_and_datasets(tmp_path: Path) -> 
     ("values", "wish", "said"),
     [
         ([["a"], 3], LISTS, r"row 1 .* is 3\. For one class a sample, leave .problem_type. out"),
+        (["1.5"], LISTS, r"is '1.5'. For one class a sample"),
         (["a;b", "c"], LISTS, r"row 0 .* is the text 'a;b'.*.label_separator.: .;."),
         (["['a' 'b']"], LISTS, "is the text"),
         ([["a"], None], LISTS, r"1 value .* is missing .*empty list"),

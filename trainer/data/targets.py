@@ -204,7 +204,7 @@ def _list(value: Any, separator: str | None) -> list[Any] | None:
 
 def _instead(value: Any) -> str:
     """What a value is, and what to do."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.replace(".", "", 1).isdecimal():
         mark = next((m for m in ("|", ";", ",", " ") if m in value.strip()), ",")
         return (
             f'the text {value[:50]!r}. If its labels stand in one text, name what is between them: "label_separator": '
