@@ -29,7 +29,7 @@ import torch
 
 from trainer.commands import predict as prediction
 from trainer.config import keys as config
-from trainer.data import cache, image_data, images, lidc, pretrained, tables, text
+from trainer.data import cache, image_arrays, image_data, images, lidc, pretrained, tables, text
 from trainer.errors import UserError
 from trainer.record import checkpoints as checkpoint
 from trainer.record.checkpoints import Checkpoints, DamagedError, Snapshot
@@ -348,7 +348,7 @@ def test_npz_of_images(tmp_path: Path, canary: Canary) -> None:
     def case(rng: random.Random) -> None:
         path.write_bytes(mutated_npz(arrays, rng, canary))
         image_data.read_images(str(path), channels=1, size=(4, 4))
-        image_data.read_npz_images(path)
+        image_arrays.read_npz_images(path)
 
     run_cases("npz of images", case)
 
@@ -373,7 +373,7 @@ def test_a_zip_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch:
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PHYS_PAGES" else real(name))
     with pytest.raises(UserError, match=r"x would take 67,108,992 bytes of this machine's"):
-        image_data.read_npz_images(path)
+        image_arrays.read_npz_images(path)
 
 
 # ---------------------------------------------------------------- images, tables, texts

@@ -309,9 +309,9 @@ LONG = {
     "study/drawing.py": "one function a figure",
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",
-    "tasks/tabular.py": "a task is one file, as a user's own is",
     "tasks/text_classification.py": "a task is one file, as a user's own is",
     "tasks/nodules.py": "a task is one file, as a user's own is",
+    "tasks/token_classification.py": "a task is one file, as a user's own is",
 }
 
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from tests.data.test_images import encoded, some_images
-from trainer.data import image_files, sources
-from trainer.data.image_data import read_images, read_npz_images, stacked
+from trainer.data import image_files, sources, targets
+from trainer.data.image_arrays import read_npz_images
+from trainer.data.image_data import read_images, stacked
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -55,16 +56,16 @@ def test_parquet_and_save_to_disk_with_labels_as_strings(tmp_path: Path) -> None
     table.to_parquet(tmp_path / "table.parquet")
     table.save_to_disk(tmp_path / "saved")
     for name in ("table.parquet", "saved"):
-        found = read_images(str(tmp_path / name), image_column="photo", label_column="kind")
+        found = read_images(str(tmp_path / name), image_column="photo", wish=targets.Wish(column="kind"))
         assert found.classes == ["a", "b"]
         assert found.splits["train"].label.tolist() == [1, 0, 1, 0]
         np.testing.assert_array_equal(found.splits["train"].image.permute(0, 2, 3, 1), pixels)
     with pytest.raises(UserError, match=r"image_column.* is needed.*photo, kind"):
-        read_images(str(tmp_path / "table.parquet"), label_column="kind")
+        read_images(str(tmp_path / "table.parquet"), wish=targets.Wish(column="kind"))
     with pytest.raises(UserError, match="have no labels, only the columns photo, kind, n"):
         read_images(str(tmp_path / "table.parquet"), image_column="photo")
     with pytest.raises(UserError, match=r'The column "n" holds 1 \(int\), not images\. Name the right one'):
-        read_images(str(tmp_path / "table.parquet"), image_column="n", label_column="kind")
+        read_images(str(tmp_path / "table.parquet"), image_column="n", wish=targets.Wish(column="kind"))
 
 
 def test_npz_of_every_style(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_splits_of_one_dataset_have_the_same_columns_and_classes(tmp_path: Path)
         read_images({"train": train, "test": table("other.parquet", ["cat", "dog"], "kind")})
 
 
-@pytest.mark.parametrize("option", ["config_name", "split_column", "image_column", "label_column"])
+@pytest.mark.parametrize("option", ["config_name", "split_column", "image_column", "group_column"])
 def test_options_of_tables_are_refused_for_arrays(option: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=some_images(2, 4, 4), y=[0, 1])
     with pytest.raises(UserError, match=rf'"trainer\.task_options\.{option}" has no effect on an \.npz file'):
@@ -255,7 +256,7 @@ def test_npz_files_that_must_change(tmp_path: Path) -> None:
         ({"x": x / 255, "y": y}, r"(?s)x is float64 of shape \(4, 5, 5\).*astype\(numpy.uint8\)"),
         ({"x": x.reshape(4, 1, 5, 5), "y": y}, r"(?s)shape \(4, 1, 5, 5\).*transpose"),
         ({"x": x, "y": y[:3]}, r"y has the shape \(3,\), but x has 4 images"),
-        ({"x": x, "y": y / 2}, "A label in train is 0.5. Predicting numbers .regression. is not"),
+        ({"x": x, "y": y / 2}, "A label in train is 0.5. .*.problem_type.: .regression."),
         ({"x": x, "y": np.array([0, None, 1, 0], dtype=object)}, "(?s)Python objects.*not loaded"),
         ({"x": x[:0], "y": y[:0]}, "the split train of .* is empty"),
         ({"x": x, "y": y, "test_x": x, "test_y": y + 1}, "The label 2 occurs 2 times in test, but never in train"),

@@ -43,11 +43,13 @@ def test_a_model_of_another_kind_is_refused(auto: str, model_type: str, said: st
 
 
 def test_a_configuration_for_another_loss_is_refused() -> None:
-    checks.check_problem_type({"problem_type": "single_label_classification"})
-    checks.check_problem_type("folder")
-    for other in ("regression", "multi_label_classification"):
-        with pytest.raises(UserError, match=f"problem_type\" is '{other}', but this task trains one class a sample"):
-            checks.check_problem_type({"problem_type": other})
+    for own in ("single_label_classification", "regression"):
+        checks.check_problem_type({"problem_type": own}, own)
+        checks.check_problem_type("folder", own)
+    with pytest.raises(
+        UserError, match=r"model.problem_type\" is 'regression', but .* is 'multi_label_classification'"
+    ):
+        checks.check_problem_type({"problem_type": "regression"}, "multi_label_classification")
 
 
 # ---------------------------------------------------------------- settings for generation

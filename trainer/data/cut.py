@@ -8,6 +8,7 @@ What is prepared so is not cached: no fold can get another's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -169,7 +170,7 @@ def together(cut: Cut, found: Mapping[str, Table], needed: Sequence[str]) -> dic
                 raise UserError(f'The folds are cut from {first} and {split}, but {split} has no column "{name}".')
             else:
                 del columns[name]
-        if table.classes != whole.classes:
+        if (table.classes, table.list_classes) != (whole.classes, whole.list_classes):
             raise UserError(f"The folds are cut from {first} and {split}, which declare different classes.")
     notes = [note for table in found.values() for note in table.notes]
-    return {"train": Table(columns, whole.classes, whole.images, notes, whole.content)}
+    return {"train": replace(whole, columns=columns, notes=notes)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import npz, sources, tables
+from . import image_arrays, npz, sources, tables, targets
 from .cache import cached
 from .cut import Cut
 from .image_files import image_folder
@@ -26,10 +26,9 @@ from .table_files import Table
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "y")
-# train_x, x_train, train_images (MedMNIST), plain x; and the same for labels.
-_NPZ_IMAGES, _NPZ_LABELS = ("x", "images", "image"), ("y", "labels", "label")
 # Increase it when the same content is read in another way.
-_VERSION = 3
+_VERSION = 4
+_ONE_CLASS = targets.Wish()
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ImageSplit:
 
     Attributes:
         image: (N, C, H, W) uint8.
-        label: (N,) int64.
+        label: (N,) int64, (N, classes) float32 of 0 and 1, or (N,) float64: see `targets.numbered`.
         sums: (N, C, 2) int64, each image's sum of pixels and of squared pixels: exact for any choice of images.
         digest: (N, 16) uint8, a hash of each image.
     """
@@ -69,7 +68,8 @@ class Images:
 
     Attributes:
         splits: its splits.
-        classes: their names.
+        classes: their names; none where numbers are predicted.
+        label_columns: the columns that the labels come from.
         notes: what was left out, and what was done to the images, in sentences.
         first: the name of the first image of train, and its class.
         groups: split -> the group of each image, where a column of groups is named.
@@ -80,6 +80,7 @@ class Images:
     notes: list[str]
     first: tuple[str, str]
     groups: dict[str, list[Any]]
+    label_columns: list[str]
 
 
 def in_fold(found: Images, cut: Cut) -> dict[str, ImageSplit]:
@@ -91,9 +92,8 @@ def in_fold(found: Images, cut: Cut) -> dict[str, ImageSplit]:
     groups = [group for own in known if own is not None for group in own]
     if groups and None in known:
         raise UserError("The column of groups must be in all splits that are put together and cut into folds.")
-    return {
-        name: whole.select(rows) for name, rows in cut(len(whole.label), whole.label.numpy(), groups or None).items()
-    }
+    rows = cut(len(whole.label), targets.classes(whole.label.numpy()), groups or None)
+    return {name: whole.select(own) for name, own in rows.items()}
 
 
 @dataclass
@@ -102,7 +102,7 @@ class _Source:
 
     count: int
     named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or pixels)
-    labels: list[Any]  # names of classes, or numbers that are names
+    labels: targets.Labels  # what `targets.read` gives
     groups: list[Any] | None = None
 
 
@@ -112,7 +112,7 @@ def read_images(
     config_name: str | None = None,
     split_column: str | None = None,
     image_column: str | None = None,
-    label_column: str | None = None,
+    wish: targets.Wish = _ONE_CLASS,
     group_column: str | None = None,
     channels: int | None = None,
     size: Size | None = None,
@@ -122,7 +122,8 @@ def read_images(
     Args:
         data: what `tables.read` takes, or an .npz file.
         config_name, split_column: see `tables.read`.
-        image_column, label_column: needed if the columns do not have the usual names.
+        image_column: needed if the column does not have a usual name.
+        wish: what is learnt of an image, and the columns that say it.
         group_column: of a table, whose groups are wanted.
         channels: 1 or 3; None for 1 if every image is grey, else 3.
         size: the size of all images; None if they all have the same size already.
@@ -135,7 +136,9 @@ def read_images(
         "config_name": config_name,
         "split_column": split_column,
         "image_column": image_column,
-        "label_column": label_column,
+        "label_column": wish.column,
+        "label_columns": list(wish.columns) or None,
+        "label_separator": wish.separator,
         "group_column": group_column,
     }
     for name, given in columns.items():
@@ -146,6 +149,7 @@ def read_images(
     key = {
         "data": content,
         **columns,
+        "problem": wish.problem,
         "channels": channels,
         "size": size,
         "versions": [importlib.metadata.version(name) for name in ("pillow", "datasets")],
@@ -154,15 +158,31 @@ def read_images(
 
     def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(data, str) and arrays_file:
-            return _decoded(_npz_sources(Path(data).expanduser()), None, channels, size, [])
+            parts = _npz_sources(Path(data).expanduser(), wish)
+            return _decoded(parts, wish, None, ["y"], channels, size, [])
         splits = found or read()
-        parts, declared = _table_sources(splits, data, content, image_column, label_column, group_column)
-        return _decoded(parts, declared, channels, size, tables.notes_of(splits))
+        label_columns = _label_columns(splits["train"], data, wish)
+        parts = _table_sources(splits, data, content, image_column, label_columns, group_column, wish)
+        declared = targets.declared_names(splits["train"], label_columns, wish)
+        return _decoded(parts, wish, declared, label_columns, channels, size, tables.notes_of(splits))
 
     arrays, facts = cached("images", key, build)
-    parts = ("image", "label", "sums", "digest")
-    splits = {name: ImageSplit(*(arrays[f"{name}_{part}"] for part in parts)) for name in facts["splits"]}
-    return Images(splits, facts["classes"], facts["notes"], tuple(facts["first"]), facts["groups"])
+    names = ("image", "label", "sums", "digest")
+    read_splits = {name: ImageSplit(*(arrays[f"{name}_{part}"] for part in names)) for name in facts["splits"]}
+    first = tuple(facts["first"])
+    return Images(read_splits, facts["classes"], facts["notes"], first, facts["groups"], facts["label_columns"])
+
+
+def _label_columns(train: Table, data: sources.Data, wish: targets.Wish) -> list[str]:
+    """The columns of labels. Raises UserError."""
+    named = wish.column is not None or wish.columns or wish.problem == targets.SEVERAL
+    if not named and not {c.lower() for c in train.column_names} & set(LABEL_COLUMNS):
+        raise UserError(
+            f'"trainer.task_options.data": the images of {data} have no labels, only the columns '
+            f"{', '.join(train.column_names)}.\nPut each class's images into a folder of its own, or name the column "
+            "with label_column in trainer.task_options."
+        )
+    return targets.columns_of(train, wish, LABEL_COLUMNS)
 
 
 def _table_sources(
@@ -170,26 +190,20 @@ def _table_sources(
     data: sources.Data,
     content: Any,
     image_column: str | None,
-    label_column: str | None,
+    label_columns: Sequence[str],
     group_column: str | None,
-) -> tuple[dict[str, _Source], list[str] | None]:
-    """Images and labels of tables, and the classes that the training set declares."""
+    wish: targets.Wish,
+) -> dict[str, _Source]:
+    """Images and labels of tables."""
     train = splits["train"]
     if image_column is None:
         image_column = train.images[0] if len(train.images) == 1 else None
     image_column = tables.find_column(train.column_names, image_column, IMAGE_COLUMNS, "image_column")
-    if label_column is None and not {c.lower() for c in train.column_names} & set(LABEL_COLUMNS):
-        raise UserError(
-            f'"trainer.task_options.data": the images of {data} have no labels, only the columns '
-            f"{', '.join(train.column_names)}.\nPut each class's images into a folder of its own, or name the column "
-            "with label_column in trainer.task_options."
-        )
-    label_column = tables.find_column(train.column_names, label_column, LABEL_COLUMNS, "label_column")
     roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
     folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
     parts = {}
     for split, table in splits.items():
-        for column in (image_column, label_column):
+        for column in (image_column, *label_columns):
             if column not in table.column_names:
                 raise UserError(
                     f'"trainer.task_options.data": the split {split} has no column "{column}", only '
@@ -198,10 +212,10 @@ def _table_sources(
         parts[split] = _Source(
             len(table),
             table_images(table, split, image_column, folders),
-            tables.labels(table, label_column, split),
+            targets.read(table, label_columns, wish, split),
             tables.groups(table, group_column, split),
         )
-    return parts, tables.declared_names(train, label_column)
+    return parts
 
 
 def table_images(
@@ -257,78 +271,46 @@ def _pixels(rows: list[Any]) -> np.ndarray | None:
         return None
 
 
-def _npz_sources(path: Path) -> dict[str, _Source]:
+def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, _Source]:
     parts = {}
     with npz.npz_arrays(path) as file:
-        pairs = _npz_pairs(file.files)
+        pairs = image_arrays.pairs(file.files)
         if "train" not in pairs:
             raise UserError(
                 f'"trainer.task_options.data": {path} needs the arrays train_x and train_y, and test_x and test_y, '
                 f"or x and y. It has {', '.join(file.files) or 'none'}."
             )
         for split, (x, y) in pairs.items():
-            images, labels = npz_images(path, file, x), npz.npz_array(path, file, y)
-            if labels.ndim == 2 and labels.shape[1] == 1:
+            images, labels = image_arrays.npz_images(path, file, x), npz.npz_array(path, file, y)
+            if labels.ndim == 2 and labels.shape[1] == 1 and wish.problem != targets.SEVERAL:
                 labels = labels[:, 0]
-            if labels.shape != (len(images),):
+            several = wish.problem == targets.SEVERAL
+            if len(labels) != len(images) or labels.ndim != 1 + several:
                 raise UserError(
                     f"{path}: {y} has the shape {labels.shape}, but {x} has {len(images)} images. It must be "
-                    f"({len(images)},), one label an image."
+                    + (f"({len(images)}, labels) of 0 and 1." if several else f"({len(images)},), one label an image.")
                 )
             if len(labels) == 0:
                 raise UserError(f'"trainer.task_options.data": the split {split} of {path} is empty ({x} has no rows).')
             named = ((f"{x}[{row}] of {path}", image) for row, image in enumerate(images))
             values = np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
-            parts[split] = _Source(len(images), named, values.tolist())
+            parts[split] = _Source(len(images), named, targets.of_array(values, wish, y, split))
     return parts
 
 
-def _npz_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Split -> (array of images, array of labels)."""
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        words = name.lower().split("_")
-        kinds = [k for k, known in (("x", _NPZ_IMAGES), ("y", _NPZ_LABELS)) if set(words) & set(known)]
-        rest = [w for w in words if w not in _NPZ_IMAGES + _NPZ_LABELS]
-        split = sources.ALIASES.get(rest[0]) if len(rest) == 1 else None if rest else "train"
-        if len(kinds) == 1 and split is not None:
-            found.setdefault(split, {}).setdefault(kinds[0], name)
-    return {split: (found[split]["x"], found[split]["y"]) for split in sources.SPLITS if len(found.get(split, {})) == 2}
-
-
-def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
-    """(N, H, W) or (N, H, W, 3) uint8, the array `name` of an open .npz file. Raises UserError."""
-    images = npz.npz_array(path, file, name)
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
-        hint = ""
-        if images.ndim == 4 and images.shape[1] in (1, 3):
-            hint = "\nFor channels in the second place: images.transpose(0, 2, 3, 1)."
-        elif images.dtype != np.uint8:
-            hint = "\nFor pixels from 0 to 1: (images * 255).round().astype(numpy.uint8)."
-        raise UserError(
-            f"{path}: {name} is {images.dtype} of shape {images.shape}. Images must be uint8 of shape (N, H, W), "
-            f"(N, H, W, 1) or (N, H, W, 3).{hint}"
-        )
-    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-
-
-def read_npz_images(path: Path) -> np.ndarray:
-    """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
-    with npz.npz_arrays(path) as file:
-        names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
-        chosen = "x" if "x" in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise UserError(f"{path} needs an array x of images. It has {', '.join(file.files) or 'none'}.")
-        return npz_images(path, file, chosen)
-
-
 def _decoded(
-    parts: dict[str, _Source], declared: list[str] | None, channels: int | None, size: Size | None, notes: list[str]
+    parts: dict[str, _Source],
+    wish: targets.Wish,
+    declared: list[str] | None,
+    label_columns: Sequence[str],
+    channels: int | None,
+    size: Size | None,
+    notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the cache holds. Labels are checked first: that takes no time."""
     from tqdm import tqdm
 
-    classes = tables.class_names({split: part.labels for split, part in parts.items()}, declared)
+    numbers, classes = targets.numbered({split: part.labels for split, part in parts.items()}, wish, declared)
     progress = tqdm(total=sum(p.count for p in parts.values()), desc="images", unit="image", leave=False, disable=None)
     remarks: Counter[str] = Counter()
     pixels: dict[str, list[np.ndarray]] = {}
@@ -356,20 +338,16 @@ def _decoded(
     arrays: dict[str, Tensor] = {}
     for split, images in pixels.items():
         tensor = arrays[f"{split}_image"] = stacked(images, channels)
-        arrays[f"{split}_label"] = torch.from_numpy(tables.label_numbers(parts[split].labels, classes))
+        arrays[f"{split}_label"] = torch.from_numpy(numbers[split])
         arrays[f"{split}_sums"] = _sums(tensor)
         hashes = b"".join(hashlib.blake2b(i.numpy().data, digest_size=16).digest() for i in tensor)
         arrays[f"{split}_digest"] = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 16)
     notes += [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
-    facts = {"splits": list(parts), "classes": classes, "notes": notes, "first": _first(first, parts)}
-    return arrays, facts | {"groups": {split: part.groups for split, part in parts.items() if part.groups}}
-
-
-def _first(first: tuple[str, Size] | None, parts: dict[str, _Source]) -> tuple[str, str]:
-    """The first image's name (of a file, with its folder), and its class."""
-    name = first[0] if first else ""
-    label = next(iter(parts.values())).labels[0]
-    return "/".join(name.split("/")[-3:]), tables.label_name(label)
+    label = targets.shown(classes, next(iter(numbers.values()))[0])
+    name = "/".join((first[0] if first else "").split("/")[-3:])  # of a file, with its folder
+    facts: dict[str, Any] = {"splits": list(parts), "classes": classes, "notes": notes, "first": [name, label]}
+    facts |= {"groups": {s: part.groups for s, part in parts.items() if part.groups}, "label_columns": label_columns}
+    return arrays, facts
 
 
 def stacked(images: list[np.ndarray], channels: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -127,7 +128,7 @@ def _described(
                 for name, values in columns.items():
                     splits[split].columns[name] += values
             else:
-                splits[split] = Table(columns, table.classes, ["image"], list(table.notes))
+                splits[split] = replace(part, columns=columns, images=["image"], notes=list(table.notes))
         used |= set(paths)
     rest = found.others([*map(Path, used), *described])
     notes = sources.left_out_note(found, rest, "not named by the metadata")

@@ -20,6 +20,7 @@ from .pretrained import OPTION, Spec, quiet, reason
 KINDS = {
     "AutoModelForCausalLM": ("causal language model", "gpt2, llama, qwen2 or mistral"),
     "AutoModelForSequenceClassification": ("classifier of texts", "bert, distilbert, roberta or deberta-v2"),
+    "AutoModelForTokenClassification": ("tagger of words", "bert, distilbert, roberta or deberta-v2"),
     "AutoModelForImageClassification": ("classifier of images", "resnet, vit, convnext or swin"),
 }
 # Settings of a configuration that are sizes, for the message.
@@ -41,13 +42,13 @@ def check_kind(auto: str, spec: Spec, config: Any, trust_remote_code: bool) -> N
     )
 
 
-def check_problem_type(spec: Spec) -> None:
-    """Raises UserError if a configuration asks for another loss than that of one class a sample."""
+def check_problem_type(spec: Spec, wanted: str) -> None:
+    """Raises UserError if a configuration asks for another loss than the option `problem_type`."""
     given = spec.get("problem_type") if isinstance(spec, Mapping) else None
-    if given not in (None, "single_label_classification"):
+    if given not in (None, wanted):
         raise UserError(
-            f'"trainer.task_options.model.problem_type" is {given!r}, but this task trains one class a sample. Leave '
-            "it out. For several classes a sample, or for numbers, write a task of your own (trainer/tasks/README.md)."
+            f'"trainer.task_options.model.problem_type" is {given!r}, but "trainer.task_options.problem_type" is '
+            f"{wanted!r}. Leave the first one out: it follows from the second."
         )
 
 

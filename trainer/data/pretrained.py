@@ -217,12 +217,12 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def tokenizer_of(spec: str, trust_remote_code: bool = False) -> Any:
+def tokenizer_of(spec: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """The fast tokenizer in a folder or under a hub name. Raises UserError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True)
+        return AutoTokenizer.from_pretrained(where(spec), trust_remote_code=trust_remote_code, use_fast=True, **options)
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise UserError(
             f'"trainer.task_options.tokenizer": there is no tokenizer in "{spec}": {reason(error)}\n'
@@ -243,4 +243,8 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would initialise them at random
         raise UserError(f"The model in {folder} is damaged: its weights lack {', '.join(missing[:5])}.")
+    # In memory of their own: in the file's they may begin at any address, and by that a math library may choose a
+    # kernel that rounds in another way.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model.eval()

@@ -34,6 +34,8 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 TABLES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",
           ".parquet": "parquet"}  # fmt: skip
 READERS = TABLES | {".txt": "txt"}
+# Suffixes of files, and so of no name on the dataset hub.
+_OF_FILES = (*READERS, ".npz", ".conll", ".conllu", ".iob", ".iob2", ".bio")
 # Files that the system keeps in folders. Nobody misses them.
 _SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -124,7 +126,7 @@ def find(given: str) -> Found | None:
             f'"trainer.task_options.data": no file has the name {given}, or matches it as a pattern (looked from '
             f"{Path.cwd()})."
         )
-    if _HUB_NAME.fullmatch(given) and suffix_of(path) not in (*READERS, ".npz") and not given.startswith("."):
+    if _HUB_NAME.fullmatch(given) and suffix_of(path) not in _OF_FILES and not given.startswith("."):
         return None
     raise UserError(f'"trainer.task_options.data": {given} does not exist (looked from {Path.cwd()}).')
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
+from .conll import SUFFIXES, read_conll
 from .delimited import read_rows
 from .json_layouts import read_json
 from .memory import machine_bytes
 from .not_data import other_kind
 from .parquet import read_parquet
-from .sources import READERS, suffix_of
+from .sources import READERS, TABLES, suffix_of
 
 _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # What Windows and others write before a text. The longer ones come first.
@@ -30,10 +31,18 @@ _MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\
 
 @dataclass(frozen=True)
 class Format:
-    """How text is read: the options `separator` and `encoding`, where None is found out from the file."""
+    """How text is read: the options `separator` and `encoding`, where None is found out from the file.
+
+    With `conll`, files with a suffix of `conll.SUFFIXES` hold a word a line.
+    """
 
     separator: str | None = None
     encoding: str | None = None
+    conll: bool = False
+
+    def is_table(self, path: Path) -> bool:
+        """Whether a file in a folder is a table by its name."""
+        return suffix_of(path) in TABLES or (self.conll and suffix_of(path) in SUFFIXES)
 
 
 @dataclass
@@ -43,6 +52,7 @@ class Table:
     Attributes:
         columns: name -> values, a list or a pyarrow array.
         classes: for a column of numbers whose classes the data declares, their names.
+        list_classes: the same for a column of lists of numbers.
         images: the columns that the data declares to be of images.
         notes: what was not as usual, in sentences.
         content: a hash, for data that only its library can tell apart.
@@ -53,6 +63,7 @@ class Table:
     images: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     content: str = ""
+    list_classes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def column_names(self) -> list[str]:
@@ -74,7 +85,7 @@ class Table:
             name: [values[i] for i in rows] if isinstance(values, list) else values.take(list(rows))
             for name, values in self.columns.items()
         }
-        return Table(columns, self.classes, self.images, self.notes, self.content)
+        return Table(columns, self.classes, self.images, self.notes, self.content, self.list_classes)
 
 
 def read_file(path: Path, how: Format = Format(), where: str | None = None) -> Table:
@@ -89,7 +100,7 @@ def read_file(path: Path, how: Format = Format(), where: str | None = None) -> T
         UserError: it is of no known kind, or cannot be read.
     """
     where = where or str(path)
-    kind = READERS.get(suffix_of(path))
+    kind = "conll" if how.conll and suffix_of(path) in SUFFIXES else READERS.get(suffix_of(path))
     if kind is None:
         raise UserError(
             f'"trainer.task_options.data": {where} is a {path.suffix or "nameless kind of"} file. '
@@ -99,6 +110,8 @@ def read_file(path: Path, how: Format = Format(), where: str | None = None) -> T
         if kind == "parquet":
             return _parquet(path, where)
         text = read_text(path, how.encoding, where)
+        if kind == "conll":
+            return Table(dict(read_conll(text, where)))
         if kind in ("csv", "tsv"):
             header, rows, notes = read_rows(text, where, how.separator, kind == "tsv")
             columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
@@ -177,7 +190,16 @@ def _parquet(path: Path, where: str) -> Table:
         columns,
         {name: [str(n) for n in f["names"]] for name, f in features.items() if f.get("_type") == "ClassLabel"},
         [name for name, f in features.items() if f.get("_type") == "Image"],
+        list_classes={name: names for name, f in features.items() if (names := _names_in_lists(f)) is not None},
     )
+
+
+def _names_in_lists(feature: Mapping[str, Any]) -> list[str] | None:
+    """The names of classes that a column of lists declares in a parquet file of the datasets library, or None."""
+    inner = feature.get("feature")
+    if not isinstance(inner, Mapping) or inner.get("_type") != "ClassLabel":
+        return None
+    return [str(name) for name in inner["names"]]
 
 
 def from_datasets(data: Any) -> Table:
@@ -190,6 +212,11 @@ def from_datasets(data: Any) -> Table:
         {name: list(f.names) for name, f in data.features.items() if isinstance(f, datasets.ClassLabel)},
         [name for name, f in data.features.items() if isinstance(f, datasets.Image)],
         content=data._fingerprint,
+        list_classes={
+            name: list(f.feature.names)
+            for name, f in data.features.items()
+            if isinstance(getattr(f, "feature", None), datasets.ClassLabel)
+        },
     )
 
 
@@ -206,7 +233,8 @@ def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
     notes = list(whole.notes)
     begins = {_beginning(whole): first}
     for file, table in others:
-        if set(table.columns) != set(columns) or table.classes != whole.classes:
+        declared = (table.classes, table.list_classes)
+        if set(table.columns) != set(columns) or declared != (whole.classes, whole.list_classes):
             raise UserError(
                 f'"trainer.task_options.data": {names[file]} has the columns {", ".join(table.columns)}, but '
                 f"{names[first]} has {', '.join(columns)}. Files of one split must have the same columns.\n"
@@ -221,7 +249,7 @@ def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
         for name, values in columns.items():
             values += table.values(name)
         notes += table.notes
-    return Table(columns, whole.classes, whole.images, notes)
+    return Table(columns, whole.classes, whole.images, notes, list_classes=whole.list_classes)
 
 
 def _beginning(table: Table) -> tuple[Any, ...]:

@@ -140,7 +140,7 @@ def _load(source: str, config_name: str | None, how: Format, folder: FolderReade
     own = None if folder is None else folder(found)
     if own is not None:
         return own
-    files = [file for file in found.files if sources.suffix_of(file) in sources.TABLES]
+    files = [file for file in found.files if how.is_table(file)]
     if not files:
         return _class_folders(found, how)
     splits, others = sources.by_file(found, files)
@@ -458,7 +458,8 @@ def distinct(values: Iterable[Any]) -> list[str]:
     return [by_value[value] for value in sorted(by_value)]
 
 
-def _is_label(value: Any) -> bool:
+def is_label(value: Any) -> bool:
+    """Whether a value can name a class: a whole number, a text, true or false."""
     return isinstance(value, (bool, int, str, np.integer)) or (isinstance(value, float) and value.is_integer())
 
 
@@ -476,7 +477,7 @@ def class_names(labels: Mapping[str, Sequence[Any]], given: Sequence[str] | None
         UserError: a label is something else, a split has a label that train lacks, or there is only one class.
     """
     for split, values in labels.items():
-        odd = next((v for v in values if not _is_label(v)), None)
+        odd = next((v for v in values if not is_label(v)), None)
         if odd is not None:
             raise UserError(f"A label in {split} is {odd!r}. {_other_labels(odd)}")
     train = distinct(labels["train"])
@@ -512,15 +513,14 @@ def _other_labels(value: Any) -> str:
     """What to do with labels that are no classes."""
     if isinstance(value, (list, tuple, set, np.ndarray, Mapping)):
         return (
-            "Several labels a sample (multi-label) are not what this task trains: a label is one whole number or text. "
-            "Choose one, or write a task of your own with a sigmoid and a binary cross-entropy for each class "
-            "(trainer/tasks/README.md, Your own task)."
+            "Several labels a sample are another problem: texts and images take them with "
+            '"problem_type": "multi_label_classification" in trainer.task_options. Here a label is one whole number or '
+            "text."
         )
     if isinstance(value, (float, np.floating)):
         return (
-            "Predicting numbers (regression) is not what this task trains: a label is a whole number or a text, the "
-            "name of a class. Make them classes, or write a task of your own with a squared error "
-            "(trainer/tasks/README.md, Your own task)."
+            "A label is a whole number or a text, the name of a class. To predict numbers of texts and images, set "
+            '"problem_type": "regression" in trainer.task_options.'
         )
     return "Labels are whole numbers or texts."
 

@@ -113,18 +113,19 @@ def _train(tokenizer: Any, texts: Sequence[str], special: list[str], size: int |
     tokenizer.train_from_iterator((texts[i : i + 1000] for i in range(0, len(texts), 1000)), trainer)
 
 
-def build_words(texts: Sequence[str], size: int | None = None) -> str:
-    """A word-level tokenizer for classifiers, as JSON: lower-cased words, numbers and punctuation marks.
+def build_words(texts: Sequence[str], size: int | None = None, lowercase: bool = True) -> str:
+    """A word-level tokenizer for classifiers, as JSON: words, numbers and punctuation marks.
 
     Args:
         texts: of the training set only.
         size: the largest number of words, the most frequent first; None for all that occur twice or more.
+        lowercase: capital letters are read as small ones.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     _train(tokenizer, texts, special, size, MIN_WORD_COUNT)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -179,12 +180,12 @@ def wrap(built: str, max_length: int | None, token_types: bool = False) -> Any:
     )
 
 
-def load_tokenizer(spec: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(spec: str, trust_remote_code: bool, **options: Any) -> Any:
     """The tokenizer in a folder or under a hub name; one without a padding token pads with its end-of-text token.
 
-    Padding is never seen: it is masked, and out of the loss. Raises UserError.
+    Padding is never seen: it is masked, and out of the loss. `options` go to from_pretrained. Raises UserError.
     """
-    tokenizer = pretrained.tokenizer_of(spec, trust_remote_code)
+    tokenizer = pretrained.tokenizer_of(spec, trust_remote_code, **options)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -48,7 +48,7 @@ def check_share(shares: dict[str, float], what: str, remedy: str) -> list[str]:
     return [f"unknown to {what}: {said}"] if max(shares.values()) > NOTED else []
 
 
-def build_subwords(texts: Sequence[str], size: int | None = None) -> str:
+def build_subwords(texts: Sequence[str], size: int | None = None, lowercase: bool = True) -> str:
     """A tokenizer of parts of words for classifiers, as JSON: byte-pair encoding (Sennrich et al. 2016) of characters.
 
     It also serves for languages without blanks between words, and for texts of which few words repeat.
@@ -56,12 +56,13 @@ def build_subwords(texts: Sequence[str], size: int | None = None) -> str:
     Args:
         texts: of the training set only.
         size: the largest number of parts; None for 8,000.
+        lowercase: capital letters are read as small ones.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=(size or SUBWORDS_SIZE) + len(special), min_frequency=2, special_tokens=special, show_progress=False

@@ -78,6 +78,7 @@ def _head(p: Pieces, model: Path) -> list[str]:
 _CALLS = {
     "text-classification": '"a text", truncation=True',
     "image-classification": '"picture.png"',
+    "token-classification": '"a text", aggregation_strategy="first"',
     "text-generation": '"the beginning of a text", max_new_tokens=50',
 }
 
@@ -89,6 +90,8 @@ def _usage(p: Pieces, model: Path) -> list[str]:
         call = _CALLS[tag]
         if options.get("pair_column") is not None:
             call = '{"text": "a text", "text_pair": "the second text"}, truncation=True'
+        if tag == "text-classification" and options.get("problem_type") == "multi_label_classification":
+            call += ", top_k=None"  # every label, not the likeliest alone
         return [
             "from transformers import pipeline",
             "",

@@ -98,6 +98,30 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return result
 
 
+def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """F1 over all labels (micro) and averaged over the classes (macro), and mean average precision (map).
+
+    A label is predicted where its probability is 0.5 or more. Average precision is that of scikit-learn: the area under
+    precision against recall, without interpolation. Its mean is over the classes that occur; without any it is absent.
+
+    Args:
+        logits: (N, classes).
+        labels: (N, classes) of 0 and 1.
+    """
+    from sklearn.metrics import average_precision_score, f1_score
+
+    scores, truth = logits.double().numpy(), labels.numpy() > 0.5
+    chosen = scores >= 0
+    result = {
+        f"{kind}_f1": float(f1_score(truth, chosen, average=kind, zero_division=0)) for kind in ("micro", "macro")
+    }
+    there = np.flatnonzero(truth.any(axis=0))
+    if len(there) and np.isfinite(scores).all():
+        areas = [float(average_precision_score(truth[:, i], scores[:, i])) for i in there]
+        result["map"] = sum(areas) / len(areas)
+    return result
+
+
 def why_no_auroc(name: str, names: Sequence[str], labels: Tensor) -> str:
     """Why `metrics` gives no `auroc` for the labels (N,) of a split: the classes that it lacks. Else an empty text."""
     lacking = [f'"{names[place]}"' for place in sorted(set(range(len(names))) - set(labels.tolist()))]

@@ -27,6 +27,7 @@ BUILT_IN = (
     "nodules",
     "tabular",
     "text_classification",
+    "token_classification",
 )
 # Names that columns usually have, the likeliest first.
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "comment", "body", "title", "tweet")
@@ -42,7 +43,7 @@ _COLUMNS = (
     "image_column",
     "group_column",
 )
-_FILE = re.compile(r"\.(csv|tsv|json|jsonl|parquet|txt|npz|gz|zip|sqlite)$", re.IGNORECASE)
+_FILE = re.compile(r"\.(csv|tsv|json|jsonl|parquet|txt|npz|gz|zip|sqlite|conllu?|iob2?|bio)$", re.IGNORECASE)
 # In larger json files, a column is not looked for: that would take longer than importing torch.
 _MOST_BYTES = 5_000_000
 
@@ -151,6 +152,15 @@ def _look_at_columns(task: str, path: Path, options: Mapping[str, Any]) -> None:
     if task not in ("tabular", "text_classification") or suffix not in (".csv", ".tsv"):
         return
     lower = [column.lower() for column in columns]
+    several = options.get("label_columns") or []
+    missing = [c for c in several if c not in columns] if isinstance(several, list) else []
+    if missing:
+        raise UserError(
+            f'"{_OPTION}label_columns": the data has no column "{missing[0]}". {near(missing[0], columns)} It has: '
+            f"{', '.join(columns)}."
+        )
+    if options.get("problem_type") == "multi_label_classification":
+        return  # of columns of 0 and 1, the task says which there are
     if "label_column" not in given and not set(lower) & set(LABEL_COLUMNS):
         raise _no_column("label_column", columns, "which column holds the labels?")
     if task == "text_classification" and "text_column" not in given and not set(lower) & set(TEXT_COLUMNS):

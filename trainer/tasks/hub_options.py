@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..config.schema import option
+from ..data import targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,48 @@ class HubOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModelOptions(HubOptions, FormatOptions):
-    """Texts, and a model of them."""
+class LanguageModelOptions(HubOptions, FormatOptions):
+    """Files of text, and a model of their language."""
 
-    text_column: str | None = option(None, "the column of texts; the usual names are found")
     attention: str | None = option(
         None,
         'transformers\' attn_implementation ("sdpa", "eager", ...); without it the model\'s default; a kernel of the '
         "hub (owner/name) needs trust_remote_code",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelOptions(LanguageModelOptions):
+    """Texts in a column, and a model of them."""
+
+    text_column: str | None = option(None, "the column of texts; the usual names are found")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """What is to be learnt of each sample."""
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = option(
+        "single_label_classification", "one class a sample; any number of classes; or a number"
+    )
+    label_column: str | None = option(
+        None,
+        "the column of labels, whole numbers or texts, of several labels in lists, or of numbers to predict; the usual "
+        "names are found",
+    )
+    label_columns: list[str] = option([], "of several labels a sample: a column of 0 and 1 for each label")
+    label_separator: str | None = option(
+        None, 'of several labels a sample: what stands between them, where they stand in one text, such as "|"'
+    )
+    label_smoothing: float = option(
+        0.0, "of one class a sample: share of the target that goes to all classes alike", minimum=0, below=1
+    )
+    class_weights: Any = option(
+        None,
+        '"balanced", a list in the order of the classes, or {class: weight}; of several labels, the weight of a '
+        "label's presence",
+    )
+
+    def wish(self) -> targets.Wish:
+        """The options that say where labels are, checked. Raises UserError."""
+        return targets.wish(self.problem_type, self.label_column, self.label_columns, self.label_separator)

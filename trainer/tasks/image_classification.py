@@ -1,4 +1,4 @@
-"""Image classification: any dataset of labelled images, any AutoModelForImageClassification of transformers."""
+"""Classes or numbers of images: any dataset of labelled images, any AutoModelForImageClassification of transformers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..config.task_options import is_number, read_options, refuse, required
 from ..data import (
     grey,
     held_out,
+    image_arrays,
     image_data,
     image_files,
     images,
@@ -24,6 +25,8 @@ from ..data import (
     report,
     sources,
     tables,
+    targets,
+    units,
 )
 from ..data.cut import Cut
 from ..data.image_data import ImageSplit
@@ -32,8 +35,8 @@ from ..data.pretrained import check_spec
 from ..errors import UserError
 from ..exact.order import SampleRandom
 from ..exact.splits import Batch, Split
-from . import classification
-from .hub_options import HubOptions
+from . import problems
+from .hub_options import HubOptions, TargetOptions
 
 _AUTO = "AutoModelForImageClassification"
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -41,7 +44,7 @@ _EXAMPLE = '{"model_type": "resnet", "hidden_sizes": [32, 64], "depths": [1, 1],
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions(HubOptions):
+class ImageOptions(TargetOptions, HubOptions):
     """The options of `image_classification`."""
 
     data: Any = required(
@@ -52,7 +55,6 @@ class ImageOptions(HubOptions):
     )
     model: Any = required("a folder or hub name of an image classifier, or a configuration to build one from")
     image_column: str | None = option(None, "the column of images; the usual names are found")
-    label_column: str | None = option(None, "the column of labels; the usual names are found")
     new_head: bool = option(False, "replace a last layer that was trained for other classes")
     image_size: Any = option(
         None,
@@ -84,8 +86,6 @@ class ImageOptions(HubOptions):
         below=1,
     )
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
-    label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
-    class_weights: Any = option(None, '"balanced", a list, or {class: weight}')
 
 
 class ImageClassification:
@@ -93,12 +93,14 @@ class ImageClassification:
 
     Options = ImageOptions
     pipeline_tag = "image-classification"
-    best_metric = ("accuracy", "max")
 
     def __init__(self, **given: Any) -> None:
         o = read_options(ImageOptions, given)
         check_spec(o.model, "classifier of images", _EXAMPLE)
-        model_checks.check_problem_type(o.model)
+        self._wish = o.wish()
+        model_checks.check_problem_type(o.model, self._wish.problem)
+        self._problem = problems.problem(self._wish, o.class_weights, o.label_smoothing)
+        self.best_metric = self._problem.best_metric
         sources.check_data(o.data, o.config_name)
         held_out.check_fractions(o.validation_fraction, o.test_fraction)
         if o.image_size is not None and not images.is_size(o.image_size):
@@ -115,7 +117,6 @@ class ImageClassification:
             "config_name": o.config_name,
             "split_column": o.split_column,
             "image_column": o.image_column,
-            "label_column": o.label_column,
             "group_column": o.group_column,
         }
         self._data: Any = o.data
@@ -129,33 +130,33 @@ class ImageClassification:
         self._crop_padding, self._flip, self._erasing = o.crop_padding, o.flip, o.erasing
         self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
         self._split_seed = o.split_seed
-        self._smoothing = o.label_smoothing
-        self._class_weights_option = o.class_weights
         self.notes: list[str] = []
         self.data_lines: list[str] = []
         # Known once the data or a saved model is read.
-        self._classes: list[str] = []
+        self._classes: list[str] = []  # or the column of numbers
         self._size: Size = (0, 0)
         self._channels = 0
         self._mean: list[float] = []
         self._std: list[float] = []
-        self._weights: Tensor | None = None
         self._constants: dict[torch.device, dict[str, Tensor]] = {}
 
     # ------------------------------------------------------------ data
 
     def splits(self, cut: Cut | None = None) -> dict[str, Split]:
-        """Images (N, C, H, W) uint8 and labels (N,) int64. With `cut`, the splits of a fold."""
+        """Images (N, C, H, W) uint8, and labels: (N,) int64, (N, classes) float32 of 0 and 1, or (N,) float32.
+
+        With `cut`, the splits of a fold.
+        """
         self.notes.clear()
         self._constants.clear()
         processor, channels, size = self._wanted()
-        found = image_data.read_images(self._data, channels=channels, size=size, **self._columns)
+        found = image_data.read_images(self._data, channels=channels, size=size, wish=self._wish, **self._columns)
         if cut is None:
             splits = self._with_held_out(found.splits, found.groups.get("train"))
         else:
             splits = image_data.in_fold(found, cut)
-        self._classes = found.classes
-        self.notes += found.notes
+        self._classes = found.classes or found.label_columns
+        self.notes += found.notes + targets.never_in_train(found.classes, splits["train"].label.numpy())
         self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
         self.notes += tables.duplicates_note(
             {name: [d.tobytes() for d in s.digest.numpy()] for name, s in splits.items()}
@@ -163,17 +164,17 @@ class ImageClassification:
         _, self._channels, *sides = splits["train"].image.shape
         self._size = (sides[0], sides[1])
         self._settle_normalisation(processor, splits["train"])
-        labels = splits["train"].label
         height, width = self._size
         shape = f"{height} x {width}, {'grey' if self._channels == 1 else 'RGB'}"
         self.data_lines[:] = [
             report.rows_line({n: len(s.label) for n, s in splits.items()}, list(found.splits), "image", f" of {shape}"),
-            report.classes_line(found.classes, {name: s.label for name, s in splits.items()}),
+            targets.said(found.classes, {name: s.label.numpy() for name, s in splits.items()}),
             f"first image: {' -> '.join(found.first)}",
         ]
-        self._weights = classification.class_weights(self._class_weights_option, self._classes, labels.numpy())
+        self._problem.settle(found.classes, splits["train"].label)
+        labels = {name: self._problem.labels(s.label) for name, s in splits.items()}
         return {
-            name: Split({"image": s.image, "label": s.label}, classification.counts(s.label, self._weights))
+            name: Split({"image": s.image, "label": labels[name]}, self._problem.counts(labels[name]))
             for name, s in splits.items()
         }
 
@@ -216,7 +217,9 @@ class ImageClassification:
         """The splits in order, with parts of train as those that the data lacks."""
         train = splits["train"]
         wanted = {name: part for name, part in self._fractions.items() if name not in splits}
-        chosen = held_out.held_out(len(train.label), wanted, self._split_seed, train.label.numpy(), groups)
+        chosen = held_out.held_out(
+            len(train.label), wanted, self._split_seed, targets.strata(train.label.numpy()), groups
+        )
         if list(chosen) == ["train"]:
             return splits
         every = splits | {name: train.select(rows) for name, rows in chosen.items()}
@@ -257,7 +260,7 @@ class ImageClassification:
         assert self._classes, "splits() comes first"
         names = self._classes
         changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-        changes["problem_type"] = "single_label_classification"  # a base model may have been trained for another
+        changes["problem_type"] = self._wish.problem  # a base model may have been trained for another
         if isinstance(self._spec, Mapping):
             self._check_labels_in_spec(self._spec)
             known = pretrained.configuration({"model_type": self._spec["model_type"]})
@@ -288,8 +291,8 @@ class ImageClassification:
         told = spec.get("num_labels", len(named) if isinstance(named, (Mapping, list)) else named)
         if told is not None and told != len(self._classes):
             raise UserError(
-                f'"trainer.task_options.model" is for {told} classes, but the data has {len(self._classes)} '
-                f"({', '.join(self._classes[:10])}). Leave num_labels and id2label out: they follow from the data."
+                f'"trainer.task_options.model" is for {told} classes, but the data has {self._said()}. Leave '
+                "num_labels and id2label out: they follow from the data."
             )
 
     def _try(self, model: nn.Module) -> None:
@@ -305,8 +308,16 @@ class ImageClassification:
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
-                f"has {len(self._classes)} classes."
+                f"has {self._said()}."
             )
+        if self._problem.target is not None:
+            units.check(model, {"pixel_values": torch.zeros(1, self._channels, *self._size)}, logits)
+
+    def _said(self) -> str:
+        """What is learnt, for messages."""
+        if self._problem.target is not None:
+            return "one number to predict"
+        return f"{len(self._classes)} classes ({', '.join(self._classes[:10])})"
 
     # ------------------------------------------------------------ training
 
@@ -327,10 +338,10 @@ class ImageClassification:
         return {**batch, "image": image}
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits (B, classes)."""
+        """Logits (B, classes), or the standardised number (B,)."""
         image = batch["image"]
         scale, shift = self._constant("scale", image.device), self._constant("shift", image.device)
-        return model(pixel_values=images.normalise(image, scale, shift)).logits
+        return self._problem.outputs_of(model(pixel_values=images.normalise(image, scale, shift)).logits)
 
     def _constant(self, name: str, device: torch.device) -> Tensor:
         """What normalisation and erasing need, on a device; made once for each, since a copy there waits for it."""
@@ -341,41 +352,35 @@ class ImageClassification:
                     "scale": (1 / (255 * std)).view(1, -1, 1, 1).float().to(device),
                     "shift": (-mean / std).view(1, -1, 1, 1).float().to(device),
                     "fill": (mean * 255).round().clamp(0, 255).to(torch.uint8).to(device),
-                    "weights": (torch.ones(1) if self._weights is None else self._weights).to(device),
                 }
         return self._constants[device][name]
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
-        """Summed cross-entropy, and the number of samples or their summed weight."""
-        return self.sample_losses(outputs, batch).sum(), classification.count(
-            batch["label"], self._class_weights(outputs.device)
-        )
+        """The summed loss, and the number of samples or their summed weight."""
+        return self.sample_losses(outputs, batch).sum(), self._problem.count(batch["label"])
 
     def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The cross-entropy of each sample, (B,)."""
-        weights = self._class_weights(outputs.device)
-        return classification.sample_losses(outputs, batch["label"], weights, self._smoothing)
-
-    def _class_weights(self, device: torch.device) -> Tensor | None:
-        return None if self._weights is None else self._constant("weights", device)
+        """The loss of each sample, (B,): see `problems`."""
+        return self._problem.sample_losses(outputs, batch["label"])
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
-        """Accuracy, macro F1, and the area under the ROC curve where every class occurs."""
-        return classification.metrics(outputs, batch["label"])
+        """Accuracy, macro-F1 and AUROC; or micro-F1, macro-F1 and mean average precision; or R2, MAE and RMSE."""
+        return self._problem.metrics(outputs, batch["label"])
 
     def why_without(self, name: str, batch: Batch) -> str:
         """Why a split has no metric of this name; an empty text where nothing is known."""
-        return classification.why_no_auroc(name, self._classes, batch["label"])
+        return self._problem.why_without(name, batch["label"])
 
     def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
-        """Of each image: target, prediction, and the probability of each class."""
-        return classification.columns(outputs, batch["label"], self._classes)
+        """Of each image: target and prediction, and the probability of each class."""
+        return self._problem.columns(outputs, batch["label"])
 
     # ------------------------------------------------------------ afterwards
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Weights, config with the classes' names, and an image processor: what the Auto classes read."""
-        channels = grey.save(model, folder)
+        with units.saved(model, self._problem.target, folder):
+            channels = grey.save(model, folder)
         # The plain processor of transformers, which resizes, rescales and normalises.
         processor = {
             "image_processor_type": "ViTImageProcessor",
@@ -398,7 +403,9 @@ class ImageClassification:
         if processor is None or processor.size is None:
             raise UserError(f"{folder / _PROCESSOR_FILE} is missing: it says how images are prepared.")
         config: Any = model.config
-        self._classes = [config.id2label[i] for i in range(config.num_labels)]
+        self._problem.names = self._classes = [config.id2label[i] for i in range(config.num_labels)]
+        if self._wish.problem == targets.NUMBER:
+            self._problem.target = units.restore(model, Path(folder))
         self._channels = int(getattr(config, "num_channels", 0) or 3)
         self._size = processor.size
         self._mean, self._std = (list(v) * (self._channels // len(v)) for v in (processor.mean, processor.std))
@@ -406,20 +413,20 @@ class ImageClassification:
         return model
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """{"file" or "row", "label", "score"} for an image, a folder of images, an .npz file or a table of images."""
+        """The file or row, and what is predicted (see `problems`), of images, an .npz file or a table of images."""
         kind, named = self._sources(Path(source))
         device = next(model.parameters()).device
         for block in images.blocks(images.decode_all(named, self._channels, self._size), batch_size):
             batch = {"image": image_data.stacked([pixels for _, pixels, _ in block], self._channels).to(device)}
             with torch.inference_mode():
-                logits = self.forward(model, batch)
-            for (name, _, _), prediction in zip(block, classification.predictions(logits, self._classes)):
+                outputs = self.forward(model, batch)
+            for (name, _, _), prediction in zip(block, self._problem.predictions(outputs)):
                 yield {kind: name, **prediction}
 
     def _sources(self, source: Path) -> tuple[str, Iterator[tuple[Any, Any]]]:
         """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
         if source.suffix.lower() == ".npz":
-            return "row", iter(enumerate(image_data.read_npz_images(source)))
+            return "row", iter(enumerate(image_arrays.read_npz_images(source)))
         if source.is_file() and image_files.is_image(source):
             return "file", iter([(str(source), source)])
         found = sources.find(str(source))

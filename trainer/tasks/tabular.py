@@ -21,7 +21,7 @@ from ..data import features, held_out, preparation, report, sources, tables
 from ..data.cache import Cached, cached
 from ..data.cut import Cut, together
 from ..data.features import FEW, Column, Wish
-from ..data.preparation import Numeric, Preparation
+from ..data.preparation import Preparation
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
@@ -178,7 +178,7 @@ class Tabular:
         if not fitted.kinds:
             raise UserError('"trainer.task_options.data": every column has one value in the whole of train.')
         if not classes:
-            fitted = replace(fitted, target=_target(label, labels["train"]))
+            fitted = replace(fitted, target=regression.standard(label, labels["train"]))
         arrays = self._arrays(fitted, read, labels, notes)
         described = [
             report.rows_line({split: len(values) for split, values in labels.items()}, list(found)),
@@ -280,7 +280,7 @@ class Tabular:
         assert p is not None
         if p.target is None:
             return classification.metrics(outputs, batch["label"])
-        return regression.metrics(_in_units(outputs, p.target), _in_units(batch["label"], p.target))
+        return regression.metrics(regression.in_units(outputs, p.target), regression.in_units(batch["label"], p.target))
 
     def why_without(self, name: str, batch: Batch) -> str:
         """Why a split has no metric of this name; an empty text where nothing is known."""
@@ -295,8 +295,7 @@ class Tabular:
         assert p is not None
         if p.target is None:
             return classification.columns(outputs, batch["label"], p.classes)
-        label, found = _in_units(batch["label"], p.target), _in_units(outputs, p.target)
-        return {"target": label.tolist(), "prediction": found.tolist()}
+        return regression.columns(outputs, batch["label"], p.target)
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 
@@ -344,13 +343,7 @@ class Tabular:
             if p.target is None:
                 yield from classification.predictions(outputs, p.classes)
             else:
-                yield from ({"value": value} for value in _in_units(outputs.cpu(), p.target).tolist())
-
-
-def _in_units(standardised: Tensor, target: Numeric) -> np.ndarray:
-    """(N,) float64 in the units of the target."""
-    values: np.ndarray = standardised.double().numpy() * target.deviation + target.mean
-    return values
+                yield from ({"value": value} for value in regression.in_units(outputs.cpu(), p.target).tolist())
 
 
 def _problem(values: list[Any], table: Table, label: str) -> tuple[str, str]:
@@ -376,16 +369,6 @@ def _problem(values: list[Any], table: Table, label: str) -> tuple[str, str]:
         f'"{label}" holds {different:,} different whole numbers; "problem": "{other}" in trainer.task_options changes '
         "it"
     )
-
-
-def _target(label: str, values: np.ndarray) -> Numeric:
-    """The mean and deviation of a target, from the training split. Raises UserError if all values are alike."""
-    mean, deviation = preparation.mean_and_deviation(values)
-    if not deviation:
-        raise UserError(
-            f'All values of "{label}", the column to predict, are {mean:g} in train: nothing can be learnt.'
-        )
-    return Numeric(label, mean, deviation)
 
 
 def _label_line(fitted: Preparation, labels: Mapping[str, np.ndarray]) -> str:

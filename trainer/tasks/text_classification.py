@@ -1,4 +1,4 @@
-"""Classifies texts with any sequence-classification model of the transformers library, on data of one's own.
+"""Classifies texts, or predicts a number of each, with any sequence-classification model of the transformers library.
 
 A csv, json lines or parquet file, a folder or a hub name; a model's folder or hub name, or a configuration to train
 from scratch with a tokenizer made of the training texts, which needs no download at all.
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from ..config.schema import option
 from ..config.task_options import read_options, required
-from ..data import held_out, masks, model_checks, report, sources, tables, text, unknown
+from ..data import held_out, masks, model_checks, report, sources, tables, targets, text, units, unknown
 from ..data import pretrained as models
 from ..data.cache import Cached, cached
 from ..data.cut import Cut, together
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
-from . import classification
+from . import problems
 from .first_look import LABEL_COLUMNS, TEXT_COLUMNS
-from .hub_options import TextModelOptions
+from .hub_options import TargetOptions, TextModelOptions
 
 AUTO = "AutoModelForSequenceClassification"
 # Tokenizers that are made of the training texts.
@@ -36,11 +36,11 @@ _SOME_TEXTS = 5000
 # What a model is called with, as far as it is there.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(TextModelOptions):
+class TextOptions(TargetOptions, TextModelOptions):
     """The options of `text_classification`."""
 
     data: Any = required(
@@ -52,7 +52,6 @@ class TextOptions(TextModelOptions):
         '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}'
     )
     pair_column: str | None = option(None, "a column of second texts, for tasks on pairs such as entailment")
-    label_column: str | None = option(None, "the column of labels, whole numbers or texts; the usual names are found")
     new_head: bool = option(False, "replace a head that was trained for another number of classes")
     tokenizer: str | None = option(
         None,
@@ -70,8 +69,6 @@ class TextOptions(TextModelOptions):
         0.1, "of the training set, of each class, if the data has no validation split; 0 for none", minimum=0, below=1
     )
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
-    label_smoothing: float = option(0.0, "share of the target that goes to all classes alike", minimum=0, below=1)
-    class_weights: Any = option(None, '"balanced", a list in the order of the classes, or {class: weight}')
 
 
 class TextClassification:
@@ -79,12 +76,14 @@ class TextClassification:
 
     Options = TextOptions
     pipeline_tag = "text-classification"
-    best_metric = ("accuracy", "max")
 
     def __init__(self, **given: Any) -> None:
         o = read_options(TextOptions, given)
         models.check_spec(o.model, "classifier", '{"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2}')
-        model_checks.check_problem_type(o.model)
+        self._wish = o.wish()
+        model_checks.check_problem_type(o.model, self._wish.problem)
+        self._problem = problems.problem(self._wish, o.class_weights, o.label_smoothing)
+        self.best_metric = self._problem.best_metric
         self._scratch = isinstance(o.model, Mapping) or not o.pretrained
         if o.new_head and self._scratch:
             raise UserError(
@@ -104,13 +103,11 @@ class TextClassification:
         self._how = tables.checked_format(o.separator, o.encoding)
         self._group_column = o.group_column
         self._data, self._config_name, self._split_column = o.data, o.config_name, o.split_column
-        self._text_column, self._pair_column, self._label_column = o.text_column, o.pair_column, o.label_column
+        self._text_column, self._pair_column = o.text_column, o.pair_column
         self._spec, self._new_head, self._trust, self._attention = o.model, o.new_head, o.trust_remote_code, o.attention
         self._vocabulary, self._max_length, self._truncate = o.vocabulary, o.max_length, o.truncate
         self._fractions = {"test": o.test_fraction, "validation": o.validation_fraction}
         self._split_seed = o.split_seed
-        self._smoothing, self._class_weights = o.label_smoothing, o.class_weights
-        self._weights: Tensor | None = None  # (classes,) float32
         self._longest, self._prepares_masks = 0, False
         self._facts: dict[str, Any] = {}  # what the cache says beside the arrays
         self._sample: Batch = {}  # two rows of the training set, on which `model` tries the model
@@ -119,7 +116,10 @@ class TextClassification:
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def splits(self, cut: Cut | None = None) -> dict[str, Split]:
-        """input_ids and attention_mask (N, tokens) int64, label (N,) int64; token_type_ids where they differ from 0."""
+        """input_ids and attention_mask (N, tokens) int64, and label; token_type_ids where they differ from 0.
+
+        label is (N,) int64, (N, classes) float32 of 0 and 1, or (N,) float32, standardised.
+        """
         config = self._configuration()
         self._check_kind(config)
         limit = self._limit(config)
@@ -134,7 +134,7 @@ class TextClassification:
                 self._split_column,
                 self._text_column,
                 self._pair_column,
-                self._label_column,
+                self._wish.key,
                 self._group_column,
             ],
             "tokenizer": [text.tokenizer_key(self._tokenizer_name, self._trust), self._tokenizer_named],
@@ -155,14 +155,12 @@ class TextClassification:
         self.data_lines[:] = self._facts["read"]
         self.notes[:] = self._facts["notes"] + models.trust_note(self._trust, self._spec, other)
         result = {}
-        self._weights = classification.class_weights(
-            self._class_weights, self._facts["names"], arrays["train.label"].numpy()
-        )
+        self._problem.settle(self._facts["names"], arrays["train.label"])
         for split in self._facts["splits"]:
             padded = tuple(name for name in _INPUTS if f"{split}.{name}" in arrays)
-            own = {name: arrays[f"{split}.{name}"] for name in (*padded, "label")}
-            counts = classification.counts(own["label"], self._weights)
-            result[split] = Split(own, counts, arrays[f"{split}.lengths"], padded)
+            own = {name: arrays[f"{split}.{name}"] for name in padded}
+            own["label"] = self._problem.labels(arrays[f"{split}.label"])
+            result[split] = Split(own, self._problem.counts(own["label"]), arrays[f"{split}.lengths"], padded)
             self._longest = max(self._longest, own["input_ids"].shape[1])
         self._sample = {n: result["train"].arrays[n][:2].clone() for n in _INPUTS if n in result["train"].arrays}
         return result
@@ -175,45 +173,40 @@ class TextClassification:
     ) -> Cached:
         """What the cache keeps: arrays by "split.name", and facts."""
         columns = found["train"].column_names
-        label_column = tables.find_column(columns, self._label_column, LABEL_COLUMNS, "label_column")
-        usual = self._usual(columns, label_column)
+        label_columns = targets.columns_of(found["train"], self._wish, LABEL_COLUMNS)
+        usual = self._usual(columns, label_columns)
         text_column = tables.find_column(columns, self._text_column, usual, "text_column")
         if self._pair_column is not None:
             tables.find_column(columns, self._pair_column, (), "pair_column")
         notes = tables.notes_of(found)
-        if isinstance(self._data, str):  # a test.csv of a competition has no labels
-            without = [s for s, table in found.items() if s != "train" and label_column not in table.column_names]
-            for split in without:
-                rows_without = len(found[split])
-                notes.append(f'{rows_without:,} rows of {split} left out: they have no column "{label_column}"')
-            found = {split: table for split, table in found.items() if split not in without}
+        found = self._with_labels(found, label_columns, notes)
         if cut is not None:
-            read = (text_column, label_column, self._pair_column, self._group_column)
+            read = (text_column, *label_columns, self._pair_column, self._group_column)
             found = together(cut, found, [column for column in read if column is not None])
         rows: dict[str, dict[str, Any]] = {}
         for split, table in found.items():
-            needed = {"text_column": text_column, "label_column": label_column, "pair_column": self._pair_column}
-            for name, column in needed.items():
+            needed = [("text_column", text_column), ("pair_column", self._pair_column)]
+            needed += [("label_columns" if self._wish.columns else "label_column", c) for c in label_columns]
+            for name, column in needed:
                 if column is not None:
                     tables.find_column(table.column_names, column, (), name, where=split)
             rows[split] = {
                 "text": tables.texts(table, text_column, split),
                 "pair": None if self._pair_column is None else tables.texts(table, self._pair_column, split),
-                "label": tables.labels(table, label_column, split),
+                "label": targets.read(table, label_columns, self._wish, split),
                 "row": np.arange(len(table)),
                 "group": tables.groups(table, self._group_column, split),
             }
-        declared = tables.declared_names(found["train"], label_column)
-        names = tables.class_names({split: row["label"] for split, row in rows.items()}, declared)
         # A folder that was trained on the same classes keeps their order, so that its head goes on being right.
-        place = {name.casefold(): i for i, name in enumerate(known)}
-        if len(place) == len(names) and all(name.casefold() in place for name in names):
-            names.sort(key=lambda name: place[name.casefold()])
-        for row in rows.values():
-            row["label"] = tables.label_numbers(row["label"], names)
+        declared = targets.declared_names(found["train"], label_columns, self._wish)
+        raw = {split: row["label"] for split, row in rows.items()}
+        labels, names = targets.numbered(raw, self._wish, declared, known)
+        for split, row in rows.items():
+            row["label"] = labels[split]
         rows = self._hold_out(rows, cut)
 
         train = rows["train"]
+        notes += targets.never_in_train(names, train["label"])
         types = token_types and self._pair_column is not None
         tokenizer, tokenizer_text = self._made_tokenizer(train, limit, types, notes)
         contents = {s: r["text"] if r["pair"] is None else list(zip(r["text"], r["pair"])) for s, r in rows.items()}
@@ -240,16 +233,18 @@ class TextClassification:
             arrays[f"{split}.label"] = torch.from_numpy(row["label"])
             arrays[f"{split}.lengths"] = lengths
         notes += unknown.check_share(shares, self._tokenizer_said(), self._tokenizer_remedy())
-        used = {"text": text_column, "pair": self._pair_column, "label": label_column, "group": self._group_column}
+        label = {"label" + f" {i}" * (len(label_columns) > 1): c for i, c in enumerate(label_columns, start=1)}
+        used = {"text": text_column, "pair": self._pair_column, **label, "group": self._group_column}
         described = [
             report.rows_line({split: len(row["label"]) for split, row in rows.items()}, list(found)),
             report.columns_line(columns, used),
-            report.classes_line(names, {split: row["label"] for split, row in rows.items()}),
-            report.sample_line(train["text"][0], names[train["label"][0]]),
+            targets.said(names, {split: row["label"] for split, row in rows.items()}),
+            report.sample_line(train["text"][0], targets.shown(names, train["label"][0])),
         ]
         facts = {
             "splits": list(rows),
             "names": names,
+            "label_columns": label_columns,
             "notes": notes,
             "read": described,
             "tokens": text.facts_of(tokenizer),
@@ -258,6 +253,16 @@ class TextClassification:
             "token_types": types,
         }
         return arrays, facts
+
+    def _with_labels(self, found: dict[str, Table], columns: Sequence[str], notes: list[str]) -> dict[str, Table]:
+        """The splits without those that lack labels, as a test.csv of a competition; if the user named no splits."""
+        without = [s for s, table in found.items() if s != "train" and not set(columns) <= set(table.column_names)]
+        if not isinstance(self._data, str):
+            return found
+        for split in without:
+            lacks = next(column for column in columns if column not in found[split].column_names)
+            notes.append(f'{len(found[split]):,} rows of {split} left out: they have no column "{lacks}"')
+        return {split: table for split, table in found.items() if split not in without}
 
     def _made_tokenizer(
         self, train: Mapping[str, Any], limit: int | None, types: bool, notes: list[str]
@@ -290,9 +295,9 @@ class TextClassification:
             return 'Set "tokenizer": "subwords" in trainer.task_options, or a larger "vocabulary" if it is set.'
         return "Take a model whose tokenizer knows the language of the texts."
 
-    def _usual(self, columns: Sequence[str], label_column: str | None = None) -> list[str]:
+    def _usual(self, columns: Sequence[str], label_columns: Sequence[str] = ()) -> list[str]:
         """The names that the column of texts may have: the usual ones, and that of the only column that is left."""
-        known = {label_column, self._pair_column, self._split_column or "split", self._group_column}
+        known = {*label_columns, self._pair_column, self._split_column or "split", self._group_column}
         others = [c for c in columns if c not in known and c.lower() not in LABEL_COLUMNS]
         return [name.lower() for name in (*TEXT_COLUMNS, *(others if len(others) == 1 else ()))]
 
@@ -300,10 +305,11 @@ class TextClassification:
         """The splits, with parts of train as those that the data lacks; or those of a fold."""
         train = rows["train"]
         wanted = {name: part for name, part in self._fractions.items() if name not in rows}
+        labels, groups = train["label"], train["group"]
         if cut is None:
-            chosen = held_out.held_out(len(train["label"]), wanted, self._split_seed, train["label"], train["group"])
+            chosen = held_out.held_out(len(labels), wanted, self._split_seed, targets.strata(labels), groups)
         else:
-            chosen = cut(len(train["label"]), train["label"], train["group"])
+            chosen = cut(len(labels), targets.classes(labels), groups)
 
         def take(places: np.ndarray) -> dict[str, Any]:
             lists = {name: train[name] and [train[name][i] for i in places] for name in ("text", "pair", "group")}
@@ -348,20 +354,20 @@ class TextClassification:
     def model(self) -> nn.Module:
         """input_ids, attention_mask (B, tokens) -> logits (B, classes)."""
         assert self._facts, "splits() comes first"
-        names, given = self._facts["names"], self._spec if isinstance(self._spec, Mapping) else {}
+        names, given = self._output_names(), self._spec if isinstance(self._spec, Mapping) else {}
         for name in ("num_labels", "id2label", "label2id"):
             own = given.get(name)
             if own is not None and (own if name == "num_labels" else len(own)) != len(names):
                 raise UserError(
-                    f'"trainer.task_options.model.{name}" is {own}, but the data has {len(names)} classes '
-                    f"({', '.join(names[:10])}). Leave it out, to follow the data."
+                    f'"trainer.task_options.model.{name}" is {own}, but the data has {self._said(names)}. '
+                    "Leave it out, to follow the data."
                 )
         config = self._configuration(
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={n: i for i, n in enumerate(names)},
             # A base model may have been trained for another: pipelines would give sigmoids, or bare numbers.
-            problem_type="single_label_classification",
+            problem_type=self._wish.problem,
         )
         text.fit_configuration(config, self._facts["tokens"], self._spec, self._scratch)
         fresh: list[str] = []
@@ -383,41 +389,50 @@ class TextClassification:
         if logits.shape != (len(self._sample["input_ids"]), len(names)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for two texts, but the data '
-                f"has {len(names)} classes."
+                f"has {self._said(names)}."
             )
+        if self._problem.target is not None:
+            units.check(model, self._sample, logits)
         self._prepares_masks = masks.may_be_prepared(model, self._longest)
         return model
 
+    def _output_names(self) -> list[str]:
+        """What each output of the model is called: the classes, or the column of numbers."""
+        names: list[str] = self._facts["names"] or self._facts["label_columns"]
+        return names
+
+    def _said(self, names: Sequence[str]) -> str:
+        """What is learnt, for messages."""
+        if self._problem.target is not None:
+            return "one number to predict"
+        return f"{len(names)} classes ({', '.join(names[:10])})"
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits (B, classes)."""
+        """Logits (B, classes), or the standardised number (B,)."""
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
         if self._prepares_masks:
             inputs["attention_mask"] = masks.for_each_head(inputs["attention_mask"])
-        return model(**inputs).logits
+        return self._problem.outputs_of(model(**inputs).logits)
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
-        """Summed cross-entropy, and the number of samples or their summed class weights."""
-        losses = self.sample_losses(outputs, batch)
-        return losses.sum(), classification.count(batch["label"], self._weights)
+        """The summed loss, and the number of samples or their summed class weights."""
+        return self.sample_losses(outputs, batch).sum(), self._problem.count(batch["label"])
 
     def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The cross-entropy of each sample, (B,)."""
-        if self._weights is not None and self._weights.device != outputs.device:
-            with torch.inference_mode(False):  # the first call may be an evaluation's
-                self._weights = self._weights.to(outputs.device)  # once
-        return classification.sample_losses(outputs, batch["label"], self._weights, self._smoothing)
+        """The loss of each sample, (B,): see `problems`."""
+        return self._problem.sample_losses(outputs, batch["label"])
 
     def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
-        """Accuracy, macro-F1 and AUROC."""
-        return classification.metrics(outputs, batch["label"])
+        """Accuracy, macro-F1 and AUROC; or micro-F1, macro-F1 and mean average precision; or R2, MAE and RMSE."""
+        return self._problem.metrics(outputs, batch["label"])
 
     def why_without(self, name: str, batch: Batch) -> str:
         """Why a split has no metric of this name; an empty text where nothing is known."""
-        return classification.why_no_auroc(name, self._facts["names"], batch["label"])
+        return self._problem.why_without(name, batch["label"])
 
     def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
-        """Of each text: target, prediction, and the probability of each class."""
-        return classification.columns(outputs, batch["label"], self._facts["names"])
+        """Of each text: target and prediction, and the probability of each class."""
+        return self._problem.columns(outputs, batch["label"])
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 
@@ -434,16 +449,21 @@ class TextClassification:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Weights, configuration with the classes' names, and tokenizer: what from_pretrained reads."""
-        text.save_model(model, self._tokenizer(), folder)
+        with units.saved(model, self._problem.target, folder):
+            text.save_model(model, self._tokenizer(), folder)
 
     def load(self, folder: Path) -> nn.Module:
         """The model that `save` wrote."""
         model = models.load_saved(AUTO, Path(folder))
         self._saved = Path(folder)
+        config: Any = model.config
+        self._problem.names = [config.id2label[i] for i in range(len(config.id2label))]
+        if self._wish.problem == targets.NUMBER:
+            self._problem.target = units.restore(model, self._saved)
         return model
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """The likeliest class and its probability of each row of a file, or text of a folder. Longer texts are cut."""
+        """What is predicted of each row of a file, or text of a folder: see `problems`. Longer texts are cut."""
         path = Path(source)
         table = tables.rows_of(path, self._how)
         self.notes += table.notes
@@ -459,9 +479,7 @@ class TextClassification:
         encoded = text.encode(tokenizer, texts, pairs, limit, True, "Tokenising")
         if encoded.too_long and limit is not None:
             self.notes.append(f"{text.length_message(encoded, str(source), limit)}: cut there")
-        config: Any = model.config
-        names = [config.id2label[i] for i in range(len(config.id2label))]
-        takes_types, device = _takes_types(config), next(model.parameters()).device
+        takes_types, device = _takes_types(model.config), next(model.parameters()).device
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
             lengths = torch.tensor([len(ids) for ids in encoded.ids[part]])
@@ -470,8 +488,8 @@ class TextClassification:
             if takes_types and encoded.types:
                 batch["token_type_ids"] = text.pad(encoded.types[part], tokenizer.pad_token_type_id)
             with torch.inference_mode():
-                logits = self.forward(model, {name: array.to(device) for name, array in batch.items()})
-            for row, prediction in enumerate(classification.predictions(logits, names), start=start):
+                outputs = self.forward(model, {name: array.to(device) for name, array in batch.items()})
+            for row, prediction in enumerate(self._problem.predictions(outputs), start=start):
                 yield {column: values[row] for column, values in asked.items()} | prediction
 
 
