@@ -59,8 +59,7 @@ def predict(
         return 0
     target = Path(output)
     try:
-        with whole_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            count = _write(rows, kind, file)
+        count = _write_file(rows, kind, target)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     _say_notes(task)
@@ -75,14 +74,17 @@ def _into_folder(task: Task, network: Any, source: Path, batch_size: int, folder
             raise UserError(f"--output {folder} is not empty. Name a new folder, or a .csv for the rows alone.")
         folder.mkdir(parents=True, exist_ok=True)
         rows = task.predict_files(network, source, batch_size, folder)  # type: ignore[attr-defined]
-        target = folder / f"predictions.{kind}"
-        with whole_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            count = _write(rows, kind, file)
+        count = _write_file(rows, kind, folder / f"predictions.{kind}")
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
     _say_notes(task)
     print(f"{count:,} predictions in {folder}", file=sys.stderr)
     return 0
+
+
+def _write_file(rows: Any, kind: str, target: Path) -> int:
+    with whole_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        return _write(rows, kind, file)
 
 
 def _check_overwrites_nothing(output: str, source: Path, model: Path) -> None:

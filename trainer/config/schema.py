@@ -296,3 +296,15 @@ def check_arguments(values: dict[str, Any], types_by_name: dict[str, tuple[type,
         if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
             wanted = "a number" if float in allowed else " or ".join(_NAMES[t] for t in allowed)
             raise UserError(f'"{path}.{key}" must be {wanted}, not {_kind(value)}.')
+
+
+def flat(values: collections.abc.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one: dotted key -> value. An empty mapping is a value."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, collections.abc.Mapping) and value
+            else {prefix + key: value}
+        )
+    return result

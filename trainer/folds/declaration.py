@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.keys import SCHEMA_KEY, Config, parse
-from ..config.schema import build, lay_over, option, read_json
+from ..config.schema import build, flat, lay_over, option, read_json
 from ..errors import UserError
 from ..exact.order import key
 from ..tasks.first_look import BUILT_IN
@@ -123,17 +123,7 @@ class Declared:
         block = dataclasses.asdict(self.options)
         for name in self.options.without_effect_on_runs:
             del block[name]
-        return _flat({"cross_validation": block, **self.config.as_dict()})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = value
-    return result
+        return flat({"cross_validation": block, **self.config.as_dict()})
 
 
 def cut_seed(seed: int, repeat: int) -> int:

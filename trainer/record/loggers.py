@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..config.loggers import CometOptions, CsvMonitorOptions, MlflowOptions, WandbOptions
+from ..config.schema import flat
 
 
 class About(NamedTuple):
@@ -149,7 +150,7 @@ class Comet:
                 name=options.experiment_name or about.folder.name, **quiet,
             ),
         )  # fmt: skip
-        self._experiment.log_parameters(_flat(about.config))
+        self._experiment.log_parameters(flat(about.config))
         where = "scalars and the config (without secrets) are sent to Comet"
         self.place = f"comet: {where if online else f'offline, in {folder}: nothing leaves this machine'}"
 
@@ -185,7 +186,7 @@ class Mlflow:
         else:
             name = options.run_name or about.folder.name
             self._number = self._client.create_run(number, tags={tag: about.key}, run_name=name).info.run_id
-            values = {re.sub(r"[^\w./ -]", "_", key): str(value)[:500] for key, value in _flat(about.config).items()}
+            values = {re.sub(r"[^\w./ -]", "_", key): str(value)[:500] for key, value in flat(about.config).items()}
             params = [Param(key, value) for key, value in values.items()]
             for i in range(0, len(params), 100):  # MLflow's limit
                 self._client.log_batch(self._number, params=params[i : i + 100])
@@ -201,14 +202,6 @@ class Mlflow:
     def close(self) -> None:
         """Marks the run as ended."""
         self._client.set_terminated(self._number)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
-    return result
 
 
 # Block of the config -> its logger.

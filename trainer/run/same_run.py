@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..config.keys import Config, parse
+from ..config.schema import flat
 from ..errors import UserError
 from ..exact.progress import takes_progress
 from .build import Pieces, refuse_inexact
@@ -41,16 +42,6 @@ _LABELLED: tuple[str, ...] = (
 _LABELLED += ("cpu_capability", "math_settings", "cuda", "cudnn", "tf32", "task_code_sha256")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result
-
-
 def _as_json(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(config.as_dict()))
     return values
@@ -58,9 +49,9 @@ def _as_json(config: Config) -> dict[str, Any]:
 
 def _changes(p: Pieces, facts: Mapping[str, Any]) -> list[str]:
     """What differs from a run with these facts and changes the bits, as clauses."""
-    before, now = _flat(facts["config"]), _flat(_as_json(p.config))
+    before, now = flat(facts["config"]), flat(_as_json(p.config))
     # A key that the version before did not have yet is as if it had had its default.
-    defaults = _flat(_as_json(parse({"train_batch_size": 1})))
+    defaults = flat(_as_json(parse({"train_batch_size": 1})))
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     changes = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"

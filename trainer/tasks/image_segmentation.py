@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..exact.order import SampleRandom
 from ..exact.splits import Batch
 from . import segmentation
+from .weights import load_weights
 
 # The file beside model.safetensors: what prediction and loading need.
 FACTS = "segmentation.json"
@@ -293,9 +294,6 @@ class ImageSegmentation:
 
     def load(self, folder: Path) -> nn.Module:
         """The model that `save` wrote. Raises UserError if a file is missing or damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         weights, file = Path(folder) / "model.safetensors", Path(folder) / FACTS
         facts = read_json(file)
         try:
@@ -305,13 +303,7 @@ class ImageSegmentation:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged: {error}") from error
         self._constants.clear()
-        model = self.model()
-        try:
-            model.load_state_dict(load_file(str(weights)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{weights} cannot be loaded: {reason[0]}") from error
-        return model
+        return load_weights(self.model(), weights)
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """{"file" or "row", and for each class the share of pixels} of an image, a folder of images, or arrays."""

@@ -29,6 +29,7 @@ from . import classification, regression
 from .first_look import LABEL_COLUMNS
 from .hub_options import DataOptions, FormatOptions
 from .tabular_models import MLP, NORMS, Inputs, ResNet
+from .weights import load_weights
 
 # The file beside model.safetensors that says how a table becomes inputs.
 COLUMNS = "columns.json"
@@ -311,18 +312,9 @@ class Tabular:
 
     def load(self, folder: Path) -> nn.Module:
         """The model that `save` wrote. Raises UserError if a file is missing or damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         weights, columns = Path(folder) / "model.safetensors", Path(folder) / COLUMNS
         self._preparation = preparation.from_json(read_json(columns), str(columns))
-        model = self.model()
-        try:
-            model.load_state_dict(load_file(str(weights)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{weights} cannot be loaded: {reason[0]}") from error
-        return model
+        return load_weights(self.model(), weights)
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """{"label", "score"} of each row of a file: the likeliest class and its probability; or {"value"}.

@@ -283,7 +283,6 @@ class Pack(TorchFunctionMode):
                 raise RefusedError(f"{name_of(func)} gets a tensor that packs have not seen being made")
             if self._statistics.scratch_piece(tensor, self.scratch) is not None and func not in HAS_STATISTICS:
                 raise RefusedError(f"{name_of(func)} of BatchNorm's statistics")
-        # One call more or less changes all that follow, so the first that differs is the one to name.
         return own, scaled
 
     def _may_be_together(
