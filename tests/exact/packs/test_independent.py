@@ -89,6 +89,7 @@ def test_an_expanded_value_of_micro_batches_keeps_the_order_of_its_dimensions() 
     [
         lambda h, w, a: h + 0.1 * h.roll(1, 1) + a * h.roll(1, 0),
         lambda h, w, a: torch.hypot(h, w[0]) + F.linear(h, w) + a * torch.hypot(h, w[0] + h),
+        lambda h, w, a: h / (1 + a * torch.einsum("nd,nd->d", h, h)),
     ],
 )
 def test_gradients_of_several_uses_are_added_in_their_order(forward: Any) -> None:

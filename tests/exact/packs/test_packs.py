@@ -280,7 +280,9 @@ def test_samples_that_see_one_another_without_effect_so_far(limits: Any, feature
     expected, _ = trained(model, x, 0, task=Limited())
     found, packs = trained(model, x, 4, task=Limited())
     assert found == expected
-    assert packs is not None and packs.refusals() == {}
+    assert packs is not None
+    several = "einsum uses a tensor several times that others use as well"
+    assert set(packs.refusals().values()) <= {several}
 
 
 def test_a_task_that_calls_others_in_every_step_has_no_packs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ the end. It also compares: no pack is used before its bits were those of single 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from .independent import ARITHMETIC, MOVES, is_in_place, is_independent, plain_n
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
 from .streams import Streams
-from .trace import LOOKS, Call, Trace, custom_functions, flat, scaled_numbers, tensors_of
+from .trace import LOOKS, Call, Trace, custom_functions, flat, name_in, scaled_numbers, tensors_of
 from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
 from .verdicts import RefusedError, out_of_memory
 
@@ -110,9 +111,12 @@ class Pack(TorchFunctionMode):
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
         self._now: int | None = None  # the micro-batch that is computed alone
-        # Those of the present call. Each use of a tensor gives it a gradient of its own, in the order of the uses, as
-        # when a micro-batch is computed alone.
+        # Those of the present call: each use of a tensor gives it a gradient of its own, as in a micro-batch alone.
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
+        # Names of tensors that were made or given, and in a trial: how many calls use each, and which of them a call
+        # that is made for one micro-batch at a time uses several times.
+        self._made, self._uses, self._several = 0, Counter[Any](), dict[Any, str]()
+        self._ends: dict[Any, Any] = {}  # of the first micro-batch's graph in a call: its node -> what lies behind it
         # Marks on tensors. Nobody else has these objects, so that a tensor of an earlier pack is none of this one.
         self._marks = {kind: (kind,) for kind in (_PARTED, _NUMBERS, _SAME)}
         for array in arrays.values():
@@ -126,7 +130,7 @@ class Pack(TorchFunctionMode):
 
     def close(self) -> None:
         """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
-        self._cuts.clear()
+        self._begin_call()
         self.derived.clear()
 
     def end_of_forward(self) -> None:
@@ -137,6 +141,11 @@ class Pack(TorchFunctionMode):
     # ---- what a tensor is ----------------------------------------------------------------------------------------
 
     def _mark(self, tensor: Tensor, kind: int) -> Tensor:
+        self._made += 1
+        tensor._made = self._made  # type: ignore[attr-defined]
+        return self._as_part(tensor, kind)
+
+    def _as_part(self, tensor: Tensor, kind: int = _PARTED) -> Tensor:
         tensor._kind = self._marks[kind]  # type: ignore[attr-defined]
         return tensor
 
@@ -153,6 +162,43 @@ class Pack(TorchFunctionMode):
         """The place of a trained parameter, or of what follows from parameters alone; None for any other."""
         found = self._parameters.get(id(tensor))
         return self._derived.get(id(tensor)) if found is None else found
+
+    def _named(self, tensor: Tensor) -> Any:
+        """What names a tensor in this pack: its place if it is a parameter, or when it was made."""
+        place = self.place(tensor)
+        return ("parameter", place) if place is not None else getattr(tensor, "_made", None)
+
+    def _note_uses(self, given: Any) -> None:
+        """Notes one use of each tensor among the arguments of a call."""
+        self._uses.update({self._named(t) for t in tensors_of(given) if t.requires_grad})
+
+    def check_order(self) -> None:
+        """In a trial, after the losses: whether all gradients are added in the order of a micro-batch alone.
+
+        A call that is made for one micro-batch at a time adds those of its own uses of a tensor first. Where the tensor
+        has others, too, that is another order, which shows only if they are not 0.
+        """
+        for named, name in self._several.items():
+            if self._uses[named] > 1:
+                raise RefusedError(f"{name} uses a tensor several times that others use as well")
+
+    def _note_several(self, func: Any, found: Any) -> None:
+        """In a trial: notes what the first micro-batch's graph of a call uses several times. found: its results."""
+        ends, seen, edges = dict(self._ends), set[Any](), Counter[Any]()
+        nodes = [t.grad_fn for t in tensors_of(found) if t.grad_fn is not None]
+        while nodes:
+            node = nodes.pop()
+            if node in seen or node in ends:
+                continue
+            seen.add(node)
+            for behind, _ in node.next_functions:
+                if behind in ends:
+                    edges[behind] += 1
+                elif behind is not None:
+                    nodes.append(behind)
+        for node, count in edges.items():
+            if count > 1:
+                self._several.setdefault(ends[node], name_in(func))
 
     # ---- what is called ------------------------------------------------------------------------------------------
 
@@ -175,6 +221,8 @@ class Pack(TorchFunctionMode):
             own, scaled = self._compared(func, args, kwargs)
             self._calls[self.form] = (True, scaled)
         found = self._called(func, args, kwargs, given, used, scaled, own)
+        if own is not None and any(t.requires_grad for t in tensors_of(found)):
+            self._note_uses((args, kwargs))
         kind = _PARTED if given & (_PARTED | _NUMBERS) or scaled else _SAME
         for tensor in tensors_of(found):
             if not self._kind(tensor) and id(tensor) not in self._constants and self.place(tensor) is None:
@@ -250,7 +298,8 @@ class Pack(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 kind, place = self._kind(value), self.place(value)
-                known += (value.shape, value.stride(), value.dtype, value.requires_grad, place, kind)
+                made = value._made if kind else None  # type: ignore[attr-defined]
+                known += (value.shape, value.stride(), value.dtype, value.requires_grad, place, kind, made)
                 if kind != _SAME:
                     found |= kind
                 if place is not None:
@@ -371,7 +420,7 @@ class Pack(TorchFunctionMode):
             if v.dtype not in LOW_PRECISION or not self.has_part(v):
                 return v
             low.append(v)
-            return self._mark(v.detach().float().requires_grad_(v.requires_grad), _PARTED)
+            return self._as_part(v.detach().float().requires_grad_(v.requires_grad))
 
         wide = widen(value)
         return wide if low or torch.is_autocast_enabled(self.leaves.device_type) else None
@@ -380,7 +429,7 @@ class Pack(TorchFunctionMode):
         if isinstance(value, Tensor):
             if not value.is_floating_point() or not self.has_part(value):
                 return value
-            drawn = self._mark(drawn_like(value.detach()), _PARTED)
+            drawn = self._as_part(drawn_like(value.detach()))
             if value.requires_grad:
                 inputs.append(drawn.requires_grad_())
             return drawn
@@ -468,6 +517,7 @@ class Pack(TorchFunctionMode):
         known = self._cuts.get(id(value))
         if known is None or known[1] != value._version:
             known = self._cuts[id(value)] = (value, value._version, Cut.apply(value, self.g))
+            self._ends[known[2][0].grad_fn] = self._named(value)
         return known[2][k]
 
     def _own(self, value: Any, k: int) -> Any:
@@ -480,7 +530,9 @@ class Pack(TorchFunctionMode):
             if kind == _PARTED:
                 return self._piece(value, k)
             if kind == _NUMBERS:
-                return self._piece(value, k).view(())
+                number = self._piece(value, k).view(())
+                self._ends[number.grad_fn] = self._named(value)
+                return number
             own = self._statistics.scratch_piece(value, self.scratch)
             return value if own is None else own[k].data
         if isinstance(value, (list, tuple, dict)):
@@ -492,6 +544,7 @@ class Pack(TorchFunctionMode):
             return value
         self.leaves.expect(place)
         alias: Tensor = Alias.apply(value, self, place, k)
+        self._ends[alias.grad_fn] = ("parameter", place)
         return alias
 
     def apart(
@@ -504,12 +557,18 @@ class Pack(TorchFunctionMode):
     ) -> Any:
         """Calls a function for one micro-batch at a time, and joins what it returns."""
         found = []
-        self._cuts.clear()
+        self._begin_call()
         for k in range(self.g):
             own = self.part((args, kwargs), k, scaled)
             with self._streams.of(k) if random else contextlib.nullcontext():
                 found.append(func(*own[0], **own[1]))
+            if k == 0 and self.checks:
+                self._note_several(func, found[0])
         return self.joined(found, func)
+
+    def _begin_call(self) -> None:
+        self._cuts.clear()
+        self._ends.clear()
 
     def joined(self, found: Sequence[Any], what: Any) -> Any:
         """One value of those of all micro-batches."""
@@ -565,12 +624,16 @@ class Pack(TorchFunctionMode):
             if not given & (_PARTED | _NUMBERS):
                 raise RefusedError(f"{type(module).__name__} of something that no micro-batch has a part of")
             found = []
-            self._cuts.clear()
+            self._note_uses((args, kwargs))
+            self._begin_call()
             for k in range(self.g):
                 with self.now(k):
                     with torch._C.DisableTorchFunction():
                         own = self.part((args, kwargs), k, scaled)
                     found.append(forward(*own[0], **own[1]))
+                if k == 0 and self.checks:
+                    with torch._C.DisableTorchFunction():
+                        self._note_several(type(module), found[0])
             with torch._C.DisableTorchFunction():
                 return self.joined(found, type(module).__name__)
 
@@ -582,6 +645,8 @@ class Pack(TorchFunctionMode):
             tensors = [outputs] if isinstance(outputs, Tensor) else list(parts(outputs))
             if not tensors or not all(self.has_part(t) for t in tensors):
                 raise RefusedError("an output that does not have one row a sample")
+            if k == 0:
+                self._note_uses(tensors)
             return self.part(outputs, k)
 
     def samples_of(self, arrays: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:

@@ -257,6 +257,7 @@ class Packs:
         try:
             with pack.active(self._modules_apart()):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
+            pack.check_order()
             if leaves.shared:
                 raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
             known = {} if verdict is None else verdict.trials
