@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import ROOT, USER_TASKS, small_config, train
@@ -153,7 +154,8 @@ def test_every_config_runs_as_it_is(tmp_path: Path, file: Path) -> None:
     if "fused_adam" in file.stem:
         pytest.skip("DeepSpeed builds a kernel for a minute or more: see the slow test")
     overrides: dict[str, Any] = {"trainer.output_dir": str(tmp_path / "run"), "trainer.max_steps": 2}
-    data = small_data(json.loads(file.read_text())["trainer"]["task"], tmp_path)
+    own = json.loads(file.read_text())["trainer"]
+    data = small_data(own["task"], tmp_path, own.get("task_options", {}).get("problem_type"))
     if data is not None:
         overrides["trainer.task_options.data"] = str(data)
     summary = run_ranks(train, 2, load_config(file, overrides), environment={"TRAINER_CACHE": str(tmp_path / "cache")})[
@@ -162,9 +164,23 @@ def test_every_config_runs_as_it_is(tmp_path: Path, file: Path) -> None:
     assert summary["steps"] == 2
 
 
-def small_data(task: str, folder: Path) -> Path | None:
+def small_data(task: str, folder: Path, problem: str | None = None) -> Path | None:
     """A little of what a task reads, where its config names a file of the user's."""
     random = np.random.default_rng(0)
+    if problem is not None:  # several labels, or numbers
+        labels = ["red|big", "red", "big"] if problem.startswith("multi") else ["0.5", "2", "-1"]
+        texts = task == "text_classification"
+        names = [f"{i} words" if texts else f"{i}.png" for i in range(300)]
+        rows = [f"{name},{labels[i % 3]}" for i, name in enumerate(names)]
+        table = folder / "train.csv" if texts else folder / "images" / "metadata.csv"
+        table.parent.mkdir(exist_ok=True)
+        table.write_text("\n".join(["text,label" if texts else "file_name,label", *rows]) + "\n")
+        for name in () if texts else names:
+            Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(table.with_name(name))
+        return table if texts else table.parent
+    if task == "token_classification":
+        (folder / "train.conll").write_text("".join(f"Ann{i} B-name\ngoes O\nhome O\n\n" for i in range(300)))
+        return folder / "train.conll"
     if task == "text_classification":
         rows = [f"{word} {other},{word}" for word in ("red", "green") for other in map(str, range(80))]
         (folder / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")

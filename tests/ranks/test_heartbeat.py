@@ -100,7 +100,29 @@ def test_the_ranks_that_the_others_wait_for(beating: Any) -> None:
     until(lambda: heart.counts().get(2) == 6)
     assert heart.counts()[0] == 7
     assert heart.where(2) == "in 2"
-    assert __file__ in heart.where(1)  # this rank: here
+    until(lambda: __file__ in heart.where(1))  # this rank: here
+
+
+def test_a_rank_that_comes_from_collective_to_collective_is_not_looked_for(
+    beating: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading another thread's stack has crashed Python."""
+    _, heart = beating
+
+    class Counting:
+        """Another number each time."""
+
+        @property
+        def count(self) -> int:
+            return time.monotonic_ns()
+
+    monkeypatch.setattr(heartbeat, "meetings", Counting())
+    until(lambda: len(heart._heard) == 3 and heart.where(1) == "")
+    looked: list[int] = []
+    monkeypatch.setattr(heartbeat, "whereabouts", lambda: looked.append(1) or "here")
+    beats = heart._count
+    until(lambda: heart._count > beats + 5)
+    assert not looked
 
 
 def test_what_another_rank_says(beating: Any) -> None:

@@ -40,7 +40,7 @@ class Heartbeat:
         # The run's own thread reads nothing from it, so a long timeout is harmless.
         self._store = side_store(86400.0)
         self._names = [f"beat/{r}" for r in range(ranks.world_size)]
-        self._count = 0
+        self._count, self._entered = 0, -1
         self._heard: dict[int, tuple[bytes, float]] = {}  # the last beat of a rank, and when it was read
         self._said: dict[str, str] = {}
         self.broken = False
@@ -57,7 +57,12 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._count += 1
-        self._store.set(self._names[self._ranks.rank], json.dumps([self._count, meetings.count, whereabouts()]))
+        # Reading another thread's stack is not without risk. One that comes from collective to collective need not be
+        # looked for.
+        entered, before = meetings.count, self._entered
+        self._entered = entered
+        place = whereabouts() if entered == before else ""
+        self._store.set(self._names[self._ranks.rank], json.dumps([self._count, entered, place]))
 
     def _talk(self) -> None:
         """The thread: beats, and notes the others' messages. Its reads have no limit: cut off, it waits forever."""
@@ -88,7 +93,7 @@ class Heartbeat:
         return {rank: json.loads(beat)[1] for rank, (beat, _) in sorted(self._heard.items())}
 
     def where(self, rank: int) -> str:
-        """Where a rank's own thread was at its last beat."""
+        """Where a rank's own thread was at its last beat; "" if it had just come from one collective to another."""
         return str(json.loads(self._heard[rank][0])[2])
 
     def forgive(self, now_s: float) -> None:

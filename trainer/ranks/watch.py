@@ -219,7 +219,8 @@ class Watch:
         silent = self._heartbeat.silent(_SILENT_S)
         behind = [rank for rank in behind if rank in silent] or behind
         what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
-        return self._sentence(behind, what, where=f"\nLast seen: {self._where(behind)}.")
+        where = self._where(behind)
+        return self._sentence(behind, what, where=f"\nLast seen: {where}." if where else "")
 
     def _killed(self) -> str | None:
         """A sentence on ranks of this machine whose processes are gone, or None."""
@@ -242,9 +243,10 @@ class Watch:
         self._told += 1
         behind = [rank for rank, entered in counts.items() if entered < max(counts.values())]
         if behind:
-            text = f"the other ranks have waited for {self._where(behind)}. They wait for up to {limit_s:g} s"
+            who = self._where(behind) or self._names(behind)
+            text = f"the other ranks have waited for {who}. They wait for up to {limit_s:g} s"
         else:
-            text = f"the ranks have prepared the first step: {self._where(list(counts))}"
+            text = f"the ranks have prepared the first step: {self._where(list(counts)) or self._names(list(counts))}"
         print(f"\nnote: for {waited_s:.0f} s {text}.", file=sys.stderr, flush=True)
 
     def _unreachable(self, silent_s: float) -> str | None:
@@ -264,7 +266,7 @@ class Watch:
         places: dict[str, list[int]] = {}
         for rank in ranks:
             places.setdefault(self._heartbeat.where(rank), []).append(rank)
-        return "; ".join(f"{self._names(group)} in {place}" for place, group in places.items())
+        return "; ".join(f"{self._names(group)} in {place}" for place, group in places.items() if place)
 
     def _sentence(
         self, ranks: list[int], what: str, why: str = "killed, hanging, or cut off from the network", where: str = ""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import re
-import struct
+import contextlib
+import gc
+import sys
 import sysconfig
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _OF_OTHERS = ("site-packages", "dist-packages")
-_POINTER_BYTES = struct.calcsize("P")
 _LIBRARY = sysconfig.get_paths()["stdlib"]
-_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
+# Time for which no other thread may run while frames are read, which takes some microseconds.
+_ALONE_S = 0.1
 
 
 def whereabouts() -> str:
     """The innermost function of the main thread that is no library's: "splits() (/home/me/my_task.py, line 12)"."""
-    frames = [(found["name"], found["file"], found["line"]) for found in map(_FRAME.match, _stack()) if found]
-    own = [frame for frame in frames if _is_own(frame[1])]
+    frames: list[tuple[str, str, int]] = []
+    with _nothing_else_runs():
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None:
+            frames.append((frame.f_code.co_name, frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back
+    own = [found for found in frames if _is_own(found[1])]
     if not frames:
         return ""
     name, file, line = (own or frames)[0]
@@ -30,19 +36,16 @@ def _is_own(file: str) -> bool:
     return not file.startswith(("<", _LIBRARY)) and not any(part in _OF_OTHERS for part in Path(file).parts)
 
 
-def _stack() -> list[str]:
-    """The main thread's stack in lines, the innermost function first.
-
-    faulthandler writes it while no other thread can run. Frames of `sys._current_frames` are read while their thread
-    goes on: CPython 3.11.7 has crashed on that.
-    """
-    with os.fdopen(os.memfd_create("stack"), "w+b") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    main = f"0x{threading.main_thread().ident or 0:0{2 * _POINTER_BYTES}x}"
-    for thread in text.split("\n\n"):
-        title, *lines = thread.splitlines()
-        if main in title:
-            return lines
-    return []
+@contextlib.contextmanager
+def _nothing_else_runs() -> Iterator[None]:
+    """Keeps Python from changing threads: CPython 3.11.7 has crashed on frames whose thread went on meanwhile."""
+    interval_s, collects = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(_ALONE_S)
+    time.sleep(interval_s)  # what already waits for its turn asks for it by the old interval
+    gc.disable()  # what it finds may run, and wait, in the middle
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+        sys.setswitchinterval(interval_s)
