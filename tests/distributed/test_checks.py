@@ -75,6 +75,17 @@ def test_a_flipped_weight_is_in_no_checkpoint(tmp_path: Path) -> None:
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
+def test_what_an_optimizer_keeps_of_rows_that_a_forward_rescales_stops_no_labelled_run(tmp_path: Path) -> None:
+    """With weight decay its moments follow the parameter, which ranks rescale by their own lookups."""
+    adam = {"type": "Adam", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True, "adam_w_mode": False}}
+    extra = {"optimizer": adam, "guard_every_steps": 1, "checkpoint": {"every_steps": 2}, "max_steps": 4}
+    config = small_config(tmp_path / "run", task=f"{BAD}:RescalesRows", **extra)
+    summary = run_ranks(train, 2, config)[0]
+    assert summary["exactness"] == "tolerance"
+    assert any("Embedding with max_norm rescales the rows" in reason for reason in summary["inexact"])
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
 def test_ranks_with_other_data_are_refused_before_training(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", task=f"{BAD}:OtherDataOnRank1")
     with pytest.raises(UserError, match=r"rank 1 on .* has another data of train than the other ranks"):

@@ -108,9 +108,16 @@ class Saver:
         """What must be the same on every rank, by kind and name: `Pieces.common_state` and the optimizer's tensors.
 
         Rank 0's tensors are written. A wrong optimizer state on rank 0 would spread to all ranks with the next resume.
+        What an optimizer keeps of a parameter that the task changes by itself follows that parameter, as with weight
+        decay, so it differs as well.
         """
-        common, state = self._pieces.common_state(), self._pieces.engine.state()
-        return {n: t for n, t in state.items() if n.startswith("optimizer ") or n.partition(" ")[2] in common}
+        common, changing = self._pieces.common_state(), self._pieces.changing
+
+        def is_common(kind: str, name: str) -> bool:
+            return name.rpartition(".")[0] not in changing if kind == "optimizer" else name in common
+
+        state = self._pieces.engine.state()
+        return {n: t for n, t in state.items() if is_common(*n.split(" ", 1))}
 
     def _facts(self, engine: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
         p = self._pieces
