@@ -64,6 +64,26 @@ def test_a_difference_is_found_in_layers_of_a_few_numbers() -> None:
     assert site(LINEAR[0]).differs(torch.randn(3, 19), one.weight.detach(), one.bias.detach()) != same
 
 
+def test_sums_in_another_order_are_found_where_only_low_precision_has_them() -> None:
+    """The random tasks found it: the processor adds bfloat16 in an order that follows the number of rows."""
+
+    def forward(s: Site, *values: Tensor) -> Any:
+        return torch.cat([s.call(i, *values[1:]) for i in cut(values[0], 3)]), ()
+
+    def backward(s: Site, *values: Tensor) -> Any:
+        """One micro-batch at a time, but for the weight in low precision: there samples are added backwards."""
+        dx, dw, db = s.alone(*values)
+        if values[1].dtype != torch.float32:
+            d, i = (t.view(3, -1, t.shape[-1]).flip(1).float() for t in values[:2])
+            dw = torch.bmm(d.transpose(1, 2), i).to(values[1].dtype)
+        return dx, dw, db
+
+    x, weight, bias = torch.randn(48, 16), torch.randn(8, 16), torch.randn(8)
+    low = [t.bfloat16() for t in (x, weight, bias)]
+    assert site(Rule(forward, backward)).differs(*low)
+    assert not site(Rule(forward, lambda s, *values: s.alone(*values))).differs(*low)
+
+
 def _of_times(samples: int, start: int = 0) -> Tensor:
     """As a recurrent layer gives: (samples, 7, 5), whose first dimension in memory is the second."""
     return torch.arange(start + 7 * samples * 5.0)[start:].view(7, samples, 5).transpose(0, 1)

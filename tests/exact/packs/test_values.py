@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.exact.packs.values import drawn_gradient, drawn_like, same_bits
+from trainer.exact.packs.values import EVEN, ODD, cancelling_like, drawn_gradient, drawn_like, same_bits
 
 
 def test_some_features_are_zero_in_all_samples() -> None:
@@ -46,3 +46,32 @@ def test_whole_numbers_stay() -> None:
 
 def test_the_sign_of_zero_is_a_bit() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_products_cancel_within_each_micro_batch(dtype: torch.dtype) -> None:
+    """What is left of them is rounding errors, so that the order of additions shows."""
+    x = cancelling_like(torch.empty(3 * 8, 4, 16, dtype=dtype), EVEN, 3)
+    weight = cancelling_like(torch.empty(7, 16, dtype=dtype), ODD)
+    grad = cancelling_like(torch.empty(3 * 8, 4, 7, dtype=dtype), [ODD, EVEN, EVEN], 3)
+    assert x.dtype == dtype and bool(x.isfinite().all())
+    exact, size = [t.double() for t in (x, weight, grad)], x.double().abs().mean() ** 2
+    for sums in (
+        exact[0] @ exact[1].t(),
+        exact[2] @ exact[1],
+        torch.einsum("kbtf,kbtg->kfg", exact[2].view(3, 8, 4, 7), exact[0].view(3, 8, 4, 16)),
+    ):
+        assert float(sums.abs().max()) < 1e-9 * float(size)
+    terms = x[0, 0] * weight[weight.abs().sum(1).argmax()]
+    orders = {float(sum(terms[torch.randperm(16)].unbind())) for _ in range(20)}
+    assert len(orders) > 5
+    assert len({abs(v) for v in x[:, 0, 0].tolist()} - {0.0}) == 3 * 4, "each micro-batch has numbers of its own"
+
+
+def test_cancelling_values_lie_in_memory_as_the_tensor_does() -> None:
+    for tensor in (torch.empty(6, 4).t(), torch.empty(4, 1).expand(4, 5), torch.empty(33)[1:], torch.empty(1, 1)):
+        own = cancelling_like(tensor.requires_grad_(), ODD)
+        assert own.shape == tensor.shape and own.requires_grad
+        assert own.stride() == tensor.stride()
+    labels = torch.arange(4)
+    assert cancelling_like(labels, EVEN) is labels

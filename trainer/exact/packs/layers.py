@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from ..micro_batches import ALIGNMENT_BYTES
-from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
+from .values import (
+    ENOUGH_VALUES,
+    EVEN,
+    LOW_PRECISION,
+    MOST_DRAWS,
+    ODD,
+    cancelling_like,
+    drawn_gradient,
+    drawn_like,
+    same_bits,
+    start_of,
+)
 from .verdicts import out_of_memory
 
 if TYPE_CHECKING:
@@ -62,6 +73,7 @@ class Site:
     ) -> None:
         self.pack, self.rule, self.call, self.key = pack, rule, call, key
         self.weight, self.bias, self.options = weight, bias, options
+        self.output_shape: Sequence[int] = ()  # in a trial
 
     @property
     def g(self) -> int:
@@ -100,25 +112,41 @@ class Site:
             with torch.autocast(x.device.type, enabled=False):
                 if self.differs(wide[0], wide[1], wide[2], None if like is None else like.float()):
                     return True
-        compared = 0
         zero = weight is not None and not weight.any()  # as LoRA begins
-        for draw in range(MOST_DRAWS):
-            own: list[Any] = [None if t is None else drawn_like(t) for t in (x, weight, bias)]
-            if zero and draw == 0:
-                own[1].zero_()
-            y, saved = self.rule.forward(self, *own)
-            if not same_bits(
-                y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])
-            ):
+        if zero and self._differs_for([drawn_like(x), torch.zeros_like(weight), _drawn(bias)], like):
+            return True
+        for sign in (EVEN, ODD):
+            own: list[Any] = [cancelling_like(x, sign, self.g), *(_cancelling(p, -sign) for p in (weight, bias))]
+            if self._differs_for(own, like, sign):
                 return True
-            grad = drawn_gradient(y if like is None else like)
-            found = self.rule.backward(self, grad, *own, *saved)
-            if not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None):
+        compared = 0
+        for _ in range(MOST_DRAWS):
+            if self._differs_for([_drawn(t) for t in (x, weight, bias)], like):
                 return True
-            compared += 0 if zero and draw == 0 else min(y.numel(), x.numel())
+            compared += min(math.prod(self.output_shape), x.numel())
             if compared > ENOUGH_VALUES:
                 break
         return False
+
+    def _differs_for(self, own: list[Any], like: Tensor | None, sign: int | None = None) -> bool:
+        """Whether the rule gives other bits for these values of x, weight and bias.
+
+        Args:
+            own: the values.
+            like: as for `differs`.
+            sign: that of x, where the values cancel: the gradient is drawn so that it cancels with x over samples, and
+                with the weight over features.
+        """
+        y, saved = self.rule.forward(self, *own)
+        self.output_shape = y.shape
+        if not same_bits(y, torch.cat([self.call(i, *own[1:], place=k) for k, i in enumerate(cut(own[0], self.g))])):
+            return True
+        like = y if like is None else like
+        grad = drawn_gradient(like)
+        if sign is not None:
+            grad = cancelling_like(like.detach(), [-sign, *[sign] * (like.dim() - 1)], self.g)
+        found = self.rule.backward(self, grad, *own, *saved)
+        return not all(same_bits(a, b) for a, b in zip(found, self.alone(grad, *own)) if a is not None)
 
     def backward_s(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> float:
         """Seconds that the rule's backward takes, the shortest of some; infinity where a device has no such kernel."""
@@ -138,6 +166,14 @@ class Site:
                 raise
             return math.inf
         return min(times)
+
+
+def _drawn(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else drawn_like(tensor)
+
+
+def _cancelling(tensor: Tensor | None, sign: int) -> Tensor | None:
+    return None if tensor is None else cancelling_like(tensor, sign)
 
 
 def _wait_for(tensor: Tensor) -> None:

@@ -33,7 +33,18 @@ from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
 from .streams import Streams
 from .trace import LOOKS, Call, Trace, custom_functions, flat, name_in, scaled_numbers, tensors_of
-from .values import ENOUGH_VALUES, LOW_PRECISION, MOST_DRAWS, drawn_gradient, drawn_like, same_bits, start_of
+from .values import (
+    ENOUGH_VALUES,
+    EVEN,
+    LOW_PRECISION,
+    MOST_DRAWS,
+    ODD,
+    cancelling_like,
+    drawn_gradient,
+    drawn_like,
+    same_bits,
+    start_of,
+)
 from .verdicts import RefusedError, out_of_memory
 
 Key = tuple[Any, ...]
@@ -378,9 +389,11 @@ class Pack(TorchFunctionMode):
                 if self._differs(func, *wide):
                     return True
         compared = 0
-        for _ in range(MOST_DRAWS):
+        # The gradient's last dimension is the one that a matrix product adds over in the first argument's gradient.
+        cancelling = [(sign, rest, last) for sign in (EVEN, ODD) for rest, last in ((-sign, sign), (-sign, -sign))]
+        for signs in [*cancelling, *[None] * MOST_DRAWS]:
             inputs: list[Tensor] = []
-            own = self._drawn((args, kwargs), inputs)
+            own = self._drawn((args, kwargs), inputs, None if signs is None else [signs[0]])
             try:
                 with torch.enable_grad():
                     together = func(*cloned(own[0]), **cloned(own[1]))
@@ -398,6 +411,9 @@ class Pack(TorchFunctionMode):
                         return True
                     if together.requires_grad:
                         grad = drawn_gradient(together)
+                        if signs is not None:
+                            dims = [signs[1]] * (together.dim() - 1) + [signs[2]]
+                            grad = cancelling_like(together.detach(), dims, self.g)
                         one = torch.autograd.grad(together, inputs, grad, allow_unused=True)
                         other = torch.autograd.grad(joined, inputs, grad, allow_unused=True)
                         parted = [(a, b) for a, b, i in zip(one, other, inputs) if self.has_part(i)]
@@ -405,7 +421,7 @@ class Pack(TorchFunctionMode):
                             return True
             except RuntimeError:
                 return False  # not a function of these shapes alone: the comparison of the whole tells
-            compared += together.numel()
+            compared += together.numel() if signs is None else 0
             if compared > ENOUGH_VALUES:
                 break
         return False
@@ -425,15 +441,21 @@ class Pack(TorchFunctionMode):
         wide = widen(value)
         return wide if low or torch.is_autocast_enabled(self.leaves.device_type) else None
 
-    def _drawn(self, value: Any, inputs: list[Tensor]) -> Any:
+    def _drawn(self, value: Any, inputs: list[Tensor], signs: list[int] | None) -> Any:
+        """Arguments with random values. signs: where they cancel, that of the first tensor, and then of the others."""
         if isinstance(value, Tensor):
             if not value.is_floating_point() or not self.has_part(value):
                 return value
-            drawn = self._as_part(drawn_like(value.detach()))
+            if signs is None:
+                drawn = self._as_part(drawn_like(value.detach()))
+            else:
+                drawn = self._as_part(cancelling_like(value.detach(), signs[-1], self.g))
+                if len(signs) == 1:
+                    signs.append(-signs[0])
             if value.requires_grad:
                 inputs.append(drawn.requires_grad_())
             return drawn
-        return mapped(value, lambda v: self._drawn(v, inputs))
+        return mapped(value, lambda v: self._drawn(v, inputs, signs))
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
