@@ -17,7 +17,7 @@ from trainer.exact.audit import Audit
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
 from trainer.exact.splits import Split
-from trainer.exact.step import ExactStep, StepResult, _Flags, non_finite
+from trainer.exact.step import ExactStep, StepResult, Flags, non_finite
 from trainer.ranks.place import Ranks
 
 CPU = torch.device("cpu")
@@ -383,7 +383,7 @@ def test_flags_of_a_gpu_are_read_two_steps_later(monkeypatch: pytest.MonkeyPatch
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: empty(shape))
-    flags = _Flags(torch.device("cuda"))
+    flags = Flags(torch.device("cuda"))
     raised = [torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)]
     asked = [1, 0, 1, 1, 1, 1]  # the second step's flag is raised
     assert [flags.read(raised[i]) for i in asked] == [False, False, False, True, False, False]
@@ -391,7 +391,7 @@ def test_flags_of_a_gpu_are_read_two_steps_later(monkeypatch: pytest.MonkeyPatch
 
 
 def test_flags_of_the_cpu_are_read_at_once() -> None:
-    flags = _Flags(CPU)
+    flags = Flags(CPU)
     assert [flags.read(torch.tensor(row)) for row in ([0.0, 0.0], [0.0, 1.0], [0.0, 0.0])] == [False, True, False]
 
 

@@ -147,6 +147,11 @@ class TrainerOptions:
         "micro-batches that one forward computes at most. auto: each rank finds what is fastest while the run goes on, "
         "if it has 60 steps or more; 1: one at a time; default: auto for the trainer's own tasks, 1 for others",
     )
+    cuda_graph: Literal["auto"] | None = option(
+        None,
+        "auto: on a GPU, launch what a rank computes as one CUDA graph where its first steps have the same bits. No GPU "
+        "has run it yet",
+    )
     exchange_bucket_mib: float | None = option(
         None,
         "exchange the gradient in parts of this many MiB or more, each as soon as a rank's last backward has computed "
@@ -380,6 +385,9 @@ def _check_model_options(config: Config) -> None:
     if options.exchange_bucket_mib is not None and (config.zero_stage or options.compile):
         other = f'"zero_optimization.stage" {config.zero_stage}' if config.zero_stage else '"trainer.compile"'
         raise UserError(f'"trainer.exchange_bucket_mib" has no effect with {other}. Leave one of them out.')
+    if options.cuda_graph is not None and (config.zero_stage or options.compile):
+        other = f'"zero_optimization.stage" {config.zero_stage}' if config.zero_stage else '"trainer.compile"'
+        raise UserError(f'"trainer.cuda_graph" has no effect with {other}. Leave one of them out.')
     for pattern in options.freeze:
         if not isinstance(pattern, str):
             raise UserError(f'"trainer.freeze" holds {pattern!r}. It must be a list of parameter names or patterns.')

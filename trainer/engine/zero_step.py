@@ -15,7 +15,8 @@ from ..exact.batch_norm import RunningStatistics
 from ..exact.micro_batches import GlobalBatch, MicroBatches, ignore_phase
 from ..exact.plan import rank_block
 from ..exact.record import RecordLayout, Records
-from ..exact.step import StepResult, non_finite
+from ..exact.non_finite import non_finite
+from ..exact.step import StepResult
 from ..ranks.collectives import message_device
 from ..ranks.place import Ranks
 

@@ -211,13 +211,17 @@ class MicroBatches:
 
     def losses(self, batch: GlobalBatch, part: Sequence[int]) -> Iterator[Tensor]:
         """The summed losses of some micro-batches, each with its graph: () on the device."""
+        # Only the gather is shared by several. Forward and loss are computed for one micro-batch at a time.
+        for j, arrays in self.loaded(batch, part):
+            yield self.forward(batch, j, arrays).result[0]
+
+    def loaded(self, batch: GlobalBatch, part: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        """Some micro-batches, each with its samples, gathered and augmented."""
         for first in range(0, len(part), self._chunk):
-            # Only the gather is shared by a chunk. Forward and loss are computed for one micro-batch at a time.
             chunk = part[first : first + self._chunk]
             loaded = self.samples(batch, chunk, self.augments_in_chunks)
             self._mark("data")
-            for j, arrays in zip(chunk, loaded):
-                yield self.forward(batch, j, arrays).result[0]
+            yield from zip(chunk, loaded)
 
     def compute(self, batch: GlobalBatch, j: int) -> Computed:
         """Computes one micro-batch alone, with the same bits as `losses`. For the audit and the rehearsal."""
@@ -235,6 +239,11 @@ class MicroBatches:
             return together if batch.longest is None else self._split.cut(together, batch.longest[part[0]])
         pieces = self.samples(batch, part, False)
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    @property
+    def follows_progress(self) -> bool:
+        """Whether the task's forward or loss takes the run's progress."""
+        return self._calls.follow_progress
 
     @property
     def gives_sample_losses(self) -> bool:
@@ -276,6 +285,10 @@ class MicroBatches:
         # Dropout and the like draw from torch's generators. Seeded for each (step, micro-batch), they give the same
         # numbers whichever rank computes it, and whatever that rank computed before.
         seed_generators(self.forward_key(batch, j), self._device)
+        return self.seeded_forward(batch, arrays)
+
+    def seeded_forward(self, batch: GlobalBatch, arrays: Batch) -> Computed:
+        """As `forward`, where torch's generators have been seeded by `forward_key`."""
         with self._autocast():
             if self.watch is None:
                 outputs = self._calls.forward(self._model, arrays, batch.progress)

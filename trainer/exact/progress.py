@@ -54,9 +54,11 @@ class TaskCalls:
 
     Attributes:
         sample_losses, augment: None if the task has none.
+        follow_progress: whether any but `augment` takes `progress`.
     """
 
     def __init__(self, task: Any) -> None:
+        self.follow_progress = any(_asks(getattr(task, name, None)) for name in _METHODS if name != "augment")
         self.forward: Callable[..., Any] = _caller(task.forward)
         self.loss: Callable[..., Any] = _caller(task.loss)
         self.sample_losses = _optional(task, "sample_losses")

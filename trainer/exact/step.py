@@ -5,53 +5,34 @@ Read `__call__` from top to bottom: this rank's micro-batches, the exchange, the
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
 from ..ranks.collectives import meetings, message_device
 from ..ranks.place import Ranks
 from .audit import Audit
 from .batch_norm import RunningStatistics
 from .early_exchange import EarlyExchange
 from .exchange import Exchange, most_local
+from .flags import Flags
 from .gradient_sum import GradientSum, norm_of
+from .graphs import Computed, Graphs, OneStream, Work
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
 from .packs.pack_sum import PackSum, given_up, taking
+from .non_finite import non_finite
+from .packs.leaves import Kept
 from .packs.packs import Packs
-from .packs.verdicts import RefusedError, Single, out_of_memory
+from .packs.streams import Streams
+from .packs.verdicts import Packed, RefusedError, Single, out_of_memory
 from .record import OwnRecords, RecordLayout
-
-
-class Updates(Protocol):
-    """Applies gradients to the parameters. In a run this is DeepSpeed's engine, see `engine.deepspeed_engine`."""
-
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        """The trained parameters, in order."""
-        ...
-
-    def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
-        """Tells `update` where to read gradients: in a flat buffer, with one view a parameter, in order."""
-        ...
-
-    def skip_update_where(self, flag: Tensor) -> bool:
-        """From now on skips each update, on the device, if `flag` () is not 0. Returns False if it cannot do that."""
-        ...
-
-    def set_learning_rate(self, factor: float | None) -> float:
-        """Sets the rate of the next update, as a multiple of the configured one. Returns the rate."""
-        ...
-
-    def update(self, unused: Sequence[int] = ()) -> None:
-        """Updates the parameters, except those at the positions `unused`."""
-        ...
+from .splits import Batch
+from .updates import Updates
 
 
 class StepResult(NamedTuple):
@@ -80,6 +61,7 @@ class ExactStep:
         broken: () on the device; not 0 after a step whose loss or gradient was not finite. Used if `deferred`.
         deferred: whether the host learns of such a step only later, as on a GPU.
         packs: set where several micro-batches may be computed in one forward; None to compute them one by one.
+        graphs: set where CUDA graphs may be used.
 
     Args:
         optimizer: applies the gradient.
@@ -130,8 +112,11 @@ class ExactStep:
                 self._exchange = self._early = early
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
-        self._flags = _Flags(device)
+        self._flags = Flags(device)
         self.packs: Packs | None = None
+        self.graphs: Graphs | None = None
+        self._one_stream = OneStream(device)
+        self._streams: dict[int, Streams] = {}
         self._look: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], None] | None = None
         self._look_for_unused = True
         # On the CPU the host reads the loss at once, and finds a bad one before the update. On a GPU it does
@@ -166,6 +151,8 @@ class ExactStep:
         if audit is not None:
             audit.choose(batch.step, M)
         statistics.begin()
+        if self.graphs is not None:
+            self.graphs.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
             packs = self.packs
@@ -214,21 +201,13 @@ class ExactStep:
 
     def _add_singly(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> None:
         """Computes and adds some of this rank's micro-batches one by one."""
-        statistics, own = self.statistics, self._own
-        # `losses` computes one micro-batch when the loop asks for it, so one graph is built at a time.
-        for j, loss in zip(part, self.micro_batches.losses(batch, part)):
-            # The last one's gradients are added as they come, so that what is complete can be sent meanwhile.
+        own = self._own
+        for j, arrays in self.micro_batches.loaded(batch, part):
             sender, number, last = self._sender(1), j - block.start, None
-            if sender is None:
-                gradients = self._gradients(loss)
-            else:
+            if sender is not None:
                 last = PackSum(self._sum, len(batch.bounds), (j,), self._measures_norms, None, sender)
-                with taking(self._optimizer.parameters, last):
-                    gradients = self._gradients(loss)
-                last.check(gradients)
             collected = own.statistics(number)
-            if statistics.size:
-                statistics.collect(collected)
+            loss, gradients = self._single(batch, j, arrays, collected, last)
             # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
             if audit is not None and j == audit.own:
                 audit.note_summed(loss, collected, gradients)
@@ -242,6 +221,58 @@ class ExactStep:
                 norm = last.norms[0] if self._measures_norms else None
             own.add(number, loss, norm)
             self._mark("compute")
+
+    def _single(
+        self, batch: GlobalBatch, j: int, arrays: Batch, collected: Tensor, last: PackSum | None
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Loss and gradients of one micro-batch. Its statistics go to `collected`.
+
+        If `last` is given, it takes each gradient as soon as it is there, so that what is complete can be sent.
+        """
+        statistics, parameters = self.statistics, self._optimizer.parameters
+        if self.graphs is not None and self._look is None:
+            found = self.graphs.compute(self._one(batch, j), arrays)
+            gradients: list[Tensor | None] = [None] * len(parameters)
+            for place, gradient, _ in found.gradients:
+                gradients[place] = gradient
+                if last is not None:
+                    last.take(place, gradient[None], None)
+            if statistics.size:
+                collected.copy_(found.statistics)
+            return found.losses, gradients
+        loss: Tensor = self.micro_batches.forward(batch, j, arrays).result[0]
+        with contextlib.nullcontext() if last is None else taking(parameters, last):
+            own = self._gradients(loss)
+        if last is not None:
+            last.check(own)
+        if statistics.size:
+            statistics.collect(collected)
+        return loss, own
+
+    def _one(self, batch: GlobalBatch, j: int) -> Work:
+        """A micro-batch as work that may have a CUDA graph."""
+
+        def compute(arrays: Batch) -> Computed:
+            loss: Tensor = self.micro_batches.seeded_forward(batch, arrays).result[0]
+            gradients = self._gradients(loss)
+            row = torch.empty(self.statistics.size, device=self._device)
+            if self.statistics.size:
+                self.statistics.collect(row)
+            return Computed(loss.detach(), row, [(i, g, None) for i, g in enumerate(gradients) if g is not None])
+
+        keys = [self.micro_batches.forward_key(batch, j)]
+        return Work(("one",), compute, self._one_stream, keys, batch.step)
+
+    def _several(self, packs: Packs, batch: GlobalBatch, part: Sequence[int]) -> Work:
+        """A pack likewise."""
+        streams = self._streams.setdefault(len(part), Streams(len(part), self._device))
+
+        def compute(arrays: Batch) -> Computed:
+            kept = Kept()
+            packed = packs.compute_samples(batch, part, self._scale, kept, arrays, streams)
+            return Computed(packed.losses, packed.statistics, kept.taken)
+
+        return Work(("pack", len(part)), compute, streams, packs.keys(batch, part), batch.step)
 
     def _add_pack(
         self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
@@ -278,7 +309,14 @@ class ExactStep:
         audited = part.index(audit.own) if audit is not None and audit.own is not None and audit.own in part else None
         sender = self._sender(len(part))
         added = PackSum(self._sum, len(batch.bounds), part, self._measures_norms, audited, sender)
-        packed = packs.compute(batch, part, self._scale, added)
+        packed: Packed | Computed
+        if self.graphs is None:
+            packed = packs.compute(batch, part, self._scale, added)
+        else:
+            arrays = self.micro_batches.pack_samples(batch, part)
+            packed = self.graphs.compute(self._several(packs, batch, part), arrays)
+            for place, rows, present in packed.gradients:
+                added.take(place, rows, present)
         added.close()
         if audit is not None and audited is not None:
             audit.note_summed(packed.losses[audited], packed.statistics[audited], added.audited)
@@ -345,48 +383,3 @@ class ExactStep:
         found = unused.nonzero().flatten().tolist() if unused.any() else []  # device to host
         self._look_for_unused = self._device.type == "cpu" or bool(found)
         return found
-
-
-class _Flags:
-    """Whether any rank has raised its flag: the same answer on every rank in the same step.
-
-    On a GPU, the host does not wait: it gets the answer of two steps before, which has been copied by then.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._copies: collections.deque[tuple[Tensor, torch.cuda.Event]] = collections.deque()
-
-    def read(self, flags: Tensor) -> bool:
-        """Takes the flags of this step's micro-batches, (M,) float32. Returns whether to stop after this step."""
-        if not self._cuda:
-            return bool(flags.any())
-        copied = torch.cuda.Event()
-        host = torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking=True)  # device to host, not waited for
-        copied.record()
-        self._copies.append((host, copied))
-        if len(self._copies) < 3:  # the first two steps have no earlier answer
-            return False
-        # The age is fixed, not "the newest that has arrived": ranks must stop after the same step.
-        earlier, event = self._copies.popleft()
-        event.synchronize()
-        return bool(earlier)
-
-
-def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -> NonFiniteError:
-    """The error for a step whose loss or gradient is not finite; every rank has the same numbers."""
-    bad = next((j for j, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if bad is not None:
-        what = f"the loss of micro-batch {bad} is {losses[bad]}"
-    else:
-        what = f"the losses are finite, but the gradient's norm is {norm}"
-    state = (
-        "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
-    )
-    error = NonFiniteError(
-        f"Step {step + 1} is not finite: {what}. {state}\n"
-        "A lower learning rate, warm-up (trainer.learning_rate.warmup_epochs) or gradient_clipping often helps.",
-        agreed=True,
-    )
-    error.good_steps = step
-    return error

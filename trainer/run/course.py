@@ -15,10 +15,12 @@ from ..errors import UserError
 from ..exact import audit
 from ..exact.batch_norm import RunningStatistics
 from ..exact.gradient_noise import NoiseScale
+from ..exact.graphs import Graphs
 from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
 from ..exact.packs.packs import Packs
-from ..exact.step import ExactStep, non_finite
+from ..exact.non_finite import non_finite
+from ..exact.step import ExactStep
 from ..ranks.collectives import message_device
 from ..ranks.watch import Watch
 from ..record.checkpoints import Snapshot, refuse_unstorable
@@ -330,6 +332,10 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
             size,
             p.total_steps - first_step,
         )
+    if p.config.trainer.cuda_graph is not None and p.device.type == "cuda" and not p.inexact:
+        assert isinstance(step, ExactStep)
+        tensors = [*p.engine.model.parameters(), *p.engine.model.buffers()]
+        step.graphs = Graphs(tensors, step.micro_batches.follows_progress)
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(

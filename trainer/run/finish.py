@@ -71,6 +71,8 @@ def finish(c: Course) -> dict[str, Any]:
     }
     if isinstance(c.step, ExactStep) and c.step.packs is not None:
         summary["pack"] = c.step.packs.summary()
+    if isinstance(c.step, ExactStep) and c.step.graphs is not None:
+        summary["cuda_graph"] = c.step.graphs.summary()
     _leave(c, summary)
     _check_saved(c, summary, failure)  # last: loading a model again needs memory, and all else is written now
     if c.folder is not None:

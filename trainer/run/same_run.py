@@ -17,7 +17,7 @@ from .claim import Finished, Resume
 # Keys that may change before a run continues from a checkpoint: they change no bit of the model.
 _HARMLESS = (
     "trainer.output_dir", "trainer.log_every_steps", "trainer.guard_every_steps", "trainer.audit_every_steps",
-    "trainer.pack", "trainer.exchange_bucket_mib",
+    "trainer.pack", "trainer.exchange_bucket_mib", "trainer.cuda_graph",
     "trainer.checkpoint",
     "trainer.hang_timeout_s", "trainer.max_wall_time_s", "trainer.ranks_per_gpu", "trainer.exactness",
     "trainer.gradient_noise",

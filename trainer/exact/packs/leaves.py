@@ -23,6 +23,17 @@ class Sink(Protocol):
         ...
 
 
+class Kept:
+    """A sink that keeps what it takes, in order."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[int, Tensor, list[bool] | None]] = []
+
+    def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
+        """As `Sink`."""
+        self.taken.append((place, rows, present))
+
+
 class Leaves:
     """Collects gradients while the backward of a pack goes through it.
 

@@ -215,6 +215,10 @@ class Packs:
 
     # ---- computing -----------------------------------------------------------------------------------------------
 
+    def keys(self, batch: GlobalBatch, part: Sequence[int]) -> list[int]:
+        """Seeds of a pack's micro-batches."""
+        return [self._micro_batches.forward_key(batch, j) for j in part]
+
     def compute(
         self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, trace: Trace | None = None
     ) -> Packed:
@@ -231,14 +235,30 @@ class Packs:
         Raises:
             RefusedError: this cannot be done. The sink may have taken some gradients.
         """
+        arrays, streams = self._micro_batches.pack_samples(batch, part), Streams(len(part), self._device)
+        streams.begin(self.keys(batch, part))
+        try:
+            return self.compute_samples(batch, part, scale, sink, arrays, streams, trace)
+        finally:
+            streams.end()
+
+    def compute_samples(
+        self,
+        batch: GlobalBatch,
+        part: Sequence[int],
+        scale: Tensor,
+        sink: Sink,
+        arrays: Batch,
+        streams: Streams,
+        trace: Trace | None = None,
+    ) -> Packed:
+        """As `compute`, of samples at hand: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
         if any(p._backward_hooks for p in self._trained):
             raise RefusedError("a parameter's gradient has a hook, which would not be called")
         g = len(part)
         verdict = self._verdicts.get(self._key(batch, part))
         random = verdict is None or verdict.random
-        arrays = self._micro_batches.pack_samples(batch, part)
         leaves = Leaves(self._trained, g, sink)
-        streams = Streams([self._micro_batches.forward_key(batch, j) for j in part], self._device)
         rows = g * self._shape(batch, part[0])[0]
         pack = Pack(
             self._places,

@@ -1,0 +1,26 @@
+"""The error for a step whose loss or gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import NonFiniteError
+
+
+def non_finite(step: int, losses: list[float], norm: float, kept: bool = True) -> NonFiniteError:
+    """The error for a step whose loss or gradient is not finite; every rank has the same numbers."""
+    bad = next((j for j, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        what = f"the loss of micro-batch {bad} is {losses[bad]}"
+    else:
+        what = f"the losses are finite, but the gradient's norm is {norm}"
+    state = (
+        "The parameters are kept as they were before it." if kept else "The parameters may have been updated with it."
+    )
+    error = NonFiniteError(
+        f"Step {step + 1} is not finite: {what}. {state}\n"
+        "A lower learning rate, warm-up (trainer.learning_rate.warmup_epochs) or gradient_clipping often helps.",
+        agreed=True,
+    )
+    error.good_steps = step
+    return error
