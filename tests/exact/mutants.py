@@ -122,8 +122,8 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
 # What of a GPU they need -> names. These count as survived.
 NEEDS_A_GPU: dict[str, tuple[str, ...]] = {
     "a copy that nobody waits for": (
-        "step _Flags.read:  torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking  ->   torch.empty((), pin_memory=False).copy_(flags.max(), non_blocking",
-        "step _Flags.read: .copy_(flags.max(), non_blocking=True)  ->  .copy_(flags.max(), non_blocking=False)",
+        "flags Flags.read:  torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking  ->   torch.empty((), pin_memory=False).copy_(flags.max(), non_blocking",
+        "flags Flags.read: .copy_(flags.max(), non_blocking=True)  ->  .copy_(flags.max(), non_blocking=False)",
     ),
     "the alignment of its memory": (
         "micro_batches : ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 512}  ->  ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 513}",

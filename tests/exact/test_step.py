@@ -17,7 +17,7 @@ from trainer.exact.audit import Audit
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
 from trainer.exact.splits import Split
-from trainer.exact.step import ExactStep, StepResult, Flags, non_finite
+from trainer.exact.step import ExactStep, StepResult
 from trainer.ranks.place import Ranks
 
 CPU = torch.device("cpu")
@@ -367,44 +367,3 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device_and_all_later_ones_t
         assert float(step.broken) == 1.0
         assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
         assert all(torch.equal(a, b) for a, b in zip(buffers, parts["model"].buffers()))
-
-
-def test_flags_of_a_gpu_are_read_two_steps_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When their copy has long arrived; it is waited for nevertheless."""
-    happened: list[str] = []
-
-    class Event:
-        def record(self) -> None:
-            happened.append("recorded")
-
-        def synchronize(self) -> None:
-            happened.append("waited")
-
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: empty(shape))
-    flags = Flags(torch.device("cuda"))
-    raised = [torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)]
-    asked = [1, 0, 1, 1, 1, 1]  # the second step's flag is raised
-    assert [flags.read(raised[i]) for i in asked] == [False, False, False, True, False, False]
-    assert happened == ["recorded"] * 3 + ["waited", "recorded"] * 3 + ["waited"]
-
-
-def test_flags_of_the_cpu_are_read_at_once() -> None:
-    flags = Flags(CPU)
-    assert [flags.read(torch.tensor(row)) for row in ([0.0, 0.0], [0.0, 1.0], [0.0, 0.0])] == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("losses", "norm", "words"),
-    [
-        ([1.0, math.nan, math.inf], 2.0, "the loss of micro-batch 1 is nan"),
-        ([1.0, 2.0], math.inf, "the losses are finite, but the gradient's norm is inf"),
-    ],
-)
-def test_what_is_not_finite_is_named(losses: list[float], norm: float, words: str) -> None:
-    kept, other = non_finite(4, losses, norm), non_finite(4, losses, norm, kept=False)
-    assert f"Step 5 is not finite: {words}. The parameters are kept as they were before it." in str(kept)
-    assert f"Step 5 is not finite: {words}. The parameters may have been updated with it." in str(other)
-    assert kept.good_steps == other.good_steps == 4
-    assert kept.agreed and other.agreed

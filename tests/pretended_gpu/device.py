@@ -24,6 +24,7 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from tests.pretended_gpu.graphs import CudaGenerator, CudaGraph, recording
 from tests.pretended_gpu.tables import FUSED, REFUSED, WAITS, kernels
 
 CPU = torch.device("cpu")
@@ -242,7 +243,8 @@ class PretendedGpu(TorchDispatchMode):
         self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.copies: collections.Counter[tuple[str, str]] = collections.Counter()
         # Each process starts with other numbers: who forgets to seed a device gets other results on every rank.
-        self.generators = tuple(torch.Generator() for _ in range(gpus))
+        self.recorded: CudaGraph | None = None  # while it is recorded
+        self.generators = tuple(CudaGenerator(self, torch.Generator()) for _ in range(gpus))
         for generator in self.generators:
             generator.seed()
 
@@ -251,6 +253,8 @@ class PretendedGpu(TorchDispatchMode):
             counter.clear()  # type: ignore[attr-defined]
 
     def wait(self, what: str) -> None:
+        if self.recorded is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         self.waits[what, _place()] += 1
 
     @contextlib.contextmanager
@@ -290,8 +294,14 @@ class PretendedGpu(TorchDispatchMode):
         if func.namespace != "c10d":
             self.launches[name] += kernels(name, args)
         a, k = tree_unflatten([_on_host(x) for x in flat], spec)
-        with self._own_generator(torch.Tag.nondeterministic_seeded in func.tags):
+        state = self.generators[self.index].state if torch.Tag.nondeterministic_seeded in func.tags else None
+        if isinstance(k.get("generator"), CudaGenerator):
+            state = k.pop("generator").state
+        recorded = None if self.recorded is None else self.recorded.add(func, a, k, state)
+        with self.drawing_from(state):
             out = func(*a, **k)
+        if recorded is not None:
+            recorded(out)
         if device is not None and not is_gpu(device) and (not pretended or name in _MAKERS):
             shared = isinstance(out, torch.Tensor) and pretended and out.data_ptr() == pretended[0].data_ptr()
             return out.clone() if shared else out
@@ -359,11 +369,12 @@ class PretendedGpu(TorchDispatchMode):
             )
 
     @contextlib.contextmanager
-    def _own_generator(self, draws: bool) -> Iterator[None]:
-        if not draws:
+    def drawing_from(self, own: torch.Generator | None) -> Iterator[None]:
+        """What is drawn meanwhile comes from a generator of the device, if one is given."""
+        if own is None:
             yield
             return
-        own, default = self.generators[self.index], torch.default_generator
+        default = torch.default_generator
         before = default.get_state()
         default.set_state(own.get_state())
         try:
@@ -432,7 +443,10 @@ class PretendedGpu(TorchDispatchMode):
             "is_initialized": lambda: True,
             "is_available": lambda: True,
             "is_bf16_supported": lambda *_, **__: True,
-            "is_current_stream_capturing": lambda: False,
+            "is_current_stream_capturing": lambda: self.recorded is not None,
+            "CUDAGraph": functools.partial(CudaGraph, self),
+            "graph": functools.partial(recording, self),
+            "graph_pool_handle": lambda: (0, 1),
             "device_count": lambda: self.gpus,
             "current_device": lambda: self.index,
             "set_device": self._set_device,

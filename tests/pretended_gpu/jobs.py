@@ -37,11 +37,12 @@ def train(ranks: Ranks, config: Config) -> dict[str, Any]:
 
 @fresh
 def train_counted(ranks: Ranks, gpus: int, config: Config) -> dict[str, Any]:
-    """As `train`, on GPUs; "waits" has each step's, "backend" what torch.distributed was asked for."""
+    """As `train`, on GPUs; "waits" and "launches" have each step's, "backend" what torch.distributed was asked for."""
     from trainer.exact.step import ExactStep
 
     use_caches_beside(config)
     waits: list[dict[tuple[str, str], int]] = []
+    launched: list[dict[str, int]] = []
     make_step = ExactStep.__call__
 
     with PretendedGpu(gpus) as gpu:
@@ -50,10 +51,11 @@ def train_counted(ranks: Ranks, gpus: int, config: Config) -> dict[str, Any]:
             gpu.reset()
             result = make_step(self, *arguments, **named)
             waits.append(dict(gpu.waits + gpu.copies))
+            launched.append(dict(+gpu.launches))
             return result
 
         ExactStep.__call__ = counted  # type: ignore[method-assign]
-        return jobs.train(ranks, config) | {"waits": waits, "backend": gpu.backend}
+        return jobs.train(ranks, config) | {"waits": waits, "launches": launched, "backend": gpu.backend}
 
 
 class _Chosen(dict[Any, int]):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import jobs
-from tests.distributed.jobs import ROOT, small_config
+from tests.distributed.jobs import ROOT, USER_TASKS, small_config
 from tests.distributed.test_results import small_data
 from tests.pretended_gpu.jobs import launches, train, train_counted
 from tests.standing import run_ranks
@@ -179,3 +179,43 @@ def test_the_tests_for_gpus_pass(tmp_path: Path) -> None:
     run = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert "5 passed" in run.stdout
+
+
+@pytest.mark.parametrize(("name", "pack"), [("strong", 4), ("strong", 1), ("image_classification", 2)])
+def test_what_a_rank_computes_is_launched_as_graphs(tmp_path: Path, name: str, pack: int) -> None:
+    """The host's code runs no more, so the bits tell whether everything that changes is in the graph's memory."""
+    sizes = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "trainer.max_steps": 9, "trainer.pack": pack}
+
+    def config(run: str, **more: Any) -> Config:
+        narrow = {**NARROW[name], **SHALLOW.get(name, {}), "trainer.output_dir": str(tmp_path / run)}
+        return ready(name, tmp_path, **sizes, **narrow, **more)
+
+    here = run_ranks(train, 1, config("here"))[0]
+    there = run_ranks(train_counted, 1, 1, config("there", **{"trainer.cuda_graph": "auto"}))[0]
+    assert there["trace"] == here["trace"] and there["exactness"] == "bitwise"
+    assert json.loads((tmp_path / "there" / "summary.json").read_text())["cuda_graph"] == {"shapes": 1}
+    later = there["launches"][-2]  # the last one is audited
+    assert later["graph"] == 4 // pack
+    assert sum(later.values()) < 100
+
+
+FLAWS = f"{USER_TASKS}/graph_tasks.py"
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("Anneals", "the task's forward or loss takes `progress`"),
+        ("ReadsValues", "CUDA error: operation not permitted when stream is capturing"),
+        ("DrawsOnTheHost", "it draws random numbers on the host"),
+    ],
+)
+def test_what_a_graph_cannot_follow_is_computed_without_one(tmp_path: Path, task: str, reason: str) -> None:
+    def config(run: str, **more: Any) -> Config:
+        return small_config(tmp_path / run, task=f"{FLAWS}:{task}", epochs=1, **more)
+
+    without = run_ranks(train_counted, 1, 1, config("without"))[0]
+    there = run_ranks(train_counted, 1, 1, config("there", cuda_graph="auto"))[0]
+    assert there["trace"] == without["trace"] and there["exactness"] == "bitwise"
+    found = json.loads((tmp_path / "there" / "summary.json").read_text())["cuda_graph"]
+    assert found == {"shapes": 0, "refused": [reason]}

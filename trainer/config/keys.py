@@ -149,8 +149,8 @@ class TrainerOptions:
     )
     cuda_graph: Literal["auto"] | None = option(
         None,
-        "auto: on a GPU, launch what a rank computes as one CUDA graph where its first steps have the same bits. No GPU "
-        "has run it yet",
+        "auto: on a GPU, launch what a rank computes as one CUDA graph where its first steps have the same bits; no "
+        "GPU has run it yet",
     )
     exchange_bucket_mib: float | None = option(
         None,

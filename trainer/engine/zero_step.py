@@ -13,9 +13,9 @@ from torch import Tensor
 from ..exact.audit import Audit
 from ..exact.batch_norm import RunningStatistics
 from ..exact.micro_batches import GlobalBatch, MicroBatches, ignore_phase
+from ..exact.non_finite import non_finite
 from ..exact.plan import rank_block
 from ..exact.record import RecordLayout, Records
-from ..exact.non_finite import non_finite
 from ..exact.step import StepResult
 from ..ranks.collectives import message_device
 from ..ranks.place import Ranks

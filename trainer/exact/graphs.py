@@ -225,7 +225,8 @@ class Graphs:
         """For summary.json: how many shapes have a graph, and why others have none."""
         refused = sorted({known.refusal for known in self._known.values() if known.refusal})
         used = sum(known.graph is not None and known.trials >= TRIALS for known in self._known.values())
-        return {"shapes": used} | ({"refused": [self.unusable] if self.unusable else refused} if refused or self.unusable else {})
+        refused = [self.unusable] if self.unusable else refused
+        return {"shapes": used} | ({"refused": refused} if refused else {})
 
 
 def _difference(alone: Computed, graph: Computed) -> str:

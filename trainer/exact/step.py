@@ -24,9 +24,9 @@ from .gradient_sum import GradientSum, norm_of
 from .graphs import Computed, Graphs, OneStream, Work
 from .hashes import hash64
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .packs.pack_sum import PackSum, given_up, taking
 from .non_finite import non_finite
 from .packs.leaves import Kept
+from .packs.pack_sum import PackSum, given_up, taking
 from .packs.packs import Packs
 from .packs.streams import Streams
 from .packs.verdicts import Packed, RefusedError, Single, out_of_memory

@@ -18,8 +18,8 @@ from ..exact.gradient_noise import NoiseScale
 from ..exact.graphs import Graphs
 from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
-from ..exact.packs.packs import Packs
 from ..exact.non_finite import non_finite
+from ..exact.packs.packs import Packs
 from ..exact.step import ExactStep
 from ..ranks.collectives import message_device
 from ..ranks.watch import Watch
