@@ -56,6 +56,17 @@ def test_a_text_model_is_exact_and_goes_on_from_a_checkpoint(tmp_path: Path) -> 
     assert resumed["metrics"] == whole["metrics"]
 
 
+@pytest.mark.parametrize("pack", [1, 4])
+def test_cuda_graphs_have_the_same_bits(tmp_path: Path, pack: int) -> None:
+    runs = []
+    for graph in (None, "auto"):
+        options = {"task": "digits", "task_options": {"model": "cnn"}, "max_steps": 14, "pack": pack}
+        config = small_config(tmp_path / str(graph), device="cuda", cuda_graph=graph, **options)
+        runs.append(run_ranks(train, 1, config, cuda=True)[0])
+    assert runs[1]["trace"] == runs[0]["trace"]
+    assert runs[1]["cuda_graph"]["shapes"]
+
+
 def test_a_non_finite_loss_is_found_without_waiting_for_the_device(tmp_path: Path) -> None:
     task = str(Path(__file__).parent / "user_tasks" / "bad_tasks.py") + ":InfiniteLater"
     with pytest.raises(NonFiniteError, match="micro-batch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -68,20 +69,23 @@ def _in_turns(ranks: Ranks, config: Config) -> dict[str, list[float]]:
 
 
 def throughput(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Samples a second against a plain loop's, at one rank and at all GPUs, or two CPU ranks."""
+    """Samples a second against a plain loop's: at one rank, and at all GPUs (with graphs, too) or two CPU ranks."""
     figures: dict[str, Any] = {}
     said = []
-    for W in sorted({1, machine.gpus or min(2, machine.cores)}):
-        own = folder / str(W)
+    sizes = sorted({1, machine.gpus or min(2, machine.cores)})
+    for W, graph in itertools.product(sizes, (None, "auto") if machine.gpus else (None,)):
+        name = f"{W}{' with CUDA graphs' * (graph is not None)}"
+        own = folder / name
         own.mkdir(parents=True)
         steps = _TURN * (_WARM_UP + _ROUNDS + 1)
-        config = config_for(machine, own, W, max_steps=steps, guard_every_steps=50, drop_last=True)
+        more: dict[str, Any] = {"guard_every_steps": 50, "drop_last": True, "cuda_graph": graph}
+        config = config_for(machine, own, W, max_steps=steps, **more)
         found = run_ranks(_in_turns, W, config, cuda=machine.gpus > 0)[0]
         ratios = [plain / ours for ours, plain in zip(found["ours"], found["plain"])]
         low, middle, high = statistics.quantiles(ratios, n=4)
         per_s = 256 * _TURN / statistics.median(found["ours"])
-        figures[str(W)] = {"samples_per_s": round(per_s), "of_a_plain_loop": [round(r, 3) for r in (low, middle, high)]}
-        ranks = f"{W} rank{'s' * (W > 1)}"
+        figures[name] = {"samples_per_s": round(per_s), "of_a_plain_loop": [round(r, 3) for r in (low, middle, high)]}
+        ranks = f"{W} rank{'s' * (W > 1)}{' with CUDA graphs' * (graph is not None)}"
         said.append(f"{per_s:,.0f} samples/s at {ranks}, {middle:.2f} of a plain loop's ({low:.2f} to {high:.2f})")
     return "digits CNN: " + "; ".join(said), figures
 
