@@ -112,9 +112,9 @@ class Site:
             with torch.autocast(x.device.type, enabled=False):
                 if self.differs(wide[0], wide[1], wide[2], None if like is None else like.float()):
                     return True
-        if weight is not None and not weight.any():  # as LoRA begins
-            if self._differs_for([drawn_like(x), torch.zeros_like(weight), _drawn(bias)], like):
-                return True
+        zero = None if weight is None or weight.any() else torch.zeros_like(weight)  # as LoRA begins
+        if zero is not None and self._differs_for([drawn_like(x), zero, _drawn(bias)], like):
+            return True
         for sign in (EVEN, ODD):
             own: list[Any] = [cancelling_like(x, sign, self.g), *(_cancelling(p, -sign) for p in (weight, bias))]
             if self._differs_for(own, like, sign):
