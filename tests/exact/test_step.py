@@ -284,6 +284,24 @@ def test_a_step_that_computes_alike_passes_its_audit() -> None:
     assert chosen == {0, 1, 2}
 
 
+def test_what_cannot_be_computed_again_is_no_traceback() -> None:
+    """A list in a model that grows with each forward, say, and in a pack gets something of another shape."""
+    step, parts = made()
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=2, total_steps=9, seed=0, alike=True)
+    step(parts["batches"].at(0))
+    before = copies(parts["model"])
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("4 things instead of 3")
+
+    step.micro_batches.compute = fail  # type: ignore[method-assign]
+    with pytest.raises(
+        RanksDifferError, match=r"could not compute micro-batch \d again \(ValueError: 4 things instead"
+    ):
+        step(parts["batches"].at(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+
+
 def test_an_audit_compares_statistics_too() -> None:
     class Drifts(nn.BatchNorm1d):
         calls = 0

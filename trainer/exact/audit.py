@@ -151,6 +151,23 @@ class Audit:
                 raise RanksDifferError(self._message(owner, witness, j, self._names[differs[0]]), agreed=True)
         self._passed = self._step + 1
 
+    def failed(self, error: Exception) -> RanksDifferError:
+        """The error for the micro-batch `other` that cannot be computed again. Somebody has computed it in this step."""
+        return RanksDifferError(
+            f"The audit of step {self._step + 1} could not compute micro-batch {self.other} again "
+            f"({type(error).__name__}: {error}).
+"
+            "It has been computed in this step, so the task or the model keeps something from one micro-batch to the "
+            "next. Keep nothing there: what a forward needs is in its samples and in the keyword progress.
+"
+            f"Step {self._step + 1} was not applied. {self._passed_so_far()}"
+        )
+
+    def _passed_so_far(self) -> str:
+        if self._passed is None:
+            return "No audit has passed since this process began: do not trust checkpoints that it wrote."
+        return f"The audit of step {self._passed} passed: do not trust checkpoints of later steps."
+
     def _message(self, owner: int, witness: int, j: int, tensor: str) -> str:
         def rank(number: int) -> str:
             return f"rank {number} on {self._hosts[number]}"
@@ -159,16 +176,11 @@ class Audit:
             who = f"{rank(owner)} computed it twice, and its two results differ, first in {tensor}"
         else:
             who = f"{rank(owner)} summed it, {rank(witness)} computed it again, and they differ, first in {tensor}"
-        passed = (
-            "No audit has passed since this process began: do not trust checkpoints that it wrote."
-            if self._passed is None
-            else f"The audit of step {self._passed} passed: do not trust checkpoints of later steps."
-        )
         return (
             f"The audit of step {self._step + 1} found two results for micro-batch {j}: {who}.\n"
             "A device computes wrongly, or a pack does, or the task keeps state or uses the rank in a way that the "
             "rehearsal before the first step could not see. Start the run again with trainer.audit_every_steps=1: if "
             "the task is the cause, that finds the step in which it begins. For annealing, use the keyword progress "
             "instead of a counter. If the error stays away with trainer.pack=1, packs are the cause: please report it."
-            f"\nStep {self._step + 1} was not applied. {passed}"
+            f"\nStep {self._step + 1} was not applied. {self._passed_so_far()}"
         )

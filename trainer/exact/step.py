@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import TrainerError
 from ..ranks.collectives import meetings, message_device
 from ..ranks.place import Ranks
 from .audit import Audit
@@ -166,7 +167,7 @@ class ExactStep:
                 packs.end()
             # After this rank's own block: what the second computation leaves in random generators changes nothing.
             if audit is not None and audit.other is not None:
-                audit.note_again(*self._again(batch, audit.other))
+                self._compute_again(batch, audit, audit.other)
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
 
@@ -360,6 +361,14 @@ class ExactStep:
         """The gradient of the loss times the scale, one tensor a parameter; None if the loss does not use it."""
         # Not backward(): it would add to `parameter.grad`, in an order that depends on the rank's own block.
         return torch.autograd.grad(loss, self._optimizer.parameters, self._scale, allow_unused=True)
+
+    def _compute_again(self, batch: GlobalBatch, audit: Audit, j: int) -> None:
+        try:
+            audit.note_again(*self._again(batch, j))
+        except Exception as error:
+            if isinstance(error, TrainerError) or out_of_memory(error):
+                raise
+            raise audit.failed(error) from error
 
     def _again(self, batch: GlobalBatch, j: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Loss, statistics and gradients of any micro-batch, between `begin` and `settle` of the statistics."""
