@@ -152,14 +152,12 @@ class Audit:
         self._passed = self._step + 1
 
     def failed(self, error: Exception) -> RanksDifferError:
-        """The error for the micro-batch `other` that cannot be computed again. Somebody has computed it in this step."""
+        """The error for the micro-batch `other`, which cannot be computed again, though its rank has computed it."""
         return RanksDifferError(
             f"The audit of step {self._step + 1} could not compute micro-batch {self.other} again "
-            f"({type(error).__name__}: {error}).
-"
+            f"({type(error).__name__}: {error}).\n"
             "It has been computed in this step, so the task or the model keeps something from one micro-batch to the "
-            "next. Keep nothing there: what a forward needs is in its samples and in the keyword progress.
-"
+            "next. Keep nothing there: what a forward needs is in its samples and in the keyword progress.\n"
             f"Step {self._step + 1} was not applied. {self._passed_so_far()}"
         )
 
