@@ -76,7 +76,7 @@ def test_a_ready_task_has_the_cpus_bits_and_waits_for_no_micro_batch(tmp_path: P
     assert not second
     for waits in others:
         (((what, place), count),) = waits.items()
-        assert (what, count) == ("Event.synchronize", 1) and place.startswith("trainer/exact/step.py:")
+        assert (what, count) == ("Event.synchronize", 1) and place.startswith("trainer/exact/flags.py:")
     assert any(place.startswith("trainer/exact/audit.py:") for _, place in last)
 
 
