@@ -36,7 +36,7 @@ class CudaGenerator:
         return self.state.seed()
 
     def initial_seed(self) -> int:
-        return self.state.initial_seed()
+        return int(self.state.initial_seed())
 
     def get_state(self) -> torch.Tensor:
         self._no_recording()

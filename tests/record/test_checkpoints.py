@@ -68,6 +68,15 @@ def test_only_our_names_are_checkpoints(tmp_path: Path) -> None:
     assert [c.name for c in list_checkpoints(folder)] == ["step-000000030", "step-000000020"]
 
 
+def test_a_users_files_survive_their_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 2, 10)
+    (tmp_path / "step-000000010" / "notes.txt").write_text("mine")
+    names = write(tmp_path, 2, 20, 30)
+    assert names == ["step-000000010-your-files", "step-000000020", "step-000000030"]
+    assert [path.name for path in (tmp_path / names[0]).iterdir()] == ["notes.txt"]
+    assert write(tmp_path, 1, 40) == ["step-000000010-your-files", "step-000000040"]
+
+
 def test_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     names = write(tmp_path / "checkpoints", 2, 999_999_999, 1_000_000_000)
     assert [c.name for c in list_checkpoints(tmp_path / "checkpoints")] == names

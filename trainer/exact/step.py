@@ -21,6 +21,7 @@ from .batch_norm import RunningStatistics
 from .early_exchange import EarlyExchange
 from .exchange import Exchange, most_local
 from .flags import Flags
+from .foreign_draws import ForeignDraws
 from .gradient_sum import GradientSum, norm_of
 from .graphs import Computed, Graphs, OneStream, Work
 from .hashes import hash64
@@ -116,6 +117,7 @@ class ExactStep:
         self._flags = Flags(device)
         self.packs: Packs | None = None
         self.graphs: Graphs | None = None
+        self._foreign = ForeignDraws(device)
         self._one_stream = OneStream(device)
         self._streams: dict[int, Streams] = {}
         self._look: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], None] | None = None
@@ -136,7 +138,8 @@ class ExactStep:
 
         Raises:
             NonFiniteError: on every rank; the parameters are those before this step.
-            RanksDifferError: likewise, if the audit finds two results for one micro-batch.
+            RanksDifferError: likewise, if the audit finds two results for one micro-batch. Or on this rank, after the
+                step: another thread draws from torch's generators.
         """
         statistics, own = self.statistics, self._own
         if asks_to_stop:
@@ -171,6 +174,7 @@ class ExactStep:
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
 
+        self._foreign.begin()
         # ... the ranks exchange the nodes of the tree, and finish the sum ...
         with meetings:  # where a rank waits for others: a watching thread measures for how long
             records = self._exchange(M)
@@ -197,6 +201,7 @@ class ExactStep:
         # After the update: a step that raises must leave the running statistics as they were, too.
         if statistics.size:
             statistics.apply(records.statistics, self.broken if self.deferred else None)
+        self._foreign.end(batch.step)
         self._mark("optimizer")
         return StepResult(records.losses, norm, rate, records.norms, stop)
 
@@ -242,6 +247,7 @@ class ExactStep:
                 collected.copy_(found.statistics)
             return found.losses, gradients
         loss: Tensor = self.micro_batches.forward(batch, j, arrays).result[0]
+        self._foreign.after_one(self.micro_batches.forward_key(batch, j))
         with contextlib.nullcontext() if last is None else taking(parameters, last):
             own = self._gradients(loss)
         if last is not None:

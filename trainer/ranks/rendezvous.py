@@ -90,7 +90,11 @@ def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | 
         if _has_agent_store():
             in_a_thread(
                 lambda: dist.init_process_group(
-                    backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+                    backend,
+                    store=_agent_store(timeout),
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                    timeout=timeout,
                 )
             )
         else:
@@ -128,6 +132,19 @@ def _on_one_machine(ranks: Ranks) -> bool:
 def _has_agent_store() -> bool:
     """Whether the ranks meet in the store of torchrun's agent. It may hold values of an earlier start."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agent_store(timeout: timedelta) -> Any:
+    """The store of torchrun's agent. Each restart has keys of its own: it would find the addresses of killed ranks.
+
+    With env:// torch takes the keys as they are, though the agent may use one store for all restarts
+    (`_create_c10d_store` in torch/distributed/rendezvous.py).
+    """
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _store_at_address(ranks: Ranks, timeout: timedelta) -> Any:

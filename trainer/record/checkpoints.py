@@ -10,6 +10,7 @@ Training continues while rank 0 writes: the state is copied, and a thread does t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -151,7 +152,21 @@ class Checkpoints:
         earlier.sort(key=lambda path: step_of(path) not in self._whole)
         for old in earlier[self._keep - 1 :]:
             self._fault("before deleting")
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint. What a user has put into it stays, in a folder that is no checkpoint any more."""
+    ours = {MANIFEST, *(path.name for path in checkpoint.glob("*.safetensors"))}
+    with contextlib.suppress(DamagedError):
+        ours |= set(read_manifest(checkpoint)["files"])
+    if all(path.name in ours for path in checkpoint.iterdir()):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        kept = checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}-your-files"))
+        for name in ours:
+            (kept / name).unlink(missing_ok=True)
 
 
 # safetensors' names of the types that models and optimizers have.
@@ -215,9 +230,12 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in a folder, the newest first, damaged ones included."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of, reverse=True)
+    try:
+        if not folder.is_dir():
+            return []
+        return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of, reverse=True)
+    except PermissionError as error:
+        raise UserError(f"The folder {folder} cannot be read: {error.strerror}. Change its permissions.") from error
 
 
 def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
@@ -228,18 +246,18 @@ def way_on(run: Path, *, began: bool = False, resumed: bool = False) -> str:
         began: whether it has begun to write a checkpoint.
         resumed: whether it went on from one.
     """
-    found, place = list_checkpoints(run / "checkpoints"), shlex.quote(str(run))
+    found, place = list_checkpoints(run / "checkpoints"), "--output_dir " + shlex.quote(str(run))
+    if str(run).startswith("-"):
+        place = shlex.quote(f"--output_dir={run}")
     if found or (began and not run.is_dir()):
         step = f", that of step {step_of(found[0]):,}" if found else ""
         return (
-            f"To go on from the last checkpoint{step}, start the run again with --resume auto --output_dir {place}, on "
+            f"To go on from the last checkpoint{step}, start the run again with --resume auto {place}, on "
             "any number of ranks."
         )
     if resumed:
         return "Start the same command again: it goes on from the same checkpoint."
-    return (
-        f"There is no checkpoint yet, so the run has to begin again: start it with --resume auto --output_dir {place}."
-    )
+    return f"There is no checkpoint yet, so the run has to begin again: start it with --resume auto {place}."
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -200,6 +200,8 @@ def _files_of_users(folder: Path) -> list[Path]:
 
 def _make(path: Path, created: list[Path]) -> None:
     for folder in [*reversed(path.parents), path]:
+        if folder.is_symlink() and not folder.exists():
+            raise FileNotFoundError(None, f"{folder} is a link to {os.readlink(folder)}, which is not there")
         if not folder.exists():
             folder.mkdir()
             created.append(folder)

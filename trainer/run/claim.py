@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,31 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
         if not folder.continues:
             say("--resume auto: there is no run to continue here, so a new one begins")
             return folder, None
-        return folder, folder.path / "checkpoints"
-    source = Path(resume.mode).expanduser()
+        source = folder.path / "checkpoints"
+        if source.is_symlink() and not source.exists():
+            folder.unlock()
+            raise UserError(
+                f"--resume auto: {source} is a link to {os.readlink(source)}, which is not there.\nMount its disk, or "
+                "remove the link to begin again."
+            )
+        if not list_checkpoints(source) and finished_summary(folder.path) is None:
+            say(f"--resume auto: there is no checkpoint in {source}, so the run begins again")
+        return folder, source
+    source = Path(os.path.abspath(Path(resume.mode).expanduser()))
     if source.name.startswith("step-") and source.is_dir():
+        if source.parent.name != "checkpoints":  # a copy: what lies around it is nobody's run
+            if wanted is None:
+                raise UserError(
+                    f"--resume {resume.mode} is a checkpoint outside of a run's folder checkpoints. Say with "
+                    "--output_dir where the run goes on."
+                )
+            return OutputFolder.claim(wanted, config_name), source
         run = source.parent.parent
         newest = list_checkpoints(source.parent)[:1]
         if _same(wanted, run) and newest and newest[0].name != source.name:
             raise UserError(
-                f"--resume {source}: {newest[0].name} in the same folder is newer. To continue from the older one, "
-                "choose another --output_dir."
+                f"--resume {resume.mode}: {newest[0].name} in the same folder is newer. To continue from the older "
+                "one, choose another --output_dir."
             )
     else:
         run = source.parent if source.name == "checkpoints" else source
