@@ -200,8 +200,13 @@ def interrupted(ranks: Ranks, folder: str) -> dict[str, Any]:
         def on_log(self, record: dict[str, float]) -> None:
             raise ZeroDivisionError("a slip")
 
+    class Late(Callback):
+        def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:
+            if split == "test":
+                os.kill(os.getpid(), signal.SIGINT)
+
     caught: list[Any] = []
-    overrides = [("ctrl-c", Presses(signal.SIGINT), ENDLESS), ("callback", Fails(), {})]
+    overrides = [("ctrl-c", Presses(signal.SIGINT), ENDLESS), ("callback", Fails(), {}), ("late", Late(), {})]
     for name, callback, changes in overrides:
         try:
             train(CONFIG, output_dir=f"{folder}/{name}", callbacks=[callback], overrides=changes, quiet=True)
@@ -217,7 +222,8 @@ def interrupted(ranks: Ranks, folder: str) -> dict[str, Any]:
 def test_a_guest_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     alone = plain_run(tmp_path)
     found = run_ranks(interrupted, 1, str(tmp_path))[0]
-    (pressed, said, _), (failed, why, cause) = found["caught"]
+    (pressed, said, _), (failed, why, cause), (late, too_late, _) = found["caught"]
+    assert late is KeyboardInterrupt and too_late.startswith("the run had finished already, in ")
     assert pressed is KeyboardInterrupt and "stopped after step 5 of" in said and "SIGINT. Nothing is lost." in said
     assert failed is CallbackError and cause == "ZeroDivisionError('a slip')"
     assert why.startswith("The callback Fails.on_log() has raised ZeroDivisionError: a slip\nThe run was stopped after")

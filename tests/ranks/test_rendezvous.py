@@ -341,3 +341,17 @@ def test_the_interface_to_a_host() -> None:
     assert rendezvous._interface_to("no.such.host.invalid") is None
     if Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text():
         assert rendezvous._interface_to("::1") == "lo"
+
+
+def test_a_restart_by_torchrun_does_not_meet_killed_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent may keep one store for all restarts, with the addresses of the ranks before."""
+    server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    stores = []
+    for attempt in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        stores.append(rendezvous._agent_store(timedelta(seconds=5)))
+    stores[0].set("address", "of a killed rank")
+    assert stores[1].check(["address"])
+    assert not stores[2].check(["address"])

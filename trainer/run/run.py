@@ -132,7 +132,10 @@ def _run(
         watch.way_on = lambda: way_on(path, resumed=resumed)
         course = set_out(pieces, folder, log, watch, snapshot, trace, started_at_s, began_s, tell)
         watch.way_on = lambda: way_on(path, began=course.saver.began, resumed=resumed)
-        return _train(course)
+        summary = _train(course)
+        if guest and watch.stop_reason == "SIGINT":  # too late for this run, but the program behind it has to hear it
+            raise KeyboardInterrupt(f"the run had finished already, in {path}")
+        return summary
     except TrainerError as error:
         if watch is not None and not error.agreed and error.speaks is None:
             watch.tell_failure(error)
