@@ -208,7 +208,12 @@ class Layer(torch.autograd.Function):
             for index, row in zip((site.weight, site.bias), rows):
                 if index is not None:
                     assert row is not None
-                    site.pack.leaves.put(index, row)
+                    # What is left with the pack is added to in place, so it must be nobody else's memory.
+                    there = row.untyped_storage().data_ptr()
+                    shared = any(
+                        t is not None and t.untyped_storage().data_ptr() == there for t in (grad, dx, x, weight)
+                    )
+                    site.pack.leaves.put(index, row.clone() if shared else row)
         return None, dx if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -18,10 +18,13 @@ the end. It also compares: no pack is used before its bits were those of single 
 from __future__ import annotations
 
 import contextlib
+import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -32,7 +35,20 @@ from .independent import ARITHMETIC, MOVES, is_in_place, is_independent, plain_n
 from .layers import Cut, Join, Layer, Rule, Site, name_of, piece
 from .leaves import Leaves
 from .streams import Streams
-from .trace import LOOKS, Call, Trace, custom_functions, flat, name_in, scaled_numbers, tensors_of
+from .trace import (
+    LOOKS,
+    Call,
+    Trace,
+    custom_functions,
+    flat,
+    forwards_replaced,
+    memories,
+    name_in,
+    same_alone,
+    scaled_numbers,
+    tensors_of,
+    versions,
+)
 from .values import (
     ENOUGH_VALUES,
     EVEN,
@@ -52,6 +68,22 @@ ALONE = -1
 # Kinds of tensors: with a part for each micro-batch, one after the other along the first dimension; with one number for
 # each; and those that are the same for all of them. Tensors that were there before have no kind.
 _PARTED, _NUMBERS, _SAME = 1, 2, 4
+# Functions that give a gradient a hook.
+HOOKS = frozenset((Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad))
+
+
+class Way(NamedTuple):
+    """What trials have found out about a call.
+
+    Attributes:
+        together: whether the function is called once for all micro-batches.
+        scaled: places of numbers that are those of all samples.
+        numbers: these numbers.
+    """
+
+    together: bool
+    scaled: frozenset[int]
+    numbers: tuple[Any, ...]
 
 
 class Alias(torch.autograd.Function):
@@ -92,9 +124,10 @@ class Pack(TorchFunctionMode):
         sites: what trials have found out: the key of a layer -> which of its rules is taken; the key of a layer or
             function that is computed one micro-batch at a time -> ALONE. A trial adds to them.
         checked: keys of layers and functions that trials have compared. A trial adds to them.
-        calls: what trials have found out about each call, named by the `form` that it makes: whether the function is
-            called once for all micro-batches, and which of its numbers are those of all samples. A trial adds to it.
-        trace: in a trial, the calls of a micro-batch alone; else None.
+        calls: what trials have found out about each call, named by the `form` that it makes. A trial adds to it.
+        outside: the tensors that calls have been given in trials and that nobody saw being made, by their ids. A trial
+            adds to it.
+        traces: in a trial, the calls of each micro-batch alone, or None for one whose calls say nothing; else empty.
     """
 
     def __init__(
@@ -110,14 +143,22 @@ class Pack(TorchFunctionMode):
         streams: Streams,
         sites: dict[Key, int],
         checked: set[Key],
-        calls: dict[int, tuple[bool, frozenset[int]]],
-        trace: Trace | None,
+        calls: dict[int, Way],
+        outside: dict[int, weakref.ref[Tensor]],
+        traces: Sequence[Trace | None],
     ) -> None:
         super().__init__()
         self._parameters, self._constants, self._statistics = parameters, constants, statistics
         self._rows, self.g, self.leaves, self._streams = rows, g, leaves, streams
         self._sites, self._checked, self._calls, self.form = sites, checked, calls, 0
-        self._trace, self.checks, self._position = trace, trace is not None, 0
+        self._outside, self._traces = outside, traces
+        self._trace = next((trace for trace in traces if trace is not None), None)
+        self.checks, self._position = self._trace is not None, 0
+        # In a trial, of a micro-batch that is computed alone: its calls alone, and which of them comes next. Tensors
+        # that are made meanwhile have a mark: they are of no use to another micro-batch.
+        self._alone: Sequence[Call] | None = None
+        self._next, self._scope = 0, object()
+        self._copied, self._changed = "", False  # in a trial: what is a copy here only; whether tensors are changed
         self.scratch = statistics.scratch_rows(g)
         self._derived: dict[int, int] = {}  # id of a tensor that follows from parameters alone -> its place
         self.derived: list[tuple[Tensor, Tensor]] = []  # with its graph; without
@@ -184,11 +225,13 @@ class Pack(TorchFunctionMode):
         self._uses.update({self._named(t) for t in tensors_of(given) if t.requires_grad})
 
     def check_order(self) -> None:
-        """In a trial, after the losses: whether all gradients are added in the order of a micro-batch alone.
+        """In a trial, after the losses: whether memory is shared, and gradients are added, as in a micro-batch alone.
 
         A call that is made for one micro-batch at a time adds those of its own uses of a tensor first. Where the tensor
         has others, too, that is another order, which shows only if they are not 0.
         """
+        if self._copied and self._changed:
+            raise RefusedError(f"tensors are changed in place, and {self._copied} gives a copy or a view, unlike alone")
         for named, name in self._several.items():
             if self._uses[named] > 1:
                 raise RefusedError(f"{name} uses a tensor several times that others use as well")
@@ -223,22 +266,83 @@ class Pack(TorchFunctionMode):
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function returns: by a rule, one micro-batch at a time, or for the pack."""
+        if func in HOOKS:
+            raise RefusedError("a gradient has a hook, which would get that of all samples, or of a copy")
         if self._now is not None:
-            k = self._now
-            return func(*self._own(args, k), **self._own(kwargs, k))
+            return self._seen_alone(func, args, kwargs, self._now)
         given, used, scaled = self._note(func, args, kwargs)
-        own = None
+        own, before = None, []
         if scaled is None:
             own, scaled = self._compared(func, args, kwargs)
-            self._calls[self.form] = (True, scaled)
+            numbers = tuple(flat((args, kwargs), [])[place] for place in sorted(scaled))
+            self._calls[self.form] = Way(True, scaled, numbers)
+            before = versions((args, kwargs))
         found = self._called(func, args, kwargs, given, used, scaled, own)
-        if own is not None and any(t.requires_grad for t in tensors_of(found)):
-            self._note_uses((args, kwargs))
+        if own is not None:
+            if any(t.requires_grad for t in tensors_of(found)):
+                self._note_uses((args, kwargs))
+            self._compare_memory(func, args, kwargs, own, found, versions((args, kwargs)) != before)
         kind = _PARTED if given & (_PARTED | _NUMBERS) or scaled else _SAME
         for tensor in tensors_of(found):
             if not self._kind(tensor) and id(tensor) not in self._constants and self.place(tensor) is None:
                 self._mark(tensor, kind)
         return found
+
+    def _seen_alone(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], k: int) -> Any:
+        """What a function returns to micro-batch k, which is computed alone."""
+        if k == 0:  # the others do the same, each with its own values
+            known: list[Any] = [func]
+            self._look_at((args, kwargs), known, plain_name(func) not in ARITHMETIC, set())
+            self.form = hash((self.form, *known))
+        own = self._own(args, k), self._own(kwargs, k)
+        if self._alone is not None:
+            call = self._follow(func, args, kwargs, own)
+            if (
+                call.changes
+                and func not in HAS_STATISTICS
+                and not all(self._made_here(t) for t in tensors_of((args, kwargs)))
+            ):
+                raise RefusedError(f"{name_in(func)} changes a tensor in place for one micro-batch at a time")
+        found = func(*own[0], **own[1])
+        if self.checks or k == 0:
+            for tensor in tensors_of(found):
+                if not self._kind(tensor) and id(tensor) not in self._constants and self.place(tensor) is None:
+                    self._mark_here(tensor)
+        return found
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Any) -> Call:
+        """In a trial: the next call of this micro-batch alone, if this is the same one. parts: its own arguments."""
+        assert self._alone is not None
+        if self._next >= len(self._alone):
+            raise RefusedError(f"{name_in(func)} is not called for a micro-batch alone")
+        own = self._alone[self._next]
+        self._next += 1
+        same_alone(func, flat(parts, []), own)
+        for tensor, one in zip(flat((args, kwargs), []), own.given):
+            if not isinstance(tensor, Tensor) or self._kind(tensor) or self.place(tensor) is not None:
+                continue
+            here = self._made_here(tensor) or id(tensor) in self._constants or tensor is one.outside
+            if not here and self._statistics.scratch_piece(tensor, self.scratch) is None:
+                raise RefusedError(f"{name_in(func)} gets what another micro-batch has left behind")
+        return own
+
+    def _mark_here(self, tensor: Tensor) -> None:
+        tensor._scope = self._scope  # type: ignore[attr-defined]
+
+    def _made_here(self, tensor: Tensor) -> bool:
+        return getattr(tensor, "_scope", None) is self._scope
+
+    def _compare_memory(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], own: Call, found: Any, changed: bool
+    ) -> None:
+        """In a trial: whether a call changes, and shares, the memory of its arguments as for a micro-batch alone."""
+        if func in HAS_STATISTICS:
+            return  # it changes these, and they are compared
+        if changed != own.changes:
+            raise RefusedError(f"{name_in(func)} changes a tensor in place for a micro-batch alone, and not here")
+        self._changed |= changed
+        if own.aliases != (not memories(found).isdisjoint(memories((args, kwargs)))):
+            self._copied = name_in(func)
 
     def _called(
         self,
@@ -262,7 +366,7 @@ class Pack(TorchFunctionMode):
         if random and kwargs.get("generator") is not None:
             raise RefusedError(f"{name_of(func)} with a generator of its own")
         if own is None:  # as a trial has found
-            together = self._calls[self.form][0]
+            together = self._calls[self.form].together
         else:
             together = not used and not given & _NUMBERS and self._may_be_together(func, args, kwargs, scaled)
         if not together and is_in_place(func, kwargs):
@@ -275,7 +379,7 @@ class Pack(TorchFunctionMode):
                 if is_in_place(func, kwargs):
                     raise RefusedError(f"{name_of(func)} gives a micro-batch another shape")
                 together, found = False, self.apart(func, args, kwargs, random, scaled)
-            self._calls[self.form] = (together, scaled)
+            self._calls[self.form] = self._calls[self.form]._replace(together=together)
         return found
 
     def _note(
@@ -287,6 +391,8 @@ class Pack(TorchFunctionMode):
             Which kinds of tensors are among the arguments; the places of the parameters among them; the places of
             numbers that are those of all samples, None if a trial has to find them.
         """
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise RefusedError("what is saved for the backward goes through hooks, which would get that of all samples")
         known: list[Any] = [func, torch.is_grad_enabled()]
         numbers, used = plain_name(func) not in ARITHMETIC, set[int]()
         given = self._look_at(args, known, numbers, used)
@@ -298,7 +404,9 @@ class Pack(TorchFunctionMode):
         call = self._calls.get(self.form)
         if call is None:
             raise RefusedError("it calls other functions than in its trials", untried=True)
-        return given, used, call[1]
+        if call.scaled and tuple(flat((args, kwargs), [])[place] for place in sorted(call.scaled)) != call.numbers:
+            raise RefusedError("it has other numbers than in its trials", untried=True)
+        return given, used, call.scaled
 
     def _look_at(self, values: Any, known: list[Any], numbers: bool, used: set[int]) -> int:
         """One pass through arguments, since it is made for every function: notes their form, and what there is."""
@@ -311,8 +419,12 @@ class Pack(TorchFunctionMode):
                 kind, place = self._kind(value), self.place(value)
                 made = value._made if kind else None  # type: ignore[attr-defined]
                 known += (value.shape, value.stride(), value.dtype, value.requires_grad, place, kind, made)
+                if value.is_complex():
+                    raise RefusedError("complex numbers")
                 if kind != _SAME:
                     found |= kind
+                if not kind and place is None and self._trace is None and not self._was_there(value):
+                    raise RefusedError("it gets a tensor that packs have not seen being made", untried=True)
                 if place is not None:
                     used.add(place)
             elif value is None or isinstance(value, (str, bool, torch.dtype)):
@@ -321,12 +433,19 @@ class Pack(TorchFunctionMode):
                 known.append(len(value))
                 found |= self._look_at(value, known, numbers, used)
             elif isinstance(value, slice):
-                known += (value.start, value.stop, value.step)
+                known += (_name_of(value.start), _name_of(value.stop), _name_of(value.step))
+            elif isinstance(value, np.generic):
+                known.append(value.item() if numbers else type(value))
             elif isinstance(value, (int, float)):
-                known.append(value if numbers else (type(value), value == self._rows))
+                known.append(_name_of(value) if numbers else (type(value), value == self._rows))
             else:
                 known.append(type(value))
         return found
+
+    def _was_there(self, tensor: Tensor) -> bool:
+        """Whether a tensor that nobody saw being made was given to calls in trials, too."""
+        there = self._outside.get(id(tensor))
+        return id(tensor) in self._constants or self._made_here(tensor) or (there is not None and there() is tensor)
 
     def _compared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, frozenset[int]]:
         """In a trial: this call of a micro-batch alone, and the places of numbers that are those of all samples."""
@@ -343,14 +462,13 @@ class Pack(TorchFunctionMode):
                 raise RefusedError(f"{name_of(func)} gets a tensor that packs have not seen being made")
             if self._statistics.scratch_piece(tensor, self.scratch) is not None and func not in HAS_STATISTICS:
                 raise RefusedError(f"{name_of(func)} of BatchNorm's statistics")
+            self._outside[id(tensor)] = weakref.ref(tensor)
         return own, scaled
 
     def _may_be_together(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scaled: frozenset[int]
     ) -> bool:
         """In a trial: whether a function is called once for all micro-batches."""
-        if name_of(func) == "register_hook":
-            raise RefusedError("a gradient has a hook, which would get that of all samples")
         if scaled and not takes_sizes(func):
             return False
         if not is_independent(func, args, kwargs, self.has_part):
@@ -608,31 +726,39 @@ class Pack(TorchFunctionMode):
                 raise RefusedError(f"{name_of(what)} gives micro-batches different shapes", once=True)
             return type(first)(self.joined(column, what) for column in zip(*found))
         if isinstance(first, Mapping):
-            return type(first)({name: self.joined([f[name] for f in found], what) for name in first})  # type: ignore[call-arg]
+            whole = {name: self.joined([f[name] for f in found], what) for name in first}
+            return whole if type(first) is dict else _filled(first, whole)
         if any(f != first for f in found[1:]):
             raise RefusedError(f"{name_of(what)} differs among micro-batches", once=True)
         return first
 
     @contextlib.contextmanager
-    def now(self, k: int, random: bool = True) -> Iterator[None]:
-        """What is called meanwhile is called for micro-batch k alone."""
+    def now(self, k: int, random: bool = True, inner: Sequence[Call] | None = None) -> Iterator[None]:
+        """What is called meanwhile is called for micro-batch k alone.
+
+        Args:
+            k: the micro-batch.
+            random: whether random numbers may be drawn.
+            inner: in a trial, what it calls alone; None for the calls of its loss.
+        """
         assert self._now is None
-        self._now = k
+        if self.checks and inner is None:
+            own = self._traces[k]
+            calls = None if own is None else own.calls[own.forward_calls :]
+        else:
+            calls = inner
+        self._now, self._alone, self._next = k, calls, 0
         try:
             with self._streams.of(k) if random else contextlib.nullcontext():
                 yield
         finally:
-            self._now = None
+            self._now = self._alone = None
+            self._scope = object()
 
     @contextlib.contextmanager
     def _modules_apart(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        for module in modules:
-            module.forward = self._apart_forward(module, module.forward)
-        try:
+        with forwards_replaced(modules, self._apart_forward):
             yield
-        finally:
-            for module in modules:
-                del module.forward  # the class's own is behind it
 
     def _apart_forward(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -640,26 +766,40 @@ class Pack(TorchFunctionMode):
                 return forward(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 given, _, scaled = self._note(type(module), args, kwargs)
+                own = None
                 if scaled is None:
-                    _, scaled = self._compared(type(module), args, kwargs)
-                    self._calls[self.form] = (False, scaled)
+                    own, scaled = self._compared(type(module), args, kwargs)
+                    if own.changes:
+                        raise RefusedError(f"{type(module).__name__} changes its input in place")
+                    self._calls[self.form] = Way(False, scaled, ())
+                place = self._position - 1
             if not given & (_PARTED | _NUMBERS):
                 raise RefusedError(f"{type(module).__name__} of something that no micro-batch has a part of")
             found = []
             self._note_uses((args, kwargs))
             self._begin_call()
             for k in range(self.g):
-                with self.now(k):
-                    with torch._C.DisableTorchFunction():
-                        own = self.part((args, kwargs), k, scaled)
-                    found.append(forward(*own[0], **own[1]))
+                with torch._C.DisableTorchFunction():
+                    part = self.part((args, kwargs), k, scaled)
+                    for tensor in tensors_of(part):
+                        self._mark_here(tensor)
+                    inner = self._inner_calls(k, place) if own is not None else None
+                with self.now(k, inner=inner):
+                    found.append(forward(*part[0], **part[1]))
                 if k == 0 and self.checks:
                     with torch._C.DisableTorchFunction():
                         self._note_several(type(module), found[0])
             with torch._C.DisableTorchFunction():
+                if own is not None and own.aliases:
+                    self._copied = type(module).__name__
                 return self.joined(found, type(module).__name__)
 
         return call
+
+    def _inner_calls(self, k: int, place: int) -> Sequence[Call] | None:
+        """In a trial: what the module that is the call at `place` calls for micro-batch k alone."""
+        trace = self._traces[k]
+        return None if trace is None or place >= len(trace.calls) else trace.calls[place].inner
 
     def outputs_of(self, outputs: Any, k: int) -> Any:
         """Micro-batch k's part of what a task's forward returned."""
@@ -669,12 +809,18 @@ class Pack(TorchFunctionMode):
                 raise RefusedError("an output that does not have one row a sample")
             if k == 0:
                 self._note_uses(tensors)
-            return self.part(outputs, k)
+            part = self.part(outputs, k)
+            for tensor in tensors_of(part):
+                self._mark_here(tensor)
+            return part
 
     def samples_of(self, arrays: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         """Micro-batch k's samples of those of the pack."""
         with torch._C.DisableTorchFunction():
-            return {name: piece(array, k, self.g) for name, array in arrays.items()}
+            pieces = {name: piece(array, k, self.g) for name, array in arrays.items()}
+            for tensor in pieces.values():
+                self._mark_here(tensor)
+            return pieces
 
     def stacked(self, losses: list[Tensor]) -> Tensor:
         """The losses of all micro-batches: (g,)."""
@@ -778,6 +924,11 @@ class Pack(TorchFunctionMode):
         return next((place for place in places if _is_exact(sites[place], tensors)), ALONE)
 
 
+def _name_of(value: Any) -> Any:
+    """Stands for a number: Python gives -1 and -2 one hash."""
+    return -1.5 if value == -1 else value
+
+
 def cloned(value: Any) -> Any:
     """Arguments with copies of their tensors."""
     return value.clone() if isinstance(value, Tensor) else mapped(value, cloned)
@@ -796,9 +947,19 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
         return type(value)(*(function(v) for v in value))
     if isinstance(value, (list, tuple)):
         return type(value)(function(v) for v in value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {name: function(v) for name, v in value.items()}
+    if isinstance(value, dict):  # as transformers' outputs, whose fields are attributes, too
+        return _filled(value, {name: function(v) for name, v in value.items()})
     return value
+
+
+def _filled(like: Any, values: Mapping[str, Any]) -> Any:
+    """A dictionary of a class of its own, with other values."""
+    new = copy.copy(like)
+    for name, value in values.items():
+        new[name] = value
+    return new
 
 
 def _plain(value: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..micro_batches import GlobalBatch, MicroBatches
 from ..splits import Batch
 from .choice import Choice
 from .leaves import Leaves, Sink
-from .pack import ALONE, Key, Pack
+from .pack import ALONE, Key, Pack, Way
 from .streams import Streams
 from .trace import Trace, same_calls
 from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory, told
@@ -81,10 +82,13 @@ class Packs:
             for p in module.parameters(recurse=False):
                 if id(p) in self._places:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
+        # A compiler would take packs' own code for a part of the model.
+        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._sites: dict[Key, int] = {}
         self._checked: set[Key] = set()
-        self._calls: dict[int, tuple[bool, frozenset[int]]] = {}
+        self._calls: dict[int, Way] = {}
+        self._outside: dict[int, weakref.ref[Tensor]] = {}
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
@@ -100,7 +104,9 @@ class Packs:
     def begin(self, batch: GlobalBatch, block: range) -> int:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
-        if self._choice is not None:
+        if self._compiled:
+            self.size = 1
+        elif self._choice is not None:
             work = sum(m * max(1, longest) for m, longest in (self._shape(batch, j) for j in block))
             self.size = self._choice.begin(len(block), work, self._limit, self._refused_sizes())
         elif self._limit is not None:
@@ -146,6 +152,10 @@ class Packs:
             found["speed_up"] = round(self._choice.speed_up, 3)
         if self._limit is not None:
             found["limited_by_memory_to"] = self._limit
+        if self._compiled:
+            found["refused"] = {"all": "a part of the model is compiled"}
+        elif self._postponed and not any(v.refusal is None and v.trials for v in self._verdicts.values()):
+            found["refused"] = {str(key[0]): "no trial came to its end" for key in sorted(self._postponed)}
         if self.refusals():
             found["refused"] = {str(size): why for size, why in sorted(self.refusals().items())}
         apart = {*self._apart, *(key[0] for key in self._alone())}
@@ -220,7 +230,7 @@ class Packs:
         return [self._micro_batches.forward_key(batch, j) for j in part]
 
     def compute(
-        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, trace: Trace | None = None
+        self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, sink: Sink, traces: Sequence[Trace | None] = ()
     ) -> Packed:
         """Computes a pack; its gradients go to the sink.
 
@@ -229,8 +239,8 @@ class Packs:
             part: its micro-batches in the pack.
             scale: () the gradient of each loss.
             sink: takes the gradients.
-            trace: in a trial, the calls of a micro-batch alone. Each function is looked at by itself, too. Otherwise
-                they have to be those of a trial.
+            traces: in a trial, the calls of each micro-batch alone. Each function is looked at by itself, too.
+                Otherwise they have to be those of a trial.
 
         Raises:
             RefusedError: this cannot be done. The sink may have taken some gradients.
@@ -238,7 +248,7 @@ class Packs:
         arrays, streams = self._micro_batches.pack_samples(batch, part), Streams(len(part), self._device)
         streams.begin(self.keys(batch, part))
         try:
-            return self.compute_samples(batch, part, scale, sink, arrays, streams, trace)
+            return self.compute_samples(batch, part, scale, sink, arrays, streams, traces)
         finally:
             streams.end()
 
@@ -250,7 +260,7 @@ class Packs:
         sink: Sink,
         arrays: Batch,
         streams: Streams,
-        trace: Trace | None = None,
+        traces: Sequence[Trace | None] = (),
     ) -> Packed:
         """As `compute`, of samples at hand: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
         if any(p._backward_hooks for p in self._trained):
@@ -272,7 +282,8 @@ class Packs:
             sites=self._sites,
             checked=self._checked,
             calls=self._calls,
-            trace=trace,
+            outside=self._outside,
+            traces=traces,
         )
         try:
             with pack.active(self._modules_apart()):
@@ -281,7 +292,7 @@ class Packs:
             if leaves.shared:
                 raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
             known = {} if verdict is None else verdict.trials
-            if trace is None and known.get(pack.form, 0) < TRIALS:
+            if not traces and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
             inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
@@ -346,8 +357,10 @@ class Packs:
         before = self._verdicts.get(key)
         random = any(single.random for single in singles) or (before is not None and before.random)
         refusal: str | None = None
+        own: list[Trace | None] = list(traces)
         if len(traces) > 2 and not same_calls(traces[0], traces[-1]):
-            del traces[0]  # the first of all makes what later ones find at hand
+            own[0] = None  # the first of all makes what later ones find at hand
+            del traces[0]
         trials = {} if before is None else dict(before.trials)
         for _ in range(len(self._owners) + 4):
             sums = HashedSums(len(part))
@@ -356,7 +369,10 @@ class Packs:
             try:
                 if not all(same_calls(traces[0], trace) for trace in traces[1:]):
                     raise RefusedError("micro-batches call different functions", once=True)
-                packed = self.compute(batch, part, scale, sums, traces[0])
+                broken = next((trace.broken for trace in traces if trace.broken), "")
+                if broken:
+                    raise RefusedError(broken)
+                packed = self.compute(batch, part, scale, sums, own)
             except RefusedError as error:
                 refusal = str(error)
                 if error.once and self._may_be_postponed(key, before):

@@ -120,7 +120,8 @@ class Streams:
             self._gpu.graphsafe_set_state(self._resting_gpu)
 
     def _look(self) -> None:
-        self._disturbed |= not torch.equal(self._host.get_state(), self._resting_host)
+        with torch._C.DisableTorchFunction():  # a pack sees what is called
+            self._disturbed |= not torch.equal(self._host.get_state(), self._resting_host)
         if self._resting_gpu is not None and not self._recording:
             self._disturbed |= self._resting_gpu.get_offset() != 0
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
@@ -106,11 +107,27 @@ class Call(NamedTuple):
         given: its arguments, as from `flat`, with (shape, tensor or None) in place of each tensor. The tensor is kept
             if it was made where nobody saw it: it has to be the same one in a pack.
         shapes: of the tensors that it returned.
+        changes: whether it has changed one of its arguments.
+        aliases: whether a tensor that it returned shares memory with one of its arguments.
+        inner: what a module of `apart` has called.
     """
 
     func: Any
     given: list[Any]
     shapes: list[torch.Size]
+    changes: bool = False
+    aliases: bool = False
+    inner: Sequence[Call] = ()
+
+
+def memories(values: Any) -> set[int]:
+    """Where the memory of tensors begins."""
+    return {t.untyped_storage().data_ptr() for t in tensors_of(values) if t.numel()}
+
+
+def versions(values: Any) -> list[int]:
+    """How often tensors have been changed."""
+    return [t._version for t in tensors_of(values)]
 
 
 class Shape(NamedTuple):
@@ -126,6 +143,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         calls: in order, first those of the task's forward.
         forward_calls: how many of them were those of the task's forward.
+        broken: why calls could not be noted; empty if they were.
 
     Args:
         arrays: the samples.
@@ -137,7 +155,9 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.forward_calls: int | None = None
-        self._known, self._apart, self._inside = known, apart, False
+        self.broken = ""
+        self._known, self._apart = known, apart
+        self._inner: list[Call] | None = None  # in a module of `apart`
         self._mark = object()
         for array in arrays.values():
             array._seen = self._mark  # type: ignore[attr-defined]
@@ -156,28 +176,49 @@ class Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch instead of each of its functions."""
-        if self._inside or func in LOOKS:
+        if func in LOOKS:
             return func(*args, **(kwargs or {}))
         return self._call(func, args, kwargs or {})
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._inside:
-            return func(*args, **kwargs)
-        given = self._given(args, kwargs)
+        before = self._given(func, args, kwargs)
         found = func(*args, **kwargs)
-        self._note(func, given, found)
+        self._note(func, args, kwargs, before, found)
         return found
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return [self._shape(v) if isinstance(v, Tensor) else v for v in flat((args, kwargs), [])]
+    def _given(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], list[int]] | None:
+        """The arguments of a call as in `Call`, and how often they have been changed; None if that cannot be known."""
+        try:
+            given = [self._shape(v) if isinstance(v, Tensor) else v for v in flat((args, kwargs), [])]
+            return given, versions((args, kwargs))
+        except Exception as error:  # a nested tensor has no shape, say
+            self.broken = f"{name_in(func)}: {error}"
+            return None
 
-    def _note(self, func: Any, given: list[Any], found: Any) -> None:
-        shapes = []
-        for tensor in tensors_of(found):
-            shapes.append(tensor.shape)
-            if id(tensor) not in self._known:
-                tensor._seen = self._mark  # type: ignore[attr-defined]
-        self.calls.append(Call(func, given, shapes))
+    def _note(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: tuple[list[Any], list[int]] | None,
+        found: Any,
+        inner: Sequence[Call] = (),
+    ) -> None:
+        if before is None:
+            return
+        try:
+            shapes = []
+            for tensor in tensors_of(found):
+                shapes.append(tensor.shape)
+                if id(tensor) not in self._known:
+                    tensor._seen = self._mark  # type: ignore[attr-defined]
+            changes = versions((args, kwargs)) != before[1]
+            aliases = not memories(found).isdisjoint(memories((args, kwargs)))
+        except Exception as error:
+            self.broken = f"{name_in(func)}: {error}"
+            return
+        calls = self.calls if self._inner is None else self._inner
+        calls.append(Call(func, before[0], shapes, changes, aliases, inner))
 
     def _shape(self, tensor: Tensor) -> Shape:
         seen = id(tensor) in self._known or getattr(tensor, "_seen", None) is self._mark
@@ -186,30 +227,42 @@ class Trace(TorchFunctionMode):
     @contextlib.contextmanager
     def _modules(self) -> Iterator[None]:
         """A module of `apart` counts as one call."""
-        for module in self._apart:
-            module.forward = self._one_call(module, module.forward)
-        try:
+        with forwards_replaced(self._apart, self._one_call):
             yield
-        finally:
-            for module in self._apart:
-                del module.forward  # the class's own is behind it
 
     def _one_call(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
+            if self._inner is not None:
                 return forward(*args, **kwargs)
             with torch._C.DisableTorchFunction():
-                given = self._given(args, kwargs)
-            self._inside = True
+                before = self._given(type(module), args, kwargs)
+            self._inner = inner = []
             try:
                 found = forward(*args, **kwargs)
             finally:
-                self._inside = False
+                self._inner = None
             with torch._C.DisableTorchFunction():
-                self._note(type(module), given, found)
+                self._note(type(module), args, kwargs, before, found, inner)
             return found
 
         return call
+
+
+@contextlib.contextmanager
+def forwards_replaced(
+    modules: Sequence[nn.Module], replaced: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Modules' forwards are replaced meanwhile. One that a user has put into a module itself is put there again."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    for module in modules:
+        module.forward = replaced(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def name_in(func: Any) -> str:
@@ -250,9 +303,45 @@ def scaled_numbers(func: Any, given: list[Any], own: Call, g: int, parts: Callab
             if isinstance(a, bool) or not isinstance(a, int) or a != g * b:
                 raise RefusedError(f"{name} gets a number that depends on how many samples there are")
             scaled.add(place)
-        elif type(a) is not type(b) or (isinstance(a, str) and a != b):
+        elif not _same(a, b):
             raise RefusedError(f"{name} gets something else than in a micro-batch alone")
     return frozenset(scaled)
+
+
+def same_alone(func: Any, given: list[Any], own: Call) -> None:
+    """Compares a call for one micro-batch of a pack with that of the same micro-batch alone.
+
+    Args:
+        func, given: the call, as from `flat`.
+        own: that of the micro-batch alone.
+
+    Raises:
+        RefusedError: they are not the same.
+    """
+    name = name_in(func)
+    if func != own.func or len(given) != len(own.given):
+        raise RefusedError(f"{name} is called where a micro-batch alone calls {name_in(own.func)}")
+    for a, b in zip(given, own.given):
+        if isinstance(a, Tensor) or isinstance(b, Shape):
+            if not (isinstance(a, Tensor) and isinstance(b, Shape) and a.shape == b.shape):
+                raise RefusedError(f"{name} gets a tensor of another size than in a micro-batch alone")
+        elif isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            if a != b and a == a:
+                raise RefusedError(f"{name} gets {a}, and {b} in a micro-batch alone")
+        elif not _same(a, b):
+            raise RefusedError(f"{name} gets something else than in a micro-batch alone")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments that are neither tensors nor plain numbers are the same."""
+    if type(a) is not type(b):
+        return False
+    if a is b:
+        return True
+    try:
+        return bool((a == b).all()) if isinstance(a, np.ndarray) else bool(a == b or a != a)
+    except Exception:
+        return False
 
 
 def same_calls(one: Trace, other: Trace) -> bool:
