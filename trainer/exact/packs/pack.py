@@ -168,6 +168,7 @@ class Pack(TorchFunctionMode):
         # Names of tensors that were made or given, and in a trial: how many calls use each, and which of them a call
         # that is made for one micro-batch at a time uses several times.
         self._made, self._uses, self._several = 0, Counter[Any](), dict[Any, str]()
+        self._low_uses: dict[int, bool] = {}  # with autocast: whether a parameter is used for one at a time
         self._ends: dict[Any, Any] = {}  # of the first micro-batch's graph in a call: its node -> what lies behind it
         # Marks on tensors. Nobody else has these objects, so that a tensor of an earlier pack is none of this one.
         self._marks = {kind: (kind,) for kind in (_PARTED, _NUMBERS, _SAME)}
@@ -683,6 +684,8 @@ class Pack(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return value
         self.leaves.expect(place)
+        if k == 0:
+            self._note_low_use(place, alone=True)
         alias: Tensor = Alias.apply(value, self, place, k)
         self._ends[alias.grad_fn] = ("parameter", place)
         return alias
@@ -901,7 +904,20 @@ class Pack(TorchFunctionMode):
         for place in places:
             if place is not None:
                 self.leaves.expect(place)
+                self._note_low_use(place, alone=False)
         return Layer.apply(site, *tensors)
+
+    def _note_low_use(self, place: int, alone: bool) -> None:
+        """With autocast: a parameter has one use more, by a layer with a rule, or for one micro-batch at a time.
+
+        Autocast casts a parameter once a forward, and the gradients of all uses are added in its type. Here each use
+        for one micro-batch at a time has a cast of its own.
+        """
+        if torch.is_autocast_enabled(self.leaves.device_type):
+            before = self._low_uses.get(place)
+            self._low_uses[place] = alone or bool(before)
+            if before is not None and (alone or before):
+                self.leaves.shared.add(place)
 
     def holds(self, site: Site, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether a rule is exact for a gradient that does not lie in memory as the layer's output does."""
