@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from tests.search.small import BASE
+from trainer.errors import UserError
+from trainer.run.same_run import _HARMLESS
 from trainer.search.space import read_space, takes_fractions
 
 LR, HIDDEN = "optimizer.params.lr", "trainer.task_options.hidden"
@@ -30,6 +32,15 @@ def test_a_range_is_of_whole_numbers_unless_the_key_is_a_number() -> None:
 )
 def test_what_the_config_declares(key: str, fractions: bool) -> None:
     assert takes_fractions(key, BASE) == fractions
+
+
+def test_what_may_change_while_a_run_goes_on_is_not_searched() -> None:
+    """So a new key of that kind is not forgotten here."""
+    steps = {"trainer.epochs", "trainer.max_steps"}
+    batch = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+    for key in set(_HARMLESS) - steps - batch:
+        with pytest.raises(UserError, match="cannot be searched"):
+            read_space({key: [1, 2]}, BASE)
 
 
 def test_a_grid_has_every_combination_once() -> None:
