@@ -32,6 +32,7 @@ PACKAGES = (
     "run",
     "study",
     "api",
+    "search",
     "folds",
     "commands",
     "main",
@@ -62,6 +63,7 @@ WITHOUT_TORCH = {
     "commands.start",
     "commands.version",
     "study.arms",
+    "search.declaration",
     "tasks.first_look",
 }
 HEAVY = {
@@ -75,6 +77,7 @@ HEAVY = {
     "sklearn",
     "pandas",
     "matplotlib",
+    "optuna",
     "torchvision",
     "tensorboard",
     "safetensors",
@@ -251,6 +254,7 @@ def test_what_comes_before_torch_never_imports_it(module: str) -> None:
         *("__init__", "api.callbacks", "api.evaluation", "api.launch", "api.result", "api.saved", "api.training"),
         *("commands.cli", "commands.train", "main", "__main__"),
         *("ranks.collectives", "record.folder", "commands.verify", "ranks.workers"),
+        "search.runner",
     ],
 )
 def test_what_a_person_starts_loads_torch_late(module: str) -> None:

@@ -48,4 +48,4 @@ def test_a_page_with_an_unknown_table_is_an_error() -> None:
 def test_every_task_of_the_trainer_has_a_table() -> None:
     from trainer.tasks.first_look import BUILT_IN
 
-    assert set(reference.tables()) == {"deepspeed", "trainer", "study", "cross_validation", *BUILT_IN}
+    assert set(reference.tables()) == {"deepspeed", "trainer", "study", "search", "cross_validation", *BUILT_IN}

@@ -20,6 +20,7 @@ from trainer.config.keys import load_config, parse
 from trainer.config.task_options import check_options
 from trainer.errors import UserError
 from trainer.folds.declaration import load as load_folds
+from trainer.search.declaration import load_search
 from trainer.study.declaration import load_study
 from trainer.tasks.first_look import BUILT_IN
 from trainer.tasks.protocol import load_task
@@ -62,6 +63,10 @@ def refused_by_the_trainer(values: dict[str, Any], folder: Path) -> str | None:
             file = folder / "study.json"
             file.write_text(json.dumps(values))
             load_study(str(file))
+        if "search" in values:
+            file = folder / "search.json"
+            file.write_text(json.dumps(values))
+            load_search(str(file))
         if "cross_validation" in values:
             file = folder / "folds.json"
             file.write_text(json.dumps(values))
@@ -127,8 +132,9 @@ def whole(task: str) -> dict[str, Any]:
 def of_keys(base: dict[str, Any], node: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Every key below a node of the schema with every kind of value, and with a letter more in its name."""
     study = {"study": {"output_dir": "runs/s", "seeds": 3}}
+    search = {"search": {"parameters": {"optimizer.params.lr": [0.1, 0.2]}, "trials": 3, "metric": "accuracy"}}
     for place, inner in blocks_of(node, path):
-        beside = {"study": study, "zero_optimization": {"zero_optimization": {"stage": 1}}}
+        beside = {"study": study, "search": search, "zero_optimization": {"zero_optimization": {"stage": 1}}}
         start = base | beside.get(place[0], {})
         for value in (*VALUES, *inner.get("enum", ())):
             yield laid(start, place, value)
@@ -169,7 +175,7 @@ def of_deepspeed(base: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # What the schema lets through: rules between keys.
 BETWEEN_KEYS = re.compile(
     "has no effect (at|with|without) |nothing to scale under strong scaling|names no metric|belongs to torch's"
-    "|knows no groups|is for a task of your own|counted from 0"
+    "|knows no groups|is for a task of your own|counted from 0|needs a budget"
 )
 
 

@@ -175,7 +175,7 @@ def test_a_process_that_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     path = write(tmp_path, task=f"{tmp_path}/task.py:MyTask", task_options={})
     assert study(str(path)) == 1
-    assert "a process of the study died (exit code" in capsys.readouterr().out
+    assert "a process that makes runs died (exit code" in capsys.readouterr().out
 
 
 def test_two_studies_in_one_folder(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_slot_that_dies_is_told_with_its_exit_code(tmp_path: Path) -> None:
     slots.grow(1)
     try:
         slots.send(0, "probe", config_of(tmp_path, task=task))
-        with pytest.raises(WorkerError, match=r"a process of the study died \(exit code 3\)"):
+        with pytest.raises(WorkerError, match=r"a process that makes runs died \(exit code 3\)"):
             list(slots.wait([0]))
         with pytest.raises(WorkerError, match="exit code 3"):
             slots.send(0, "probe", config_of(tmp_path))

@@ -137,6 +137,29 @@ class BareEngine:
         )
 
 
+def untrained_metrics(task: Task, config: Config, split: Split, device: torch.device) -> dict[str, float]:
+    """The metrics of a model that has learnt nothing: to know their names, and that the task can be evaluated.
+
+    Args:
+        task: loaded.
+        config: of a run of this task.
+        split: on the CPU.
+        device: where to compute.
+
+    Raises:
+        UserError: the task's model or metrics cannot be used.
+    """
+    from ..exact.order import key, seed_generators
+    from ..exact.progress import Progress
+    from ..run.build import built_model
+    from ..run.evaluate import evaluate as evaluated
+
+    seed_generators(key(config.trainer.seed, "model"), device)
+    engine = BareEngine(built_model(task, config).to(device), device, config.torch_autocast.enabled)
+    size, seed = config.trainer.evaluate_micro_batch_size, config.trainer.seed
+    return evaluated(task, engine, split.to(device), split, Ranks(), size, seed, Progress(1, 1, 1))
+
+
 def _evaluated(found: Saved, config: Config, progress: Progress, data: object) -> dict[str, float]:
     from ..engine import device as devices
     from ..exact.order import key, seed_generators, seed_python

@@ -172,6 +172,11 @@ def command_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file: cross_validation.seed=3"
     )
     folded.add_argument("--dry_run", action="store_true", help="check everything, show the plan, start no run")
+    seek = commands.add_parser("search", help="search the keys of a config by validation, and test what is found, once")
+    seek.add_argument("ds_config", metavar="FILE", help='JSON config with a "search" block')
+    seek.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: search.trials=20"
+    )
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
     again.add_argument("folder", metavar="DIR", help="study.output_dir")
     start = commands.add_parser("init", help="write a config to start from")
@@ -247,6 +252,10 @@ def _main(arguments: list[str] | None) -> int:
             return study(config_file(flags.ds_config), flags.dry_run, dict(parse_override(text) for text in flags.set))
         if flags.command == "cross-validate":
             return _cross_validate(flags)
+        if flags.command == "search":
+            from ..search.runner import search
+
+            return search(config_file(flags.ds_config), dict(parse_override(text) for text in flags.set))
         if flags.command == "report":
             from ..study.page import report
 

@@ -17,7 +17,26 @@ from ..config.keys import Config, TrainerOptions
 from ..config.reference import table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("ds_configs/README.md", "trainer/tasks/README.md", "trainer/study/README.md", "trainer/folds/README.md")
+PAGES = (
+    "ds_configs/README.md",
+    "trainer/tasks/README.md",
+    "trainer/study/README.md",
+    "trainer/search/README.md",
+    "trainer/folds/README.md",
+)
+# What a search may try for a key.
+_CHOICES = {"type": "array", "minItems": 2, "uniqueItems": True}
+_RANGE = {
+    "type": "object",
+    "properties": {
+        "low": {"description": "the lowest value", "type": "number"},
+        "high": {"description": "the highest value", "type": "number"},
+        "log": {"description": "draw evenly by the logarithm", "type": "boolean"},
+        "step": {"description": "only low, low + step, ...", "type": ["number", "null"], "exclusiveMinimum": 0},
+    },
+    "required": ["low", "high"],
+    "additionalProperties": False,
+}
 
 
 def _options() -> dict[str, type]:
@@ -30,6 +49,7 @@ def _options() -> dict[str, type]:
 def tables() -> dict[str, str]:
     """Name -> table."""
     from ..folds.declaration import CrossValidation
+    from ..search.declaration import Search
     from ..study.declaration import Study
 
     found = {
@@ -37,6 +57,7 @@ def tables() -> dict[str, str]:
         "trainer": table(TrainerOptions, "trainer."),
         "study": table(Study, "study."),
         "cross_validation": table(CrossValidation, "cross_validation."),
+        "search": table(Search, "search."),
     }
     return found | {name: table(options, "") for name, options in _options().items()}
 
@@ -44,6 +65,7 @@ def tables() -> dict[str, str]:
 def schema() -> str:
     """The schema of a config file, as JSON text."""
     from ..folds.declaration import CrossValidation
+    from ..search.declaration import Search
     from ..study.arms import NAMES
     from ..study.declaration import Study
 
@@ -68,8 +90,16 @@ def schema() -> str:
             "uniqueItems": True,
         },
         "study.tuning.metric": {"pattern": "^(|(?!test/)[^/]*/[^/]*)$"},
+        "search": {"required": ["parameters"]},
+        "search.parameters": {"minProperties": 1, "additionalProperties": {"anyOf": [_CHOICES, _RANGE]}},
+        "search.metric": {"pattern": "^[^/]*$"},
     }
-    return json.dumps(json_schema.document(_options(), Study, CrossValidation, more), indent=1) + "\n"
+    blocks: dict[str, tuple[type, str]] = {
+        "study": (Study, "what `study` compares, and how"),
+        "search": (Search, "what `search` tries, and how"),
+        "cross_validation": (CrossValidation, "how `cross-validate` cuts the samples into folds"),
+    }
+    return json.dumps(json_schema.document(_options(), blocks, more), indent=1) + "\n"
 
 
 def filled(page: str) -> str:

@@ -114,13 +114,12 @@ _MORE: dict[str, Schema] = {
 }
 
 
-def document(tasks: Mapping[str, type], study: type, folds: type, more: Mapping[str, Schema]) -> Schema:
+def document(tasks: Mapping[str, type], blocks: Mapping[str, tuple[type, str]], more: Mapping[str, Schema]) -> Schema:
     """The schema of a whole file.
 
     Args:
         tasks: the trainer's own tasks, name -> dataclass of its options.
-        study: the dataclass of the block "study".
-        folds: the dataclass of the block "cross_validation".
+        blocks: name of a block that a plain run ignores -> its dataclass, and what it says.
         more: dotted key -> what is added to that key's schema.
     """
     more = {**_MORE, **more}
@@ -143,10 +142,9 @@ def document(tasks: Mapping[str, type], study: type, folds: type, more: Mapping[
     properties["zero_optimization"] |= _arguments(deepspeed_keys.ZERO, "DeepSpeed's, with ZeRO")
     properties["zero_optimization"]["properties"]["stage"]["enum"] = [0, 1, 2, 3]
     properties["trainer"]["properties"]["task"]["anyOf"] = [{"enum": sorted(tasks)}, {"pattern": r":|\.py$"}]
-    doc = "what `study` compares, and how; a plain run ignores it"
-    properties["study"] = {"description": doc, **block(study, "study.", more), **more.get("study", {})}
-    doc = "how `cross-validate` cuts the samples into folds; a plain run ignores it"
-    properties["cross_validation"] = {"description": doc, **block(folds, "cross_validation.", more)}
+    for name, (cls, doc) in blocks.items():
+        doc = f"{doc}; a plain run ignores it"
+        properties[name] = {"description": doc, **block(cls, f"{name}.", more), **more.get(name, {})}
     properties["$schema"] = {"description": "where editors find this schema; the trainer ignores it", "type": "string"}
     head = {"$schema": _DIALECT, "title": "a config of strong-scaling-trainer"}
     return {**head, **top, "patternProperties": {f"^{name}$": _refused(why) for name, why in _REFUSED}}

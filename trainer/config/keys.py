@@ -23,7 +23,7 @@ from .schema import build, check_arguments, convert, lay_over, near, option, rea
 # Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
 SCHEMA_KEY = "$schema"
 # Blocks that only the command of this name reads. A plain run ignores them.
-OTHERS = ("study", "cross_validation")
+OTHERS = ("study", "search", "cross_validation")
 
 
 @dataclass(frozen=True)

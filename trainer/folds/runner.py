@@ -19,7 +19,7 @@ from ..errors import Stopped, UserError
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
-from ..study.runner import devices_for, duration, interruptible, locked
+from ..study.many_runs import devices_for, duration, interruptible, locked
 from ..study.slots import Slots
 from ..tasks.first_look import look
 from . import work

@@ -34,6 +34,7 @@ def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, A
     Raises:
         UserError: something must change first.
     """
+    from ..api.evaluation import untrained_metrics
     from ..data.cut import fold_of_rows
     from ..engine import deepspeed_engine as engine
     from ..engine import device as devices
@@ -54,7 +55,7 @@ def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, A
         for repeat in range(o.repeats)
     ]
     _check_batch(config, splits["train"], fold_of)
-    metrics = _untrained_metrics(task, first, splits["test"], device)
+    metrics = untrained_metrics(task, first, splits["test"], device)
     own = getattr(task, "best_metric", None)
     return {
         "samples": count,
@@ -114,21 +115,6 @@ def _check_batch(config: Config, train: Split, fold_of: list[list[int]]) -> None
             f"A run of {len(set(fold_of[0]))} folds has {least:,} samples to train on, which is less than the global "
             f"batch of {batch:,}. Take a smaller train_batch_size, or more folds."
         )
-
-
-def _untrained_metrics(task: Task, config: Config, test: Split, device: Any) -> dict[str, float]:
-    """The metrics of a model that has learnt nothing: to know their names, and that the task can be evaluated."""
-    from ..api.evaluation import BareEngine
-    from ..exact.order import key, seed_generators
-    from ..exact.progress import Progress
-    from ..run.build import built_model
-    from ..run.evaluate import evaluate
-
-    seed_generators(key(config.trainer.seed, "model"), device)
-    model = built_model(task, config).to(device)
-    engine = BareEngine(model, device, config.torch_autocast.enabled)
-    size = config.trainer.evaluate_micro_batch_size
-    return evaluate(task, engine, test.to(device), test, Ranks(), size, config.trainer.seed, Progress(1, 1, 1))
 
 
 def _own_note(task: Task, declared: Declared) -> list[str]:

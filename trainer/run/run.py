@@ -51,6 +51,7 @@ def run(
     resume: Resume = NO_RESUME,
     listener: Listener = nobody,
     guest: bool = False,
+    tested: bool = True,
 ) -> dict[str, Any]:
     """Runs a config to its end. Collective: every rank.
 
@@ -64,6 +65,7 @@ def run(
         resume: whether to continue from a checkpoint.
         listener: hears of every record, on rank 0.
         guest: the process belongs to somebody's program and goes on after the run, so it must never be ended.
+        tested: whether the last evaluation is of the test split, too. A search leaves it alone in its trials.
 
     Returns:
         The summary, as in summary.json, on every rank (only rank 0 writes files).
@@ -72,7 +74,7 @@ def run(
         TrainerError: an error for the user; `agreed` if every rank raises it. `Stopped` if the run was asked to stop.
     """
     with raised(ranks.first), linear_kept():
-        return _run(config, ranks, config_name, started_at_s, began_s, trace, resume, listener, guest)
+        return _run(config, ranks, config_name, started_at_s, began_s, trace, resume, listener, guest, tested)
 
 
 def _run(
@@ -85,6 +87,7 @@ def _run(
     resume: Resume,
     listener: Listener,
     guest: bool,
+    tested: bool,
 ) -> dict[str, Any]:
     plan = config.plan(ranks.world_size)
     budget_s, began_s = config.trainer.max_wall_time_s, time.monotonic() if began_s is None else began_s
@@ -114,6 +117,8 @@ def _run(
     try:
         pieces = build(config, ranks, plan, log, met, failed)
         assert watch is not None
+        if not tested:
+            pieces.splits.pop("test", None)  # what is not on the device is not evaluated
         before = _finished(folder if resume.wanted else None)
         if before is not None and not goes_on(pieces, before, resume):
             if folder is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,20 @@ _HPARAMS = (
 _MOST_VALUES = 30
 
 
-def write_hparams(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_hparams(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    hparams: Sequence[str] = _HPARAMS,
+    name_of: Callable[[Mapping[str, Any]], str] | None = None,
+) -> Path:
     """Writes <folder>/tensorboard, a folder of events for each run, in place of an older one.
 
     Args:
         folder: the study's.
         rows: one a run (see `results.rows_of`): hyper-parameters by name, and metrics as <split>/<metric>, None
             or not finite where the run has none. `started_at_s` and `wall_time_s` are used where they are given.
+        hparams: the keys of a row that are hyper-parameters, in the order of the tab.
+        name_of: gives the name of a row's folder; None for that of a study's run.
 
     Returns:
         What to give to `tensorboard --logdir`.
@@ -38,24 +45,28 @@ def write_hparams(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     experiment = api_pb2.Experiment(
         name=folder.name,
         time_created_secs=written_at_s,
-        hparam_infos=_hparam_infos(rows),
+        hparam_infos=_hparam_infos(rows, hparams),
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _metrics(rows)],
     )
     with whole_folder(target) as temporary:
         _write(temporary, written_at_s, [_told(metadata.EXPERIMENT_TAG, experiment=experiment)])
         taken: set[str] = set()
         for row in rows:
-            name = _name(row, taken)
+            name = _unique(_name(row) if name_of is None else name_of(row), taken)
             (temporary / name).mkdir()
-            _write(temporary / name, written_at_s, _session(row, name, written_at_s))
+            _write(temporary / name, written_at_s, _session(row, name, written_at_s, hparams))
     return target
 
 
-def _name(row: Mapping[str, Any], taken: set[str]) -> str:
+def _name(row: Mapping[str, Any]) -> str:
     """A run's folder; names of variants are a user's, and may hold anything."""
     name = f"{row['arm']}-{row['budget']}-W{row['world_size']}-seed{row['seed']}"
     if row.get("variant"):
         name += "-" + re.sub(r"[^A-Za-z0-9_.=]+", "_", str(row["variant"]))[:60]
+    return name
+
+
+def _unique(name: str, taken: set[str]) -> str:
     unique, number = name, 2
     while unique in taken:
         unique, number = f"{name}-{number}", number + 1
@@ -63,8 +74,8 @@ def _name(row: Mapping[str, Any], taken: set[str]) -> str:
     return unique
 
 
-def _hparams(row: Mapping[str, Any]) -> dict[str, str | float]:
-    values = {key: row[key] for key in _HPARAMS if row.get(key) is not None}
+def _hparams(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str | float]:
+    values = {key: row[key] for key in keys if row.get(key) is not None}
     if "variant" in values:
         values["variant"] = values["variant"] or "base"
     return {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
@@ -74,13 +85,13 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row if "/" in key))
 
 
-def _hparam_infos(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _hparam_infos(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[Any]:
     """Name, type and, where they are few, values of each hyper-parameter."""
     from tensorboard.plugins.hparams import api_pb2
 
     infos = []
-    known = [_hparams(row) for row in rows]
-    for key in _HPARAMS:
+    known = [_hparams(row, keys) for row in rows]
+    for key in keys:
         values = {row[key] for row in known if key in row}
         if not values:
             continue
@@ -95,7 +106,7 @@ def _hparam_infos(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return infos
 
 
-def _session(row: Mapping[str, Any], name: str, written_at_s: float) -> list[Any]:
+def _session(row: Mapping[str, Any], name: str, written_at_s: float, hparams: Sequence[str]) -> list[Any]:
     """The summaries of one run: how it began, its metrics, and how it ended."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
@@ -103,7 +114,7 @@ def _session(row: Mapping[str, Any], name: str, written_at_s: float) -> list[Any
     began_at_s = row.get("started_at_s") or written_at_s
     # Its own group: what has one group is taken for repetitions, and shown as their mean.
     start = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=began_at_s)
-    for key, value in _hparams(row).items():
+    for key, value in _hparams(row, hparams).items():
         if isinstance(value, str):
             start.hparams[key].string_value = value
         else:

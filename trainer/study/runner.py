@@ -9,21 +9,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.keys import Config
 from ..config.schema import near, read_json
-from ..engine.gpus import usable_gpus
 from ..errors import Stopped, UserError
 from ..exact.plan import steps_per_epoch
 from ..files import to_json, write_json
@@ -32,6 +27,7 @@ from ..record.console import say
 from .agenda import Agenda
 from .arms import WEAK
 from .declaration import Cell, Plan, Study, Variant, expand, load_study, work
+from .many_runs import devices_for, duration, interruptible, locked
 from .plan_text import plan_text
 from .results import finished, metric_of
 from .sentences import verdicts
@@ -61,13 +57,6 @@ class _Display:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """A readable time: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None = None) -> int:
@@ -131,39 +120,6 @@ def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], 
         probes.append(answer[2])
     known = [dataclasses.replace(v, samples=probe["samples"]["train"]) for v, probe in zip(variants, probes)]
     return probes[0], known
-
-
-def devices_for(config: Config, wanted: int | None) -> tuple[bool, int]:
-    """Whether runs use GPUs, and how many there are at a time."""
-    gpus = usable_gpus(config.trainer.device)
-    cores = len(os.sched_getaffinity(0)) // config.trainer.cpu_threads
-    return gpus > 0, min(wanted or 10**6, gpus or max(1, cores))
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """A context in which SIGTERM has the effect of Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def locked(folder: Path, what: str = "study") -> Iterator[None]:
-    """The folder, created and locked against a second study (or `what` it is). Raises UserError."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{folder} is in use: another {what} runs there.") from None
 
 
 def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ pre { overflow-x: auto; }
   .by-size td { text-align: left; white-space: normal; border: 0; padding-left: 1rem; }
   .by-size td:first-child { font-weight: 600; padding-left: 0; } .by-size tr { border-bottom: 1px solid #ddd; }
   .by-size td[data-size]::before { content: "W = " attr(data-size); color: #555; }
+  figure { overflow-x: auto; } figure img { min-width: 34rem; }
 }
 figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
 """

@@ -32,6 +32,12 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
     jobs = jobs_from(pipe)
     # Imported objects stay for ever. Frozen, they are not searched by the garbage collection after each run.
     gc.freeze()
+
+    def ask(question: Any) -> Any:
+        pipe.send(("asks", question))
+        (answer,) = jobs.get()
+        return answer
+
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout = sys.stderr = nowhere
         while True:
@@ -39,6 +45,8 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
             answer: tuple[str, Any]
             try:
                 job = {"probe": _probe, "run": _run}.get(kind, kind)
+                if callable(kind):
+                    arguments.append(ask)
                 answer = ("done", job(Ranks(0, 1, slot, 1), *arguments))
             except TrainerError as error:
                 answer = ("error", str(error))
@@ -119,36 +127,61 @@ class Slots:
     def grow(self, count: int) -> None:
         """Starts processes until there are `count`."""
         for slot in range(len(self._pipes), count):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            pipe, process = self._start(slot)
+            self._pipes.append(pipe)
             self._processes.append(process)
 
-    def send(self, slot: int, *job: Any) -> None:
-        """Gives a slot that is idle something to do: "probe" or "run", or a function that is importable by name.
+    def _start(self, slot: int) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
+        process.start()
+        theirs.close()
+        return ours, process
 
-        It is called as function(ranks, *arguments), and what it returns is the answer.
+    def renew(self, slot: int) -> None:
+        """Ends a slot's process, if it has not died already, and starts another one in its place."""
+        self._processes[slot].kill()
+        self._processes[slot].join()
+        self._pipes[slot].close()
+        self._pipes[slot], self._processes[slot] = self._start(slot)
+
+    def send(self, slot: int, *job: Any) -> None:
+        """Gives a slot that is idle something to do, or one that asks its answer.
+
+        Args:
+            slot: its number.
+            job: "probe" or "run" with what they take; or a function that is importable by name, with its arguments. It
+                is called with the slot's `Ranks`, the arguments, and `ask`: what it asks, `wait` gives as (slot,
+                "asks", value), and what is sent then is what `ask` returns.
         """
         try:
             self._pipes[slot].send(job)
         except OSError:
             raise self._died(slot) from None
 
-    def wait(self, busy: Sequence[int]) -> Iterator[tuple[int, str, Any]]:
-        """Waits for busy slots. Gives (slot, "done", "error" or "traceback", value) of those that have answered."""
-        for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy]):
+    def wait(
+        self, busy: Sequence[int], timeout_s: float | None = None, *, survive: bool = False
+    ) -> Iterator[tuple[int, str, Any]]:
+        """Waits for busy slots. Gives (slot, "done", "asks", "error" or "traceback", value) of those with an answer.
+
+        Args:
+            busy: the slots.
+            timeout_s: how long at most; None for as long as it takes.
+            survive: give a slot whose process has died as (slot, "died", why). Else it raises WorkerError.
+        """
+        for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy], timeout_s):
             slot = self._pipes.index(pipe)
             try:
                 kind, value = self._pipes[slot].recv()
             except (EOFError, OSError):
-                raise self._died(slot) from None
+                if not survive:
+                    raise self._died(slot) from None
+                kind, value = "died", str(self._died(slot))
             yield slot, kind, value
 
     def _died(self, slot: int) -> WorkerError:
         self._processes[slot].join(5)
-        return WorkerError(f"a process of the study died (exit code {self._processes[slot].exitcode})")
+        return WorkerError(f"a process that makes runs died (exit code {self._processes[slot].exitcode})")
 
     def close(self) -> None:
         """Ends all processes at once, even inside a run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.study.runner import duration
+from trainer.study.many_runs import duration
 
 
 def test_durations() -> None:

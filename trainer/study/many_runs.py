@@ -1,0 +1,54 @@
+"""What every command needs that makes many runs: their number at a time, Ctrl-C, a locked folder. It loads no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config.keys import Config
+from ..engine.gpus import usable_gpus
+from ..errors import UserError
+
+
+def duration(seconds: float) -> str:
+    """A readable time: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def devices_for(config: Config, wanted: int | None) -> tuple[bool, int]:
+    """Whether runs use GPUs, and how many there are at a time."""
+    gpus = usable_gpus(config.trainer.device)
+    cores = len(os.sched_getaffinity(0)) // config.trainer.cpu_threads
+    return gpus > 0, min(wanted or 10**6, gpus or max(1, cores))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A context in which SIGTERM has the effect of Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def locked(folder: Path, what: str = "study") -> Iterator[None]:
+    """The folder, created and locked against a second study (or `what` it is). Raises UserError."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{folder} is in use: another {what} runs there.") from None
