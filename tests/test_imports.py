@@ -69,6 +69,7 @@ HEAVY = {
     "pytorch_optimizer",
     "peft",
     "scipy",
+    "soundfile",
     "tokenizers",
     "transformers",
     "datasets",
