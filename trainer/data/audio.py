@@ -202,10 +202,13 @@ def roll(features: Tensor, moves: Tensor) -> Tensor:
 
     Args:
         features: (B, C, bands, frames).
-        moves: (B,) int64, any number of frames; positive is later.
+        moves: (B,) int64, of fewer frames than a clip has; positive is later.
     """
     frames = features.shape[3]
-    places = (torch.arange(frames, device=features.device) - moves[:, None]) % frames  # (B, frames)
+    places = torch.arange(frames, device=features.device) - moves[:, None]  # (B, frames)
+    # No remainder: that is not known to be exact in a tensor of another size.
+    places = torch.where(places < 0, places + frames, places)
+    places = torch.where(places >= frames, places - frames, places)
     return features.gather(3, places[:, None, None].expand(features.shape))
 
 

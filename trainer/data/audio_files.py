@@ -33,9 +33,9 @@ def with_paths(table: Table, column: str, base: Path) -> Table:
     """A table whose column of names holds paths that can be opened. Other columns of files are left as they are."""
     if column in table.images:  # paths of a folder, or files that the table holds
         return table
-    values = tables.values_of(table, column, "the data")
-    if not any(isinstance(value, str) for value in values):
+    if not isinstance(next(iter(table.values(column, 0, 1)), None), str):
         return table
+    values = tables.values_of(table, column, "the data")
     # os.path.join: an absolute name stays as it is.
     paths = [
         os.path.normpath(os.path.join(base, value)) if isinstance(value, str) and value else value for value in values

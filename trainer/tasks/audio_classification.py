@@ -298,6 +298,7 @@ class AudioClassification(problems.WithProblem):
         shift, most = (int(seconds * front.rate / front.hop) for seconds in (o.shift_seconds, o.mask_seconds))
         fill = round(self._mean)
         if shift:
+            shift = min(shift, front.frames - 1)
             moves = (draws[:, 0] * (2 * shift + 1)).to(torch.int64) - shift
             clip = audio.roll(clip, moves)
         if most:
