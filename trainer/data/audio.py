@@ -101,7 +101,7 @@ def read_clip(source: bytes | str | Path | None, rate: int, samples: int) -> tup
         divisor = math.gcd(own, rate)
         clip = resample_poly(clip, rate // divisor, own // divisor)
         done += f"resampled from {own:,} Hz to {rate:,} Hz; "
-    if cut or len(clip) > samples:
+    if cut:
         done += f"cut to the first {samples / rate:g} s; "
     return clip[:samples], done
 

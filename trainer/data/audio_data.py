@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -189,7 +190,9 @@ def _computed(
             f"The longest clip, {name}, has {longest:,.1f} s, and all clips would be padded to it.\nSet max_seconds in "
             "trainer.task_options: longer clips are cut to it, and shorter ones are padded."
         )
-    front = fitted(front, max(1, round((seconds or longest) * front.rate)))
+    # Less a little, since a length in seconds is rounded.
+    samples = math.ceil(longest * front.rate - 1e-6) if seconds is None else round(seconds * front.rate)
+    front = fitted(front, max(1, samples))
     front.check()
     progress = tqdm(total=len(entries), desc="clips", unit="clip", leave=False, disable=None)
     remarks: Counter[str] = Counter()

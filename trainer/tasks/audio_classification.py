@@ -358,7 +358,9 @@ class AudioClassification(problems.WithProblem):
                 self._front = audio.LogMel(**{name: facts[name] for name in names})
                 self._mean, self._std = float(facts["mean"]), float(facts["std"])
             else:
-                self._front = audio_data.fitted(Extractor(str(folder), False), int(facts["samples"]))
+                self._front = audio_data.fitted(
+                    Extractor(str(folder), self._options.trust_remote_code), int(facts["samples"])
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / FACTS} cannot be used: it does not say how clips are prepared.") from error
         model = pretrained.load_saved(self._auto, folder)
