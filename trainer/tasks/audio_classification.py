@@ -69,7 +69,7 @@ class AudioOptions(TargetOptions, HubOptions):
     model: Any = option(
         None,
         "a folder or hub name of an audio classifier; or the configuration of a classifier of images, which sees "
-        "log-mel features as grey images; without it a ResNet of 0.4 million parameters",
+        "log-mel features as grey images; without it a ResNet of 0.3 million parameters",
     )
     audio_column: str | None = option(None, "the column of clips; the usual names are found")
     audio_folder: str | None = option(None, "the folder that paths in a table begin at; without it that of the table")
