@@ -229,7 +229,7 @@ class AudioClassification(problems.WithProblem):
         changes = problems.named_outputs(names, self._wish)
         spec = self._spec
         if isinstance(self._front, audio.LogMel):
-            spec = problems.without_labels(spec, len(names), self._said())
+            spec = problems.without_labels(spec, len(names), self._problem.said())
             known = pretrained.configuration({"model_type": spec["model_type"]})
             shape = {"num_channels": 1, "image_size": [self._front.bands, self._front.frames]}
             changes |= {name: value for name, value in shape.items() if hasattr(known, name)}
@@ -273,16 +273,10 @@ class AudioClassification(problems.WithProblem):
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one clip, but the data '
-                f"has {self._said()}."
+                f"has {self._problem.said()}."
             )
         if self._problem.target is not None:
             units.check(model, inputs, logits)
-
-    def _said(self) -> str:
-        """What is learnt, for messages."""
-        if self._problem.target is not None:
-            return "one number to predict"
-        return f"{len(self._classes)} classes ({', '.join(self._classes[:10])})"
 
     # ------------------------------------------------------------ training
 

@@ -246,7 +246,7 @@ class ImageClassification(problems.WithProblem):
         names = self._classes
         changes = problems.named_outputs(names, self._wish)
         if isinstance(self._spec, Mapping):
-            spec: Any = problems.without_labels(self._spec, len(names), self._said())
+            spec: Any = problems.without_labels(self._spec, len(names), self._problem.said())
             known = pretrained.configuration({"model_type": self._spec["model_type"]})
             shape = {"num_channels": self._channels, "image_size": _side(self._size)}
             changes |= {name: value for name, value in shape.items() if hasattr(known, name)}
@@ -282,16 +282,10 @@ class ImageClassification(problems.WithProblem):
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
-                f"has {self._said()}."
+                f"has {self._problem.said()}."
             )
         if self._problem.target is not None:
             units.check(model, {"pixel_values": torch.zeros(1, self._channels, *self._size)}, logits)
-
-    def _said(self) -> str:
-        """What is learnt, for messages."""
-        if self._problem.target is not None:
-            return "one number to predict"
-        return f"{len(self._classes)} classes ({', '.join(self._classes[:10])})"
 
     # ------------------------------------------------------------ training
 

@@ -39,6 +39,12 @@ class OneClass:
         self.names = list(names)
         self._weights = classification.class_weights(self._option, names, train.numpy())
 
+    def said(self) -> str:
+        """What is learnt, for messages."""
+        if self.target is not None:
+            return "one number to predict"
+        return f"{len(self.names)} classes ({', '.join(self.names[:10])})"
+
     def labels(self, values: Tensor) -> Tensor:
         """What a split holds of labels that `targets.numbered` gave."""
         return values
