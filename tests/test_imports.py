@@ -71,6 +71,7 @@ HEAVY = {
     "pytorch_optimizer",
     "peft",
     "scipy",
+    "soundfile",
     "tokenizers",
     "transformers",
     "datasets",

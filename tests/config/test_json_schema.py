@@ -29,7 +29,7 @@ CONFIGS = [ready.folder() / name for name in ready.names()]
 DATA = {"data": "d", "model": "m"}
 # What else a task needs, where it is not these two.
 NEEDED: dict[str, dict[str, Any]] = {key: {} for key in ("digits", "nodules")}
-NEEDED |= {key: {"data": "d"} for key in ("image_segmentation", "tabular")}
+NEEDED |= {key: {"data": "d"} for key in ("audio_classification", "image_segmentation", "tabular")}
 
 
 @functools.cache

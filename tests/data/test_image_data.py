@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from tests.data.test_images import encoded, some_images
-from trainer.data import image_files, sources, targets
+from trainer.data import sources, targets
 from trainer.data.image_arrays import read_npz_images
 from trainer.data.image_data import read_images, stacked
+from trainer.data.image_files import IMAGES
+from trainer.data.labelled_files import chosen
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -280,5 +282,5 @@ def test_files_of_a_folder_come_by_name(tmp_path: Path) -> None:
     (folder / "train" / "folder.png").mkdir()
     found = sources.find(str(folder))
     assert found is not None
-    names = [found.name(p).lower() for p in image_files.images_of(found)[0]]
+    names = [found.name(p).lower() for p in chosen(found, IMAGES)[0]]
     assert names == [f"train/{name}.png" for name in ("cat/0", "cat/1", "cat/2", "dog/0", "dog/1", "dog/2")]

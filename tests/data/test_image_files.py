@@ -11,7 +11,8 @@ from PIL import Image
 from tests.data.test_images import some_images
 from trainer.data import sources
 from trainer.data.image_data import read_images
-from trainer.data.image_files import images_of, is_image
+from trainer.data.image_files import IMAGES, is_image
+from trainer.data.labelled_files import chosen
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -50,7 +51,7 @@ def test_one_list_of_images_for_training_and_prediction(tmp_path: Path) -> None:
     ]
     found = sources.find(str(folder))
     assert found is not None
-    images, others = images_of(found)
+    images, others = chosen(found, IMAGES)
     assert (len(images), len(others)) == (2 * len(KINDS), 3)
     assert all(is_image(folder / "cat" / name) for name in KINDS)
 

@@ -196,6 +196,11 @@ def small_data(task: str, folder: Path, problem: str | None = None) -> Path | No
         arrays = {"x": random.integers(0, 255, (300, 12, 12, 3), dtype=np.uint8), "y": np.arange(300) % 3}
         np.savez(folder / "images.npz", **arrays)
         return folder / "images.npz"
+    if task == "audio_classification":
+        pytest.importorskip("soundfile")
+        from tests.data.test_audio_data import tones
+
+        return tones(folder / "tones", ("train", "test"), each=40)
     if task == "image_segmentation":
         masks = np.zeros((40, 128, 128), dtype=np.uint8)
         masks[:, 30:70, 30:70] = 1

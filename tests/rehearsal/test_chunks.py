@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tasks.test_audio_classification import built as built_of_sound
 from tests.tasks.test_image_classification import built
 from tests.tasks.test_nodules import write_balls
 from trainer.exact.order import SampleRandom
@@ -44,8 +45,9 @@ def test_the_built_in_tasks_keep_their_word(tmp_path: Path, size: int, own_cache
     digits: Any = load_task("digits", {})
     options = {"crop_padding": 2, "flip": True, "erasing": 0.7}
     images, _, _ = built(tmp_path, **options)
+    sound, _, _ = built_of_sound(tmp_path, each=8, shift_seconds=0.1, mask_seconds=0.1, mask_bands=9)
     nodules: Any = load_task("nodules", {"data": str(write_balls(tmp_path / "balls.npz"))})
-    for task in (digits, images, nodules):
+    for task in (digits, images, sound, nodules):
         train = task.splits()["train"]
         arrays = train if isinstance(train, dict) else train.arrays
         assert task.augment_in_chunks

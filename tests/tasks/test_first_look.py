@@ -40,7 +40,7 @@ def texts(**options: Any) -> tuple[str, dict[str, Any]]:
     ("task", "options", "said"),
     [
         ("text_clasification", {}, 'Did you mean "text_classification"? Type --task text_classification.'),
-        ("zzz", {}, "Known: causal_lm, digits, "),
+        ("zzz", {}, "Known: audio_classification, causal_lm, "),
         ("mien.py:MyTask", {}, "There is mine.py: --task mine.py:MyTask"),
         ("mine.py:MyTsk", {}, 'has no class MyTsk. Did you mean "MyTask"? Type --task mine.py:MyTask.'),
         ("mine.py", {}, "must be given as path/to/file.py:ClassName"),

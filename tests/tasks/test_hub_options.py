@@ -48,7 +48,7 @@ def test_every_option_says_what_it_is_for() -> None:
         ({"trust_remote_cod": True}, r'Did you mean "trust_remote_code"'),
     ],
 )
-@pytest.mark.parametrize("task", ["text_classification", "image_classification", "causal_lm"])
+@pytest.mark.parametrize("task", ["text_classification", "image_classification", "audio_classification", "causal_lm"])
 def test_the_rules_hold_in_every_task_that_has_them(task: str, given: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_task(task, DATA | given)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,93 +16,33 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import image_arrays, npz, sources, tables, targets
+from . import image_arrays, labelled, npz, sources, tables, targets
 from .cache import cached
-from .cut import Cut
-from .image_files import image_folder
-from .images import BLOCK, Size, decode_all
-from .table_files import Table
+from .image_files import IMAGES
+from .images import Size, decode_all
+from .labelled import Labelled, LabelledSplit, Source
+from .labelled_files import folder_of
 
-IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "y")
 # Increase it when the same content is read in another way.
-_VERSION = 4
+_VERSION = 5
 _ONE_CLASS = targets.Wish()
 
 
 @dataclass(frozen=True)
-class ImageSplit:
+class ImageSplit(LabelledSplit):
     """Decoded images of one split.
 
     Attributes:
         image: (N, C, H, W) uint8.
-        label: (N,) int64, (N, classes) float32 of 0 and 1, or (N,) float64: see `targets.numbered`.
-        sums: (N, C, 2) int64, each image's sum of pixels and of squared pixels: exact for any choice of images.
-        digest: (N, 16) uint8, a hash of each image.
     """
 
     image: Tensor
-    label: Tensor
-    sums: Tensor
-    digest: Tensor
-
-    def select(self, rows: np.ndarray) -> ImageSplit:
-        """Some of the images. rows: (n,) int64."""
-        index = torch.from_numpy(rows)
-        return ImageSplit(*(t.index_select(0, index) for t in (self.image, self.label, self.sums, self.digest)))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, pixels from 0 to 1. Exact sums: the same on every machine."""
-        totals = self.sums.sum(0).tolist()  # of each channel
-        count = len(self.image) * self.image[0, 0].numel()
-        mean = [pixels / count for pixels, _ in totals]
-        std = [max(squares / count - m * m, 0.0) ** 0.5 for (_, squares), m in zip(totals, mean)]
+        mean, std = self.moments(self.image[0, 0].numel())
         # A channel that is constant is only centred.
         return [round(m / 255, 6) for m in mean], [round(s / 255, 6) or 1.0 for s in std]
-
-
-@dataclass(frozen=True)
-class Images:
-    """A dataset of images.
-
-    Attributes:
-        splits: its splits.
-        classes: their names; none where numbers are predicted.
-        label_columns: the columns that the labels come from.
-        notes: what was left out, and what was done to the images, in sentences.
-        first: the name of the first image of train, and its class.
-        groups: split -> the group of each image, where a column of groups is named.
-    """
-
-    splits: dict[str, ImageSplit]
-    classes: list[str]
-    notes: list[str]
-    first: tuple[str, str]
-    groups: dict[str, list[Any]]
-    label_columns: list[str]
-
-
-def in_fold(found: Images, cut: Cut) -> dict[str, ImageSplit]:
-    """The splits of one fold. Raises UserError."""
-    chosen = cut.chosen(found.splits)
-    parts = [(s.image, s.label, s.sums, s.digest) for s in chosen.values()]
-    whole = ImageSplit(*(torch.cat(tensors) for tensors in zip(*parts)))
-    known = [found.groups.get(name) for name in chosen]
-    groups = [group for own in known if own is not None for group in own]
-    if groups and None in known:
-        raise UserError("The column of groups must be in all splits that are put together and cut into folds.")
-    rows = cut(len(whole.label), targets.classes(whole.label.numpy()), groups or None)
-    return {name: whole.select(own) for name, own in rows.items()}
-
-
-@dataclass
-class _Source:
-    """Where a split's images come from, before they are decoded."""
-
-    count: int
-    named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or pixels)
-    labels: targets.Labels  # what `targets.read` gives
-    groups: list[Any] | None = None
 
 
 def read_images(
@@ -116,7 +55,7 @@ def read_images(
     group_column: str | None = None,
     channels: int | None = None,
     size: Size | None = None,
-) -> Images:
+) -> Labelled[ImageSplit]:
     """A dataset of labelled images, decoded; from the cache where it was decoded before.
 
     Args:
@@ -144,7 +83,8 @@ def read_images(
     for name, given in columns.items():
         if arrays_file and given is not None:
             raise UserError(f'"trainer.task_options.{name}" has no effect on an .npz file. Leave it out.')
-    read = partial(tables.read, data, config_name=config_name, split_column=split_column, folder=image_folder)
+    folder = partial(folder_of, kind=IMAGES)
+    read = partial(tables.read, data, config_name=config_name, split_column=split_column, folder=folder)
     content, found = tables.content_of(data, read)
     key = {
         "data": content,
@@ -161,117 +101,18 @@ def read_images(
             parts = _npz_sources(Path(data).expanduser(), wish)
             return _decoded(parts, wish, None, ["y"], channels, size, [])
         splits = found or read()
-        label_columns = _label_columns(splits["train"], data, wish)
-        parts = _table_sources(splits, data, content, image_column, label_columns, group_column, wish)
+        label_columns = labelled.label_columns(splits["train"], data, wish, IMAGES)
+        column = labelled.file_column(splits["train"], image_column, IMAGES)
+        roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
+        folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
+        parts = labelled.table_sources(splits, IMAGES, column, folders, label_columns, group_column, wish)
         declared = targets.declared_names(splits["train"], label_columns, wish)
         return _decoded(parts, wish, declared, label_columns, channels, size, tables.notes_of(splits))
 
-    arrays, facts = cached("images", key, build)
-    names = ("image", "label", "sums", "digest")
-    read_splits = {name: ImageSplit(*(arrays[f"{name}_{part}"] for part in names)) for name in facts["splits"]}
-    first = tuple(facts["first"])
-    return Images(read_splits, facts["classes"], facts["notes"], first, facts["groups"], facts["label_columns"])
+    return labelled.from_cache(ImageSplit, *cached("images", key, build))
 
 
-def _label_columns(train: Table, data: sources.Data, wish: targets.Wish) -> list[str]:
-    """The columns of labels. Raises UserError."""
-    named = wish.column is not None or wish.columns or wish.problem == targets.SEVERAL
-    if not named and not {c.lower() for c in train.column_names} & set(LABEL_COLUMNS):
-        raise UserError(
-            f'"trainer.task_options.data": the images of {data} have no labels, only the columns '
-            f"{', '.join(train.column_names)}.\nPut each class's images into a folder of its own, or name the column "
-            "with label_column in trainer.task_options."
-        )
-    return targets.columns_of(train, wish, LABEL_COLUMNS)
-
-
-def _table_sources(
-    splits: dict[str, Table],
-    data: sources.Data,
-    content: Any,
-    image_column: str | None,
-    label_columns: Sequence[str],
-    group_column: str | None,
-    wish: targets.Wish,
-) -> dict[str, _Source]:
-    """Images and labels of tables."""
-    train = splits["train"]
-    if image_column is None:
-        image_column = train.images[0] if len(train.images) == 1 else None
-    image_column = tables.find_column(train.column_names, image_column, IMAGE_COLUMNS, "image_column")
-    roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
-    folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
-    parts = {}
-    for split, table in splits.items():
-        for column in (image_column, *label_columns):
-            if column not in table.column_names:
-                raise UserError(
-                    f'"trainer.task_options.data": the split {split} has no column "{column}", only '
-                    f"{', '.join(table.column_names)}."
-                )
-        parts[split] = _Source(
-            len(table),
-            table_images(table, split, image_column, folders),
-            targets.read(table, label_columns, wish, split),
-            tables.groups(table, group_column, split),
-        )
-    return parts
-
-
-def table_images(
-    table: Table, split: str, column: str, folders: Sequence[Path] | None = None
-) -> Iterator[tuple[str, bytes | str | np.ndarray | None]]:
-    """(name, bytes or path or pixels or None) for each row of a column of images.
-
-    Args:
-        table: whose column holds files as bytes, {"bytes": ..., "path": ...} as the datasets library has it, paths, or
-            nested lists of pixels.
-        split: for messages.
-        column: which.
-        folders: where files that are only named by the table may lie: what the cache knows about. None or none
-            of them for anywhere.
-
-    Raises:
-        UserError: the column holds something else, or a file lies elsewhere.
-    """
-    for start in range(0, len(table), BLOCK):
-        try:
-            values = table.values(column, start, start + BLOCK)
-        except Exception as error:  # such as paths in a parquet file that are not UTF-8
-            raise UserError(f'The column "{column}" in {split} cannot be read: {error}') from error
-        for row, value in enumerate(values, start=start):
-            content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-            if isinstance(value, str):
-                content, path = None, value
-            if isinstance(value, list):
-                content = _pixels(value)
-            if not isinstance(content, (bytes, np.ndarray, type(None))) or not isinstance(path, (str, type(None))):
-                raise UserError(
-                    f'The column "{column}" holds {str(value)[:50]} ({type(value).__name__}), not images. Name the '
-                    "right one with image_column in trainer.task_options."
-                )
-            name = f"row {row} of {split}" + (f", {path}" if path else "")
-            if (content is not None and len(content)) or not path:
-                yield name, content if content is not None and len(content) else None
-                continue
-            if folders and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in folders):
-                raise UserError(
-                    f"{name}: the table only names its images, so changed images would not be noticed.\nPut the table "
-                    "into the folder of the images as metadata.csv, with their names in the column file_name, and "
-                    "give that folder as data."
-                )
-            yield path, path
-
-
-def _pixels(rows: list[Any]) -> np.ndarray | None:
-    """Nested lists as (H, W) or (H, W, 3) uint8; None for anything else."""
-    try:
-        return np.asarray(rows, dtype=np.uint8)
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, _Source]:
+def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, Source]:
     parts = {}
     with npz.npz_arrays(path) as file:
         pairs = image_arrays.pairs(file.files)
@@ -294,12 +135,12 @@ def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, _Source]:
                 raise UserError(f'"trainer.task_options.data": the split {split} of {path} is empty ({x} has no rows).')
             named = ((f"{x}[{row}] of {path}", image) for row, image in enumerate(images))
             values = np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
-            parts[split] = _Source(len(images), named, targets.of_array(values, wish, y, split))
+            parts[split] = Source(len(images), named, targets.of_array(values, wish, y, split))
     return parts
 
 
 def _decoded(
-    parts: dict[str, _Source],
+    parts: dict[str, Source],
     wish: targets.Wish,
     declared: list[str] | None,
     label_columns: Sequence[str],
@@ -337,17 +178,11 @@ def _decoded(
             remarks["made RGB, since others are not grey"] = grey
     arrays: dict[str, Tensor] = {}
     for split, images in pixels.items():
-        tensor = arrays[f"{split}_image"] = stacked(images, channels)
-        arrays[f"{split}_label"] = torch.from_numpy(numbers[split])
-        arrays[f"{split}_sums"] = _sums(tensor)
-        hashes = b"".join(hashlib.blake2b(i.numpy().data, digest_size=16).digest() for i in tensor)
-        arrays[f"{split}_digest"] = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 16)
+        tensor = arrays[f"image_{split}"] = stacked(images, channels)
+        arrays[f"label_{split}"] = torch.from_numpy(numbers[split])
+        arrays[f"sums_{split}"], arrays[f"digest_{split}"] = labelled.sums(tensor), labelled.digests(tensor)
     notes += [f"{count:,} image{'s' * (count > 1)} had to be {remark}" for remark, count in remarks.items()]
-    label = targets.shown(classes, next(iter(numbers.values()))[0])
-    name = "/".join((first[0] if first else "").split("/")[-3:])  # of a file, with its folder
-    facts: dict[str, Any] = {"splits": list(parts), "classes": classes, "notes": notes, "first": [name, label]}
-    facts |= {"groups": {s: part.groups for s, part in parts.items() if part.groups}, "label_columns": label_columns}
-    return arrays, facts
+    return arrays, labelled.facts_of(parts, classes, label_columns, notes, first[0] if first else "", numbers)
 
 
 def stacked(images: list[np.ndarray], channels: int) -> Tensor:
@@ -358,12 +193,3 @@ def stacked(images: list[np.ndarray], channels: int) -> Tensor:
         image, images[row] = images[row], images[0][:0]
         result[row] = image if image.ndim == 2 else image.transpose(2, 0, 1)
     return torch.from_numpy(result)
-
-
-def _sums(images: Tensor) -> Tensor:
-    """(N, C, 2) int64: the sum of each image's pixels, and of their squares."""
-    parts = []
-    for block in images.split(max(1, (16 << 20) // images[0].numel())):
-        wide = block.flatten(2).to(torch.int64)
-        parts.append(torch.stack([wide.sum(2), (wide * wide).sum(2)], dim=2))
-    return torch.cat(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from .reading import read_each
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # height, width
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
-BLOCK = 256  # images that are read at a time
 
 
 # ---------------------------------------------------------------- one image
@@ -95,29 +93,8 @@ def decode_all(
     Raises:
         UserError: at the end, with all files that cannot be read.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    def attempt(entry: tuple[str, Any]) -> tuple[str, np.ndarray | Exception, str]:
-        name, source = entry
-        try:
-            return name, *decode(source, channels, size)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds
-            return name, error, ""
-
-    broken = []
-    # Pillow decodes outside of Python's lock.
-    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
-        for block in blocks(named, BLOCK):
-            for name, result, done in pool.map(attempt, block):
-                if isinstance(result, Exception):
-                    broken.append(f"{name} ({_reason(result)})")
-                else:
-                    yield name, result, done
-    if broken:
-        shown = "\n".join(f"  {line}" for line in broken[:10]) + ("\n  ..." if len(broken) > 10 else "")
-        raise UserError(
-            f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read:\n{shown}\nRepair or remove them."
-        )
+    each = read_each(named, lambda source: decode(source, channels, size), "image", _reason)
+    return ((name, pixels, done) for name, (pixels, done) in each)
 
 
 def _reason(error: Exception) -> str:
@@ -128,18 +105,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not there"
     return str(error) or type(error).__name__
-
-
-def blocks(entries: Iterable[Any], length: int) -> Iterator[list[Any]]:
-    """Consecutive entries in lists of `length`, the last of them shorter."""
-    block = []
-    for entry in entries:
-        block.append(entry)
-        if len(block) == length:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 # ---------------------------------------------------------------- batches on the device

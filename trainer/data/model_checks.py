@@ -22,6 +22,10 @@ KINDS = {
     "AutoModelForSequenceClassification": ("classifier of texts", "bert, distilbert, roberta or deberta-v2"),
     "AutoModelForTokenClassification": ("tagger of words", "bert, distilbert, roberta or deberta-v2"),
     "AutoModelForImageClassification": ("classifier of images", "resnet, vit, convnext or swin"),
+    "AutoModelForAudioClassification": (
+        "classifier of audio",
+        "wav2vec2, hubert, wavlm or audio-spectrogram-transformer",
+    ),
 }
 # Settings of a configuration that are sizes, for the message.
 _SIZES = re.compile(r"(head|size|dim|layers|rank|groups|experts|width|depth|channels|embd|inner)")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import images, npz, sources
+from . import images, npz, reading, sources
 from .cache import Cached, cached, hash_files
 from .images import Size
 from .mask_values import Classes, checked_mask, classes_of, decode_mask
@@ -178,7 +178,7 @@ def _decoded(
     files: list[tuple[Path, Path]], size: Size | None, channels: int | None, remarks: Counter[str], notes: list[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Each image with its mask, as they are in the files, resized where that is asked for."""
-    for block in images.blocks(files, images.BLOCK):
+    for block in reading.blocks(files, reading.BLOCK):
         pixels: dict[str, np.ndarray] = {}
         pictures = [(str(image), image) for image, _ in block if image.suffix.lower() != ".npy"]
         for name, image, done in images.decode_all(pictures, channels, size):

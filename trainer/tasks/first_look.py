@@ -20,6 +20,7 @@ from ..errors import UserError
 
 # The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
 BUILT_IN = (
+    "audio_classification",
     "causal_lm",
     "digits",
     "image_classification",
@@ -41,6 +42,7 @@ _COLUMNS = (
     "prompt_column",
     "completion_column",
     "image_column",
+    "audio_column",
     "group_column",
 )
 _FILE = re.compile(r"\.(csv|tsv|json|jsonl|parquet|txt|npz|gz|zip|sqlite|conllu?|iob2?|bio)$", re.IGNORECASE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +18,20 @@ from ..data import (
     held_out,
     image_arrays,
     image_data,
-    image_files,
     images,
+    labelled,
+    labelled_files,
     model_checks,
     pretrained,
+    reading,
     report,
     sources,
-    tables,
     targets,
     units,
 )
 from ..data.cut import Cut
 from ..data.image_data import ImageSplit
+from ..data.image_files import IMAGES
 from ..data.images import Size
 from ..data.pretrained import check_spec
 from ..errors import UserError
@@ -88,7 +90,7 @@ class ImageOptions(TargetOptions, HubOptions):
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
 
 
-class ImageClassification:
+class ImageClassification(problems.WithProblem):
     """Fine-tunes, or trains from scratch, a classifier of images. Its arguments are `ImageOptions`."""
 
     Options = ImageOptions
@@ -151,16 +153,11 @@ class ImageClassification:
         self._constants.clear()
         processor, channels, size = self._wanted()
         found = image_data.read_images(self._data, channels=channels, size=size, wish=self._wish, **self._columns)
-        if cut is None:
-            splits = self._with_held_out(found.splits, found.groups.get("train"))
-        else:
-            splits = image_data.in_fold(found, cut)
+        splits = found.cut(cut, self._fractions, self._split_seed)
         self._classes = found.classes or found.label_columns
         self.notes += found.notes + targets.never_in_train(found.classes, splits["train"].label.numpy())
         self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
-        self.notes += tables.duplicates_note(
-            {name: [d.tobytes() for d in s.digest.numpy()] for name, s in splits.items()}
-        )
+        self.notes += labelled.duplicates_note(splits)
         _, self._channels, *sides = splits["train"].image.shape
         self._size = (sides[0], sides[1])
         self._settle_normalisation(processor, splits["train"])
@@ -213,18 +210,6 @@ class ImageClassification:
                 f"{_shown(in_model)}. Leave one of them out."
             )
 
-    def _with_held_out(self, splits: dict[str, ImageSplit], groups: list[Any] | None) -> dict[str, ImageSplit]:
-        """The splits in order, with parts of train as those that the data lacks."""
-        train = splits["train"]
-        wanted = {name: part for name, part in self._fractions.items() if name not in splits}
-        chosen = held_out.held_out(
-            len(train.label), wanted, self._split_seed, targets.strata(train.label.numpy()), groups
-        )
-        if list(chosen) == ["train"]:
-            return splits
-        every = splits | {name: train.select(rows) for name, rows in chosen.items()}
-        return sources.in_order(every)
-
     def _settle_normalisation(self, processor: _Processor | None, train: ImageSplit) -> None:
         mean, std = self._asked_mean, self._asked_std
         if mean is None or std is None:
@@ -259,14 +244,12 @@ class ImageClassification:
         """(B, C, H, W) float32 as pixel_values -> logits (B, classes)."""
         assert self._classes, "splits() comes first"
         names = self._classes
-        changes: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-        changes["problem_type"] = self._wish.problem  # a base model may have been trained for another
+        changes = problems.named_outputs(names, self._wish)
         if isinstance(self._spec, Mapping):
-            self._check_labels_in_spec(self._spec)
+            spec: Any = problems.without_labels(self._spec, len(names), self._problem.said())
             known = pretrained.configuration({"model_type": self._spec["model_type"]})
             shape = {"num_channels": self._channels, "image_size": _side(self._size)}
             changes |= {name: value for name, value in shape.items() if hasattr(known, name)}
-            spec: Any = {name: value for name, value in self._spec.items() if name not in _LABEL_KEYS}
         else:
             spec = self._spec
             if not self._pretrained:
@@ -286,15 +269,6 @@ class ImageClassification:
         self._try(model)
         return model
 
-    def _check_labels_in_spec(self, spec: Mapping[str, Any]) -> None:
-        named = spec.get("id2label", spec.get("label2id"))
-        told = spec.get("num_labels", len(named) if isinstance(named, (Mapping, list)) else named)
-        if told is not None and told != len(self._classes):
-            raise UserError(
-                f'"trainer.task_options.model" is for {told} classes, but the data has {self._said()}. Leave '
-                "num_labels and id2label out: they follow from the data."
-            )
-
     def _try(self, model: nn.Module) -> None:
         """One image through the model, so that one of a wrong size is not found out in the first step."""
         where = "x".join(str(side) for side in self._size)
@@ -308,16 +282,10 @@ class ImageClassification:
         if logits.shape != (1, len(self._classes)):
             raise UserError(
                 f'"trainer.task_options.model" gives logits of shape {tuple(logits.shape)} for one image, but the data '
-                f"has {self._said()}."
+                f"has {self._problem.said()}."
             )
         if self._problem.target is not None:
             units.check(model, {"pixel_values": torch.zeros(1, self._channels, *self._size)}, logits)
-
-    def _said(self) -> str:
-        """What is learnt, for messages."""
-        if self._problem.target is not None:
-            return "one number to predict"
-        return f"{len(self._classes)} classes ({', '.join(self._classes[:10])})"
 
     # ------------------------------------------------------------ training
 
@@ -354,26 +322,6 @@ class ImageClassification:
                     "fill": (mean * 255).round().clamp(0, 255).to(torch.uint8).to(device),
                 }
         return self._constants[device][name]
-
-    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
-        """The summed loss, and the number of samples or their summed weight."""
-        return self.sample_losses(outputs, batch).sum(), self._problem.count(batch["label"])
-
-    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of each sample, (B,): see `problems`."""
-        return self._problem.sample_losses(outputs, batch["label"])
-
-    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
-        """Accuracy, macro-F1 and AUROC; or micro-F1, macro-F1 and mean average precision; or R2, MAE and RMSE."""
-        return self._problem.metrics(outputs, batch["label"])
-
-    def why_without(self, name: str, batch: Batch) -> str:
-        """Why a split has no metric of this name; an empty text where nothing is known."""
-        return self._problem.why_without(name, batch["label"])
-
-    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
-        """Of each image: target and prediction, and the probability of each class."""
-        return self._problem.columns(outputs, batch["label"])
 
     # ------------------------------------------------------------ afterwards
 
@@ -416,7 +364,7 @@ class ImageClassification:
         """The file or row, and what is predicted (see `problems`), of images, an .npz file or a table of images."""
         kind, named = self._sources(Path(source))
         device = next(model.parameters()).device
-        for block in images.blocks(images.decode_all(named, self._channels, self._size), batch_size):
+        for block in reading.blocks(images.decode_all(named, self._channels, self._size), batch_size):
             batch = {"image": image_data.stacked([pixels for _, pixels, _ in block], self._channels).to(device)}
             with torch.inference_mode():
                 outputs = self.forward(model, batch)
@@ -427,32 +375,13 @@ class ImageClassification:
         """The word file or row, and (name, what to decode) of each image to predict on. Raises UserError."""
         if source.suffix.lower() == ".npz":
             return "row", iter(enumerate(image_arrays.read_npz_images(source)))
-        if source.is_file() and image_files.is_image(source):
-            return "file", iter([(str(source), source)])
-        found = sources.find(str(source))
-        if source.is_dir() and found is not None and not found.saved:
-            files, others = image_files.images_of(found)
-            if files:
-                self.notes += sources.left_out_note(found, others, "no image")
-                return "file", ((str(file), file) for file in files)
-            if not any(sources.suffix_of(file) in sources.TABLES for file in others):
-                raise UserError(f"--input {source}: no images in this folder ({', '.join(image_files.SUFFIXES)}).")
-        try:
-            table = tables.read({"train": str(source)})["train"]
-        except UserError as error:
-            raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
-        given = self._columns["image_column"] or (table.images[0] if len(table.images) == 1 else None)
-        column = tables.find_column(table.column_names, given, image_data.IMAGE_COLUMNS, "image_column", str(source))
-        pictures = image_data.table_images(table, str(source), column)
-        return "row", ((row, content) for row, (_, content) in enumerate(pictures))
+        return labelled_files.to_predict(source, IMAGES, self._columns["image_column"], self.notes)
 
 
 TASK = ImageClassification
 
 
 # ---------------------------------------------------------------- options and processors
-
-_LABEL_KEYS = ("num_labels", "id2label", "label2id")
 
 
 class _Processor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config.schema import option, read_json
 from ..config.task_options import is_number, read_options, refuse, required
-from ..data import held_out, images, mask_values, segmentation_data, sources, tables
+from ..data import held_out, images, mask_values, reading, segmentation_data, sources, tables
 from ..data.mask_values import Classes
 from ..data.segmentation_data import Scenes, shown
 from ..data.segmentation_input import inputs, write_mask
@@ -330,7 +330,7 @@ class ImageSegmentation:
         """(row, numbers of classes (*S), the image's own size) of each sample of a source."""
         kind, named = inputs(source, self._channels, self._size, self.notes)
         device = next(model.parameters()).device
-        for block in images.blocks(named, batch_size):
+        for block in reading.blocks(named, batch_size):
             stacked = torch.from_numpy(np.stack([image for _, image, _ in block])).to(device)
             with torch.inference_mode():
                 chosen = self._logits(model, stacked).argmax(dim=1).to(torch.uint8).cpu().numpy()

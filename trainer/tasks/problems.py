@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..config.task_options import refuse
 from ..data import targets
 from ..data.preparation import Numeric
 from ..errors import UserError
+from ..exact.splits import Batch
 from . import classification, regression
 
 
@@ -37,6 +38,12 @@ class OneClass:
         """Takes what the training split decides. train: its labels, as `targets.numbered` gives them."""
         self.names = list(names)
         self._weights = classification.class_weights(self._option, names, train.numpy())
+
+    def said(self) -> str:
+        """What is learnt, for messages."""
+        if self.target is not None:
+            return "one number to predict"
+        return f"{len(self.names)} classes ({', '.join(self.names[:10])})"
 
     def labels(self, values: Tensor) -> Tensor:
         """What a split holds of labels that `targets.numbered` gave."""
@@ -203,3 +210,60 @@ def problem(wanted: targets.Wish, class_weights: Any, smoothing: float) -> OneCl
         raise UserError('"trainer.task_options.class_weights" has no effect where numbers are predicted. Leave it out.')
     kinds = {targets.ONE: OneClass, targets.SEVERAL: SeveralClasses, targets.NUMBER: Number}
     return kinds[wanted.problem](class_weights, smoothing, wanted.separator or targets.SEPARATOR)
+
+
+class WithProblem:
+    """The methods of a task whose samples have a `label`, as its problem computes them."""
+
+    _problem: OneClass
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        """The summed loss, and the number of samples or their summed class weights."""
+        return self.sample_losses(outputs, batch).sum(), self._problem.count(batch["label"])
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample, (B,)."""
+        return self._problem.sample_losses(outputs, batch["label"])
+
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        """Accuracy, macro-F1 and AUROC; or micro-F1, macro-F1 and mean average precision; or R2, MAE and RMSE."""
+        return self._problem.metrics(outputs, batch["label"])
+
+    def why_without(self, name: str, batch: Batch) -> str:
+        """Why a split has no metric of this name; an empty text where nothing is known."""
+        return self._problem.why_without(name, batch["label"])
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
+        """Of each sample: target and prediction, and the probability of each class."""
+        return self._problem.columns(outputs, batch["label"])
+
+
+_LABEL_KEYS = ("num_labels", "id2label", "label2id")
+
+
+def named_outputs(names: Sequence[str], wanted: targets.Wish) -> dict[str, Any]:
+    """What a transformers configuration says of a model's outputs."""
+    # A base model may have been trained for another problem.
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": wanted.problem,
+    }
+
+
+def without_labels(spec: Mapping[str, Any], outputs: int, said: str) -> dict[str, Any]:
+    """A `model` option without what it says of its outputs. Raises UserError if it is for another number of them.
+
+    Args:
+        spec: the option.
+        outputs: how many the data asks for.
+        said: what the data has, for the message.
+    """
+    named = spec.get("id2label", spec.get("label2id"))
+    told = spec.get("num_labels", len(named) if isinstance(named, (Mapping, list)) else named)
+    if told is not None and told != outputs:
+        raise UserError(
+            f'"trainer.task_options.model" is for {told} classes, but the data has {said}. Leave num_labels and '
+            "id2label out: they follow from the data."
+        )
+    return {name: value for name, value in spec.items() if name not in _LABEL_KEYS}

@@ -71,7 +71,7 @@ class TextOptions(TargetOptions, TextModelOptions):
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
 
 
-class TextClassification:
+class TextClassification(problems.WithProblem):
     """Classifies texts, or pairs of texts. Its arguments are `TextOptions`."""
 
     Options = TextOptions
@@ -413,26 +413,6 @@ class TextClassification:
         if self._prepares_masks:
             inputs["attention_mask"] = masks.for_each_head(inputs["attention_mask"])
         return self._problem.outputs_of(model(**inputs).logits)
-
-    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Any]:
-        """The summed loss, and the number of samples or their summed class weights."""
-        return self.sample_losses(outputs, batch).sum(), self._problem.count(batch["label"])
-
-    def sample_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of each sample, (B,): see `problems`."""
-        return self._problem.sample_losses(outputs, batch["label"])
-
-    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
-        """Accuracy, macro-F1 and AUROC; or micro-F1, macro-F1 and mean average precision; or R2, MAE and RMSE."""
-        return self._problem.metrics(outputs, batch["label"])
-
-    def why_without(self, name: str, batch: Batch) -> str:
-        """Why a split has no metric of this name; an empty text where nothing is known."""
-        return self._problem.why_without(name, batch["label"])
-
-    def predictions(self, outputs: Tensor, batch: Batch) -> dict[str, Sequence[Any]]:
-        """Of each text: target and prediction, and the probability of each class."""
-        return self._problem.columns(outputs, batch["label"])
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 

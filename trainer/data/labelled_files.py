@@ -1,0 +1,235 @@
+"""Files of one kind, such as images or clips of sound, with their labels: in folders of classes, or named by a table.
+
+Training and prediction ask the same `Kind`, so that both read the same files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import sources, tables
+from .reading import BLOCK
+from .sources import Found
+from .table_files import Table, read_file
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of files.
+
+    Attributes:
+        word: "image", for messages.
+        one: with its article.
+        is_one: whether a file is meant to be of this kind.
+        suffixes: the usual ones, for messages.
+        columns: names that a column of them usually has; the first is that of folders.
+        nested: makes a value of nested lists one of them; None for anything else.
+    """
+
+    word: str
+    one: str
+    is_one: Callable[[Path], bool]
+    suffixes: Sequence[str]
+    columns: Sequence[str]
+    nested: Callable[[list[Any]], Any] | None = None
+
+    @property
+    def option(self) -> str:
+        """The option that names the column."""
+        return f"{self.columns[0]}_column"
+
+
+def chosen(found: Found, kind: Kind) -> tuple[list[Path], list[Path]]:
+    """The files that are of a kind, and the others."""
+    files = [file for file in found.files if kind.is_one(file)]
+    return files, found.others(files)
+
+
+def folder_of(found: Found, kind: Kind) -> dict[str, Table] | None:
+    """The splits of a folder, as tables of paths and labels; None if it holds no file of this kind.
+
+    Raises:
+        UserError: the files have no classes, or a metadata file names others.
+    """
+    files, others = chosen(found, kind)
+    if not files:
+        return None
+    described = [f for f in others if sources.stem_of(f) == "metadata" and sources.suffix_of(f) in sources.TABLES]
+    if described:
+        return _described(found, files, described, others, kind)
+    groups, loose = sources.by_class(found, files)
+    if not groups:
+        raise UserError(
+            f'"trainer.task_options.data": the {kind.word}s of {found.given} have no labels.\nPut each class\'s '
+            f"{kind.word}s into a folder of its own, or add a file metadata.csv with the columns file_name and label."
+        )
+    if "train" in groups and len(only := set(groups["train"].classes)) == 1:
+        raise UserError(
+            f'"trainer.task_options.data": all {kind.word}s of {found.given} lie in one folder, {only.pop()}, which '
+            "would be the only class. A classifier needs at least two classes.\nIf the folders of the classes lie in "
+            "it, give that folder."
+        )
+    column, result = kind.columns[0], {}
+    for split, group in groups.items():
+        names = sorted(set(group.classes))
+        place = {name: i for i, name in enumerate(names)}
+        columns = {column: [str(file) for file in group.files], "label": [place[name] for name in group.classes]}
+        result[split] = Table(columns, {"label": names}, [column])
+    notes = sources.left_out_note(found, [*loose, *others], f"no {kind.word} in a folder of a class")
+    notes += sources.twins_note(found, [file for group in groups.values() for file in group.files])
+    next(iter(result.values())).notes += notes
+    return result
+
+
+def _described(
+    found: Found, files: Sequence[Path], described: Sequence[Path], others: Sequence[Path], kind: Kind
+) -> dict[str, Table]:
+    """Files whose labels stand in metadata files, in their folder or in that of a split."""
+    if pairs := sources.twins(found, described):
+        raise UserError(
+            f'"trainer.task_options.data": in {found.given}, {" and ".join(map(found.name, pairs[0]))} describe the '
+            f"same {kind.word}s, which would count twice. Remove one of them."
+        )
+    known = {os.path.normpath(file): str(file) for file in files}
+    column = kind.columns[0]
+    splits: dict[str, Table] = {}
+    used: set[str] = set()
+    for file in described:
+        table = read_file(file)
+        if "file_name" not in table.columns:
+            raise UserError(
+                f'"trainer.task_options.data": {file} needs the column file_name. It has: '
+                f"{', '.join(table.column_names)}."
+            )
+        paths = [os.path.normpath(file.parent / str(name)) for name in table.values("file_name")]
+        lost = next((path for path in paths if path not in known), None)
+        if lost is not None:
+            raise UserError(
+                f'"trainer.task_options.data": {file} names {lost}, which is no {kind.word} in {found.given}.'
+            )
+        paths = [known[path] for path in paths]
+        twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+        if twice is not None or used & set(paths):
+            path = twice or sorted(used & set(paths))[0]
+            raise UserError(
+                f'"trainer.task_options.data": {path} has two rows in {file if twice else "two metadata files"}, so it '
+                "would count twice. Remove one of them."
+            )
+        tops = [found.parts(Path(path))[0] if len(found.parts(Path(path))) > 1 else "" for path in paths]
+        of = [sources.split_of(top) or "train" for top in tops]
+        for split in dict.fromkeys(of):
+            rows = [row for row, own in enumerate(of) if own == split]
+            part = table.select(rows)
+            columns = {column: [paths[row] for row in rows]}
+            columns |= {name: part.values(name) for name in part.columns if name != "file_name"}
+            if split in splits:
+                if list(splits[split].columns) != list(columns):
+                    raise UserError(
+                        f'"trainer.task_options.data": the metadata files of {found.given} differ in their columns.'
+                    )
+                for name, values in columns.items():
+                    splits[split].columns[name] += values
+            else:
+                splits[split] = replace(part, columns=columns, images=[column], notes=list(table.notes))
+        used |= set(paths)
+    rest = found.others([*map(Path, used), *described])
+    notes = sources.left_out_note(found, rest, "not named by the metadata")
+    next(iter(splits.values())).notes += notes
+    return sources.in_order(splits)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a column: (name, bytes or path or nested lists made one, or None) for each row, as often as wanted.
+
+    Attributes:
+        table: whose column holds files as bytes, {"bytes": ..., "path": ...} as the datasets library has it, paths, or
+            nested lists.
+        split: for messages.
+        column: which.
+        kind: what they are.
+        folders: where files that are only named by the table may lie: what the cache knows about. None or none
+            of them for anywhere.
+    """
+
+    table: Table
+    split: str
+    column: str
+    kind: Kind
+    folders: Sequence[Path] | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Raises UserError if the column holds something else, or a file lies elsewhere."""
+        for start in range(0, len(self.table), BLOCK):
+            try:
+                values = self.table.values(self.column, start, start + BLOCK)
+            except Exception as error:  # such as paths in a parquet file that are not UTF-8
+                raise UserError(f'The column "{self.column}" in {self.split} cannot be read: {error}') from error
+            for row, value in enumerate(values, start=start):
+                yield self._one(row, value)
+
+    def _one(self, row: int, value: Any) -> tuple[str, Any]:
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(value, str):
+            content, path = None, value
+        nested = self.kind.nested if isinstance(value, list) else None
+        if nested is not None:
+            content = nested(value)
+        if not (nested or isinstance(content, (bytes, type(None)))) or not isinstance(path, (str, type(None))):
+            raise UserError(
+                f'The column "{self.column}" holds {str(value)[:50]} ({type(value).__name__}), not {self.kind.word}s. '
+                f"Name the right one with {self.kind.option} in trainer.task_options."
+            )
+        name = f"row {row} of {self.split}" + (f", {path}" if path else "")
+        if (content is not None and len(content)) or not path:
+            return name, content if content is not None and len(content) else None
+        if self.folders and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in self.folders):
+            raise UserError(
+                f"{name}: the table only names its {self.kind.word}s, so changed {self.kind.word}s would not be "
+                f"noticed.\nPut the table into the folder of the {self.kind.word}s as metadata.csv, with their names "
+                "in the column file_name, and give that folder as data."
+            )
+        return path, path
+
+
+def to_predict(
+    source: Path, kind: Kind, column: str | None, notes: list[str], named: Callable[[Table, str], Table] | None = None
+) -> tuple[str, Iterator[tuple[Any, Any]]]:
+    """The word file or row, and (name, content) of each file to predict on.
+
+    Args:
+        source: one file, a folder, or a table.
+        kind: what to look for.
+        column: of a table; None for the one with a usual name.
+        notes: takes sentences on what is left out.
+        named: given a table and its column, the table with paths that can be opened.
+
+    Raises:
+        UserError: there are none.
+    """
+    if source.is_file() and kind.is_one(source):
+        return "file", iter([(str(source), source)])
+    found = sources.find(str(source))
+    if source.is_dir() and found is not None and not found.saved:
+        files, others = chosen(found, kind)
+        if files:
+            notes += sources.left_out_note(found, others, f"no {kind.word}")
+            return "file", ((str(file), file) for file in files)
+        if not any(sources.suffix_of(file) in sources.TABLES for file in others):
+            raise UserError(f"--input {source}: no {kind.word}s in this folder ({', '.join(kind.suffixes)}).")
+    try:
+        table = tables.read({"train": str(source)})["train"]
+    except UserError as error:
+        raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
+    given = column or (table.images[0] if len(table.images) == 1 else None)
+    column = tables.find_column(table.column_names, given, kind.columns, kind.option, str(source))
+    if named is not None:
+        table = named(table, column)
+    contents = Contents(table, str(source), column, kind)
+    return "row", ((row, content) for row, (_, content) in enumerate(contents))
