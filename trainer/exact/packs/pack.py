@@ -745,6 +745,7 @@ class Pack(TorchFunctionMode):
             inner: in a trial, what it calls alone; None for the calls of its loss.
         """
         assert self._now is None
+        calls: Sequence[Call] | None
         if self.checks and inner is None:
             own = self._traces[k]
             calls = None if own is None else own.calls[own.forward_calls :]

@@ -236,7 +236,8 @@ class Trace(TorchFunctionMode):
                 return forward(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 before = self._given(type(module), args, kwargs)
-            self._inner = inner = []
+            inner: list[Call] = []
+            self._inner = inner
             try:
                 found = forward(*args, **kwargs)
             finally:
