@@ -65,7 +65,7 @@ def test_speeds_of_earlier_runs_are_shown(tmp_path: Path) -> None:
     text = plan_table(config, [1, 2, 4])
     assert re.search(r"^1 .* 1\.00 +1,000 +yes$", text, re.MULTILINE)
     assert re.search(r"^4 .* 4\.00 +- +yes$", text, re.MULTILINE)
-    assert "0.64 times as fast as 1 rank (run1): 2 ranks don't pay here, 1 is faster" in text
+    assert "0.64 times as fast as 1 rank (run1): 2 ranks don't pay here, 1 is faster; efficiency 0.32" in text
 
 
 def test_padding_and_uneven_ranks_of_texts_are_counted() -> None:

@@ -194,7 +194,7 @@ def train_unrehearsed(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A run without its rehearsal and its audits."""
     import trainer.run.course
 
-    trainer.run.course._rehearse = lambda p, step, first_step: (0.0, [])  # type: ignore[assignment]
+    trainer.run.course._rehearse = lambda p, step, first_step: (0.0, [], "")  # type: ignore[assignment]
     return train(ranks, config)
 
 
@@ -258,7 +258,7 @@ def rehearsal_work(ranks: Ranks, config: Config) -> tuple[int, int]:
     from trainer.exact.micro_batches import MicroBatches
 
     counts = [0, 0]
-    compute, grad = MicroBatches.compute, torch.autograd.grad
+    forward, grad = MicroBatches.forward, torch.autograd.grad
 
     def counted(place: int, function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -267,7 +267,7 @@ def rehearsal_work(ranks: Ranks, config: Config) -> tuple[int, int]:
 
         return call
 
-    MicroBatches.compute = counted(0, compute)  # type: ignore[method-assign]
+    MicroBatches.forward = counted(0, forward)  # type: ignore[method-assign]
     torch.autograd.grad = counted(1, grad)
     rehearse_once(ranks, config)
     return counts[0], counts[1]

@@ -105,7 +105,7 @@ def workloads(folder: Path, long_epochs: int = 30) -> list[Workload]:
 def curve(run: Path) -> list[dict[str, float]]:
     """All records of a run, without times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "memory/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "memory/", "time_s"))} for line in lines]
 
 
 @dataclass

@@ -19,7 +19,7 @@ def finished(folder: Path, world_size: int, speed: Any, sha: str = "a", time: in
     summary = {"world_size": world_size, "samples_per_s": speed, "parameters_sha256": sha}
     (folder / "summary.json").write_text(json.dumps(summary))
     config = parse(KEYS | {"trainer": {"output_dir": str(folder), **trainer}}).as_dict()
-    (folder / "manifest.json").write_text(json.dumps({"config": config}))
+    (folder / "manifest.json").write_text(json.dumps({"config": config, "facts": {"device_model": "a GPU"}}))
     os.utime(folder / "summary.json", (time, time))
 
 
@@ -55,3 +55,55 @@ def test_more_ranks_that_do_not_pay_are_named() -> None:
     assert earlier.compared(1, 100.0, 2, two).endswith("2 ranks (two): 2 ranks don't pay here, 1 is faster")
     assert earlier.compared(4, 50.0, 2, two).endswith("4 ranks don't pay here, 2 are faster")
     assert "pay" not in earlier.compared(1, 50.0, 2, two)
+
+
+def manifest_of(folder: Path, **trainer: Any) -> dict[str, Any]:
+    config = parse(KEYS | {"trainer": {"output_dir": str(folder), **trainer}}).as_dict()
+    return {"config": config, "facts": {"device_model": "a GPU"}}
+
+
+def test_a_run_is_compared_with_the_last_of_its_config_at_another_size(tmp_path: Path) -> None:
+    finished(tmp_path / "old", 1, 100.0, time=1)
+    finished(tmp_path / "eight", 8, 300.0, time=2)
+    finished(tmp_path / "last", 4, 200.0, time=3)
+    finished(tmp_path / "same", 2, 190.0, time=4)
+    finished(tmp_path / "longer", 1, 100.0, time=5, epochs=99)
+    finished(tmp_path / "elsewhere", 1, 100.0, time=6)
+    (tmp_path / "elsewhere" / "manifest.json").write_text(
+        json.dumps(manifest_of(tmp_path) | {"facts": {"device_model": "another GPU"}})
+    )
+    own = tmp_path / "own"
+    assert earlier.at_another_size(manifest_of(own), 2, own) == (4, Earlier(tmp_path / "last", 200.0))
+    assert earlier.at_another_size(manifest_of(own), 4, own) == (2, Earlier(tmp_path / "same", 190.0))
+    assert earlier.at_another_size(manifest_of(own, seed=3), 2, own) is None
+    assert earlier.at_another_size(manifest_of(own), 2, tmp_path / "none" / "own") is None
+
+
+def test_what_lies_beside_a_run_is_passed_over(tmp_path: Path) -> None:
+    contents = {
+        "deep": "[" * 100_000, "bytes": "\udcff", "zero": '{"world_size": 0, "samples_per_s": 1.0}',
+        "yes": '{"world_size": true, "samples_per_s": 1.0}', "alone": '{"world_size": 1, "samples_per_s": 1.0}',
+        "text": '{"world_size": 1, "samples_per_s": "1"}',
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(content, errors="surrogateescape")
+    for name, facts in {"list": "[]", "no facts": json.dumps(manifest_of(tmp_path) | {"facts": None})}.items():
+        finished(tmp_path / name, 1, 100.0)
+        (tmp_path / name / "manifest.json").write_text(facts)
+    (tmp_path / "folder" / "summary.json").mkdir(parents=True)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "summary.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "summary.json")
+    (tmp_path / "summary.json").write_text("a file of the user's")
+    assert earlier.at_another_size(manifest_of(tmp_path / "own"), 2, tmp_path / "own") is None
+    found = earlier.of_this_config(parse(dict(KEYS)).as_dict(), tmp_path)
+    assert {W: run.folder.name for W, run in found.items()} == {1: "no facts"}
+
+
+def test_an_efficiency_is_a_share_of_the_speed_of_a_rank() -> None:
+    one, four = Earlier(Path("runs/one"), 100.0), Earlier(Path("runs/four"), 320.0)
+    assert earlier.efficiency(4, 320.0, 1, one) == 0.8  # T1 / (4 T4)
+    assert earlier.efficiency(1, 100.0, 4, four) == 1.25
+    assert earlier.efficiency(8, 480.0, 4, four) == 0.75  # 4 T4 / (8 T8)

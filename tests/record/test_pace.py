@@ -156,3 +156,16 @@ def test_memory_of_a_gpu_is_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(memory_gib(CPU)) == {"memory/host_peak_gib"}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
     assert memory_gib(GPU)["memory/device_peak_gib"] == 1.5
+
+
+def test_operations_a_second_of_a_run(clock: FakeClock) -> None:
+    """Of 4 steps 1 is warm-up; the others take 2 s for 3e12 operations."""
+    pace, unknown = Pace(4, clock), Pace(4, clock)
+    for done in range(1, 5):
+        clock.sleep(2.0)
+        pace.step(done, 64, flops=3e12)
+        unknown.step(done, 64)
+    pace.stop()
+    unknown.stop()
+    assert pace.model_tflops_per_s == 1.5
+    assert unknown.model_tflops_per_s is None

@@ -34,10 +34,12 @@ def make_step(
     count: float = 2.0,
     samples: int = 2,
     learning_rate: float = 0.1,
+    flops: float = 0.0,
 ) -> None:
     window.begin_step()
     clock.sleep(seconds)
-    window.end_step(StepNumbers(len(losses), count, samples, learning_rate), torch.tensor(losses), torch.tensor(norm))
+    numbers = StepNumbers(len(losses), count, samples, learning_rate)
+    window.end_step(numbers, torch.tensor(losses), torch.tensor(norm), flops=flops)
 
 
 def close(window: Window, step: int = 1, epoch: int = 1) -> dict[str, float]:
@@ -47,6 +49,16 @@ def close(window: Window, step: int = 1, epoch: int = 1) -> dict[str, float]:
 
 
 # The window
+
+
+def test_operations_a_second_are_of_one_window(clock: FakeClock) -> None:
+    """Two steps of 3e12 operations in 4 s; the next window has none that were counted."""
+    window = Window(10, 2, CPU, clock)
+    for _ in range(2):
+        make_step(window, clock, 2.0, flops=3e12)
+    assert close(window)["throughput/model_tflops_per_s"] == 1.5
+    make_step(window, clock, 2.0)
+    assert "throughput/model_tflops_per_s" not in close(window)
 
 
 def test_throughput_and_step_time(clock: FakeClock) -> None:

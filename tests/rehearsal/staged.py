@@ -35,7 +35,7 @@ class Task:
 class Engine:
     """What a rehearsal asks of `engine.deepspeed_engine.Engine`."""
 
-    zero_stage = 0
+    zero_stage, compiled = 0, False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -138,3 +138,17 @@ def test_what_is_in_the_table_where_there_is_more() -> None:
 )
 def test_without_a_test_split_the_validation_is_shown(metrics: dict[str, Any], first: str) -> None:
     assert next(iter(rows(metrics=metrics))) == first
+
+
+def test_work_and_efficiency_are_said_with_what_they_are_compared_with() -> None:
+    found = rows(model_tflops_per_s=12.3456, mfu=0.4123)
+    assert found["model TFLOP/s"] == "12.3, 41.2% of the devices' peak (MFU)"
+    assert rows(model_tflops_per_s=0.00213, mfu=None)["model TFLOP/s"] == "0.00213"
+    assert rows(model_flops_not_counted="torch has no formula for my.op")["model TFLOP/s"] == (
+        "not counted: torch has no formula for my.op"
+    )
+    baseline = {"folder": "digits-001", "world_size": 1}
+    found = rows(strong_efficiency=0.934, efficiency_baseline=baseline)
+    assert found["strong efficiency"] == "0.93 against 1 rank (digits-001)"
+    found = rows(weak_efficiency=1.02, efficiency_baseline=baseline | {"world_size": 4})
+    assert found["weak efficiency"] == "1.02 against 4 ranks (digits-001)"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.record.board import tab, value
 from tests.run.small import Task, course_of, records
 from trainer.errors import NonFiniteError, TrainerError
 from trainer.exact.hashes import state_sha256
@@ -41,6 +42,28 @@ def test_the_summary_is_what_stands_in_the_folder(tmp_path: Path) -> None:
     assert set(summary["metrics"]) == {"validation", "test"}
     assert 0 < summary["time_to_first_step_s"] < summary["wall_time_s"]
     assert (tmp_path / "run" / "model" / "README.md").exists()
+
+
+def test_a_run_says_how_much_it_has_computed_and_how_well_it_scales(tmp_path: Path) -> None:
+    """The baseline is the last run beside it; TensorBoard and the summary have the same numbers."""
+    course = course_of(tmp_path / "run", tensorboard={"enabled": True})
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "manifest.json").write_text(json.dumps(manifest))
+    speed = {"world_size": 4, "samples_per_s": 100.0}
+    (tmp_path / "before" / "summary.json").write_text(json.dumps(speed))
+    summary = finished(course)
+    assert summary["efficiency_baseline"] == {"folder": "before", "world_size": 4}
+    assert summary["strong_efficiency"] == pytest.approx(summary["samples_per_s"] / 25.0)
+    # A sample's forward and backward: 2 * 3 inputs and weights twice (no gradient of the input), 3 * 1 three times.
+    assert summary["model_tflops_per_s"] == pytest.approx(summary["samples_per_s"] * (24 + 18) / 1e12)
+    assert summary["mfu"] is None
+    (row,) = tab(tmp_path / "run")[1]
+    shown = {metric.name.tag: metric.value for metric in row.metric_values}
+    for name in ("strong_efficiency", "model_tflops_per_s", "samples_per_s"):
+        assert shown[f"result/{name}"] == pytest.approx(summary[name], rel=1e-6)
+    assert shown["result/test/error"] == pytest.approx(summary["metrics"]["test"]["error"], rel=1e-6)
+    assert value(row.hparams["learning_rate"]) == 0.1
 
 
 def test_a_clock_that_is_set_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -65,6 +66,51 @@ def test_on_a_gpu_a_record_is_read_when_the_next_window_ends(tmp_path: Path, mon
     assert steps() == [1, 2, 3, 4]
 
 
+def test_the_time_of_training_goes_on_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process needs before its first step, and a clock that is set, do not count."""
+    clock, now_s = time.monotonic, time.time
+    course = course_of(tmp_path / "run")
+    record = Recorder(course.pieces, course.window, 4, [], time_s=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000.0)  # the rehearsal
+    monkeypatch.setattr(time, "time", lambda: now_s() - 3600.0)
+    record.begin()
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1007.0)
+    assert 107.0 <= record.time_s < 110.0
+
+
+def test_on_a_gpu_a_record_has_the_time_at_which_its_window_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "memory_gib", lambda device: {})
+    course = course_of(tmp_path / "run")
+    course.pieces.device = torch.device("cuda")
+    make_steps(course, 1)
+    course.record.window(1)
+    ended_s = course.record.time_s
+    time.sleep(0.2)
+    course.record.flush()
+    (found,) = records(tmp_path / "run")
+    assert found["time_s"] <= ended_s
+
+
+def test_utilisation_is_a_share_of_the_peak_of_all_devices(tmp_path: Path) -> None:
+    course = course_of(tmp_path / "run")
+    pieces = course.pieces
+    assert recorder_module.peak_of(pieces) is None, "of a processor"
+    pieces.device, pieces.facts = torch.device("cuda"), {"device_model": "Tesla T4"}
+    pieces.plan = dataclasses.replace(pieces.plan, world_size=4)
+    assert recorder_module.peak_of(pieces) == 4 * 8.1
+    pieces.alike = False
+    assert recorder_module.peak_of(pieces) is None, "unlike devices have no common peak"
+
+    pieces.device, course.record.peak_tflops_per_s = torch.device("cpu"), 10.0
+    course.window.begin_step()
+    course.window.end_step(StepNumbers(1, 4.0, 4, 0.1), torch.tensor([8.0]), torch.tensor(2.0), flops=1e12)
+    course.record.window(1)
+    (found,) = records(tmp_path / "run")
+    assert found["throughput/mfu"] == pytest.approx(found["throughput/model_tflops_per_s"] / 10.0)
+
+
 class Slow(Task):
     """Takes 0.2 s for its metrics."""
 
@@ -80,6 +126,7 @@ def test_an_evaluation_is_a_record_and_is_left_out_of_the_speed(tmp_path: Path) 
     make_steps(course, 1)
     course.record.window(2)
     evaluated, window = records(tmp_path / "run")
+    assert evaluated.pop("time_s") > 0.2
     assert evaluated == {"step": 6, "epoch": 2} | {f"eval/validation/{name}": value for name, value in metrics.items()}
     assert window["throughput/eval_ms"] >= 200
     assert window["throughput/step_time_ms"] < 100  # two steps in which nothing is computed

@@ -28,7 +28,7 @@ from trainer.run.banner import banner
 def curve(folder: Path) -> list[dict[str, float]]:
     """All records of a run, without times and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "memory/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "memory/", "time_s"))} for line in lines]
 
 
 def interrupted(make: Any, path: Path, sessions: list[tuple[int, int]], rank: int = 0) -> dict[str, Any]:

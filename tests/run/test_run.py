@@ -106,7 +106,8 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.M
 
 def without_times(folder: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in r.items() if not k.startswith(("throughput/", "memory/", "noise/"))} for r in records(folder)
+        {k: v for k, v in r.items() if not k.startswith(("throughput/", "memory/", "noise/", "time_s"))}
+        for r in records(folder)
     ]
 
 
@@ -129,6 +130,8 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(
     for name in ("parameters_sha256", "model_sha256", "metrics", "best", "steps", "exactness"):
         assert longer[name] == whole[name], name
     assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    times_s = [record["time_s"] for record in records(tmp_path / "run")]
+    assert times_s == sorted(times_s), "the clock of the training goes on"
 
 
 COSINE = {"schedule": "cosine"}

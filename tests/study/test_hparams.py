@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.record.board import tab, value
 from trainer.study.hparams import write_hparams
 
 
@@ -19,32 +20,6 @@ def row(arm: str, world_size: int, seed: int, accuracy: float | None, **more: An
         "epochs": 20, "steps": 760, "status": "not finite" if accuracy is None else "finished",
         "started_at_s": 1000.0, "wall_time_s": 2.0, "device_model": "x", "test/accuracy": accuracy, "test/loss": 1.0,
     } | more  # fmt: skip
-
-
-def tab(folder: Path) -> tuple[Any, list[Any]]:
-    """What the tab gets when it asks for the study and for all of its runs."""
-    from tensorboard import context
-    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
-    from tensorboard.plugins import base_plugin
-    from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
-
-    multiplexer = plugin_event_multiplexer.EventMultiplexer()
-    multiplexer.AddRunsFromDirectory(str(folder)).Reload()
-    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
-    asked = context.RequestContext()
-    backend = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    experiment = get_experiment.Handler(asked, backend, "x", api_pb2.GetExperimentRequest()).run()
-    every = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE]
-    request = api_pb2.ListSessionGroupsRequest(
-        start_index=0, slice_size=10_000, allowed_statuses=every, aggregation_type=api_pb2.AGGREGATION_AVG,
-        col_params=[api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in experiment.hparam_infos]
-        + [api_pb2.ColParams(metric=info.name, include_in_result=True) for info in experiment.metric_infos],
-    )  # fmt: skip
-    return experiment, list(list_session_groups.Handler(asked, backend, "x", request).run().session_groups)
-
-
-def value(part: Any) -> Any:
-    return getattr(part, part.WhichOneof("kind"))
 
 
 def test_the_hparams_tab_finds_every_run(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ class Callback:
         """After a step that is logged, each `trainer.log_every_steps` steps. On a GPU it comes one such window later.
 
         Args:
-            record: a line of metrics.jsonl: "step" (optimizer steps made), "epoch", "train/loss" (the mean over the
-                window's samples), "train/learning_rate", "throughput/samples_per_s", and others by their names in
-                TensorBoard.
+            record: a line of metrics.jsonl: "step" (optimizer steps made), "epoch", "time_s" (seconds of training),
+                "train/loss" (the mean over the window's samples), "train/learning_rate",
+                "throughput/samples_per_s", and others by their names in TensorBoard.
         """
 
     def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:

@@ -88,7 +88,9 @@ def plan_table(config: Config, world_sizes: Sequence[int], work: Sequence[Work] 
 
 def _compared(measured: dict[int, earlier.Earlier], first: int, W: int) -> str:
     found = measured[W]
-    return f"{found.folder.name}, {W} ranks: " + earlier.compared(W, found.samples_per_s, first, measured[first])
+    share = earlier.efficiency(W, found.samples_per_s, first, measured[first])
+    text = earlier.compared(W, found.samples_per_s, first, measured[first])
+    return f"{found.folder.name}, {W} ranks: {text}; efficiency {share:.2f}"
 
 
 def _most_speed_up(work: Sequence[Work], world_size: int) -> float:

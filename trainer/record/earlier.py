@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from .made_by import without_secrets
 
 # Keys that do not change the speed of a step.
 _LOGGERS = {name.partition(".")[0] for name in OFF}
+# Among so many of the newest runs in a folder, a run looks for the one that it is compared with.
+_CANDIDATES = 200
+_LARGEST_BYTES = 16 << 20
 _NO_SPEED = ("output_dir", "epochs", "max_steps", "seed", "learning_rate", "checkpoint", "best")
 
 
@@ -44,6 +48,35 @@ def of_this_config(config: Mapping[str, Any], base: Path) -> dict[int, Earlier]:
     return found
 
 
+def at_another_size(manifest: Mapping[str, Any], world_size: int, folder: Path) -> tuple[int, Earlier] | None:
+    """The last run beside `folder`, with its world size, that differs from a run in nothing but that and the folder.
+
+    Args:
+        manifest: of the run: its config, and facts of its device.
+        world_size: of the run.
+        folder: of the run.
+    """
+    wanted, device = _same_keys(json.loads(json.dumps(manifest["config"]))), manifest["facts"].get("device_model")
+    for path, summary in reversed(list(_summaries(folder.parent, newest=_CANDIDATES))):
+        W = summary["world_size"]
+        other = _read(path / "manifest.json") if world_size != W and path != folder else None
+        if other is None or _same_keys(other.get("config")) != wanted:
+            continue
+        facts = other.get("facts")
+        if isinstance(facts, Mapping) and facts.get("device_model") == device:
+            return W, Earlier(path, summary["samples_per_s"])
+    return None
+
+
+def efficiency(world_size: int, samples_per_s: float, other_size: int, other: Earlier) -> float:
+    """Samples a second and rank, as a share of those at another world size.
+
+    With strong scaling this is the strong efficiency, W0 T0 / (W T) of the times of a step, which is T1 / (W T) if the
+    other run had one rank. With weak scaling it is the weak efficiency, T0 / T.
+    """
+    return samples_per_s / world_size / (other.samples_per_s / other_size)
+
+
 def compared(world_size: int, samples_per_s: float, other_size: int, other: Earlier) -> str:
     """How fast a run is, compared with one at another world size; says so if the larger one does not pay."""
     ratio = samples_per_s / other.samples_per_s
@@ -55,34 +88,47 @@ def compared(world_size: int, samples_per_s: float, other_size: int, other: Earl
     return text
 
 
-def _summaries(base: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The summaries of finished runs in a folder, the oldest first; what is no such file is passed over."""
+def _summaries(base: Path, newest: int | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The summaries of finished runs in a folder, the oldest first; what is no such file is passed over.
+
+    Args:
+        base: the folder.
+        newest: read only so many.
+    """
     written = []
     for path in base.glob("*/summary.json"):
-        summary = _read(path)
-        if summary is None or not isinstance(summary.get("world_size"), int):
+        with contextlib.suppress(OSError):  # somebody may remove it meanwhile
+            written.append((path.stat().st_mtime, str(path)))
+    for _, name in sorted(written)[-newest if newest is not None else 0 :]:
+        summary = _read(Path(name))
+        if summary is None or type(summary.get("world_size")) is not int or summary["world_size"] < 1:
             continue
         speed = summary.get("samples_per_s")
         if isinstance(speed, float) and math.isfinite(speed) and speed > 0.0:
-            written.append((path.stat().st_mtime, str(path.parent), summary))
-    for _, folder, summary in sorted(written, key=lambda entry: entry[:2]):
-        yield Path(folder), summary
+            yield Path(name).parent, summary
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        # A file of this name may be anybody's: a pipe would never end, and a large file is none of ours.
+        if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def _speed_keys(config: Any) -> Any:
+def _same_keys(config: Any) -> Any:
+    return _speed_keys(config, ("output_dir",))
+
+
+def _speed_keys(config: Any, left_out: Sequence[str] = _NO_SPEED) -> Any:
     if not isinstance(config, Mapping) or not isinstance(config.get("trainer"), Mapping):
         return None
     config = without_secrets(copy.deepcopy(dict(config)))
     for block in _LOGGERS:
         config.pop(block, None)
-    for name in _NO_SPEED:
+    for name in left_out:
         config["trainer"].pop(name, None)
     return config

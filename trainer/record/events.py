@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
+# TensorBoard reads this file before all others of its folder, and keeps the first that it reads about a row of the
+# HParams tab. So a run that goes on writes it anew, and has one row.
+FIRST = "events.out.tfevents.0000000000.hparams"
 
 
 def _number(file: Path) -> int:
@@ -27,6 +31,18 @@ def _last_s(file: Path) -> float:
     from tensorboard.compat.proto.event_pb2 import Event
 
     return max((Event.FromString(event).wall_time for event in RawEventFileLoader(str(file)).Load()), default=0.0)
+
+
+def write_file(file: Path, at_s: float, summaries: Sequence[Any]) -> None:
+    """Writes a whole event file, all of its events of one time and step 0."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with file.open("wb") as opened:
+        writer = RecordWriter(opened)
+        writer.write(Event(wall_time=at_s, file_version="brain.Event:2").SerializeToString())
+        for summary in summaries:
+            writer.write(Event(wall_time=at_s, step=0, summary=summary).SerializeToString())
 
 
 class Events:

@@ -83,15 +83,17 @@ class Pace:
         self._began_s = 0.0
         self._seconds = 0.0
         self._steps = self._samples = self._tokens = 0
+        self._flops = 0.0
 
-    def step(self, done: int, samples: int, tokens: int = 0) -> None:
-        """Counts a step of `samples` samples. `done`: the steps so far, this one included."""
+    def step(self, done: int, samples: int, tokens: int = 0, flops: float = 0.0) -> None:
+        """Counts a step of all ranks: its samples, tokens and operations. `done`: the steps so far, with this one."""
         if done == self._warmup:
             self._began_s = self._clock()
         elif done > self._warmup:
             self._steps += 1
             self._samples += samples
             self._tokens += tokens
+            self._flops += flops
 
     def pause(self, seconds: float) -> None:
         """Leaves the seconds of an evaluation out."""
@@ -115,6 +117,11 @@ class Pace:
     def tokens_per_s(self) -> float | None:
         """Mean tokens (padding not counted) a second over all ranks; None for data without lengths."""
         return self._tokens / self._seconds if self._tokens else None
+
+    @property
+    def model_tflops_per_s(self) -> float | None:
+        """Mean 10^12 floating-point operations of the model a second, over all ranks; None if none were counted."""
+        return self._flops / self._seconds / 1e12 if self._flops else None
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

@@ -69,6 +69,7 @@ class Window:
         self._started_at_s = clock()
         self._paused_s = 0.0
         self._before = 0  # steps of the window that were made before this process began
+        self._flops = 0.0  # of the other ones
 
     def begin_step(self) -> None:
         """Starts the time of a step."""
@@ -83,6 +84,7 @@ class Window:
         norm: Tensor,
         micro_norms: Tensor | None = None,
         counts: Sequence[float] | None = None,
+        flops: float = 0.0,
     ) -> None:
         """Takes one step's numbers.
 
@@ -92,11 +94,13 @@ class Window:
             norm: () of the gradient.
             micro_norms: (M,) of the micro-batches' gradients, if noise is measured.
             counts: (M,) of the micro-batches, whose sum is `numbers.loss_count`, if noise is measured.
+            flops: floating-point operations of the model in this step, of all ranks; 0 if they are not known.
         """
         i = len(self._filled)
         self._losses[i, : len(losses)].copy_(losses)
         self._norms[i].copy_(norm)
         self._filled.append(numbers)
+        self._flops += flops
         if self._micro_norms is not None:
             assert micro_norms is not None and counts is not None
             self._micro_norms[i, : len(losses)].copy_(micro_norms)
@@ -173,6 +177,7 @@ class Window:
         losses, norms = self._copy(self._losses[:steps]), self._copy(self._norms[:steps])
         micro_norms = None if self._micro_norms is None else self._copy(self._micro_norms[:steps])
         counts, self._filled, self._counts = self._counts, [], []
+        flops, self._flops = self._flops, 0.0
 
         def read() -> dict[str, float]:
             seconds = phases()  # on a GPU this waits for the window's last step, and so for the copies
@@ -200,6 +205,8 @@ class Window:
             tokens = sum(numbers.tokens for numbers in timed)
             if tokens:
                 record["throughput/tokens_per_s"] = tokens / elapsed_s
+            if flops:
+                record["throughput/model_tflops_per_s"] = flops / elapsed_s / 1e12
             record.update({f"throughput/{phase}_ms": seconds[phase] / len(timed) * 1e3 for phase in PHASES})
             return record
 

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ..files import to_json, whole_file
-from .events import Events
+from .events import FIRST, Events, write_file
+from .hparams import end, start
+from .layout import layout, stacked
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -56,7 +58,8 @@ class Writer:
         with whole_file(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file: TextIO = path.open("a", encoding="utf-8")
-        self._events = Events(folder / "tensorboard") if tensorboard else None
+        self._folder = folder / "tensorboard"
+        self._events = Events(self._folder) if tensorboard else None
         if self._events is not None and after_step:
             self._events.restart(after_step + 1)
 
@@ -69,6 +72,23 @@ class Writer:
                 self._events.add(text(name, content), step)
             self._events.add(_scalars(scalars), step)
 
+    def arrange(self, *, tokens: bool, mfu: bool, step: int = 0) -> None:
+        """Writes what the Custom Scalars tab shows, see `layout`."""
+        if self._events is not None:
+            self._events.add(layout(tokens=tokens, mfu=mfu), step)
+
+    def set_row(self, settings: Mapping[str, str | float | bool], began_at_s: float) -> None:
+        """Writes the run's row of the HParams tab: one, however often the run is interrupted."""
+        if self._events is not None:
+            with whole_file(self._folder / FIRST) as temporary:
+                write_file(temporary, began_at_s, [start(settings, began_at_s)])
+
+    def end_row(self, results: Mapping[str, float], ended_at_s: float, step: int) -> None:
+        """Writes the results of a run that has come to its end, by name, into its row."""
+        if self._events is not None:
+            self._events.add(_scalars({f"result/{name}": value for name, value in results.items()}), step)
+            self._events.add(end(True, ended_at_s), step)
+
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record: "step", "epoch" and scalars by their TensorBoard names."""
         self._file.write(to_json(record) + "\n")
@@ -76,7 +96,7 @@ class Writer:
         self.lines += 1
         if self._events is not None:
             scalars = {name if "/" in name else f"train/{name}": v for name, v in record.items() if name != "step"}
-            self._events.add(_scalars(scalars), int(record["step"]))
+            self._events.add(_scalars(scalars | stacked(record)), int(record["step"]))
 
     def draw(self, pictures: Mapping[str, Tensor], step: int) -> None:
         """Writes pictures, name -> (C, H, W) uint8."""

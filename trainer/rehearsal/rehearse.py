@@ -19,6 +19,7 @@ import torch
 from ..errors import TrainerError, UserError
 from ..ranks.collectives import gather_objects, raise_together
 from .causes import explain
+from .flops import ModelFlops, count
 from .probes import moved_values, refuse_collectives, refuse_use_of_running_statistics, under_moved_weights
 from .python_state import changes, is_number
 from .refused import Watch, refusal, sentence
@@ -37,6 +38,7 @@ class Found:
         changing: parameters and buffers that the task's forward changes by itself.
         kept: values of Python's state that micro-batches change, whether or not anything depends on them.
         counters: those of them that are numbers.
+        flops: the operations of a step; or why they could not be counted.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Found:
     changing: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     counters: list[str] = field(default_factory=list)
+    flops: ModelFlops | str = "not rehearsed"
 
     def note_changes(self, changed: dict[str, Finding]) -> None:
         """Notes parameters and buffers that the task's code has changed: name -> finding."""
@@ -121,6 +124,7 @@ def _unite(found: Found, everyone: list[Found]) -> None:
     findings = {finding: None for other in everyone for finding in other.findings}
     found.findings = list(findings)
     found.changing = sorted({name for other in everyone for name in other.changing})
+    found.flops = everyone[0].flops
 
 
 def _first_difference(views: list[dict[int, list[Hashes]]]) -> str | None:
@@ -209,6 +213,9 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
                     finding = moved_values(stage, moved, after)
                     found.findings += [finding] if finding is not None else []
                 found.note_changes(stage.put_back())
+        if ranks.first:  # one rank's word is enough, and ranks that share a processor need not wait for one another
+            found.flops = count(stage)
+            found.note_changes(stage.put_back())
     stage.check_what_is_not_the_tasks()
     return results, found
 

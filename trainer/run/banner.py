@@ -93,6 +93,26 @@ def _scaling_row(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]
     return [("speed-up", earlier.compared(summary["world_size"], summary["samples_per_s"], fewest, others[fewest]))]
 
 
+def _efficiency_row(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    baseline = summary.get("efficiency_baseline")
+    if baseline is None:
+        return []
+    kind = "strong" if "strong_efficiency" in summary else "weak"
+    W = baseline["world_size"]
+    against = f"against {W} rank{'s' * (W > 1)} ({baseline['folder']})"
+    return [(f"{kind} efficiency", f"{summary[f'{kind}_efficiency']:.2f} {against}")]
+
+
+def _work_row(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model has computed a second; or, in one line, why that is not known."""
+    if "model_flops_not_counted" in summary:
+        return [("model TFLOP/s", f"not counted: {summary['model_flops_not_counted']}")]
+    done, mfu = summary.get("model_tflops_per_s"), summary.get("mfu")
+    if done is None:
+        return []
+    return [("model TFLOP/s", f"{done:.3g}" + (f", {mfu:.1%} of the devices' peak (MFU)" if mfu is not None else ""))]
+
+
 def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> str:
     """The table at the end of a run: metrics on test (or on another split), speed, and where the files are."""
     metrics = summary["metrics"]
@@ -111,7 +131,9 @@ def result_table(summary: dict[str, Any], folder: Path, tensorboard: bool) -> st
         ("step time", f"{summary['step_time_s'] * 1e3:.2f} ms"),
         ("wall time", f"{summary['wall_time_s']:.1f} s ({summary['time_to_first_step_s']:.1f} s to the first step)"),
         *_pack_row(summary.get("pack", {})),
+        *_work_row(summary),
         *_scaling_row(summary, folder),
+        *_efficiency_row(summary),
         ("parameters", f"sha256 {summary['parameters_sha256'][:16]}... ({summary['exactness']})"),
         ("results", str(folder)),
     ]

@@ -27,6 +27,7 @@ from ..record.checkpoints import Snapshot, refuse_unstorable
 from ..record.console import DeepSpeedLog, say
 from ..record.folder import OutputFolder
 from ..record.window import Window
+from ..rehearsal.flops import ModelFlops
 from ..rehearsal.rehearse import rehearse
 from ..rehearsal.stage import Subject
 from ..tasks.first_look import BUILT_IN
@@ -66,6 +67,7 @@ class Course:
         owes_validation: the checkpoint was the last of a shorter run, and its step's validation came after it.
         time_to_first_step_s: seconds from then to the end of the first step; nan before that.
         rehearsal_s: the seconds that the rehearsal took.
+        flops: the model's operations in a step; or why they are not known.
     """
 
     pieces: Pieces
@@ -85,6 +87,7 @@ class Course:
     owes_validation: bool
     time_to_first_step_s: float = math.nan
     rehearsal_s: float = 0.0
+    flops: ModelFlops | str = "no step was made"
 
     def check_window(self) -> None:
         """Raises NonFiniteError for the window's first step that is not finite, if the host learns of it only now."""
@@ -114,7 +117,7 @@ class Course:
         """
         self.check_window()
         self.record.flush()
-        self.record.checkpointed(self.saver.save(self.done, self.record.lines, ended))
+        self.record.checkpointed(self.saver.save(self.done, self.record.lines, ended, self.record.time_s))
 
 
 def make_step(p: Pieces, mark: Callable[[str], None] = ignore_phase) -> ExactStep | ZeroStep:
@@ -210,14 +213,16 @@ def set_out(
     )
     step = make_step(p, window.timer.mark)
     best = _best_model(p)
-    first_step, history = 0, []
+    first_step, history, time_s = 0, [], 0.0
     if snapshot is not None:
         first_step, history = snapshot.step, snapshot.facts["history"]
-        _restore(p, window, best, snapshot)
+        time_s = _restore(p, window, best, snapshot)
     history.append({"started_at_s": started_at_s, "from_step": first_step, "world_size": p.plan.world_size})
-    record = Recorder(p, window, first_step, history, tell)
+    record = Recorder(p, window, first_step, history, tell, time_s)
     saver = Saver(p, window, best, history, folder, first_step)
-    rehearsal_s, notes = _rehearse(p, step, first_step) if first_step < p.total_steps else (0.0, [])
+    rehearsal_s, notes, flops = 0.0, list[str](), Course.flops
+    if first_step < p.total_steps:
+        rehearsal_s, notes, flops = _rehearse(p, step, first_step)
     rate = p.engine.set_learning_rate(p.rates.factor(first_step))
     if p.ranks.first:
         say(*banner(p, step.audit, rate, first_step), *(f"note: {note}" for note in notes))
@@ -232,7 +237,7 @@ def set_out(
         record.open(
             folder, log, snapshot.facts.get("records") if snapshot is not None else None
         )  # only now: the rehearsal has shown that the task works
-    record.progress.begin()
+    record.begin()
     return Course(
         pieces=p,
         step=step,
@@ -250,17 +255,19 @@ def set_out(
         began_s=began_s,
         owes_validation=snapshot is not None and bool(snapshot.facts.get("ended")),
         rehearsal_s=rehearsal_s,
+        flops=flops,
     )
 
 
-def _restore(p: Pieces, window: Window, best: BestModel | None, snapshot: Snapshot) -> None:
-    """Restores what a checkpoint holds besides the engine's state."""
+def _restore(p: Pieces, window: Window, best: BestModel | None, snapshot: Snapshot) -> float:
+    """Restores what a checkpoint holds besides the engine's state. Returns the seconds of training up to it."""
     with as_written(snapshot.step):
         window.load_state_dict(snapshot.facts["window"])
         if p.rates.adascale is not None and snapshot.facts["adascale"] is not None:
             p.rates.adascale.load_state_dict(snapshot.facts["adascale"])
         if best is not None and snapshot.facts["best"] is not None:
             best.load_state_dict(snapshot.tensors.get("best", {}), snapshot.facts["best"], p.engine)
+        return float(snapshot.facts.get("time_s", 0.0))  # a checkpoint of an earlier version has none
 
 
 def _best_model(p: Pieces) -> BestModel | None:
@@ -290,11 +297,11 @@ def size_of_packs(options: TrainerOptions) -> int | str:
     return "auto" if options.task in BUILT_IN else 1
 
 
-def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str]]:
+def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[float, list[str], ModelFlops | str]:
     """Rehearses, labels or refuses the run, and begins its audits. Collective: every rank.
 
     Returns:
-        The seconds that it took, and notes for the person who started the run.
+        The seconds that it took, notes for the person who started the run, and `Course.flops`.
     """
     began_s = time.perf_counter()
     found = rehearse(subject_of(p, step), first_step)
@@ -342,4 +349,4 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
             f"{found.kept[0]} changes with micro-batches, and checkpoints do not hold it. If numbers depend on it, "
             "this run will differ from one that was never interrupted."
         )
-    return time.perf_counter() - began_s, notes
+    return time.perf_counter() - began_s, notes, found.flops

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from ..errors import NonFiniteError, TrainerError
 from ..exact.hashes import state_sha256
 from ..exact.step import ExactStep
 from ..ranks.collectives import broadcast_object, raise_together
+from ..record import earlier
 from ..record.console import say
 from ..record.folder import RAW
 from .banner import result_table
@@ -73,6 +76,8 @@ def finish(c: Course) -> dict[str, Any]:
         summary["pack"] = c.step.packs.summary()
     if isinstance(c.step, ExactStep) and c.step.graphs is not None:
         summary["cuda_graph"] = c.step.graphs.summary()
+    summary |= _work(c) | _scaling(c, summary)
+    c.record.conclude(_results(summary), done)
     _leave(c, summary)
     _check_saved(c, summary, failure)  # last: loading a model again needs memory, and all else is written now
     if c.folder is not None:
@@ -80,6 +85,33 @@ def finish(c: Course) -> dict[str, Any]:
         say(*_warning(c, summary["saved_model"]))
     raise_together(TrainerError(failure) if failure is not None else None)
     return summary
+
+
+def _work(c: Course) -> dict[str, Any]:
+    """How much the model has computed a second, for the summary."""
+    found: dict[str, Any] = {"model_tflops_per_s": c.record.pace.model_tflops_per_s, "mfu": c.record.mfu}
+    return found | ({"model_flops_not_counted": c.flops} if isinstance(c.flops, str) else {})
+
+
+def _scaling(c: Course, summary: dict[str, Any]) -> dict[str, Any]:
+    """The efficiency against the last run of this config at another world size. Collective: every rank."""
+    found: dict[str, Any] = {}
+    W, speed, p = c.pieces.plan.world_size, summary["samples_per_s"], c.pieces
+    if c.folder is not None and math.isfinite(speed):
+        with contextlib.suppress(Exception):  # whatever lies beside this run: it must not cost its results
+            other = earlier.at_another_size(p.manifest(), W, c.folder.path)
+            if other is not None:
+                share = earlier.efficiency(W, speed, *other)
+                baseline = {"folder": other[1].folder.name, "world_size": other[0]}
+                found = {f"{p.plan.scaling}_efficiency": share, "efficiency_baseline": baseline}
+    return broadcast_object(found)
+
+
+def _results(summary: dict[str, Any]) -> dict[str, float]:
+    """What TensorBoard's HParams tab shows of a run: numbers by name."""
+    results = {f"{split}/{name}": value for split, of in summary["metrics"].items() for name, value in of.items()}
+    speeds = ("samples_per_s", "tokens_per_s", "model_tflops_per_s", "mfu", "strong_efficiency", "weak_efficiency")
+    return results | {name: summary[name] for name in speeds if summary.get(name) is not None}
 
 
 def _check_saved(c: Course, summary: dict[str, Any], failure: str | None) -> None:

@@ -13,6 +13,7 @@ from ..exact.micro_batches import GlobalBatch
 from ..exact.step import StepResult
 from ..ranks.collectives import broadcast_object, gather_objects, raise_together
 from ..record.window import StepNumbers
+from ..rehearsal.flops import ModelFlops
 from .course import Course
 
 
@@ -50,8 +51,9 @@ def train(c: Course) -> None:
 
         samples = len(batch.indices)
         numbers = StepNumbers(len(batch.bounds), batch.count, samples, result.learning_rate, batch.tokens)
-        c.window.end_step(numbers, result.losses, result.norm, result.norms, batch.counts)
-        c.record.pace.step(c.done - c.first_step, samples, batch.tokens)
+        flops = c.flops.of(batch) if isinstance(c.flops, ModelFlops) else 0.0
+        c.window.end_step(numbers, result.losses, result.norm, result.norms, batch.counts, flops)
+        c.record.pace.step(c.done - c.first_step, samples, batch.tokens, flops)
         if p.changing:  # each rank's forward has changed these in its own way: rank 0's replace them
             p.follow_first()
         if c.done == c.first_step + 1:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..engine.peak import peak_tflops_per_s, precision
 from ..exact.progress import Progress
 from ..exact.splits import Batch
 from ..record.console import DeepSpeedLog, ProgressBar, say
 from ..record.folder import OutputFolder
+from ..record.hparams import settings
 from ..record.loggers import About, Loggers
 from ..record.made_by import commit, without_secrets, without_secrets_in
 from ..record.pace import Pace, memory_gib
@@ -24,6 +26,15 @@ from .predictions import write_predictions
 
 # Called on rank 0 with what is recorded: "log" or "evaluation", and a copy of the line in metrics.jsonl.
 Tell = Callable[[str, dict[str, Any]], None]
+
+
+def peak_of(p: Pieces) -> float | None:
+    """The most TFLOP/s that all devices of a run can do together; None if that is not known."""
+    if p.device.type != "cuda" or not p.alike:
+        return None
+    one = peak_tflops_per_s(str(p.facts["device_model"]), precision(p.config, p.device.type))
+    devices = p.plan.world_size if p.config.trainer.ranks_per_gpu == 1 else len(set(p.hosts))
+    return None if one is None else one * devices
 
 
 def tell_nobody(kind: str, record: dict[str, Any]) -> None:
@@ -39,6 +50,10 @@ class Recorder:
         first_step: steps made before this process began. Records of later steps are written again.
         history: one entry for each process that has worked on this run, for the manifest.
         tell: called with every new record, after it is written.
+        time_s: seconds of training that processes before this one have made, up to the first step.
+
+    Attributes:
+        peak_tflops_per_s: of all devices together; None if it is not known.
     """
 
     def __init__(
@@ -48,6 +63,7 @@ class Recorder:
         first_step: int,
         history: list[dict[str, Any]],
         tell: Tell = tell_nobody,
+        time_s: float = 0.0,
     ) -> None:
         self._pieces, self._window, self._first_step, self._history = pieces, window, first_step, history
         self._tell = tell if pieces.ranks.first else tell_nobody
@@ -56,8 +72,24 @@ class Recorder:
         self._folder: OutputFolder | None = None
         self._pending: Callable[[], dict[str, float]] | None = None
         self._eval_s = self._checkpoint_s = 0.0
+        self._time_before_s, self._began_s = time_s, time.monotonic()
+        self.peak_tflops_per_s = peak_of(pieces)
         self.progress = ProgressBar(pieces.total_steps, pieces.ranks.first, first_step)
         self.pace = Pace(pieces.total_steps - first_step)
+
+    def begin(self) -> None:
+        """Starts the clock of the training, and the progress bar."""
+        self._began_s = time.monotonic()
+        self.progress.begin()
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of training so far: from the first step on, with evaluations and checkpoints.
+
+        The start of a process (imports, data, rehearsal) does not count, nor does the time between two processes, nor
+        steps that were lost with an interrupted process. On a GPU, steps are issued a little before they are computed.
+        """
+        return round(self._time_before_s + time.monotonic() - self._began_s, 3)
 
     @property
     def lines(self) -> int:
@@ -85,6 +117,12 @@ class Recorder:
             self._first_step,
         )
 
+        shown = settings(config) | {"world_size": p.plan.world_size, "precision": precision(p.config, p.device.type)}
+        shown |= {"global_batch_size": p.plan.global_batch_size, "micro_batch_size": p.plan.micro_batch_size}
+        tokens, mfu = p.host_splits["train"].lengths is not None, self.peak_tflops_per_s is not None
+        self._writer.arrange(tokens=tokens, mfu=mfu, step=self._first_step)
+        self._writer.set_row(shown, self._history[0]["started_at_s"])
+
         blocks = {"wandb": p.config.wandb, "comet": p.config.comet}
         blocks |= {"csv_monitor": p.config.csv_monitor, "mlflow": p.config.mlflow}
         about = About(folder.path, self._history[0]["started_at_s"], config, self._first_step)
@@ -99,7 +137,7 @@ class Recorder:
 
     def window(self, step: int, last: bool = False) -> None:
         """Ends the logging window. On a GPU it is read when the next one ends, so that the host need not wait."""
-        closed = self._window.close(step, -(-step // self._pieces.steps_per_epoch))
+        closed = self._stamped(self._window.close(step, -(-step // self._pieces.steps_per_epoch)))
         lagging = self._pieces.device.type == "cuda" and not last
         self._write_window(self._pending)
         if not lagging:
@@ -107,6 +145,21 @@ class Recorder:
         self._pending = closed if lagging else None
         if last:
             self.pace.stop()
+
+    def _stamped(self, read: Callable[[], dict[str, float]] | None) -> Callable[[], dict[str, float]] | None:
+        """A window's record with the time at which the window has ended, which is now."""
+        if read is None:
+            return None
+        time_s, own = self.time_s, read
+
+        def stamped() -> dict[str, float]:
+            record = own()
+            tflops = record.get("throughput/model_tflops_per_s")
+            if tflops is not None and self.peak_tflops_per_s is not None:
+                record["throughput/mfu"] = tflops / self.peak_tflops_per_s
+            return {"step": record["step"], "epoch": record["epoch"], "time_s": time_s} | record
+
+        return stamped
 
     def flush(self) -> None:
         """Writes a window that is still pending: a checkpoint promises that everything up to its step is written."""
@@ -165,13 +218,27 @@ class Recorder:
             if p.cut is not None and seen and self._folder is not None:
                 write_predictions(self._folder.path, p.task, p.cut, *seen[0], metrics)
             self._eval_s = time.perf_counter() - began_s
-            record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch)}
+            record: dict[str, float] = {"step": step, "epoch": -(-step // p.steps_per_epoch), "time_s": self.time_s}
             record |= {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
             self._write(record)
             self.progress.evaluated(step, name, metrics)
             self._tell("evaluation", {"split": name, **record})
             self.pace.pause(time.perf_counter() - began_s)
         return metrics
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation of the whole run: what was done a second as a share of the devices' peak.
+
+        Chowdhery et al. (2022, arXiv 2204.02311), appendix B. None if one of the two is not known.
+        """
+        done, peak = self.pace.model_tflops_per_s, self.peak_tflops_per_s
+        return None if done is None or peak is None else done / peak
+
+    def conclude(self, results: Mapping[str, float], step: int) -> None:
+        """Writes a run's results, by name, where TensorBoard compares runs."""
+        if self._writer is not None:
+            self._writer.end_row(results, time.time(), step)
 
     def close(self) -> None:
         """Flushes the files."""

@@ -63,13 +63,14 @@ class Saver:
         self._best_step = -1
         self.began = False
 
-    def save(self, step: int, records: int, ended: bool = False) -> float:
+    def save(self, step: int, records: int, ended: bool = False, time_s: float = 0.0) -> float:
         """Copies the state after `step`, and leaves the writing to a thread. Collective: every rank.
 
         Args:
             step: optimizer steps made so far.
             records: lines in metrics.jsonl. A run that continues keeps these.
             ended: it is the run's last step, whose validation is made after this.
+            time_s: seconds of training so far, see `Recorder.time_s`.
 
         Returns:
             Seconds that this took from the run.
@@ -100,7 +101,7 @@ class Saver:
                             copy_to_host(kept, self._memory["best"])
                         tensors["best"] = self._memory["best"]
                         self._best_step = best["step"]
-                facts = self._facts(values, best) | {"records": records, "ended": ended}
+                facts = self._facts(values, best) | {"records": records, "ended": ended, "time_s": time_s}
                 self._files.save(Snapshot(step, tensors, facts))
         return time.perf_counter() - began_s
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import whole_folder
+from ..record.events import write_file
+from ..record.hparams import end, start, told
 
 # What the tab lists as hyper-parameters, in this order, where a row has it; what has a "/" in its name is a metric.
 _HPARAMS = (
@@ -49,7 +51,7 @@ def write_hparams(
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _metrics(rows)],
     )
     with whole_folder(target) as temporary:
-        _write(temporary, written_at_s, [_told(metadata.EXPERIMENT_TAG, experiment=experiment)])
+        _write(temporary, written_at_s, [told(metadata.EXPERIMENT_TAG, experiment=experiment)])
         taken: set[str] = set()
         for row in rows:
             name = _unique(_name(row) if name_of is None else name_of(row), taken)
@@ -109,25 +111,14 @@ def _hparam_infos(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> lis
 def _session(row: Mapping[str, Any], name: str, written_at_s: float, hparams: Sequence[str]) -> list[Any]:
     """The summaries of one run: how it began, its metrics, and how it ended."""
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     began_at_s = row.get("started_at_s") or written_at_s
-    # Its own group: what has one group is taken for repetitions, and shown as their mean.
-    start = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=began_at_s)
-    for key, value in _hparams(row, hparams).items():
-        if isinstance(value, str):
-            start.hparams[key].string_value = value
-        else:
-            start.hparams[key].number_value = value
     metrics = [Summary.Value(tag=key, simple_value=row[key]) for key in row if "/" in key and _is_known(row[key])]
-    end = plugin_data_pb2.SessionEndInfo(
-        status=api_pb2.STATUS_SUCCESS if row.get("status") == "finished" else api_pb2.STATUS_FAILURE,
-        end_time_secs=began_at_s + (row.get("wall_time_s") or 0.0),
-    )
+    # Its own group: what has one group is taken for repetitions, and shown as their mean.
     return [
-        _told(metadata.SESSION_START_INFO_TAG, session_start_info=start),
+        start(_hparams(row, hparams), began_at_s, group=name),
         Summary(value=metrics),
-        _told(metadata.SESSION_END_INFO_TAG, session_end_info=end),
+        end(row.get("status") == "finished", began_at_s + (row.get("wall_time_s") or 0.0)),
     ]
 
 
@@ -135,24 +126,7 @@ def _is_known(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _told(tag: str, **content: Any) -> Any:
-    """A summary that is for the HParams plugin."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    data = plugin_data_pb2.HParamsPluginData(**content)
-    about = metadata.create_summary_metadata(data)
-    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
-
-
 def _write(folder: Path, written_at_s: float, summaries: Sequence[Any]) -> None:
     """An event file. TensorBoard's own writer has a thread and a queue for each, which a thousand files do not need."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
     # A TensorBoard that looks on reads a file whose name comes later than that of the one which is gone.
-    with (folder / f"events.out.tfevents.{written_at_s:.6f}.study").open("wb") as file:
-        writer = RecordWriter(file)
-        writer.write(Event(wall_time=written_at_s, file_version="brain.Event:2").SerializeToString())
-        for summary in summaries:
-            writer.write(Event(wall_time=written_at_s, step=0, summary=summary).SerializeToString())
+    write_file(folder / f"events.out.tfevents.{written_at_s:.6f}.study", written_at_s, summaries)
