@@ -105,7 +105,7 @@ class DividesByHowMany(Two):
     """And later by a number that stands for no size."""
 
     def between(self, h: Tensor) -> Tensor:
-        return h / (100 if self.gate else h.numel())
+        return h / (100 if self.gate == 1.0 else h.numel())
 
 
 class Complex(Two):

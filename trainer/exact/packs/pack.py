@@ -276,6 +276,9 @@ class Pack(TorchFunctionMode):
         if scaled is None:
             own, scaled = self._compared(func, args, kwargs)
             numbers = tuple(flat((args, kwargs), [])[place] for place in sorted(scaled))
+            known = self._calls.get(self.form)
+            if known is not None and (known.scaled, known.numbers) != (scaled, numbers):
+                raise RefusedError(f"{name_in(func)} gets a number that is that of all samples at times")
             self._calls[self.form] = Way(True, scaled, numbers)
             before = versions((args, kwargs))
         found = self._called(func, args, kwargs, given, used, scaled, own)
