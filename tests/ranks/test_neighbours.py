@@ -101,8 +101,12 @@ def test_a_stopped_process_was_not_killed(monkeypatch: pytest.MonkeyPatch, other
     near = seen(monkeypatch, other.said)
     other.process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
-    assert len(near.running()) == 1 and near.killed() == []
+    assert len(near.running()) == 1 and near.killed() == [] and near.stopped() == [1]
+    other.process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    assert near.stopped() == []
     near.close()
+    assert near.stopped() == []
 
 
 @pytest.mark.parametrize("whose", ["another process's number", "no process's", "no file", "an old Python"])

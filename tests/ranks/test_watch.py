@@ -68,8 +68,12 @@ class Heart:
 class Near:
     """The processes of this machine, as `Neighbours` sees them."""
 
+    def stopped(self) -> list[int]:
+        return self.stopped_ranks
+
     def __init__(self) -> None:
         self.dead: list[int] = []
+        self.stopped_ranks: list[int] = []
         self.left = False
 
     def running(self) -> list[int]:
@@ -287,6 +291,19 @@ def test_a_late_rank_is_not_named_beside_one_that_is_stopped(run: Watched, capsy
     with meetings:
         run.ended()
     assert "Rank 3 on node3 did not come to the exchange" in capsys.readouterr().err
+
+
+def test_a_stopped_process_of_this_machine_is_named_although_another_one_is_behind_it(
+    run: Watched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run.watch(timeout_s=5.0)
+    made.begin()
+    run.near.stopped_ranks = [2]
+    run.heart.entered = {2: meetings.count + 1, 3: meetings.count}
+    with meetings:
+        run.ended()
+    said = capsys.readouterr().err
+    assert "Rank 2 on node2 did not come to the exchange" in said and "its process is stopped (SIGSTOP" in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])

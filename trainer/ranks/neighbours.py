@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import uuid
+from pathlib import Path
 
 from .collectives import gather_objects
 from .place import Ranks
@@ -31,6 +32,7 @@ class Neighbours:
 
     def __init__(self, ranks: Ranks) -> None:
         self._seen: dict[int, tuple[int, int]] = {}  # rank -> descriptors of its process and of its file
+        self._processes: dict[int, int] = {}  # rank -> the number of its process
         self._own: int | None = None
         name = f"rank-{uuid.uuid4().hex}"
         if ranks.world_size > 1:
@@ -41,6 +43,7 @@ class Neighbours:
             if rank != ranks.rank and file is not None:
                 with contextlib.suppress(OSError, AttributeError):
                     self._seen[rank] = _opened(process, file, name_of_file)
+                    self._processes[rank] = process
 
     def running(self) -> list[int]:
         """The descriptors of the processes that have not ended: each can be polled for its end."""
@@ -52,6 +55,10 @@ class Neighbours:
         ended = self._ended()
         # Read after the process has ended: what it has said, it said before.
         return [r for r, (process, file) in self._seen.items() if process in ended and os.pread(file, 1, 0) == _HERE]
+
+    def stopped(self) -> list[int]:
+        """The ranks whose process is stopped: by SIGSTOP, a job's suspension, or a debugger."""
+        return [rank for rank, process in self._processes.items() if _state(process) in ("T", "t")]
 
     def _ended(self) -> set[int]:
         poll = select.poll()
@@ -70,9 +77,19 @@ class Neighbours:
             for descriptor in descriptors:
                 os.close(descriptor)
         self._seen.clear()
+        self._processes.clear()
         if self._own is not None:
             os.close(self._own)
             self._own = None
+
+
+def _state(process: int) -> str:
+    """The letter for what a process is doing, as ps shows it; empty if there is none."""
+    try:
+        # The name in parentheses may hold anything.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _opened(process: int, file: int, name: str) -> tuple[int, int]:

@@ -219,6 +219,9 @@ class Watch:
         silent = self._heartbeat.silent(_SILENT_S)
         behind = [rank for rank in behind if rank in silent] or behind
         what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
+        stopped = self._neighbours.stopped()  # it holds up the others, even if one of these is late for now
+        if stopped:
+            return self._sentence(stopped, what, "its process is stopped (SIGSTOP, a suspended job, a debugger)")
         where = self._where(behind)
         return self._sentence(behind, what, where=f"\nLast seen: {where}." if where else "")
 
