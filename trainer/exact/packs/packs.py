@@ -9,6 +9,7 @@ on this device and with these kernels.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ class Packs:
                 if id(p) in self._places:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
         # A compiler would take packs' own code for a part of the model.
-        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
+        self._compiled = any(_is_compiled(module) for module in model.modules())
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
         self._sites: dict[Key, int] = {}
         self._checked: set[Key] = set()
@@ -104,6 +105,7 @@ class Packs:
     def begin(self, batch: GlobalBatch, block: range) -> int:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
+        self._compiled = self._compiled or _has_compiled()
         if self._compiled:
             self.size = 1
         elif self._choice is not None:
@@ -115,7 +117,7 @@ class Packs:
 
     def end(self) -> None:
         """The micro-batches of the step have been computed."""
-        if self._choice is not None:
+        if self._choice is not None and not self._compiled:
             self._choice.end(self._tried)
 
     def _alone(self) -> list[Key]:
@@ -440,3 +442,13 @@ class Packs:
             return False
         self._apart.add(name)
         return True
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _has_compiled() -> bool:
+    """Whether torch's compiler has been at work in this process: on a function of the task's, in its first step."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and bool(utils.counters["frames"]["total"])
