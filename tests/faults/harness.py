@@ -351,7 +351,7 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[bool]:
         yield mounted
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=False)
+            subprocess.run(["umount", "--lazy", str(folder)], check=False)  # a process may be ending in it
 
 
 def checkout(folder: Path) -> Path:
