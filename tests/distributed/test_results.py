@@ -26,7 +26,7 @@ from trainer.tasks.digits import Digits, read_images
 SUMMARY_KEYS = {
     "status", "parameters_sha256", "model_sha256", "world_size", "global_batch_size", "micro_batch_size", "steps",
     "metrics", "samples_per_s", "step_time_s", "started_at_s", "time_to_first_step_s", "wall_time_s", "exactness",
-    "tokens_per_s", "best", "inexact", "rehearsal_s", "pack", "saved_model",
+    "tokens_per_s", "model_tflops_per_s", "mfu", "best", "inexact", "rehearsal_s", "pack", "saved_model",
 }  # fmt: skip
 TAGS = {
     "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch",
