@@ -51,7 +51,15 @@ def test_inside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["digit"], ('no task "digit"', 'Did you mean "digits"?', "The tasks are audio_classification, causal_lm, digits", "weak_sqrt")),
+        (
+            ["digit"],
+            (
+                'no task "digit"',
+                'Did you mean "digits"?',
+                "The tasks are audio_classification, causal_lm, digits",
+                "weak_sqrt",
+            ),
+        ),
         (["text_classification", "mine.json"], ("mine.json exists, and is not overwritten",)),
         (["digits", "there/a.json"], ("there is no folder there",)),
     ],

@@ -96,3 +96,24 @@ def test_a_frozen_weight_whose_rows_divide_is_no_part_of_a_micro_batch() -> None
     found, packs = trained(model, floats(5), 2, micro_batch_size=2)
     assert found == trained(model, floats(5), 0, micro_batch_size=2)[0]
     assert packs is not None and packs.refusals() == {}
+
+
+def test_a_batch_norm_whose_gradient_lies_in_memory_in_another_way() -> None:
+    """Torch adds such a gradient in another order. The random tasks found it: all places of a channel come in a row."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope, self.norm = nn.PReLU(1), nn.BatchNorm3d(2, affine=False)
+            self.head = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.slope(x)).flatten(2).transpose(1, 2)
+            return self.head(y).amax(1)
+
+    torch.manual_seed(0)
+    model, x = Turned(), floats(2, 3, 4, 3)
+    found, packs = trained(model, x, 4)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}
+    assert "batch_norm" in packs.summary()["one_at_a_time"]

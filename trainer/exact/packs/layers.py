@@ -42,7 +42,8 @@ class Rule(NamedTuple):
     Attributes:
         forward: (site, x, weight, bias) -> (output, tensors that backward needs).
         backward: (site, gradient of the output, x, weight, bias, those tensors) -> gradients.
-        needs_input: whether backward looks at x. One that does not is one that lays the gradient out anew.
+        needs_input: whether backward looks at x. One that does not lays the gradient out anew: it is only for a
+            gradient that lies in memory as the output does, since torch may take another way for others.
     """
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -201,7 +202,9 @@ class Layer(torch.autograd.Function):
         x, weight, bias, *saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
             # A sum over samples goes through memory in the order of strides, so a trial looks at these, too.
-            if grad.stride() == ctx.strides or x is None or site.pack.holds(site, grad, x, weight, bias):
+            if x is None and grad.stride() != ctx.strides:
+                site.pack.set_alone(site)
+            if x is None or grad.stride() == ctx.strides or site.pack.holds(site, grad, x, weight, bias):
                 dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
             else:
                 dx, *rows = site.alone(grad, x, weight, bias)

@@ -22,7 +22,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -922,6 +922,13 @@ class Pack(TorchFunctionMode):
             self._low_uses[place] = alone or bool(before)
             if before is not None and (alone or before):
                 self.leaves.shared.add(place)
+
+    def set_alone(self, site: Site) -> NoReturn:
+        """A layer's rule is none for the gradient that came: from now on it is computed one micro-batch at a time."""
+        if self.checks:
+            self._sites[site.key] = ALONE
+        name = site.key[0]
+        raise RefusedError(f"{name} gets a gradient that lies in memory in another way", untried=not self.checks)
 
     def holds(self, site: Site, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether a rule is exact for a gradient that does not lie in memory as the layer's output does."""

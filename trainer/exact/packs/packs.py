@@ -377,6 +377,8 @@ class Packs:
                 packed = self.compute(batch, part, scale, sums, own)
             except RefusedError as error:
                 refusal = str(error)
+                if len(self._alone()) > known:
+                    continue  # a layer has been found that has to be computed one micro-batch at a time
                 if error.once and self._may_be_postponed(key, before):
                     return
                 if not error.once and self._set_apart(error):
