@@ -208,6 +208,20 @@ def test_what_a_rank_computes_is_launched_as_graphs(tmp_path: Path, name: str, p
     assert sum(later.values()) < 125
 
 
+@pytest.mark.parametrize(
+    ("W", "gpus", "more"), [(3, 1, {"pack": 4}), (2, 2, {"pack": 1, "exchange_bucket_mib": 0.0005})]
+)
+def test_graphs_of_several_ranks_have_the_cpus_bits(tmp_path: Path, W: int, gpus: int, more: dict[str, Any]) -> None:
+    """13 micro-batches over the ranks, and a last batch of 7: packs and micro-batches of several shapes, BatchNorm."""
+    usual = {"max_steps": 14, "device": "auto"}
+    here = run_ranks(jobs.train, 1, small_config(tmp_path / "here", **usual))[0]
+    graphs = {"cuda_graph": "auto", "ranks_per_gpu": -(-W // gpus)}
+    there = run_ranks(train_counted, W, gpus, small_config(tmp_path / "there", **usual, **more, **graphs))
+    assert there[0]["trace"] == here["trace"]
+    assert there[0]["metrics"] == here["metrics"]
+    assert all(launches["graph"] for launches in there[W - 1]["launches"][-4:-1])
+
+
 FLAWS = f"{USER_TASKS}/graph_tasks.py"
 
 
