@@ -309,8 +309,6 @@ LONG = {
     "data/tables.py": "every kind of table is read by the same steps",
     "data/text.py": "tokenizers, from the text to padded rows",
     "engine/deepspeed_engine.py": "the only file that imports deepspeed",
-    "exact/packs/pack.py": "one object, that sees every function of a forward",
-    "exact/packs/packs.py": "what is known of packs and what follows from it",
     "study/drawing.py": "one function a figure",
     "tasks/causal_lm.py": "a task is one file, as a user's own is",
     "tasks/image_classification.py": "a task is one file, as a user's own is",

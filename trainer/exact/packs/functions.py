@@ -69,10 +69,10 @@ def _drawn(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plain = pack.has_part(args[0]) and args[0].is_contiguous() and not args[0].requires_grad
+    plain = pack.tensors.has_part(args[0]) and args[0].is_contiguous() and not args[0].requires_grad
     if kwargs.get("generator") is not None or not plain:
         raise RefusedError(f"{name_of(func)}, whose numbers are not those of a micro-batch")
-    rest = [(pack.part(args[1:], k), pack.part(kwargs, k)) for k in range(pack.g)]
+    rest = [(pack.shares.part(args[1:], k), pack.shares.part(kwargs, k)) for k in range(pack.g)]
     pieces = cut(args[0], pack.g)
     for k in range(pack.g):
         func(pieces[k], *rest[k][0], **rest[k][1] | {"generator": pack.generator(k, pieces[k].device)})
@@ -81,7 +81,7 @@ def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _needs_part(pack: Pack, func: Any, x: Any) -> None:
-    if not (isinstance(x, Tensor) and pack.has_part(x)):
+    if not (isinstance(x, Tensor) and pack.tensors.has_part(x)):
         raise RefusedError(f"{name_of(func)} of something that no micro-batch has a part of")
 
 
@@ -99,7 +99,7 @@ def _where(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _index(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     places = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if any(pack.has_part(p) and p.dtype in (torch.bool, torch.uint8) for p in places):
+    if any(pack.tensors.has_part(p) and p.dtype in (torch.bool, torch.uint8) for p in places):
         raise RefusedError("an index of booleans: the shape of what it gives depends on values")
     return NotImplemented
 

@@ -28,9 +28,9 @@ def _tuple(value: Any, n: int) -> list[int] | None:
 
 def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
     return (
-        pack.has_part(x)
-        and not any(pack.has_part(p) for p in parameters)
-        and any(p is not None and pack.place(p) is not None for p in parameters)
+        pack.tensors.has_part(x)
+        and not any(pack.tensors.has_part(p) for p in parameters)
+        and any(p is not None and pack.tensors.place(p) is not None for p in parameters)
     )
 
 
@@ -46,7 +46,7 @@ def _linear(pack: Pack, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     def call(x: Tensor, w: Tensor, b: Tensor | None, place: int = 0) -> Tensor:
         return F.linear(x, w, b)
 
-    return pack.layer(LINEAR, "linear", call, input, weight, bias)
+    return pack.sites.layer(LINEAR, "linear", call, input, weight, bias)
 
 
 def _addmm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +60,7 @@ def _addmm(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     def call(x: Tensor, w: Tensor, b: Tensor, place: int = 0) -> Tensor:
         return torch.addmm(b, x, w)
 
-    return pack.layer(ADDMM, "addmm", call, x, weight, bias)
+    return pack.sites.layer(ADDMM, "addmm", call, x, weight, bias)
 
 
 def _convolution(n: int, transposed: bool) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ def _convolution(n: int, transposed: bool) -> Callable[..., Any]:
             return torch.convolution(x, w, b, *rest)
 
         options |= {"groups": groups, "transposed": transposed}
-        return pack.layer(CONVOLUTION, name_of(func), call, x, weight, bias, **options)
+        return pack.sites.layer(CONVOLUTION, name_of(func), call, x, weight, bias, **options)
 
     def rule(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "input" in kwargs:
@@ -114,7 +114,7 @@ def _embedding(
         return F.embedding(x, w, padding_idx, None, norm_type, scale_grad_by_freq)
 
     options = {"padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
-    return pack.layer(EMBEDDING, "embedding", call, input, weight, None, casts=False, **options)
+    return pack.sites.layer(EMBEDDING, "embedding", call, input, weight, None, casts=False, **options)
 
 
 def _layer_norm(
@@ -131,7 +131,7 @@ def _layer_norm(
     def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
         return F.layer_norm(x, normalized_shape, w, b, eps)
 
-    return pack.layer(
+    return pack.sites.layer(
         LAYER_NORM, "layer_norm", call, input, weight, bias, casts=False, shape=list(normalized_shape), eps=eps
     )
 
@@ -146,7 +146,7 @@ def _rms_norm(
         return F.rms_norm(x, normalized_shape, w, eps)
 
     shape = list(normalized_shape)
-    return pack.layer(RMS_NORM, "rms_norm", call, input, weight, None, casts=False, shape=shape, eps=eps)
+    return pack.sites.layer(RMS_NORM, "rms_norm", call, input, weight, None, casts=False, shape=shape, eps=eps)
 
 
 def _group_norm(
@@ -163,7 +163,9 @@ def _group_norm(
     def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
         return F.group_norm(x, num_groups, w, b, eps)
 
-    return pack.layer(GROUP_NORM, "group_norm", call, input, weight, bias, casts=False, groups=num_groups, eps=eps)
+    return pack.sites.layer(
+        GROUP_NORM, "group_norm", call, input, weight, bias, casts=False, groups=num_groups, eps=eps
+    )
 
 
 def _broadcast(multiplies: bool) -> Callable[..., Any]:
@@ -172,7 +174,7 @@ def _broadcast(multiplies: bool) -> Callable[..., Any]:
     def rule(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
             return NotImplemented
-        x, weight = args if pack.place(args[0]) is None else args[::-1]
+        x, weight = args if pack.tensors.place(args[0]) is None else args[::-1]
         known = _concerns(pack, x, weight) and x.dtype == weight.dtype
         if not known or weight.dim() > x.dim() or (weight.dim() == x.dim() and weight.size(0) != 1):
             return NotImplemented
@@ -183,7 +185,7 @@ def _broadcast(multiplies: bool) -> Callable[..., Any]:
             return x * w if multiplies else x + w
 
         name = "mul" if multiplies else "add"
-        return pack.layer(BROADCAST, name, call, x, weight, None, casts=False, multiplies=multiplies)
+        return pack.sites.layer(BROADCAST, name, call, x, weight, None, casts=False, multiplies=multiplies)
 
     return rule
 
@@ -201,8 +203,8 @@ def _batch_norm(
 ) -> Any:
     if not training:
         return NotImplemented
-    mean, var = pack.scratch_of(running_mean), pack.scratch_of(running_var)
-    if not pack.has_part(input) or (running_mean is not None and mean is None):
+    mean, var = pack.shares.scratch_of(running_mean), pack.shares.scratch_of(running_var)
+    if not pack.tensors.has_part(input) or (running_mean is not None and mean is None):
         raise RefusedError("a BatchNorm whose samples or statistics are not those of a micro-batch")
 
     def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
@@ -210,7 +212,7 @@ def _batch_norm(
         return F.batch_norm(x, own[0], own[1], w, b, True, momentum, eps)
 
     options: dict[str, Any] = {"mean": mean, "var": var, "momentum": momentum, "eps": eps}
-    found = pack.layer(BATCH_NORM, "batch_norm", call, input, weight, bias, casts=False, **options)
+    found = pack.sites.layer(BATCH_NORM, "batch_norm", call, input, weight, bias, casts=False, **options)
     if found is NotImplemented:
         return pack.apart(F.batch_norm, (input, running_mean, running_var, weight, bias, True, momentum, eps), {})
     return found

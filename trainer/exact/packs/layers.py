@@ -26,7 +26,7 @@ from .values import (
 from .verdicts import out_of_memory
 
 if TYPE_CHECKING:
-    from .pack import Pack
+    from .sites import Sites
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the input; of weight and bias, (g, *shape)
 
@@ -55,7 +55,7 @@ class Site:
     """One use of a layer's function in a packed forward.
 
     Args:
-        pack: under way.
+        sites: the layers of the pack under way.
         rule: of the function.
         call: the plain function of (x, weight, bias), of a pack or of one micro-batch.
         key: names the place, for what trials find out.
@@ -64,7 +64,7 @@ class Site:
 
     def __init__(
         self,
-        pack: Pack,
+        sites: Sites,
         rule: Rule,
         call: Callable[..., Tensor],
         key: tuple[Any, ...],
@@ -72,14 +72,14 @@ class Site:
         bias: int | None,
         **options: Any,
     ) -> None:
-        self.pack, self.rule, self.call, self.key = pack, rule, call, key
+        self.sites, self.rule, self.call, self.key = sites, rule, call, key
         self.weight, self.bias, self.options = weight, bias, options
         self.output_shape: Sequence[int] = ()  # in a trial
 
     @property
     def g(self) -> int:
         """Micro-batches in the pack."""
-        return self.pack.g
+        return self.sites.g
 
     def alone(self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """The gradients by plain autograd, one micro-batch at a time."""
@@ -203,8 +203,8 @@ class Layer(torch.autograd.Function):
         with torch._C.DisableTorchFunction():
             # A sum over samples goes through memory in the order of strides, so a trial looks at these, too.
             if x is None and grad.stride() != ctx.strides:
-                site.pack.set_alone(site)
-            if x is None or grad.stride() == ctx.strides or site.pack.holds(site, grad, x, weight, bias):
+                site.sites.set_alone(site)
+            if x is None or grad.stride() == ctx.strides or site.sites.holds(site, grad, x, weight, bias):
                 dx, *rows = site.rule.backward(site, grad, x, weight, bias, *saved)
             else:
                 dx, *rows = site.alone(grad, x, weight, bias)
@@ -216,7 +216,7 @@ class Layer(torch.autograd.Function):
                     shared = any(
                         t is not None and t.untyped_storage().data_ptr() == there for t in (grad, dx, x, weight)
                     )
-                    site.pack.leaves.put(index, row.clone() if shared else row)
+                    site.sites.leaves.put(index, row.clone() if shared else row)
         return None, dx if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -9,9 +9,7 @@ on this device and with these kernels.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,8 +20,11 @@ from ..batch_norm import RunningStatistics
 from ..micro_batches import GlobalBatch, MicroBatches
 from ..splits import Batch
 from .choice import Choice
+from .compiled import compiler_was_at_work, has_compiled_part
+from .findings import Findings, Key
+from .grouping import parts_of, shape_of
 from .leaves import Leaves, Sink
-from .pack import ALONE, Key, Pack, Way
+from .pack import Pack
 from .streams import Streams
 from .trace import Trace, same_calls
 from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory, told
@@ -83,13 +84,9 @@ class Packs:
             for p in module.parameters(recurse=False):
                 if id(p) in self._places:
                     self._owners.setdefault(self._places[id(p)], []).append(name)
-        # A compiler would take packs' own code for a part of the model.
-        self._compiled = any(_is_compiled(module) for module in model.modules())
+        self._compiled = has_compiled_part(model)
         self._apart = {name for name, module in model.named_modules() if isinstance(module, _APART)}
-        self._sites: dict[Key, int] = {}
-        self._checked: set[Key] = set()
-        self._calls: dict[int, Way] = {}
-        self._outside: dict[int, weakref.ref[Tensor]] = {}
+        self._findings = Findings()
         self._losses_apart = not micro_batches.gives_sample_losses
         self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
@@ -105,11 +102,11 @@ class Packs:
     def begin(self, batch: GlobalBatch, block: range) -> int:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
-        self._compiled = self._compiled or _has_compiled()
+        self._compiled = self._compiled or compiler_was_at_work()
         if self._compiled:
             self.size = 1
         elif self._choice is not None:
-            work = sum(m * max(1, longest) for m, longest in (self._shape(batch, j) for j in block))
+            work = sum(m * max(1, longest) for m, longest in (shape_of(batch, j) for j in block))
             self.size = self._choice.begin(len(block), work, self._limit, self._refused_sizes())
         elif self._limit is not None:
             self.size = min(self.size, self._limit)
@@ -119,10 +116,6 @@ class Packs:
         """The micro-batches of the step have been computed."""
         if self._choice is not None and not self._compiled:
             self._choice.end(self._tried)
-
-    def _alone(self) -> list[Key]:
-        """Layers and functions that are computed one micro-batch at a time."""
-        return [key for key, chosen in self._sites.items() if chosen == ALONE]
 
     def _refused_sizes(self) -> set[int]:
         by_size: dict[int, list[bool]] = {}
@@ -160,7 +153,7 @@ class Packs:
             found["refused"] = {str(key[0]): "no trial came to its end" for key in sorted(self._postponed)}
         if self.refusals():
             found["refused"] = {str(size): why for size, why in sorted(self.refusals().items())}
-        apart = {*self._apart, *(key[0] for key in self._alone())}
+        apart = {*self._apart, *(key[0] for key in self._findings.alone())}
         if self._losses_apart and self._micro_batches.gives_sample_losses:
             apart.add("loss()")
         if apart:
@@ -170,37 +163,8 @@ class Packs:
     # ---- which micro-batches share one ---------------------------------------------------------------------------
 
     def parts(self, batch: GlobalBatch, block: range) -> Iterator[Sequence[int]]:
-        """A rank's block in parts, each of which may be a pack: at most `size` micro-batches of one shape.
-
-        They may lie anywhere in the block if their gradients may wait for their neighbours in the tree.
-        """
-        anywhere = len(block) * self._bytes <= WAITING_BYTES
-        groups: list[list[int]] = []
-        latest: dict[tuple[int, int], list[int]] = {}
-        for j in block:
-            shape = self._shape(batch, j)
-            if shape not in latest or not (anywhere or latest[shape][-1] == j - 1):
-                groups.append([])
-                latest[shape] = groups[-1]
-            latest[shape].append(j)
-        for group in groups:
-            yield from self._chunks(group)
-
-    def _chunks(self, group: list[int]) -> Iterator[list[int]]:
-        """Micro-batches of one shape in parts."""
-        neighbours, done = group[-1] - group[0] == len(group) - 1, 0
-        while done < len(group):
-            if neighbours:  # from multiples of the size on, so that a part is a branch of the tree
-                count = self.size - group[done] % self.size
-            else:  # powers of two: few sizes, as each has to be tried
-                count = min(self.size, 1 << ((len(group) - done).bit_length() - 1))
-            yield group[done : done + count]
-            done += count
-
-    @staticmethod
-    def _shape(batch: GlobalBatch, j: int) -> tuple[int, int]:
-        begin, end = batch.bounds[j]
-        return end - begin, batch.longest[j] if batch.longest is not None else 0
+        """A rank's block in parts, each of which may be a pack, see `grouping.parts_of`."""
+        return parts_of(batch, block, self.size, anywhere=len(block) * self._bytes <= WAITING_BYTES)
 
     def known(self, batch: GlobalBatch, part: Sequence[int]) -> bool | None:
         """Whether a part may be a pack; None if that is not known yet."""
@@ -223,7 +187,7 @@ class Packs:
         return {key[0]: v.refusal for key, v in self._verdicts.items() if v.refusal is not None}
 
     def _key(self, batch: GlobalBatch, part: Sequence[int]) -> Key:
-        return (len(part), *self._shape(batch, part[0]))
+        return (len(part), *shape_of(batch, part[0]))
 
     # ---- computing -----------------------------------------------------------------------------------------------
 
@@ -271,7 +235,7 @@ class Packs:
         verdict = self._verdicts.get(self._key(batch, part))
         random = verdict is None or verdict.random
         leaves = Leaves(self._trained, g, sink)
-        rows = g * self._shape(batch, part[0])[0]
+        rows = g * shape_of(batch, part[0])[0]
         pack = Pack(
             self._places,
             self._constants,
@@ -281,30 +245,27 @@ class Packs:
             g=g,
             leaves=leaves,
             streams=streams,
-            sites=self._sites,
-            checked=self._checked,
-            calls=self._calls,
-            outside=self._outside,
+            findings=self._findings,
             traces=traces,
         )
         try:
             with pack.active(self._modules_apart()):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
-            pack.check_order()
+            pack.end_of_losses()
             if leaves.shared:
                 raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
             known = {} if verdict is None else verdict.trials
             if not traces and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
-            inputs = [*self._trained, *(leaf for _, leaf in pack.derived)]
+            inputs = [*self._trained, *pack.derived.inputs]
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
             if any(gradient is not None for gradient in found):
                 raise RefusedError("a parameter is used where packs do not see it")
             if streams.disturbed():
                 raise RefusedError("random numbers are drawn where packs do not see it")
-            self._pass_on_derived(pack, leaves)
+            pack.derived.pass_on(self._trained)
             leaves.finish()
-            return Packed(losses.detach().float(), pack.scratch, pack.form)
+            return Packed(losses.detach().float(), pack.shares.scratch, pack.form)
         finally:
             pack.close()
             leaves.clear()
@@ -312,18 +273,6 @@ class Packs:
     def _modules_apart(self) -> list[nn.Module]:
         modules = dict(self._model.named_modules()) if self._apart else {}
         return [modules[name] for name in self._apart]
-
-    def _pass_on_derived(self, pack: Pack, leaves: Leaves) -> None:
-        """Passes the gradients of what follows from parameters alone on to the parameters."""
-        for number, (graph, _) in reversed(list(enumerate(pack.derived, start=1))):
-            rows = leaves.of(-number)
-            for k, row in enumerate(rows or []):
-                if row is None:
-                    continue
-                found = torch.autograd.grad(graph, self._trained, row, retain_graph=True, allow_unused=True)
-                for place, gradient in enumerate(found):
-                    if gradient is not None:
-                        leaves.put_one(place, k, gradient)
 
     # ---- trials --------------------------------------------------------------------------------------------------
 
@@ -367,7 +316,7 @@ class Packs:
         for _ in range(len(self._owners) + 4):
             sums = HashedSums(len(part))
             self._verdicts[key] = Verdict(None, random)
-            known = len(self._alone())
+            known = len(self._findings.alone())
             try:
                 if not all(same_calls(traces[0], trace) for trace in traces[1:]):
                     raise RefusedError("micro-batches call different functions", once=True)
@@ -377,7 +326,7 @@ class Packs:
                 packed = self.compute(batch, part, scale, sums, own)
             except RefusedError as error:
                 refusal = str(error)
-                if len(self._alone()) > known:
+                if len(self._findings.alone()) > known:
                     continue  # a layer has been found that has to be computed one micro-batch at a time
                 if error.once and self._may_be_postponed(key, before):
                     return
@@ -403,7 +352,7 @@ class Packs:
                     refusal = "other functions are called in nearly every step"
                 break
             # Layers that differ may have been found meanwhile: then once more, without their rules.
-            if len(self._alone()) == known and not self._set_losses_apart():
+            if len(self._findings.alone()) == known and not self._set_losses_apart():
                 break
         self._verdicts[key] = Verdict(refusal, random, trials, batch.step)
         if refusal == _NO_MEMORY:
@@ -444,13 +393,3 @@ class Packs:
             return False
         self._apart.add(name)
         return True
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _has_compiled() -> bool:
-    """Whether torch's compiler has been at work in this process: on a function of the task's, in its first step."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and bool(utils.counters["frames"]["total"])

@@ -13,6 +13,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
 
 from .layers import name_of
+from .nested import flat, tensors_of
 from .verdicts import RefusedError
 
 # Functions that only look at a tensor's form. Tasks call many of them.
@@ -70,33 +71,6 @@ def custom_functions(
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def flat(values: Any, found: list[Any]) -> list[Any]:
-    """The arguments of a function in one list: tensors, numbers, names, and how many there are of each."""
-    if isinstance(values, Mapping):
-        found += values
-        values = values.values()
-    for value in values:
-        if isinstance(value, (list, tuple, Mapping)):
-            found.append(len(value))
-            flat(value, found)
-        elif isinstance(value, slice):
-            found += (value.start, value.stop, value.step)
-        else:
-            found.append(value)
-    return found
-
-
-def tensors_of(found: Any) -> Iterator[Tensor]:
-    """The tensors that a function has returned."""
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, (list, tuple)):
-        for value in found:
-            yield from tensors_of(value)
-    elif isinstance(found, Mapping):
-        yield from tensors_of(list(found.values()))
 
 
 class Call(NamedTuple):
