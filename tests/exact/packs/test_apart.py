@@ -226,3 +226,39 @@ def test_positions_of_single_samples_leave_the_gradient_alone() -> None:
     found, packs = trained(model, x, 8, micro_batch_size=1)
     assert found == trained(model, x, 0, micro_batch_size=1)[0]
     assert packs is not None and m > 1
+
+
+def test_autocast_casts_a_parameter_once() -> None:
+    """A recurrent layer uses its weights at each time. The sum of one cast is another."""
+
+    class Recurs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.GRU(3, 1, batch_first=True), nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.inner(x)[0].amax(1))
+
+    torch.manual_seed(0)
+    model, x, options = Recurs(), floats(4, 3), {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    found, packs = trained(model, x, 4, **options)
+    assert found == trained(model, x, 0, **options)[0]
+    assert packs is not None
+    assert packs.refusals()[4] == "GRU uses a parameter several times under autocast"
+
+
+def test_autocast_casts_what_follows_from_parameters_at_each_use() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(0.3 * torch.randn(6, 6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.exp() - 1
+            return self.head(F.linear(F.linear(x, weight).tanh(), weight))
+
+    torch.manual_seed(0)
+    model, x, options = Twice(), floats(6), {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    found, packs = trained(model, x, 4, **options)
+    assert found == trained(model, x, 0, **options)[0]
+    assert packs is not None and packs.refusals() == {}

@@ -185,7 +185,7 @@ def test_layers_of_few_parameters_have_rules(layer: Any, shape: tuple[int, ...],
     found, packs = trained(model, x, 4)
     assert found == trained(model, x, 0)[0]
     assert packs is not None and packs.refusals() == {}
-    rules = {key[0]: chosen for key, chosen in packs._sites.items()}
+    rules = {key[0]: chosen for key, chosen in packs._findings.sites.items()}
     assert rules[name] >= 0, packs.summary()
 
 
@@ -199,7 +199,7 @@ def test_a_stride_that_is_as_large_as_the_pack_is_no_number_of_samples() -> None
     found, packs = trained(model, x, 2, micro_batch_size=1)
     assert found == trained(model, x, 0, micro_batch_size=1)[0]
     assert packs is not None
-    alone = [key[0] for key, rule in packs._sites.items() if rule < 0]
+    alone = [key[0] for key, rule in packs._findings.sites.items() if rule < 0]
     assert ("conv1d" in alone) == (not same_bits(one, two))
 
 
@@ -214,7 +214,7 @@ def test_a_rule_that_a_device_cannot_compute_is_passed_over(monkeypatch: pytest.
     found, packs = trained(model, x, 4)
     assert found == trained(model, x, 0)[0]
     assert packs is not None and packs.refusals() == {}
-    assert set(packs._sites.values()) == {1}
+    assert set(packs._findings.sites.values()) == {1}
 
 
 @pytest.mark.usefixtures("group_of_one", "early_packs")

@@ -57,6 +57,7 @@ class Leaves:
         self._rows: dict[int, Tensor] = {}
         self._present: dict[int, list[bool] | None] = {}
         self._cast: dict[int, Tensor] = {}  # what comes in another type than the parameter's
+        self._cast_by_use: set[int] = set()
         self._expected: dict[int, int] = {}
         self._held: set[int] = set()
         self.shared: set[int] = set()
@@ -76,6 +77,8 @@ class Leaves:
     def expect_shape(self, place: int, like: Tensor) -> None:
         """Something that follows from parameters gets a place, below 0."""
         self._shapes[place] = like.shape
+        if like.dtype == torch.float32:
+            self._cast_by_use.add(place)
 
     def hold(self, places: set[int]) -> None:
         """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
@@ -86,10 +89,12 @@ class Leaves:
         """Adds gradients of all micro-batches: (g, *shape), fresh.
 
         Autocast casts a parameter once a forward. So autograd adds the gradients of all such uses in that type, and
-        then turns the sum into one of the parameter's type.
+        then turns the sum into one of the parameter's type. What follows from parameters is cast for each use.
         """
         rows = rows.view(self._g, *self._shapes[place])
-        if rows.dtype != torch.float32:
+        if place in self._cast_by_use:
+            self._put(place, rows.to(torch.float32))
+        elif rows.dtype != torch.float32:
             if place in self._cast:
                 self._cast[place].add_(rows)
             else:

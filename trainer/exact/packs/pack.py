@@ -89,7 +89,7 @@ class Pack(TorchFunctionMode):
         self.tensors = tensors = Tensors(parameters, constants, arrays)
         self.shares = shares = Shares(g, tensors, leaves, statistics)
         self.derived = Derived(tensors, leaves)
-        self._trial = Trial(traces, g, tensors, shares, findings) if any(traces) else None
+        self._trial = Trial(traces, g, tensors, shares, findings, leaves.device_type) if any(traces) else None
         self._form = Form(tensors, rows, findings, self._trial is not None)
         self._together = Together(g, tensors, shares, streams, findings, leaves.device_type)
         self.sites = Sites(

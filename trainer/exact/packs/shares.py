@@ -155,10 +155,10 @@ class Shares:
         Autocast casts a parameter once a forward, and the gradients of all uses are added in its type. Here each use
         for one micro-batch at a time has a cast of its own.
         """
-        if torch.is_autocast_enabled(self._leaves.device_type):
+        if place >= 0 and torch.is_autocast_enabled(self._leaves.device_type):
             before = self._low_uses.get(place)
-            self._low_uses[place] = alone or bool(before)
-            if before is not None and (alone or before):
+            self._low_uses[place] = alone = alone or bool(before) or not torch.is_autocast_cache_enabled()
+            if before is not None and alone:
                 self._leaves.shared.add(place)
 
     def scratch_of(self, buffer: Tensor | None) -> Tensor | None:

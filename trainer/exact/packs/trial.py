@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .findings import Findings
@@ -31,12 +32,20 @@ class Trial:
         tensors: what each tensor is.
         shares: what each micro-batch has of it.
         findings: tensors from outside are added to it.
+        device_type: "cpu" or "cuda".
     """
 
     def __init__(
-        self, traces: Sequence[Trace | None], g: int, tensors: Tensors, shares: Shares, findings: Findings
+        self,
+        traces: Sequence[Trace | None],
+        g: int,
+        tensors: Tensors,
+        shares: Shares,
+        findings: Findings,
+        device_type: str,
     ) -> None:
         self._traces, self._g, self._tensors, self._shares, self._findings = traces, g, tensors, shares, findings
+        self._device_type = device_type
         self._trace = next(trace for trace in traces if trace is not None)
         self.position = 0
         # Of a micro-batch that is computed alone: its calls, and which of them comes next.
@@ -134,7 +143,11 @@ class Trial:
                     nodes.append(behind)
         for node, count in edges.items():
             if count > 1:
-                self._several.setdefault(ends[node], name_in(func))
+                named = ends[node]
+                if isinstance(named, tuple) and named[1] >= 0 and torch.is_autocast_enabled(self._device_type):
+                    # Alone, autocast casts it once, and the gradients of all uses are added in that type.
+                    raise RefusedError(f"{name_in(func)} uses a parameter several times under autocast")
+                self._several.setdefault(named, name_in(func))
 
     def check_order(self) -> None:
         """After the losses: whether memory is shared, and gradients are added, as in a micro-batch alone.
