@@ -96,7 +96,7 @@ def test_runs_of_other_code_are_pointed_out(tmp_path: Path) -> None:
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = results(tmp_path)
-    assert report(str(folder)) == 0
+    assert report([str(folder)]) == 0
     assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "nothing is not a study's folder: it has no study.json." in capsys.readouterr().err

@@ -178,7 +178,8 @@ def command_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: search.trials=20"
     )
     again = commands.add_parser("report", help="write a study's tables and page again, from its results alone")
-    again.add_argument("folder", metavar="DIR", help="study.output_dir")
+    again.add_argument("folders", metavar="DIR", nargs="+", help="study.output_dir, of one study or several")
+    again.add_argument("--paper", metavar="FILE", help="also write all of them up as one short paper: paper.html")
     start = commands.add_parser("init", help="write a config to start from")
     start.add_argument("task", metavar="TASK", help="a task, or the name of a ready config")
     start.add_argument("file", metavar="FILE", nargs="?", help="default: TASK.json")
@@ -259,7 +260,7 @@ def _main(arguments: list[str] | None) -> int:
         if flags.command == "report":
             from ..study.page import report
 
-            return report(flags.folder)
+            return report(flags.folders, flags.paper)
         if min(flags.world_sizes) < 1:
             raise UserError(f"--world_sizes {min(flags.world_sizes)}: a world size must be at least 1.")
         config = config_from(flags)

@@ -44,15 +44,13 @@ def figures_of(results: Results, folder: Path) -> list[str]:
     return ["<h2>Figures</h2>", *album.parts] if album.parts else []
 
 
-def _draw_block(results: Results, album: Album, variant: str, budget: str, name: str) -> None:
-    """The metric and the failures over W, and the losses over time, of one variant and budget."""
-    groups, metric = results.groups(variant, budget), results.study.metric
-    level = f"{100 * (1 - results.rules.alpha):g} %"
-    what = f"{variant}, {results.budget(budget)}" if variant else results.budget(budget)
+def metric_figure(results: Results, variant: str, budget: str) -> tuple[Any, str]:
+    """The metric over W of one variant and budget, by arm: a figure and its caption."""
+    metric, what = results.study.metric, _what(results, variant, budget)
     reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
     series = [
         Series(arm, [Point(c.place.world_size, c.centre, *c.interval) for c in comparisons], arm)
-        for arm, comparisons in groups.items()
+        for arm, comparisons in results.groups(variant, budget).items()
     ]
     for arm in [arm for arm in SEQUENTIALS if arm != SEQUENTIAL]:
         own = results.judgement.references.get(Place(variant, arm, "epochs", 1))
@@ -65,8 +63,24 @@ def _draw_block(results: Results, album: Album, variant: str, budget: str, name:
         Level(reference.centre, "sequential, and strong", *reference.interval),
         Level(reference.target, "target"),
     )
-    caption = f"{metric} by arm, {what}: medians over seeds with {level} intervals of the median, not corrected."
-    album.add(f"metric-{name}", figure, caption)
+    return (
+        figure,
+        f"{metric} by arm, {what}: medians over seeds with {_level(results)} intervals of the median, not corrected.",
+    )
+
+
+def _level(results: Results) -> str:
+    return f"{100 * (1 - results.rules.alpha):g} %"
+
+
+def _what(results: Results, variant: str, budget: str) -> str:
+    return f"{variant}, {results.budget(budget)}" if variant else results.budget(budget)
+
+
+def _draw_block(results: Results, album: Album, variant: str, budget: str, name: str) -> None:
+    """The metric and the failures over W, and the losses over time, of one variant and budget."""
+    groups, level, what = results.groups(variant, budget), _level(results), _what(results, variant, budget)
+    album.add(f"metric-{name}", *metric_figure(results, variant, budget))
     for failing, said in zip(FAILINGS, ("end below the target", "do not converge")):
         rates = [
             Series(

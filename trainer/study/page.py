@@ -37,9 +37,21 @@ from .sheet import document, shown_value, table
 from .tuning import at_edge
 
 
-def report(folder: str) -> int:
-    """Prints the verdicts of a study and writes its tables and page. Returns the exit code. Raises UserError."""
-    say(*verdicts(Path(folder)), "", f"report: {write_report(Path(folder))}")
+def report(folders: Sequence[str], paper: str | None = None) -> int:
+    """Prints the verdicts of studies and writes their tables and pages. Returns the exit code. Raises UserError.
+
+    Args:
+        folders: of the studies.
+        paper: a page to write with all of them; None for none.
+    """
+    from .paper import check_paper, write_paper
+
+    if paper is not None:
+        check_paper(folders, paper)
+    for folder in folders:
+        say(*verdicts(Path(folder)), "", f"report: {write_report(Path(folder))}")
+    if paper is not None:
+        say(f"paper: {write_paper(folders, paper)}")
     return 0
 
 

@@ -53,6 +53,7 @@ class Results:
     """A study's folder, read and judged.
 
     Attributes:
+        folder: where it is.
         declared: study.json.
         study: the declaration in it.
         runs: id -> result.
@@ -65,6 +66,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         if not (folder / "study.json").is_file():
             raise UserError(f"{folder} is not a study's folder: it has no study.json.")
+        self.folder = folder
         self.declared = read_json(folder / "study.json")
         self.study: Study = build(Study, self.declared["study"], "study.")
         self.runs = finished(folder)
