@@ -57,7 +57,10 @@ def test_packs_change_no_bit(tmp_path: Path) -> None:
     same_everywhere(lambda W: digits(tmp_path / str(W), "cnn", pack=packs[W]), [4, 1, 2, 3])
     for W in (1, 2, 3):
         summary = json.loads((tmp_path / str(W) / "summary.json").read_text())
-        assert summary["pack"] == {"size": packs[W]}, "they were used, and nothing refused"
+        pack = summary["pack"]
+        assert pack.keys() == {"size", "share"}, "nothing refused"
+        assert pack["size"] == packs[W]
+        assert pack["share"] > 0.3
 
 
 def test_looking_for_the_fastest_packs_changes_no_bit(tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ class ExactStep:
             return False
         try:
             self._add_known_pack(packs, batch, block, part, audit)
+            packs.packed += len(part)
             return True
         except RefusedError as error:  # of these values; others may do
             if self._early is not None and self._early.sent:

@@ -60,6 +60,7 @@ class Packs:
 
     Attributes:
         size: micro-batches of the packs of this step, at most.
+        packed: how many micro-batches of all steps have been computed in packs, trials not counted.
         notes: sentences for the person who watches the run; whoever prints them takes them out.
     """
 
@@ -91,6 +92,7 @@ class Packs:
         self._verdicts: dict[Key, Verdict] = {}
         self._postponed: dict[Key, int] = {}
         self.size = 1 if size is None else size
+        self.packed, self._all = 0, 0
         self.notes: list[str] = []
         self._limit: int | None = None  # what fits into memory
         self._choice = Choice(device) if size is None and steps >= FEWEST_STEPS else None
@@ -102,6 +104,7 @@ class Packs:
     def begin(self, batch: GlobalBatch, block: range) -> int:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
+        self._all += len(block)
         self._compiled = self._compiled or compiler_was_at_work()
         if self._compiled:
             self.size = 1
@@ -141,8 +144,8 @@ class Packs:
             self._verdicts[self._key(batch, part)].refusal = str(error)
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: the size and its gain, what limits it, and what is computed one micro-batch at a time."""
-        found: dict[str, Any] = {"size": self.size}
+        """For summary.json: size, share of micro-batches in packs, gain, limits, and what is computed one at a time."""
+        found: dict[str, Any] = {"size": self.size, "share": round(self.packed / max(1, self._all), 3)}
         if self._choice is not None and self._choice.speed_up is not None:
             found["speed_up"] = round(self._choice.speed_up, 3)
         if self._limit is not None:
