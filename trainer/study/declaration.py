@@ -65,7 +65,7 @@ class Study:
     """`study`: what is compared, and the rules of judgement. Declared before the runs, and then fixed."""
 
     output_dir: str = option("", "the folder of this study")
-    arms: list[str] = option(list(DEFAULTS), "the arms to compare; sequential is always one of them")
+    arms: list[str] = option(list(DEFAULTS), "arms to compare, always sequential; sequential_equal_updates if named")
     world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
     seeds: list[int] = option([], "seeds of every arm; a count n in the file stands for 0 to n - 1")
     budgets: list[str] = option(["epochs"], "what a weak run shares with the sequential run: epochs, updates")
