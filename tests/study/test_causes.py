@@ -60,7 +60,7 @@ def test_few_updates_lose_as_much_as_the_weak_runs(tmp_path: Path) -> None:
     assert weak[3] == "fewer updates"
     assert (weak[5], weak[7], weak[11]) == (LOSS, LOSS, "ruled out")
     assert cause_headline(read) == [
-        "Of 1 material losses with a control of as few updates, the cause is: fewer updates in 1."
+        "What causes the 1 material loss that can be compared with as few updates: fewer updates in 1."
     ]
     text = page_of(tmp_path / "out").text
     assert "why does weak scaling lose?" in text and "by the batch itself" in text

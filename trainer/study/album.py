@@ -192,7 +192,7 @@ def _draw_to_target(results: Results, album: Album) -> None:
         found = ways(results, variant, budget)
         if not found:
             continue
-        panels, perfect = {}, {}
+        panels, perfect = dict[str, list[Series]](), dict[str, list[Point]]()
         for of, power in (("updates", -1.0), ("epochs", 0.0)):
             label = f"{of} to the target"
             panels[label] = [

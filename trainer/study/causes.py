@@ -32,6 +32,7 @@ Cause = Literal[
     "undecided whether it loses",
 ]
 _BELOW = ("small loss", "ruled out")
+_NOT_LOST: tuple[Cause, ...] = ("no material loss", "undecided whether it loses")
 
 
 def contrasts(results: Results) -> dict[Place, Comparison]:
@@ -115,7 +116,7 @@ def cause_rows(results: Results) -> list[list[Any]]:
 
     The differences are that of the whole, that by fewer updates, and that by the batch itself with its interval.
     """
-    known, found, rows = {c.place: c for c in results.judgement.comparisons}, causes(results), []
+    known, found, rows = {c.place: c for c in results.judgement.comparisons}, causes(results), list[list[Any]]()
     for place, batch in contrasts(results).items():
         assert place.control is not None
         row: list[Any] = [place.variant or "-", place.arm, place.world_size, found[place]]
@@ -127,8 +128,9 @@ def cause_rows(results: Results) -> list[list[Any]]:
 
 def cause_headline(results: Results) -> list[str]:
     """How many material losses have which cause, in one sentence; nothing where no run has a control."""
-    found = [cause for cause in causes(results).values() if not cause.endswith("loss") and "whether it" not in cause]
+    found = [cause for cause in causes(results).values() if cause not in _NOT_LOST]
     if not found:
         return []
     counts = "; ".join(f"{cause} in {found.count(cause)}" for cause in dict.fromkeys(found))
-    return [f"Of {len(found)} material losses with a control of as few updates, the cause is: {counts}."]
+    losses = f"{len(found)} material loss{'es' * (len(found) > 1)}"
+    return [f"What causes the {losses} that can be compared with as few updates: {counts}."]

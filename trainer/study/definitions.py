@@ -58,7 +58,7 @@ def _target(results: Results) -> str:
 
 
 def _budgets(results: Results) -> list[str]:
-    study, lines = results.study, []
+    study, lines = results.study, list[str]()
     if study.epochs:
         lines.append(
             f"Budgets of {listed(sorted(epochs_of(results).values()))} epochs: each has its own sequential runs of as "

@@ -110,7 +110,7 @@ def scaling(line: Sequence[ToTarget], perfect_within: float) -> dict[str, list[i
 
 def target_sentences(results: Results) -> list[str]:
     """What larger batches bring on the way to the target, by arm; a first sentence says how it was found."""
-    study, lines, between = results.study, [], set[float]()
+    study, lines, between = results.study, list[str](), set[float]()
     for variant, budget in results.blocks():
         for arm, line in ways(results, variant, budget).items():
             between |= {way.between for way in line}
