@@ -54,7 +54,7 @@ def test_what_larger_batches_bring() -> None:
 def test_runs_that_never_reach_it_are_infinite() -> None:
     way = ToTarget(Place("", "weak", "epochs", 2), 64, [10, 20, INF, INF, 30], [1, 2, INF, INF, 3], 1.0)
     assert (way.never, way.typical("updates", 0.25)[0]) == (2, 30)
-    assert way.typical("epochs", 0.25) == (3, 1, INF)
+    assert way.typical("epochs", 0.25) == (3, 2, INF)
 
 
 def curves(cell: Cell) -> dict[str, Any]:
