@@ -12,6 +12,7 @@ from trainer.study.arms import CONTROLS, EQUAL_UPDATES, Place
 from trainer.study.causes import cause_headline, cause_of, cause_rows, cause_sentences, contrasts
 from trainer.study.declaration import Cell
 from trainer.study.judgement import Verdict
+from trainer.study.paper import write_paper
 from trainer.study.results import Results
 from trainer.study.sentences import headline, noise_sentences
 
@@ -99,7 +100,10 @@ def test_nothing_is_said_before_every_run_is_there(tmp_path: Path) -> None:
 def test_a_control_is_no_weak_scaling(tmp_path: Path) -> None:
     """Where "weak scaling" is said, controls are left out."""
     noise = {"trace": 100.0, "gradient_squared": 1.0, "scale_samples": 100.0}
-    read = Results(results(tmp_path, seeds=14, arms=ARMS, lost=lambda c: c.arm in CONTROLS, margin=0.02, noise=noise))
+    folder = results(tmp_path, seeds=14, arms=ARMS, lost=lambda c: c.arm in CONTROLS, margin=0.02, noise=noise)
+    read = Results(folder)
     assert "Weak scaling, 4 comparisons" in " ".join(headline(read))
     assert "material loss of" not in " ".join(noise_sentences(read))
     assert cause_headline(read) == []
+    paper = write_paper([str(folder)], str(tmp_path / "paper.html")).with_suffix(".md").read_text()
+    assert "for the claim\n\n- out (" in paper and "): nothing." in paper.split("for the claim")[1].split("##")[0]

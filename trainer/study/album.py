@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures
-from .arms import SEQUENTIAL, SEQUENTIALS, WEAK, Place
+from .arms import SEQUENTIAL, SEQUENTIALS, Place
 from .drawing import Curve, Group, Level, Point, Series
 from .judgement import FAILINGS
 from .noise import scales_by_epoch
@@ -152,7 +152,7 @@ def _draw_budgets(results: Results, album: Album) -> None:
     centres = {c.place: (c.centre, c.interval) for c in results.judgement.comparisons}
     centres |= {place: (r.centre, r.interval) for place, r in results.judgement.references.items() if r.outcomes}
     lines: dict[str, dict[tuple[str, str, bool], list[Point]]] = {}
-    for place in [c.place for c in results.judgement.comparisons if c.place.arm in WEAK and c.place.budget == "epochs"]:
+    for place in [c.place for c in results.weak if c.place.budget == "epochs"]:
         name, sequential = f"W = {place.world_size}", place.reference
         drawn = {(sequential.arm, sequential.arm, False): sequential, (name, "", False): place}
         if place.control is not None:

@@ -12,7 +12,7 @@ from ..config.keys import TrainerOptions
 from ..config.schema import build, read_json
 from ..errors import UserError
 from ..record.console import say
-from .arms import COMPARED, Place, contrasted
+from .arms import COMPARED, WEAK, Place, contrasted
 from .budgets import variant_of
 from .declaration import Study
 from .judgement import Comparison, Judgement, Outcome, Rules, judge
@@ -121,6 +121,11 @@ class Results:
         """Something of a variant, in words; among budgets the base is named by its epochs."""
         own = f"{epochs_of(self)['']:,} epochs" if self.study.epochs and not variant else variant
         return f"{own}{between}{what}" if own else what
+
+    @property
+    def weak(self) -> list[Comparison]:
+        """The comparisons of weak runs with sequential ones: controls, which are not weak, are left out."""
+        return [c for c in self.judgement.comparisons if c.place.arm in WEAK]
 
     def missing(self) -> int:
         """Runs that are declared and not finished."""

@@ -78,7 +78,7 @@ def headline(results: Results) -> list[str]:
         strong = f"Strong scaling gives the sequential run's very model at W = {listed(possible)}, so it loses nothing."
     elif results.declared["strong"]:
         strong = "Strong scaling is not possible at the W of this study."
-    comparisons = [c for c in results.judgement.comparisons if c.place.arm in WEAK]
+    comparisons = results.weak
     at: dict[Verdict, list[str]] = {}
     for c in comparisons:
         at.setdefault(c.verdicts["loses"], []).append(str(c.place))
