@@ -34,6 +34,15 @@ def test_every_budget_is_a_study_of_its_own(tmp_path: Path) -> None:
     assert plan.comparisons() == 2 * (4 * 2 + 2 * 2)
 
 
+def test_a_control_has_the_micro_batches_of_one_rank(tmp_path: Path) -> None:
+    """Also where statistics are synchronised over W ranks: it stands for one."""
+    variants = {"synchronised": {"synchronised_batch_norm": True}}
+    study = {"seeds": 2, "arms": ["weak", EQUAL_UPDATES], "world_sizes": [16], "variants": variants}
+    _, plan = planned(write(tmp_path, study))
+    sizes = {c.arm: plan.config(c.place, 0).train_micro_batch_size_per_gpu for c in plan.cells if c.variant}
+    assert sizes == {"sequential": 8, "weak": 128, EQUAL_UPDATES: 8}
+
+
 def test_work_follows_the_samples(tmp_path: Path) -> None:
     path = write(tmp_path, {"budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"]}, epochs=3)
     _, plan = planned(path)

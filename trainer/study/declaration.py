@@ -230,7 +230,7 @@ class Plan:
         values = values_of(
             variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, most, settings
         )
-        if variant.synchronised:
+        if variant.synchronised and place.arm in WEAK:
             values["train_micro_batch_size_per_gpu"] *= place.world_size
         # Measured where it costs nothing that is compared: it changes no bit.
         if place.arm == SEQUENTIAL and not place.variant and variant.config.plan(1).micro_batches > 1:
