@@ -47,7 +47,7 @@ def both_lose(cell: Cell) -> bool:
     return cell.world_size == 8 and (cell.arm == "weak" or cell.arm in CONTROLS)
 
 
-def test_few_updates_lose_as_much_as_the_weak_runs(tmp_path: Path) -> None:
+def test_few_updates_lose_as_much_as_the_weak_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At W = 8; the square-root rule makes as few and loses nothing. LARS has no control."""
     read = Results(results(tmp_path, seeds=14, arms=ARMS, lost=both_lose, margin=0.02))
     # Four arms at two W, and two arms against the control: the level of each is alpha / 10.
@@ -63,6 +63,7 @@ def test_few_updates_lose_as_much_as_the_weak_runs(tmp_path: Path) -> None:
     assert cause_headline(read) == [
         "What causes the 1 material loss that can be compared with as few updates: fewer updates in 1."
     ]
+    monkeypatch.setattr("trainer.study.page.figures_of", lambda *_: [])  # they take most of the time
     text = page_of(tmp_path / "out").text
     assert "why does weak scaling lose?" in text and "by the batch itself" in text
 
@@ -97,7 +98,7 @@ def test_nothing_is_said_before_every_run_is_there(tmp_path: Path) -> None:
     assert "undecided at W = 8" in cause_sentences(read)[0]
 
 
-def test_a_control_is_no_weak_scaling(tmp_path: Path) -> None:
+def test_a_control_is_no_weak_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where "weak scaling" is said, controls are left out."""
     noise = {"trace": 100.0, "gradient_squared": 1.0, "scale_samples": 100.0}
     folder = results(tmp_path, seeds=14, arms=ARMS, lost=lambda c: c.arm in CONTROLS, margin=0.02, noise=noise)
@@ -105,5 +106,6 @@ def test_a_control_is_no_weak_scaling(tmp_path: Path) -> None:
     assert "Weak scaling, 4 comparisons" in " ".join(headline(read))
     assert "material loss of" not in " ".join(noise_sentences(read))
     assert cause_headline(read) == []
+    monkeypatch.setattr("trainer.study.figures.save", lambda *_: "<svg/>")
     paper = write_paper([str(folder)], str(tmp_path / "paper.html")).with_suffix(".md").read_text()
     assert "for the claim\n\n- out (" in paper and "): nothing." in paper.split("for the claim")[1].split("##")[0]
