@@ -260,8 +260,8 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     base = check_base(values, path)
-    own = base.trainer.epochs
-    check_budgets(path, study.arms, study.budgets, study.epochs, own, study.max_epochs, study.variants)
+    epochs = base.trainer.epochs
+    check_budgets(path, study.arms, study.budgets, study.epochs, epochs, study.max_epochs, study.variants)
     if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
         raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
     if "weak_tuned" in study.arms and study.tuning.momentum and momentum_key(base.optimizer.type) is None:
@@ -276,7 +276,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
             raise UserError(f'{path}: "study.timing.world_sizes" holds {world_size}: {error}') from None
     changes: dict[str, dict[str, Any]] = {"": {}}
     changes |= {f"{n:,} samples": {"trainer.train_samples": n} for n in study.dataset_sizes}
-    changes |= budget_variants(study.epochs, own) | study.variants
+    changes |= budget_variants(study.epochs, epochs) | study.variants
     variants = []
     for name, change in changes.items():
         own, source = copy.deepcopy(values), f'{path}: study.variants "{name}"' if name else path

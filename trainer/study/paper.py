@@ -138,7 +138,7 @@ def _abstract(studies: Sequence[Results]) -> str:
     more = sum(c.verdicts["unconverged"] == "more often" for c in comparisons)
     said = ", ".join(f"{words} in {counts[v]}" for v, words in _KINDS.items() if counts[v])
     possible = [W for study in studies for W, answer in study.declared["strong"] if isinstance(answer, int)]
-    strong = f"strong scaling gives the sequential run's bits, by construction, at W up to {max(possible)}"
+    strong = f"strong scaling gives the sequential run's bits, by construction, at W up to {max(possible, default=1)}"
     return (
         f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling with {len(comparisons)} comparisons, "
         f"each with sequential runs of the same seeds: {said}. Runs fail to converge more often than sequential runs "
