@@ -105,10 +105,11 @@ def test_a_run_that_broke_off_early_never_reaches_it(tmp_path: Path) -> None:
     assert way is not None and (way.never, len(way.updates)) == (1, 6)
 
 
-def test_the_figure_has_both_panels(tmp_path: Path) -> None:
+def test_the_figure_has_both_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[study]")
     from tests.study.test_album import made as figures
 
+    monkeypatch.setattr("trainer.study.album._draw_block", lambda *_: None)  # the other figures
     noise = {"trace": 100.0, "gradient_squared": 1.0, "scale_samples": 100.0}
     text = figures(made(tmp_path, noise=noise))["to-target-epochs"]
     for needed in ("updates to the target", "epochs to the target", "perfect scaling", "gradient noise scale", "256"):
