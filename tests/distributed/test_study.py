@@ -101,6 +101,11 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     for name in ("parameters_sha256", "model_sha256", "metrics", "steps"):
         assert fresh[name] == last[name]
 
+    # What is said of updates to a target is read from these.
+    for run in results.values():
+        for name in ("train/loss", "eval/validation/accuracy"):
+            assert run["curves"][name]["step"][-1] == run["steps"]
+
     # A finished study makes no run, and its declaration stands.
     stamps = {file.name: file.stat().st_mtime_ns for file in runs.iterdir()}
     assert study(str(path)) == 0

@@ -43,7 +43,7 @@ def results(
     seeds: int = 10,
     budget: str = "epochs",
     noise: dict[str, Any] | None = None,
-    curves: dict[str, Any] | None = None,
+    curves: dict[str, Any] | Callable[[Cell], dict[str, Any]] | None = None,
     lost: Callable[[Cell], bool] = is_lost,
     **study: Any,
 ) -> Path:
@@ -52,7 +52,7 @@ def results(
     Args:
         folder: where the config goes; the study's own folder is out/ in it.
         seeds, budget, study: of its declaration.
-        noise, curves: of every run.
+        noise, curves: of every run; curves may be a function of its cell.
         lost: which runs are bad.
     """
     arms = ["sequential", "strong", "weak", "weak_sqrt"]
@@ -74,7 +74,8 @@ def results(
             "metrics": {} if broken else {"test": {"accuracy": value, "loss": 1 - value}}, "steps": 760, "epochs": 20,
             "global_batch_size": 32, "micro_batch_size": 8, "parameters_sha256": None if broken else f"{i:064x}",
             "started_at_s": 1.0, "wall_time_s": 1.0, "step_time_s": None if broken else 0.001, "samples_per_s": 9.0,
-            "learning_rate": 0.003, "warmup_epochs": 1.0, "samples": 1200, "curves": curves or {},
+            "learning_rate": 0.003, "warmup_epochs": 1.0, "samples": 1200,
+            "curves": curves(cell) if callable(curves) else curves or {},
             "gradient_noise": noise,
             "code_sha256": "c" * 64, "device_model": NASTY, "facts": {"torch": "2", "device_model": NASTY},
         }  # fmt: skip

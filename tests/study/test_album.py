@@ -71,6 +71,20 @@ def test_sizes_of_the_training_set_have_a_figure(tmp_path: Path) -> None:
     assert "300 samples, equal epochs" in found["metric-2-epochs"] + found["metric-1-epochs"]
 
 
+def test_budgets_have_a_figure_with_the_sequential_runs_and_the_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.study.album._draw_block", lambda *_: None)  # the other figures
+    arms = ["weak", "weak_linear_warmup", "weak_sqrt", "weak_linear", "sequential_equal_updates"]
+    found = made(results(tmp_path, seeds=2, arms=arms, world_sizes=[2, 8], epochs=[60]))
+    panels = found["budgets"]
+    for needed in ("sequential", "W = 2", "W = 8, as few updates", "weak, linear, warm-up", "20", "60"):
+        assert needed in panels
+    assert "weak, square root" not in panels, "three panels; the caption names what is left out"
+    (tmp_path / "one").mkdir()
+    assert "budgets" not in made(results(tmp_path / "one", seeds=2))
+
+
 def test_speed_is_drawn_where_several_ranks_were_timed(tmp_path: Path) -> None:
     folder = results(tmp_path, seeds=2)
     timed(folder, 1)

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trainer.config.keys import Config, parse
 from trainer.errors import UserError
 from trainer.study.arms import (
+    COMPARED,
+    EQUAL_UPDATES,
     WEAK,
     Budget,
     ImpossibleError,
@@ -19,14 +19,15 @@ from trainer.study.arms import (
     Settings,
     adam_for,
     centre_of,
-    check_base,
-    check_strong,
+    compared_arms,
+    contrasted,
     momentum_key,
     rivals_of,
     run_id,
     title_of,
     values_of,
 )
+from trainer.study.base import check_base
 
 SAMPLES = 1200
 
@@ -189,6 +190,60 @@ def test_names_of_arms() -> None:
     assert (momentum_key("AdamW"), momentum_key("LARS"), momentum_key("Adagrad")) == ("betas", "momentum", None)
 
 
+# Controls
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_the_control_has_the_updates_of_the_weak_run_and_the_batch_of_one_rank(world_size: int) -> None:
+    """1,200 samples: 20 epochs of 600/32 W steps each, of one rank's 32 samples; its schedule is as short."""
+    weak, control = (of(arm, world_size).trainer for arm in ("weak", EQUAL_UPDATES))
+    updates = 20 * -(-1200 // (32 * world_size))
+    assert (control.max_steps, control.epochs) == (updates, -(-updates // 38))
+    assert of(EQUAL_UPDATES, world_size).plan(1) == of("sequential").plan(1)
+    # Both warm up for the same share of their updates.
+    assert control.learning_rate.warmup_epochs * 38 / updates == pytest.approx(1 / 20)
+    assert weak.learning_rate.warmup_epochs / weak.epochs == 1 / 20
+    assert control.learning_rate.scaling_rule == "none"
+
+
+def test_the_control_validates_as_often_as_it_can() -> None:
+    values = base(evaluate_every_epochs=4)
+    assert [of(EQUAL_UPDATES, W, values=values).trainer.evaluate_every_epochs for W in (2, 4, 16)] == [2, 1, 1]
+    assert of(EQUAL_UPDATES, 4, values=base(evaluate_every_epochs=0)).trainer.evaluate_every_epochs == 0
+    with pytest.raises(ImpossibleError, match="larger than the training set"):
+        of(EQUAL_UPDATES, 38)
+
+
+def test_each_weak_arm_has_the_control_that_is_tuned_like_it() -> None:
+    assert Place("v", "weak_sqrt", "epochs", 8).control == Place("v", EQUAL_UPDATES, "epochs", 8)
+    tuned = Place("v", "sequential_tuned_equal_updates", "epochs", 8)
+    assert Place("v", "weak_tuned", "epochs", 8).control == tuned
+    assert (tuned.reference.arm, tuned.tuned_at) == ("sequential_tuned", tuned)
+    assert rivals_of(tuned) == [Place("v", EQUAL_UPDATES, "epochs", 8)]
+    # LARS and LAMB have none, equal updates need none, and a control is none of its own.
+    others = [
+        Place("", "weak_lars", "epochs", 8),
+        Place("", "weak", "updates", 8),
+        Place("", EQUAL_UPDATES, "epochs", 8),
+    ]
+    assert [place.control for place in others] == [None] * 3
+    config = of(tuned.arm, 4, settings=Settings(0.01, 5.0, 0.7))
+    assert config.trainer.learning_rate.warmup_epochs == pytest.approx(5.0 * 200 / 760)
+
+
+def test_what_is_compared() -> None:
+    arms = ["sequential", "weak", "weak_tuned", EQUAL_UPDATES]
+    assert compared_arms(arms, "epochs") == ["weak", "weak_tuned", EQUAL_UPDATES, "sequential_tuned_equal_updates"]
+    assert compared_arms(arms, "updates") == ["weak", "weak_tuned"]
+    assert compared_arms(["weak", EQUAL_UPDATES], "epochs") == ["weak", EQUAL_UPDATES]
+    assert compared_arms(["weak_tuned"], "epochs") == ["weak_tuned"]
+    places = [
+        Place("", arm, "epochs", W) for arm, W in (("weak", 2), ("weak", 4), (EQUAL_UPDATES, 4), ("weak_lars", 4))
+    ]
+    assert contrasted(places) == [Place("", "weak", "epochs", 4)]
+    assert {*WEAK, EQUAL_UPDATES} < set(COMPARED)
+
+
 def test_a_cap_on_equal_updates() -> None:
     config = of("weak", 4, "updates", max_epochs=40)
     assert (config.trainer.epochs, config.trainer.max_steps) == (40, None)
@@ -216,39 +271,9 @@ def test_the_base_is_left_alone() -> None:
     assert json.dumps(values) == before
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"learning_rate": {"scaling_rule": "linear", "base_global_batch_size": 8}}, "scaling_rule"),
-        ({"max_steps": 5}, "max_steps"),
-        ({"max_wall_time_s": 5}, "max_wall_time_s"),
-        ({"output_dir": "x"}, "output_dir"),
-    ],
-)
-def test_what_a_base_must_leave_to_the_study(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        check_base(base(**change), "study.json")
-    assert check_base(base(), "study.json").train_batch_size == 32
-
-
 def test_ids() -> None:
     one = run_id(of("weak", 4))
     assert one == run_id(of("weak", 4)) == run_id(of("weak", 4, values=base(output_dir="elsewhere")))
     others = {run_id(of(arm, W, b)) for arm in WEAK for W in (2, 4, 8) for b in ("epochs", "updates")}
     assert len(others) == 8 * 3 * 2  # before its rate is found, weak_tuned is weak
     assert len(one) == 16
-
-
-# Strong
-
-
-@settings(deadline=None, max_examples=60)
-@given(B=st.integers(1, 300), m=st.integers(1, 40), W=st.integers(1, 40), samples=st.integers(300, 700))
-def test_strong_is_possible_up_to_as_many_ranks_as_micro_batches(B: int, m: int, W: int, samples: int) -> None:
-    config = parse({**base(), "train_batch_size": max(B, m), "train_micro_batch_size_per_gpu": m})
-    micro_batches = -(-max(B, m) // m)
-    if micro_batches >= W:
-        assert check_strong(config, W, samples) == micro_batches
-    else:
-        with pytest.raises(ImpossibleError, match="ranks are more than"):
-            check_strong(config, W, samples)

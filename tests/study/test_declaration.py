@@ -14,14 +14,14 @@ from tests.study.made_up import SHIPPED, planned, write
 from trainer.commands.cli import main
 from trainer.errors import UserError
 from trainer.study.arms import SEQUENTIAL, SEQUENTIALS, WEAK
-from trainer.study.declaration import load_study, work
+from trainer.study.declaration import load_study
 
 
 def test_the_shipped_study() -> None:
     study, plan = planned(SHIPPED)
     assert len(study.seeds) >= 10
     assert max(study.world_sizes) == 32
-    assert {c.arm for c in plan.cells} == {*SEQUENTIALS, *WEAK}
+    assert {c.arm for c in plan.cells} == {*SEQUENTIALS, *WEAK}  # controls have to be asked for
     assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha  # a verdict is possible
     assert [str(place) for place, _ in plan.impossible if place.budget == "epochs"] == [
         "weak_sqrt_adam, W = 16", "weak_sqrt_adam, W = 32",
@@ -90,17 +90,6 @@ def test_variants_are_studies_of_their_own(tmp_path: Path) -> None:
     assert plan.comparisons() == 5
 
 
-def test_work_follows_the_samples(tmp_path: Path) -> None:
-    path = write(tmp_path, {"budgets": ["epochs", "updates"], "world_sizes": [2], "arms": ["weak"]}, epochs=3)
-    _, plan = planned(path)
-    efforts = {(c.arm, c.budget): work(plan.configs[c.id], 1200) for c in plan.cells if c.id is not None}
-    assert efforts == {
-        ("sequential", "epochs"): 3600,
-        ("weak", "epochs"): 3600,
-        ("weak", "updates"): 7200,
-    }  # 6 epochs of 19
-
-
 @pytest.mark.parametrize(
     ("study", "message"),
     [
@@ -118,6 +107,11 @@ def test_work_follows_the_samples(tmp_path: Path) -> None:
         ({"output_dir": ""}, '"study.output_dir" is missing'),
         ({"budgets": ["epochs"], "max_epochs": 50}, "no effect"),
         ({"budgets": ["updates"], "max_epochs": 5}, "less than trainer.epochs"),
+        ({"budgets": ["updates"], "epochs": [5, 60], "max_epochs": 50}, '(50) is less than 60 in "study.epochs"'),
+        ({"epochs": [60, 60]}, "each of them once"),
+        ({"epochs": [0]}, "whole numbers of at least 1"),
+        ({"arms": ["weak", "sequential_equal_updates"], "budgets": ["updates"]}, 'Add "epochs" to it'),
+        ({"epochs": [60], "variants": {"60 epochs": {"trainer.epochs": 61}}}, "the name of one in"),
         ({"dataset_sizes": [100, 100]}, "each of them once"),
         ({"variants": {"wide": 3}}, "a name and a block of dotted config keys"),
         ({"variants": {"wide": {"trainer.task_optins": 3}}}, 'Did you mean "task_options"'),

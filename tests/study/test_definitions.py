@@ -26,6 +26,20 @@ def test_the_rules_that_were_declared(tmp_path: Path) -> None:
     assert "a loss of 0.3 or more" in lines
 
 
+def test_budgets_and_controls_are_explained(tmp_path: Path) -> None:
+    folder = results(tmp_path, seeds=2, arms=["weak", "sequential_equal_updates"], epochs=[60], target=0.9)
+    lines = "\n".join(definitions(Results(folder)))
+    assert "over all 12 comparisons of the study" in lines
+    assert "Budgets of 20, 60 epochs: each has its own sequential runs" in lines
+    assert "Sequential, as few updates: the batch of one rank" in lines
+    assert "the first validation at which validation/accuracy is 0.9 or better" in lines
+    (tmp_path / "plain").mkdir()
+    lines = "\n".join(definitions(Results(results(tmp_path / "plain", seeds=2))))
+    assert (
+        "Budgets of" not in lines and "as few updates:" not in lines and "Shallue et al. 2019): the first" not in lines
+    )
+
+
 def test_how_arms_were_tuned(tmp_path: Path) -> None:
     tuning = {"searches": 5, "spread": 8, "warmup_epochs": [1, 3], "momentum": [], "seeds": 2}
     folder = results(tmp_path, seeds=6, arms=["weak", "weak_tuned"], tuning=tuning)

@@ -7,17 +7,17 @@ import math
 import pytest
 
 from trainer.study import drawing
-from trainer.study.arms import NAMES, SEQUENTIALS
+from trainer.study.arms import CONTROLS, NAMES, SEQUENTIALS
 from trainer.study.drawing import Curve, Level, Point
 
 NAN = math.nan
 
 
 def test_every_arm_is_drawn_alike_everywhere_and_unlike_all_others() -> None:
-    assert set(drawing.ARMS) == {*NAMES, *SEQUENTIALS}
+    assert set(drawing.ARMS) == {*NAMES, *SEQUENTIALS, *CONTROLS}
     styles = drawing.styles_of([(arm, "") for arm in drawing.ARMS])
-    assert len({(s.colour, s.mark, s.filled) for s in styles}) == len({s.label for s in styles}) == 14
-    assert len({(s.colour, s.dashes) for s in styles}) == 14
+    assert len({(s.colour, s.mark, s.filled) for s in styles}) == len({s.label for s in styles}) == 16
+    assert len({(s.colour, s.dashes) for s in styles}) == 16
     assert drawing.styles_of([("anything", "weak_lars")])[0]._replace(label="weak, LARS") in styles
     others = drawing.styles_of([(f"other {i}", "") for i in range(14)])
     assert len({(s.colour, s.mark, s.filled) for s in others}) == 14

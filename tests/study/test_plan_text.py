@@ -43,6 +43,15 @@ def test_the_power_is_printed(tmp_path: Path) -> None:
     assert tuned.startswith("note: searched arms, 5 searches: no verdict is possible")
 
 
+def test_comparisons_with_controls_are_counted(tmp_path: Path) -> None:
+    arms = ["weak", "weak_lars", "sequential_equal_updates"]
+    _, plan = planned(write(tmp_path, {"seeds": 9, "budgets": ["epochs"], "world_sizes": [2, 4], "arms": arms}))
+    text = plan_text(plan)
+    assert "8 comparisons: 6 with sequential runs, and 2 of weak runs with sequential runs of as few updates" in text
+    assert re.search(r"sequential_equal_updates +- +4 +32 +6 +200 +9\n", text)
+    assert "9 seeds, 8 comparisons: " in text
+
+
 def test_the_table_names_variants_and_runs_that_may_be_shorter(tmp_path: Path) -> None:
     study = {"seeds": 8, "budgets": ["updates"], "world_sizes": [4], "arms": ["weak_adascale"], "dataset_sizes": [400]}
     _, plan = planned(write(tmp_path, study))

@@ -11,7 +11,7 @@ import pytest
 from tests.study.made_up import network, results, timed
 from trainer.errors import UserError
 from trainer.study.judgement import Outcome
-from trainer.study.results import Results, metric_of, outcome_of, rows_of, speed_ups
+from trainer.study.results import Results, epochs_of, metric_of, outcome_of, rows_of, speed_ups
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
@@ -45,6 +45,15 @@ def test_every_cell_is_one_row_with_the_same_keys(tmp_path: Path) -> None:
     (broken,) = (row for row in rows if row["status"] == "not finite")
     assert broken["test/accuracy"] is None
     assert math.isclose(rows[0]["test/accuracy"] + rows[0]["test/loss"], 1)
+
+
+def test_the_base_is_named_by_its_epochs_among_budgets(tmp_path: Path) -> None:
+    read = Results(results(tmp_path, seeds=2, epochs=[60]))
+    assert epochs_of(read) == {"": 20, "60 epochs": 60}
+    assert [read.named(variant, "weak") for variant in read.variants] == ["20 epochs: weak", "60 epochs: weak"]
+    (tmp_path / "plain").mkdir()
+    read = Results(results(tmp_path / "plain", seeds=2))
+    assert (epochs_of(read), read.named("", "weak"), read.named("wide", "weak", ", ")) == ({}, "weak", "wide, weak")
 
 
 # Strong scaling

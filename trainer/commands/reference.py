@@ -80,6 +80,7 @@ def schema() -> str:
         "study.budgets": {"items": {"enum": ["epochs", "updates"]}, **some},
         "study.world_sizes": {**some, **from_1},
         "study.dataset_sizes": from_1,
+        "study.epochs": from_1,
         "study.timing.world_sizes": from_1,
         "study.seeds": {"type": ["integer", "array"], "minimum": 2, "minItems": 2, **from_0},
         "study.variants": {"additionalProperties": {"type": "object", "minProperties": 1}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -13,8 +14,9 @@ from .drawing import Curve, Group, Level, Point, Series
 from .judgement import FAILINGS
 from .noise import scales_by_epoch
 from .prediction import search_times
-from .results import Results, sizes_of, speed_ups
-from .sentences import material_losses
+from .results import Results, epochs_of, sizes_of, speed_ups
+from .sentences import material_losses, noise_scale
+from .to_target import metric_name, ways
 
 
 class Album:
@@ -39,6 +41,8 @@ def figures_of(results: Results, folder: Path) -> list[str]:
     for i, (variant, budget) in enumerate(results.blocks()):
         _draw_block(results, album, variant, budget, f"{i}-{budget}" if variant else budget)
     _draw_sizes(results, album)
+    _draw_budgets(results, album)
+    _draw_to_target(results, album)
     _draw_noise(results, album)
     _draw_times(results, album)
     return ["<h2>Figures</h2>", *album.parts] if album.parts else []
@@ -74,7 +78,7 @@ def _level(results: Results) -> str:
 
 
 def _what(results: Results, variant: str, budget: str) -> str:
-    return f"{variant}, {results.budget(budget)}" if variant else results.budget(budget)
+    return results.named(variant, results.budget(budget), ", ")
 
 
 def _draw_block(results: Results, album: Album, variant: str, budget: str, name: str) -> None:
@@ -137,6 +141,79 @@ def _draw_sizes(results: Results, album: Album) -> None:
         metric, what = results.study.metric, results.budget(budget)
         figure = figures.over_sizes(f"{metric} against sequential, {what}", "difference", series, margin)
         album.add(f"sizes-{budget}", figure, f"Difference of {metric} to sequential by training samples, {what}.")
+
+
+# The arms whose budgets are drawn, at most as many as there are panels in a row: first those that say most.
+_PANELS = ("weak", "weak_linear_warmup", "weak_tuned")
+
+
+def _draw_budgets(results: Results, album: Album) -> None:
+    epochs = epochs_of(results)
+    centres = {c.place: (c.centre, c.interval) for c in results.judgement.comparisons}
+    centres |= {place: (r.centre, r.interval) for place, r in results.judgement.references.items() if r.outcomes}
+    lines: dict[str, dict[tuple[str, str, bool], list[Point]]] = {}
+    for place in [c.place for c in results.weak if c.place.budget == "epochs"]:
+        name, sequential = f"W = {place.world_size}", place.reference
+        drawn = {(sequential.arm, sequential.arm, False): sequential, (name, "", False): place}
+        if place.control is not None:
+            drawn[f"{name}, as few updates", name, True] = place.control
+        for style, at in drawn.items():
+            points = lines.setdefault(place.arm, {}).setdefault(style, [])
+            if place.variant in epochs and at in centres:
+                point = Point(epochs[place.variant], centres[at][0], *centres[at][1])
+                points += [point] if point not in points else []
+    lines = {arm: of for arm, of in lines.items() if any(len(points) > 1 for points in of.values())}
+    chosen = sorted(lines, key=lambda arm: _PANELS.index(arm) if arm in _PANELS else len(_PANELS))[: len(_PANELS)]
+    if not chosen:
+        return
+    panels = {
+        arm: [
+            Series(name, points, style, dashed, hollow=dashed)
+            for (name, style, dashed), points in lines[arm].items()
+            if points
+        ]
+        for arm in chosen
+    }
+    metric, level = results.study.metric, _level(results)
+    others = f" Not drawn: {', '.join(arm for arm in lines if arm not in chosen)}." if len(lines) > len(chosen) else ""
+    controls = any(dashed for arm in chosen for _, _, dashed in lines[arm])
+    album.add(
+        "budgets",
+        figures.over_budgets(f"{metric} over the budget, equal epochs", metric, panels),
+        f"{metric} by epochs of the budget: medians over seeds with {level} intervals, not corrected."
+        + (" Dashed: the batch of one rank, with as few updates as at this W." if controls else "")
+        + others,
+    )
+
+
+def _draw_to_target(results: Results, album: Album) -> None:
+    level, scale = results.rules.alpha / 2, noise_scale(results)
+    for i, (variant, budget) in enumerate(results.blocks()):
+        found = ways(results, variant, budget)
+        if not found:
+            continue
+        panels, perfect = dict[str, list[Series]](), dict[str, list[Point]]()
+        for of, power in (("updates", -1.0), ("epochs", 0.0)):
+            label = f"{of} to the target"
+            panels[label] = [
+                Series(arm, [Point(way.batch, *way.typical(of, level)) for way in line], arm)
+                for arm, line in found.items()
+            ]
+            starts = {line[0].place: line[0] for line in found.values()}
+            first = next(iter(starts.values()))
+            batches = [first.batch, max(way.batch for line in found.values() for way in line)]
+            y = first.typical(of, level)[0]
+            perfect[label] = [Point(b, y * (b / first.batch) ** power) for b in batches if math.isfinite(y)]
+        mark = None if scale is None else Level(scale.value, "gradient noise scale", scale.low, scale.high)
+        what = _what(results, variant, budget)
+        title = f"to {metric_name(results)} {results.study.target:g}, {what}"
+        noise = ", and the gradient noise scale of the sequential runs" if scale is not None else ""
+        album.add(
+            f"to-target-{i}-{budget}" if variant else f"to-target-{budget}",
+            figures.to_target(title, panels, perfect, mark),
+            f"Updates and epochs {title}: medians over seeds with {100 * (1 - 2 * level):g} % intervals where they "
+            f"are finite; the line of perfect scaling through W = 1{noise}. A description, and no verdict.",
+        )
 
 
 def _draw_noise(results: Results, album: Album) -> None:

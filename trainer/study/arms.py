@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config.keys import Config, OptimizerOptions, parse
+from ..config.keys import Config, OptimizerOptions, TrainerOptions, parse
 from ..errors import UserError
-from ..exact.plan import micro_batch_bounds, rank_block, steps_per_epoch
+from ..exact.plan import steps_per_epoch
 
 Budget = Literal["epochs", "updates"]
 Rule = Literal["none", "linear", "sqrt", "adascale"]
@@ -103,8 +103,19 @@ WEAK = {
     # Shallue et al. 2019, arXiv 1811.03600: a fair comparison gives each batch size its own best rate.
     "weak_tuned": Arm("weak, tuned at each W", tuned="own", reference=SEQUENTIAL_TUNED),
 }
-NAMES = (SEQUENTIAL, STRONG, *WEAK)
-_ARMS = SEQUENTIALS | WEAK
+# Runs with the batch of one rank and as few updates as a weak run at W makes in its epochs. What they lose is lost by
+# fewer updates, and what a weak run loses against them by its batch. Short runs may have another best rate, so those
+# that a tuned arm is compared with are tuned at each W, too.
+EQUAL_UPDATES = "sequential_equal_updates"
+CONTROLS = {
+    EQUAL_UPDATES: Arm("sequential, as few updates"),
+    "sequential_tuned_equal_updates": Arm("sequential, tuned, as few updates", tuned="own", reference=SEQUENTIAL_TUNED),
+}
+DEFAULTS = (SEQUENTIAL, STRONG, *WEAK)
+NAMES = (*DEFAULTS, EQUAL_UPDATES)
+# What is compared with sequential runs.
+COMPARED = (*WEAK, *CONTROLS)
+_ARMS = SEQUENTIALS | WEAK | CONTROLS
 
 
 def title_of(arm: str, budget: str = "updates") -> str:
@@ -147,6 +158,15 @@ class Place:
             else Place(self.variant, arm.reference if self.arm in WEAK else self.arm, "epochs", 1)
         )
 
+    @property
+    def control(self) -> Place | None:
+        """The sequential runs with as few updates; None where a study has none. Of a weak place at equal epochs."""
+        if self.arm in WEAK and self.budget == "epochs":
+            for name, control in CONTROLS.items():
+                if control.reference == WEAK[self.arm].reference:
+                    return Place(self.variant, name, "epochs", self.world_size)
+        return None
+
     def __str__(self) -> str:
         what = f"{self.arm}, W = {self.world_size}" if self.world_size > 1 else self.arm
         what += ", equal updates" if self.budget == "updates" else ""
@@ -162,35 +182,29 @@ def rivals_of(place: Place) -> list[Place]:
     """The untuned places that no well-tuned one can lose against: those with its batch and budget; else none."""
     if place.arm == SEQUENTIAL_TUNED:
         return [Place(place.variant, SEQUENTIAL, "epochs", 1)]
+    if place.arm in CONTROLS and CONTROLS[place.arm].tuned:
+        return [Place(place.variant, EQUAL_UPDATES, "epochs", place.world_size)]
     if place.arm not in WEAK or WEAK[place.arm].tuned != "own":
         return []
     return [Place(place.variant, arm, place.budget, place.world_size) for arm in WEAK if not WEAK[arm].tuned]
 
 
+def compared_arms(arms: Collection[str], budget: Budget) -> list[str]:
+    """The arms that are compared with sequential runs: the weak ones, and the controls of these at equal epochs."""
+    weak = [arm for arm in WEAK if arm in arms]
+    if EQUAL_UPDATES not in arms or budget != "epochs":
+        return weak
+    needed = {SEQUENTIAL, *(WEAK[arm].reference for arm in weak)}
+    return weak + [name for name, control in CONTROLS.items() if control.reference in needed]
+
+
+def contrasted(places: Collection[Place]) -> list[Place]:
+    """Of places, the weak ones that are compared with a control among them as well."""
+    return [place for place in places if place.control in places]
+
+
 class ImpossibleError(UserError):
     """This arm cannot be run at this W; the message says why. The study reports it and continues."""
-
-
-def check_base(base: Mapping[str, Any], source: str) -> Config:
-    """The checked base config of a study.
-
-    Raises:
-        UserError: it is wrong, or sets what the arms set.
-    """
-    config = parse(dict(base), source)
-    config.plan(1)
-    rate, trainer = config.trainer.learning_rate, config.trainer
-    for key, is_set, why in (
-        ("trainer.learning_rate.scaling_rule", rate.scaling_rule != "none", "each arm sets it"),
-        ("scheduler", config.scheduler is not None, "arms set the rate with trainer.learning_rate, its alternative"),
-        ("trainer.max_steps", trainer.max_steps is not None, "a study gives runs equal epochs or equal updates"),
-        ("trainer.max_wall_time_s", trainer.max_wall_time_s is not None, "every run must have its whole budget"),
-        ("trainer.output_dir", trainer.output_dir is not None, "results go to study.output_dir"),
-        ("zero_optimization.stage", config.zero_stage != 0, "only exact runs can stand for runs on many ranks"),
-    ):
-        if is_set:
-            raise UserError(f'{source}: "{key}" has no place in the base config of a study: {why}. Leave it out.')
-    return config
 
 
 def adam_for(params: Mapping[str, Any], k: int) -> dict[str, Any]:
@@ -232,8 +246,8 @@ def values_of(
     steps, as its authors do; with equal epochs its gain stands in the place of a rule's constant.
 
     Args:
-        base: config values that `check_base` has passed.
-        arm: a key of SEQUENTIALS or of WEAK.
+        base: config values that `base.check_base` has passed.
+        arm: a key of SEQUENTIALS, WEAK or CONTROLS.
         world_size: W; 1 for the sequential arms.
         budget: what this run has in common with the sequential one.
         seed: of the run.
@@ -248,7 +262,7 @@ def values_of(
     B, trainer = config.plan(1).global_batch_size, config.trainer
     values = copy.deepcopy(dict(base))
     values.pop("gradient_accumulation_steps", None)
-    values["train_batch_size"] = B * world_size
+    values["train_batch_size"] = B if arm in CONTROLS else B * world_size
     block: dict[str, Any] = values.setdefault("trainer", {})
     block["seed"] = seed
     own = steps_per_epoch(samples, B * world_size, trainer.drop_last)
@@ -257,7 +271,7 @@ def values_of(
         values["optimizer"] = {"type": this.optimizer, "params": _params_for(this.optimizer, config.optimizer)}
     if settings is not None:
         _set(values, block, settings)
-    if arm not in WEAK:
+    if arm in SEQUENTIALS:
         assert world_size == 1
         block["log_every_steps"] = _window(own * trainer.epochs)
         return values
@@ -265,6 +279,9 @@ def values_of(
         raise ImpossibleError(
             f"the global batch {world_size} x {B} = {B * world_size:,} is larger than the training set of {samples:,}"
         )
+    if arm in CONTROLS:
+        _cut(block, trainer, own * trainer.epochs, steps_per_epoch(samples, B, trainer.drop_last))
+        return values
     rate: dict[str, Any] = block.setdefault("learning_rate", {})
     warmup_epochs = rate.get("warmup_epochs", 0.0) if this.warmup_epochs is None else this.warmup_epochs
     if budget == "updates":
@@ -292,6 +309,21 @@ def values_of(
         values["optimizer"]["params"] = adam_for(config.optimizer.params, world_size)
     block["log_every_steps"] = _window(block.get("max_steps") or own * block.get("epochs", trainer.epochs))
     return values
+
+
+def _cut(block: dict[str, Any], base: TrainerOptions, updates: int, every: int) -> None:
+    """Makes a run with `every` steps an epoch as short as `updates` steps; `block` is its trainer's, from the base's.
+
+    Warm-up and the time between validations take the same share of the run. A run validates once an epoch at most.
+    """
+    share = updates / (base.epochs * every)
+    block["epochs"], block["max_steps"] = -(-updates // every), updates
+    rate: dict[str, Any] = block.setdefault("learning_rate", {})
+    if rate.get("warmup_epochs"):
+        rate["warmup_epochs"] *= share
+    if base.evaluate_every_epochs:
+        block["evaluate_every_epochs"] = max(1, round(base.evaluate_every_epochs * share))
+    block["log_every_steps"] = _window(updates)
 
 
 def _set(values: dict[str, Any], block: dict[str, Any], settings: Settings) -> None:
@@ -343,26 +375,3 @@ def run_id(config: Config) -> str:
     values = config.as_dict()
     del values["trainer"]["output_dir"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_strong(config: Config, world_size: int, samples: int) -> int:
-    """Checks that strong scaling on W ranks computes what one rank does; returns M.
-
-    The micro-batches of a step and the tree that adds their gradients follow from the global batch and the micro-batch
-    size alone; W only deals them out. So it is left to check that every micro-batch of every kind of step (an
-    epoch's last one may be smaller) is dealt to exactly one rank, in order.
-
-    Raises:
-        ImpossibleError: there are more ranks than micro-batches.
-    """
-    try:
-        plan = config.plan(world_size)
-    except UserError as error:
-        raise ImpossibleError(str(error).splitlines()[0]) from None
-    B, m = plan.global_batch_size, plan.micro_batch_size
-    rest = 0 if config.trainer.drop_last else samples % B
-    for size in [B, *([rest] if rest else [])]:
-        bounds = micro_batch_bounds(size, m)
-        dealt = [j for rank in range(world_size) for j in rank_block(len(bounds), world_size, rank)]
-        assert dealt == list(range(len(bounds))), (dealt, bounds)
-    return plan.micro_batches

@@ -16,6 +16,8 @@ from ..config.keys import SCHEMA_KEY, Config, parse
 from ..config.schema import build, lay_over, near, option, read_json
 from ..errors import UserError
 from .arms import (
+    COMPARED,
+    DEFAULTS,
     NAMES,
     SEQUENTIAL,
     STRONG,
@@ -25,12 +27,14 @@ from .arms import (
     Place,
     Settings,
     centre_of,
-    check_base,
-    check_strong,
+    compared_arms,
+    contrasted,
     momentum_key,
     run_id,
     values_of,
 )
+from .base import check_base, check_strong
+from .budgets import budget_variants, check_budgets
 from .judgement import Rules
 from .tuning import FIRST_SEED, Tuning, runs_of_search
 
@@ -61,10 +65,11 @@ class Study:
     """`study`: what is compared, and the rules of judgement. Declared before the runs, and then fixed."""
 
     output_dir: str = option("", "the folder of this study")
-    arms: list[str] = option(list(NAMES), "the arms to compare; sequential is always one of them")
+    arms: list[str] = option(list(DEFAULTS), "arms to compare, always sequential; sequential_equal_updates if named")
     world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
     seeds: list[int] = option([], "seeds of every arm; a count n in the file stands for 0 to n - 1")
     budgets: list[str] = option(["epochs"], "what a weak run shares with the sequential run: epochs, updates")
+    epochs: list[int] = option([], "budgets in epochs; each is studied like the base's own")
     max_epochs: int | None = option(None, "the most epochs that equal updates may take", minimum=1)
     dataset_sizes: list[int] = option([], "training samples of nested subsets; each is studied like the whole")
     variants: dict[str, Any] = option(
@@ -82,6 +87,9 @@ class Study:
     )
     target: float | None = option(
         None, "the metric that a run should reach; null for a bound from the sequential runs of the other seeds"
+    )
+    perfect_within: float = option(
+        1.25, "scaling is perfect where a batch takes so many times the samples of one rank's to the target", above=1
     )
     target_level: float = option(
         0.01, "a sequential run would fall below such a bound with this probability", above=0, below=0.5
@@ -207,8 +215,9 @@ class Plan:
     strong: list[tuple[int, int | str]] = field(default_factory=list)
 
     def comparisons(self) -> int:
-        """The places that are compared with sequential runs."""
-        return len({cell.place for cell in self.cells if cell.arm in WEAK})
+        """How many: the places that are compared with sequential runs, and those with their controls as well."""
+        places = {cell.place for cell in self.cells if cell.arm in COMPARED}
+        return len(places) + len(contrasted(places))
 
     def runs(self) -> int:
         """How many runs there are, trials among them; those of tuned arms counted as if no two were the same."""
@@ -221,7 +230,7 @@ class Plan:
         values = values_of(
             variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, most, settings
         )
-        if variant.synchronised:
+        if variant.synchronised and place.arm in WEAK:
             values["train_micro_batch_size_per_gpu"] *= place.world_size
         # Measured where it costs nothing that is compared: it changes no bit.
         if place.arm == SEQUENTIAL and not place.variant and variant.config.plan(1).micro_batches > 1:
@@ -251,8 +260,8 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     base = check_base(values, path)
-    if study.max_epochs is not None and study.max_epochs < base.trainer.epochs:
-        raise UserError(f'{path}: "study.max_epochs" ({study.max_epochs}) is less than trainer.epochs.')
+    epochs = base.trainer.epochs
+    check_budgets(path, study.arms, study.budgets, study.epochs, epochs, study.max_epochs, study.variants)
     if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
         raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
     if "weak_tuned" in study.arms and study.tuning.momentum and momentum_key(base.optimizer.type) is None:
@@ -267,7 +276,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
             raise UserError(f'{path}: "study.timing.world_sizes" holds {world_size}: {error}') from None
     changes: dict[str, dict[str, Any]] = {"": {}}
     changes |= {f"{n:,} samples": {"trainer.train_samples": n} for n in study.dataset_sizes}
-    changes |= study.variants
+    changes |= budget_variants(study.epochs, epochs) | study.variants
     variants = []
     for name, change in changes.items():
         own, source = copy.deepcopy(values), f'{path}: study.variants "{name}"' if name else path
@@ -296,6 +305,7 @@ def _checked(block: Mapping[str, Any]) -> Study:
         ("seeds", study.seeds, 0),
         ("world_sizes", study.world_sizes, 1),
         ("dataset_sizes", study.dataset_sizes, 1),
+        ("epochs", study.epochs, 1),
     ]
     lists += [("timing.world_sizes", study.timing.world_sizes, 1)] if study.timing is not None else []
     for name, numbers, least in lists:
@@ -325,8 +335,6 @@ def _checked(block: Mapping[str, Any]) -> Study:
         if not all(0 <= number < most for number in tried) or len(set(tried)) < len(tried):
             rule = "at least 0" + (" and below 1" if most == 1 else "")
             raise UserError(f'"study.tuning.{name}" is {tried}. It must hold different numbers of {rule}.')
-    if study.max_epochs is not None and "updates" not in study.budgets:
-        raise UserError('"study.max_epochs" has no effect without the budget "updates".')
     for name, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
         if metric.count("/") != 1 and (metric or name == "metric"):
             raise UserError(f'"study.{name}" is "{metric}". It must be <split>/<metric>, such as test/accuracy.')
@@ -360,7 +368,7 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
         sequential = dict.fromkeys([SEQUENTIAL, *(WEAK[arm].reference for arm in weak)])
         places += [Place(variant.name, arm, "epochs", 1) for arm in sequential]
         for budget in budgets:
-            for arm in weak:
+            for arm in compared_arms(study.arms, budget):
                 for world_size in [W for W in study.world_sizes if W > 1]:
                     place = Place(variant.name, arm, budget, world_size)
                     try:
@@ -390,10 +398,3 @@ def _search(at: Place, base: Config, number: int, seed: int) -> SearchPlan:
         variant += f"-{hashlib.sha256(at.variant.encode()).hexdigest()[:6]}"
     name = f"{variant}-{at.arm}-{at.budget}-W{at.world_size}-{number + 1}"
     return SearchPlan(name, at, centre_of(at, base), seed)
-
-
-def work(config: Config, samples: int) -> int:
-    """The samples that a run processes. All runs have the same micro-batches, so its time is proportional to them."""
-    trainer = config.trainer
-    whole = trainer.epochs * samples
-    return whole if trainer.max_steps is None else min(whole, trainer.max_steps * config.plan(1).global_batch_size)

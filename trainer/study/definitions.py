@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .results import Results
+from .arms import EQUAL_UPDATES
+from .results import Results, epochs_of
 from .sentences import listed
+from .to_target import metric_name
 
 
 def definitions(results: Results) -> list[str]:
@@ -37,6 +39,7 @@ def definitions(results: Results) -> list[str]:
         "Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from the base "
         "config's rate, so a loss is that of the rule, not of the batch.",
         *_tuning(results),
+        *_budgets(results),
         "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant steps "
         "as the sequential run makes steps. With equal epochs this stopping rule, which is a part of it, is off.",
         "synchronised_batch_norm: one micro-batch is as large as those of all ranks together. Its statistics are what "
@@ -52,6 +55,32 @@ def _target(results: Results) -> str:
         f"what a sequential run would miss with a probability of {study.target_level:g}, by the sequential runs of the "
         f"other seeds, if they are normal (their standard deviation taken as {study.deviation_floor:g} at least)"
     )
+
+
+def _budgets(results: Results) -> list[str]:
+    study, lines = results.study, list[str]()
+    if study.epochs:
+        lines.append(
+            f"Budgets of {listed(sorted(epochs_of(results).values()))} epochs: each has its own sequential runs of as "
+            "many epochs, its own schedule of the learning rate, which ends with the budget, and its own searches for "
+            "tuned arms. A warm-up keeps its epochs."
+        )
+    if EQUAL_UPDATES in study.arms:
+        lines.append(
+            "Sequential, as few updates: the batch of one rank, and as many optimizer steps as the weak run at W makes "
+            "in its epochs; schedule, warm-up and the time between validations take the same share of the run. It is "
+            "compared with sequential runs (what fewer updates lose), and weak runs with it (what the batch itself "
+            "loses); both count among the comparisons. It sees W times fewer samples than the weak run, and as it "
+            "validates once an epoch at most, it may have fewer models to choose from. Tuned arms have a control that "
+            "is tuned at each W; LARS and LAMB have none. A cause is read from these verdicts alone."
+        )
+    if study.target is not None:
+        lines.append(
+            f"Updates and epochs to the target (Shallue et al. 2019): the first validation at which "
+            f"{metric_name(results)} is {study.target:g} or better. A run that never is counts as infinite. This "
+            "describes runs, and judges none."
+        )
+    return lines
 
 
 def _tuning(results: Results) -> list[str]:

@@ -83,6 +83,8 @@ _ARMS = {
     "sequential_tuned": _Style("sequential, tuned", BLACK, "o", False, (5, 1.5)),
     "sequential_lars": _Style("sequential, LARS", BLACK, ">", False, (4, 1, 1, 1)),
     "sequential_lamb": _Style("sequential, LAMB", BLACK, "<", False, (1, 1)),
+    "sequential_equal_updates": _Style("sequential, as few updates", GREY, "X", True, (3, 1.2)),
+    "sequential_tuned_equal_updates": _Style("sequential, tuned, as few updates", GREY, "X", False, (1, 1)),
 }
 ARMS = tuple(_ARMS)
 _OTHERS = [("s", BLUE), ("o", _VERMILLION), ("D", _GREEN), ("^", _PURPLE), ("v", _ORANGE), ("P", _SKY), ("X", GREY)]
@@ -117,6 +119,7 @@ class Series:
         arm: whose colour, mark and line it has; "" for that of `name`, or of nobody if that is no arm.
         dashed: predicted, not measured.
         world_size: the panel of `over_sizes` it is drawn in; 0 in the other figures.
+        hollow: its marks are; for what accompanies another series of the same style.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Series:
     arm: str = ""
     dashed: bool = False
     world_size: int = 0
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,13 +238,20 @@ def look_of(style: _Style, dashed: bool = False) -> dict[str, Any]:
     }
 
 
-def draw_marks(axes: Axes, series: Sequence[Series], apart: bool = False, nested: bool = False) -> None:
+def draw_marks(
+    axes: Axes,
+    series: Sequence[Series],
+    apart: bool = False,
+    nested: bool = False,
+    infinite: tuple[float, str] = (0.03, "not finite"),
+) -> None:
     """Series as marks with bars, joined.
 
     `apart` shifts each a little, so that bars do not cover one another; `nested` draws each wider than those on top of
     it, so that lines do not.
 
-    The view is as wide as it is: what lies beyond it is an arrow at the edge, and what is not finite a cross.
+    The view is as wide as it is: what lies beyond it is an arrow at the edge. What is not finite is a cross; `infinite`
+    gives its share of the height, and what the legend says of it.
     """
     low, high = axes.get_ylim()
     styles = styles_of([(s.name, s.arm) for s in series])
@@ -255,7 +266,7 @@ def draw_marks(axes: Axes, series: Sequence[Series], apart: bool = False, nested
         )
         inside = [i for i, p in enumerate(points) if low <= p.y <= high]
         more: dict[str, Any] = {"color": style.colour, "zorder": 3 + place / 100}
-        look = look_of(style, one.dashed)
+        look = look_of(style._replace(filled=style.filled and not one.hollow), one.dashed)
         if nested:
             below = len(series) - 1 - place
             look |= {"linewidth": 1.3 + 1.1 * below, "markersize": look["markersize"] + 1.5 * below}
@@ -263,7 +274,7 @@ def draw_marks(axes: Axes, series: Sequence[Series], apart: bool = False, nested
         for p, x in zip(points, xs):
             if not math.isfinite(p.y):
                 broken = True
-                draw_cross(axes, [x], [0.03], style.colour, transform=edges)
+                draw_cross(axes, [x], [infinite[0]], style.colour, transform=edges)
                 continue
             if math.isfinite(p.low) and math.isfinite(p.high) and p.high >= low and p.low <= high:
                 ends = [max(p.low, low), min(p.high, high)]
@@ -276,7 +287,7 @@ def draw_marks(axes: Axes, series: Sequence[Series], apart: bool = False, nested
     if beyond:
         axes.plot([], [], ls="none", marker=6, color=GREY, ms=6, in_layout=False, label="beyond the axis")
     if broken:
-        draw_cross(axes, [], [], GREY, label="not finite")
+        draw_cross(axes, [], [], GREY, label=infinite[1])
 
 
 def draw_cross(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **more: Any) -> None:

@@ -221,6 +221,71 @@ def over_sizes(title: str, label: str, series: Sequence[Series], margin: float |
 
 
 @drawn
+def over_budgets(title: str, label: str, panels: Mapping[str, Sequence[Series]]) -> Figure:
+    """A quantity over the budget, a panel for each arm, with intervals.
+
+    Args:
+        title: above the drawing.
+        label: the quantity and its unit.
+        panels: arm -> its series; x in epochs.
+    """
+    figure, axes = empty_figure(title, label, "epochs of the budget", panels=max(1, len(panels)))
+    points = [p for series in panels.values() for s in series for p in s.points]
+    ticks = sorted({p.x for p in points if p.x > 0})
+    for panel, series, style in zip(axes, panels.values(), styles_of([(arm, "") for arm in panels])):
+        panel.set_xscale("log")
+        panel.set_ylim(*view_of(points, []))
+        panel.set_title(style.label, fontsize=8.5, loc="center")
+        plain_numbers(panel.xaxis, sparse(ticks, 5))
+        if ticks:
+            panel.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
+        draw_marks(panel, series, apart=True)
+    draw_legend(figure, axes, below=True)
+    return figure
+
+
+@drawn
+def to_target(
+    title: str,
+    panels: Mapping[str, Sequence[Series]],
+    perfect: Mapping[str, Sequence[Point]],
+    noise: Level | None = None,
+) -> Figure:
+    """What runs take to a target over the global batch, a panel for each quantity, all axes logarithmic.
+
+    Args:
+        title: above the drawing.
+        panels: label of a quantity -> its series; x in samples. What is infinite is a cross at the upper edge.
+        perfect: the same label -> points of the line of perfect scaling.
+        noise: the gradient noise scale in samples, with its interval: a mark on the axis of the batch.
+    """
+    figure, axes = empty_figure(title, "", "global batch (samples)", panels=len(panels))
+    for panel, (label, series) in zip(axes, panels.items()):
+        points = [p for s in series for p in s.points]
+        sizes = sorted({p.x for p in points} | ({noise.value} if noise and math.isfinite(noise.value) else set()))
+        panel.set_ylabel(label)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlim(sizes[0] / 2**0.5, sizes[-1] * 2**0.5)
+        line = perfect[label]
+        low, high = log_view(v for p in (*points, *line) for v in (p.y, p.low, p.high))
+        # Room for the crosses, between the view and the edge.
+        panel.set_ylim(low, high * (high / low) ** 0.1)
+        plain_numbers(panel.xaxis, sorted({p.x for p in points}))
+        plain_numbers(panel.yaxis)
+        panel.plot(
+            [p.x for p in line], [p.y for p in line], color=BLACK, lw=0.9, ls=(0, (1, 2)), label="perfect scaling"
+        )
+        if noise is not None and math.isfinite(noise.value):
+            panel.axvline(noise.value, color=BLUE, lw=0.9, ls=(0, (4, 3)), label=noise.name, zorder=1)
+            if math.isfinite(noise.low) and math.isfinite(noise.high):
+                panel.axvspan(noise.low, noise.high, color=BLUE, alpha=0.12, lw=0, zorder=1)
+        draw_marks(panel, series, apart=True, infinite=(0.97, "not reached by half of the runs"))
+    draw_legend(figure, axes, below=True)
+    return figure
+
+
+@drawn
 def trials(title: str, label: str, series: Sequence[Series]) -> Figure:
     """The time to the best configuration over the number of trials, by how devices are shared out.
 

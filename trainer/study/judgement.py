@@ -192,6 +192,7 @@ def judge(
     weak: Mapping[Place, Mapping[int, Outcome]],
     rules: Rules,
     planned: Mapping[Place, int] | None = None,
+    more: int = 0,
 ) -> Judgement:
     """All verdicts of a study.
 
@@ -202,25 +203,28 @@ def judge(
         planned: every place that the study compares -> its declared seeds: the correction is for all places. Before
             all seeds of a place are there, nothing is decided of it: who looks again and again, and stops at a
             verdict, finds one in the end whatever the truth. None: what is given is all there is.
+        more: comparisons of the study that are judged elsewhere, at the same level (see `causes`).
     """
-    references = {place: _reference(outcomes, rules) for place, outcomes in sequential.items()}
-    tests = max(len(planned or {}), len(weak))
-    comparisons = [_compare(place, weak[place], references[place.reference], rules, tests) for place in weak]
+    references = {place: reference_of(outcomes, rules) for place, outcomes in sequential.items()}
+    places = max(len(planned or {}), len(weak))
+    tests = places + more
+    comparisons = [compare(place, weak[place], references[place.reference], rules, tests) for place in weak]
     for failing in FAILINGS:
-        missing = [1.0] * (tests - len(comparisons))
+        missing = [1.0] * (places - len(comparisons))
         adjusted = holm([c.counts[failing].p for c in comparisons] + missing)
         for c, value in zip(comparisons, adjusted):
             c.counts[failing].adjusted = value
     values = {place: {seed: o.metric for seed, o in of.items()} for place, of in {**sequential, **weak}.items()}
     for c in comparisons:
         missing_seeds = (planned or {}).get(c.place, 0) - len(c.losses)
-        own, others = _beaten(c.place, values, rules), _beaten(c.place.reference, values, rules)
+        own, others = beaten(c.place, values, rules), beaten(c.place.reference, values, rules)
         c.search_failed = "; ".join(text for text in (own, others) if text)
-        _conclude(c, rules, tests, missing_seeds, own, others)
+        conclude(c, rules, tests, missing_seeds, own, others)
     return Judgement(rules, tests, references, comparisons)
 
 
-def _reference(outcomes: Mapping[int, Outcome], rules: Rules) -> Reference:
+def reference_of(outcomes: Mapping[int, Outcome], rules: Rules) -> Reference:
+    """The numbers of one set of sequential runs."""
     centre, interval = _described([o.metric for o in outcomes.values()], rules)
     finite = {seed: o.metric for seed, o in outcomes.items() if o.metric is not None}
     reference = Reference(
@@ -278,9 +282,10 @@ def _described(metrics: Sequence[float | None], rules: Rules) -> tuple[float, tu
     return rules.sign * middle(values), (min(low, high), max(low, high))
 
 
-def _compare(
+def compare(
     place: Place, outcomes: Mapping[int, Outcome], reference: Reference, rules: Rules, tests: int
 ) -> Comparison:
+    """The numbers of one of `tests` comparisons, with no verdict yet."""
     seeds = [seed for seed in outcomes if seed in reference.outcomes]
     pairs = [(_worst(reference.outcomes[s].metric, rules), _worst(outcomes[s].metric, rules)) for s in seeds]
     losses = [other - own for other, own in pairs]  # -inf - -inf is nan: a pair that tells nothing
@@ -308,7 +313,7 @@ def _compare(
     )
 
 
-def _beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rules: Rules) -> str:
+def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rules: Rules) -> str:
     """The untuned rule that does better than a tuned arm, which shows that the search of the arm failed; "" for none.
 
     One test at level alpha for each rule, not corrected: a loss after a search that may have failed is no verdict.
@@ -323,7 +328,7 @@ def _beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], ru
     return ""
 
 
-def _conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str, reference_failed: str) -> None:
+def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str, reference_failed: str) -> None:
     """Fills in verdicts and sentences; the last two arguments say by what the searches are beaten, if they are."""
     n = len(c.losses)
     unable = ""

@@ -16,6 +16,7 @@ from typing import Any
 from ..record.console import say
 from .album import figures_of
 from .arms import SEQUENTIAL, Place, Settings, title_of
+from .causes import cause_rows, cause_sentences
 from .definitions import definitions
 from .judgement import FAILINGS, Comparison
 from .noise import scales_by_epoch
@@ -23,6 +24,7 @@ from .prediction import search_times
 from .results import Results, rows_of, speed_ups
 from .sentences import (
     CLAIMS,
+    budget_sentences,
     claims,
     headline,
     noise_sentences,
@@ -34,6 +36,7 @@ from .sentences import (
     verdicts,
 )
 from .sheet import document, shown_value, table
+from .to_target import target_sentences
 from .tuning import at_edge
 
 
@@ -104,7 +107,10 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         *(_block(results, variant, budget) for variant, budget in results.blocks()),
         *(f"<p>{escape(line)}</p>" for line in search_sentences(results)),
         *(f"<p>{escape(line)}</p>" for line in noise_sentences(results)),
-        *_sizes(results),
+        *_listed("At how many training samples does weak scaling lose?", size_sentences(results)),
+        *_listed("With which budget does weak scaling lose?", budget_sentences(results)),
+        *_causes(results),
+        *_listed("How many updates to the target?", target_sentences(results)),
         "<details><summary>Every verdict with its numbers</summary>",
         *(f"<p>{escape(line)}.</p>" for line in sequential_sentences(results)),
     ]
@@ -139,12 +145,24 @@ def _warnings(results: Results) -> list[str]:
     return [f"<p><strong>{escape(line)}</strong></p>" for line in lines]
 
 
-def _sizes(results: Results) -> list[str]:
-    lines = size_sentences(results)
-    if not lines:
-        return []
+def _listed(question: str, lines: Sequence[str]) -> list[str]:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return [f"<h3>At how many training samples does weak scaling lose?</h3><ul>{items}</ul>"]
+    return [f"<h3>{escape(question)}</h3><ul>{items}</ul>"] if lines else []
+
+
+def _causes(results: Results) -> list[str]:
+    """Why weak scaling loses: a sentence for each arm, and the numbers in a table."""
+    rows = cause_rows(results)
+    if not rows:
+        return []
+    header = ["variant", "arm", "W", "why", "in all", "verdict", "by fewer updates", "verdict"]
+    header += ["by the batch itself", "from", "to", "verdict"]
+    return [
+        *_listed("Fewer updates, or the batch: why does weak scaling lose?", cause_sentences(results)),
+        "<details><summary>The comparisons behind these sentences</summary>",
+        table(rows, header),
+        "</details>",
+    ]
 
 
 def _marked(verdict: str) -> str:
@@ -153,7 +171,7 @@ def _marked(verdict: str) -> str:
 
 def _block(results: Results, variant: str, budget: str) -> str:
     """Two tables of arms by W: the loss of the typical run with its verdict, and the runs that fail."""
-    what = f"{variant}: {results.budget(budget)}" if variant else results.budget(budget)
+    what = results.named(variant, results.budget(budget))
     reference = results.judgement.references[Place(variant, SEQUENTIAL, "epochs", 1)]
     about = (
         f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "

@@ -18,10 +18,12 @@ from ..files import whole_file
 from . import figures
 from .album import metric_figure
 from .arms import SEQUENTIAL, Place, title_of
+from .causes import cause_sentences
 from .definitions import definitions
 from .judgement import Comparison, Verdict
 from .results import Results
 from .sentences import (
+    budget_sentences,
     headline,
     listed,
     noise_sentences,
@@ -31,6 +33,7 @@ from .sentences import (
     strong_sentences,
 )
 from .sheet import document, shown_value
+from .to_target import target_sentences
 
 _QUESTION = (
     "Cunha, Rodrigues, Viana and Oliveira (2018, arXiv 1807.09161) argue that on small datasets weak scaling, which "
@@ -130,12 +133,12 @@ def name_of(study: Results) -> str:
 
 
 def _abstract(studies: Sequence[Results]) -> str:
-    comparisons = [c for study in studies for c in study.judgement.comparisons]
+    comparisons = [c for study in studies for c in study.weak]
     counts = {v: sum(c.verdicts["loses"] == v for c in comparisons) for v in _KINDS}
     more = sum(c.verdicts["unconverged"] == "more often" for c in comparisons)
     said = ", ".join(f"{words} in {counts[v]}" for v, words in _KINDS.items() if counts[v])
     possible = [W for study in studies for W, answer in study.declared["strong"] if isinstance(answer, int)]
-    strong = f"strong scaling gives the sequential run's bits, by construction, at W up to {max(possible)}"
+    strong = f"strong scaling gives the sequential run's bits, by construction, at W up to {max(possible, default=1)}"
     return (
         f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling with {len(comparisons)} comparisons, "
         f"each with sequential runs of the same seeds: {said}. Runs fail to converge more often than sequential runs "
@@ -176,10 +179,11 @@ def _results_of(study: Results) -> Iterable[Block]:
         for arm, comparisons in groups.items():
             at = {c.place.world_size: c for c in comparisons}
             rows.append([title_of(arm, budget), *(cell_of(at[W]) if W in at else "-" for W in sizes)])
-        what = study.budget(budget) if not variant else f"{variant}, {study.budget(budget)}"
+        what = study.named(variant, study.budget(budget), ", ")
         yield Block("p", [f"Difference of {study.study.metric} to the sequential run of the same seed, {what}:"])
         yield Block("table", ["arm", *(f"W = {W}" for W in sizes)], rows)
-    more = [*size_sentences(study), *search_sentences(study), *noise_sentences(study)]
+    more = [*size_sentences(study), *budget_sentences(study), *cause_sentences(study), *target_sentences(study)]
+    more += [*search_sentences(study), *noise_sentences(study)]
     if more:
         yield Block("list", more)
 
@@ -206,19 +210,19 @@ def _weighed(studies: Sequence[Results]) -> Iterable[Block]:
         yield Block("h2", [title])
         lines = []
         for study in studies:
-            own = [c for c in study.judgement.comparisons if c.verdicts["loses"] in verdicts]
+            own = [c for c in study.weak if c.verdicts["loses"] in verdicts]
             by_arm: dict[str, list[str]] = {}
             for c in own:
                 words = "" if len(verdicts) == 1 else f" ({c.verdicts['loses']})"
-                by_arm.setdefault(_arm_of(c), []).append(f"{c.place.world_size}{words}")
+                by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size}{words}")
             said = "; ".join(f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items())
             lines.append(f"{name_of(study)}: {said or 'nothing'}.")
         yield Block("list", lines)
 
 
-def _arm_of(c: Comparison) -> str:
+def _arm_of(study: Results, c: Comparison) -> str:
     place = c.place
-    extra = [place.variant] if place.variant else []
+    extra = [own] if (own := study.named(place.variant, "", "")) else []
     return ", ".join([title_of(place.arm, place.budget), *extra, *(["equal updates"] * (place.budget == "updates"))])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..exact.plan import steps_per_epoch
 from ..record.console import table
-from .arms import WEAK
+from .arms import COMPARED, WEAK, contrasted
 from .declaration import Plan
 from .inference import seeds_needed, smallest_p
 from .power import paired, power, seeds_for
@@ -74,7 +74,13 @@ def power_lines(plan: Plan) -> list[str]:
     if not tests:
         return []
     level, lines = study.alpha / tests, []
-    ways = {cell.id is None: None for cell in plan.cells if cell.arm in WEAK}  # searched or not, the latter first
+    against = len(contrasted({cell.place for cell in plan.cells if cell.arm in COMPARED}))
+    if against:
+        lines.append(
+            f"{tests} comparisons: {tests - against} with sequential runs, and {against} of weak runs with sequential "
+            "runs of as few updates"
+        )
+    ways = {cell.id is None: None for cell in plan.cells if cell.arm in COMPARED}  # searched or not, the latter first
     for searched in ways:
         n = len(study.searched_seeds if searched else study.seeds)
         what, count = ("searched arms, ", f"{n} searches") if searched else ("", f"{n} seeds")

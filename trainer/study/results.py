@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.keys import TrainerOptions
 from ..config.schema import build, read_json
 from ..errors import UserError
 from ..record.console import say
-from .arms import WEAK, Place
+from .arms import COMPARED, WEAK, Place, contrasted
+from .budgets import variant_of
 from .declaration import Study
 from .judgement import Comparison, Judgement, Outcome, Rules, judge
 from .prediction import speed_up
@@ -83,8 +85,8 @@ class Results:
             name = f"{place} seed {seed}"
             this = cell["id"] or ids.get(name)
             self._declared_runs.add(this or name)
-            values = (weak if cell["arm"] in WEAK else sequential).setdefault(place, {})
-            if cell["arm"] in WEAK:
+            values = (weak if cell["arm"] in COMPARED else sequential).setdefault(place, {})
+            if cell["arm"] in COMPARED:
                 planned[place] = planned.get(place, 0) + 1
             if this in self.runs:
                 self.cells.append({**cell, "id": this})
@@ -92,7 +94,7 @@ class Results:
         if not self.cells:
             raise UserError(f"{folder} holds no finished run yet.")
         weak = {place: values for place, values in weak.items() if values}
-        self.judgement: Judgement = judge(sequential, weak, self.study.rules, planned)
+        self.judgement: Judgement = judge(sequential, weak, self.study.rules, planned, more=len(contrasted(planned)))
         self.timings: Timings | None = read_timings(folder)
 
     @property
@@ -114,6 +116,16 @@ class Results:
         """A budget in words."""
         most = self.study.max_epochs
         return f"equal {name}" + (f", at most {most} epochs" if name == "updates" and most is not None else "")
+
+    def named(self, variant: str, what: str, between: str = ": ") -> str:
+        """Something of a variant, in words; among budgets the base is named by its epochs."""
+        own = f"{epochs_of(self)['']:,} epochs" if self.study.epochs and not variant else variant
+        return f"{own}{between}{what}" if own else what
+
+    @property
+    def weak(self) -> list[Comparison]:
+        """The comparisons of weak runs with sequential ones: controls, which are not weak, are left out."""
+        return [c for c in self.judgement.comparisons if c.place.arm in WEAK]
 
     def missing(self) -> int:
         """Runs that are declared and not finished."""
@@ -148,6 +160,14 @@ def sizes_of(results: Results) -> dict[str, int]:
     known = results.declared["variant_samples"]
     names = ["", *(f"{n:,} samples" for n in results.study.dataset_sizes)]
     return {name: int(known[name]) for name in names}
+
+
+def epochs_of(results: Results) -> dict[str, int]:
+    """Variant -> its epochs, of all budgets in epochs; empty where none was declared."""
+    if not results.study.epochs:
+        return {}
+    own = int(results.declared["base"]["trainer"].get("epochs", TrainerOptions.epochs))
+    return {variant_of(n, own): n for n in sorted({own, *results.study.epochs})}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------

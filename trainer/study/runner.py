@@ -26,7 +26,8 @@ from ..ranks.workers import WorkerError
 from ..record.console import say
 from .agenda import Agenda
 from .arms import WEAK
-from .declaration import Cell, Plan, Study, Variant, expand, load_study, work
+from .budgets import work
+from .declaration import Cell, Plan, Study, Variant, expand, load_study
 from .many_runs import devices_for, duration, interruptible, locked
 from .plan_text import plan_text
 from .results import finished, metric_of
@@ -248,7 +249,7 @@ def _result(
     kept = ("parameters_sha256", "model_sha256", "exactness", "samples_per_s", "step_time_s", "time_to_first_step_s")
     every = steps_per_epoch(samples, B, config.trainer.drop_last)
     curves = {
-        name: {"epoch": [step / every for step in curve["step"]], "value": curve["value"]}
+        name: {"epoch": [step / every for step in curve["step"]], "step": curve["step"], "value": curve["value"]}
         for name, curve in summary["curves"].items()
     }
     return {

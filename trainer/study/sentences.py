@@ -5,14 +5,16 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .arms import SEQUENTIAL, Place, title_of
+from .arms import CONTROLS, SEQUENTIAL, WEAK, Place, title_of
+from .causes import cause_headline, cause_sentences
 from .judgement import Comparison, Reference, Verdict
 from .noise import Scale, scales_by_epoch, whole_scale
-from .results import Results, sizes_of
+from .results import Results, epochs_of, sizes_of
 from .timing import check_bits
+from .to_target import target_sentences
 from .tuning import at_edge
 
 CLAIMS = {
@@ -34,7 +36,8 @@ def verdicts(folder: Path) -> list[str]:
     for claim, what, comparisons in claims(results):
         lines.append(f"{what}: {CLAIMS[claim]}?")
         lines += [f"  W = {c.place.world_size}: {c.verdicts[claim]}. {c.sentences[claim]}" for c in comparisons]
-    return lines + search_sentences(results) + size_sentences(results) + noise_sentences(results)
+    lines += cause_sentences(results) + search_sentences(results) + size_sentences(results) + budget_sentences(results)
+    return lines + target_sentences(results) + noise_sentences(results)
 
 
 def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
@@ -46,10 +49,10 @@ def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
     for variant, budget in results.blocks():
         for arm, comparisons in results.groups(variant, budget).items():
             for claim in CLAIMS:
-                what = f"{title_of(arm, budget)}, {results.budget(budget)}"
+                what = title_of(arm, budget) + (f", {results.budget(budget)}" if arm not in CONTROLS else "")
                 own = [c for c in comparisons if c.unable not in together or (claim != "loses" and not c.missing)]
                 if own:
-                    yield claim, f"{variant}: {what}" if variant else what, own
+                    yield claim, results.named(variant, what), own
 
 
 def _undecidable(results: Results) -> dict[str, int]:
@@ -68,14 +71,14 @@ def too_few_sentences(results: Results) -> list[str]:
 
 
 def headline(results: Results) -> list[str]:
-    """The answer in two sentences: what strong scaling does, and what weak scaling does."""
+    """The answer in two sentences: what strong scaling does, and what weak scaling does; a third says why."""
     possible = [W for W, answer in results.declared["strong"] if isinstance(answer, int)]
     strong = "This study did not ask for strong scaling."
     if possible:
         strong = f"Strong scaling gives the sequential run's very model at W = {listed(possible)}, so it loses nothing."
     elif results.declared["strong"]:
         strong = "Strong scaling is not possible at the W of this study."
-    comparisons = results.judgement.comparisons
+    comparisons = results.weak
     at: dict[Verdict, list[str]] = {}
     for c in comparisons:
         at.setdefault(c.verdicts["loses"], []).append(str(c.place))
@@ -95,7 +98,8 @@ def headline(results: Results) -> list[str]:
         return [strong, "Nothing is known of weak scaling yet."]
     joined = said[0] if len(said) == 1 else f"{'; '.join(said[:-1])}; and {said[-1]}"
     number = len(comparisons)
-    return [strong, f"Weak scaling, {number} comparison{'s' * (number > 1)} with sequential runs: {joined}."]
+    weak = f"Weak scaling, {number} comparison{'s' * (number > 1)} with sequential runs: {joined}."
+    return [strong, weak, *cause_headline(results)]
 
 
 def _for_example(places: Sequence[str]) -> str:
@@ -189,24 +193,34 @@ def search_sentences(results: Results) -> list[str]:
 
 def size_sentences(results: Results) -> list[str]:
     """The verdict at each number of training samples, for studies of dataset sizes."""
-    sizes = sizes_of(results)
-    if len(sizes) < 2:
+    return _by_number(results, sizes_of(results), "training samples")
+
+
+def budget_sentences(results: Results) -> list[str]:
+    """The verdict at each number of epochs, for studies of budgets."""
+    return _by_number(results, epochs_of(results), "epochs of the budget")
+
+
+def _by_number(results: Results, numbers: Mapping[str, int], of: str) -> list[str]:
+    """The verdicts of each arm and W at each of several numbers, which variants stand for."""
+    if len(numbers) < 2:
         return []
     lines = []
     pairs = dict.fromkeys((c.place.arm, c.place.budget, c.place.world_size) for c in results.judgement.comparisons)
     for arm, budget, W in pairs:
-        by_size = {
-            sizes[c.place.variant]: c
+        by_number = {
+            numbers[c.place.variant]: c
             for c in results.judgement.comparisons
-            if (c.place.arm, c.place.budget, c.place.world_size) == (arm, budget, W) and c.place.variant in sizes
+            if (c.place.arm, c.place.budget, c.place.world_size) == (arm, budget, W) and c.place.variant in numbers
         }
-        if len(by_size) < 2:
+        if len(by_number) < 2:
             continue
-        shown = ", ".join(f"{n:,}: {by_size[n].difference:+.4f}" for n in sorted(by_size))
-        at = {v: [n for n in sorted(by_size) if by_size[n].verdicts["loses"] == v] for v in _LOSSES}
-        found = "; ".join(f"{verdict} at {listed(numbers)}" for verdict, numbers in at.items() if numbers)
-        what = f"{title_of(arm, budget)}, {results.budget(budget)}, W = {W}"
-        lines.append(f"{what}, by training samples: {found} ({shown}).")
+        shown = ", ".join(f"{n:,}: {by_number[n].difference:+.4f}" for n in sorted(by_number))
+        at = {v: [n for n in sorted(by_number) if by_number[n].verdicts["loses"] == v] for v in _LOSSES}
+        found = "; ".join(f"{verdict} at {listed(these)}" for verdict, these in at.items() if these)
+        shared = f", {results.budget(budget)}" if arm not in CONTROLS else ""
+        what = f"{title_of(arm, budget)}{shared}, W = {W}"
+        lines.append(f"{what}, by {of}: {found} ({shown}).")
     return lines
 
 
@@ -221,6 +235,7 @@ def material_losses(results: Results) -> dict[str, list[int]]:
     found = {
         arm: [c.place.world_size for c in comparisons if c.verdicts["loses"] == "material loss"]
         for arm, comparisons in groups
+        if arm in WEAK
     }
     return {arm: sizes for arm, sizes in found.items() if sizes}
 
