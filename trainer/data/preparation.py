@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..errors import UserError
+from ..wording import counted, row_at
 from . import tables
 from .features import CATEGORIES, NUMBERS, Column, Names
 
@@ -173,14 +174,14 @@ def _standardised(column: Numeric, values: Any, where: str, notes: list[str]) ->
     if len(far):
         row = int(far[0])
         raise UserError(
-            f'The column "{column.name}" in {where}: row {row} (counted from 0) is {values[row]:g}, which is too far '
+            f'The column "{column.name}" in {where}: {row_at(row)} is {values[row]:g}, which is too far '
             f"from those of train (mean {column.mean:g}, standard deviation {column.deviation:g}). Correct it, or "
             "leave the field empty if the value is missing."
         )
     if missing.any() and not column.marked:
         notes.append(
-            f'{int(missing.sum()):,} values of "{column.name}" are missing in {where}, and none in train: its mean, '
-            f"{column.mean:g}, is taken for them"
+            f'{counted(int(missing.sum()), "value")} of "{column.name}" missing in {where}, and none in train: '
+            f"its mean, {column.mean:g}, is taken instead"
         )
     return result
 
@@ -195,8 +196,8 @@ def _numbered(column: Categorical, values: Any, where: str, notes: list[str]) ->
     if unknown.any():
         first = values.names[values.codes[np.flatnonzero(unknown)[0]]]
         notes.append(
-            f'{int(unknown.sum()):,} values of "{column.name}" in {where} do not occur in train, such as {first!r}: '
-            "they count as missing"
+            f'{counted(int(unknown.sum()), "value")} of "{column.name}" in {where}, such as {first!r}, not known from '
+            "train: counted as missing"
         )
     return codes
 
