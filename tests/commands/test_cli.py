@@ -160,7 +160,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ),
         ("predict --model m --input i", ("predict", "m", "i", None, None, None, 32, "auto", False)),
         (
-            "predict --model m --input i --output o --format jsonl --task a.py:A --batch_size 4 --device cpu --overwrite",
+            "predict --model m --input i --output o --overwrite --format jsonl --task a.py:A --batch_size 4 "
+            "--device cpu",
             ("predict", "m", "i", "o", "jsonl", "a.py:A", 4, "cpu", True),
         ),
         ("study s.json", ("study", "s.json", False, {})),

@@ -262,7 +262,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path, capsys: pytest.CaptureF
 
 def test_predictions_that_fail_halfway_leave_the_old_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "out.csv").write_text("precious\n")
-    assert predict("--output", "out.csv", task="tasks.py:Breaks") == 2
+    assert predict("--output", "out.csv", "--overwrite", task="tasks.py:Breaks") == 2
     assert "--output out.csv cannot be written: No space left on device." in capsys.readouterr().err
     assert (folder / "out.csv").read_text() == "precious\n"
     assert not [name for name in os.listdir(folder) if name.startswith(".out.csv")]

@@ -138,7 +138,11 @@ def test_a_run_says_what_it_read(data: str) -> None:
         ({"label_column": "age"}, '10 values of the column "age" in train are missing'),
         ({"missing_values": ["old"]}, 'values of the column "label" in train are missing'),
         ({"problem": "regression", "class_weights": "balanced"}, '"trainer.task_options.class_weights" is'),
-        ({"problem": "regression"}, 'column "label" in train must hold numbers, but row 1'),
+        (
+            {"problem": "regression"},
+            '79 more rows hold no number.\nCorrect it. If the column holds classes, set "problem" in '
+            'trainer.task_options to "classification".',
+        ),
         ({"label_column": "price", "ignored_columns": [], "problem": "classification"}, "holds fractions, such as 11"),
         ({"missing_values": [" "]}, "a blank field is missing anyway"),
         ({"numeric_columns": ["city"]}, 'column "city" in train must hold numbers, but row 2'),
@@ -215,8 +219,8 @@ def test_what_is_saved_predicts(tmp_path: Path, data: str, options: dict[str, An
     number = "value" if "label_column" in options else "score"
     for row, other in zip(found, again.predict(loaded, tmp_path / "new.parquet", 100), strict=True):
         assert row == other | {number: pytest.approx(other[number], abs=2e-6 if number == "score" else 1e-3)}
-    assert any("Paris" in note and "do not occur in train" in note for note in again.notes)
-    assert any('"rooms" are missing' in note and "none in train" in note for note in again.notes)
+    assert any("Paris" in note and "does not occur in train" in note for note in again.notes)
+    assert any('"rooms" is missing' in note and "none in train" in note for note in again.notes)
 
     p = task._preparation
     assert p is not None

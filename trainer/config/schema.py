@@ -131,7 +131,7 @@ def near(name: str, valid: typing.Iterable[str]) -> str:
     valid = list(valid)
     typed = name.lower()
     for known in valid:  # one letter is another one: AdamV is nearer to AdamW than to Adam
-        if len(known) == len(typed) and sum(a != b for a, b in zip(known.lower(), typed)) == 1:
+        if len(typed) >= 5 and len(known) == len(typed) and sum(a != b for a, b in zip(known.lower(), typed)) == 1:
             return f'Did you mean "{known}"?'
     matches = difflib.get_close_matches(typed, [v.lower() for v in valid], n=1, cutoff=0.6)
     if matches:

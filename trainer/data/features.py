@@ -171,7 +171,9 @@ def _an_id(column: str, numbers: np.ndarray) -> str:
     return "is called like an id, and each row has its own" if _AN_ID.search(column) else ""
 
 
-def read_numbers(table: Table, column: str, where: str, missing: Collection[str]) -> np.ndarray:
+def read_numbers(
+    table: Table, column: str, where: str, missing: Collection[str], *, target: bool = False
+) -> np.ndarray:
     """A column of numbers, (rows,) float64, nan where a value is missing.
 
     Args:
@@ -179,6 +181,7 @@ def read_numbers(table: Table, column: str, where: str, missing: Collection[str]
         column: its name.
         where: the split, or --input, for messages.
         missing: texts that mark a missing value.
+        target: it is the column to predict, and no feature; for messages.
 
     Raises:
         UserError: a value is no number, or is not finite.
@@ -187,12 +190,13 @@ def read_numbers(table: Table, column: str, where: str, missing: Collection[str]
     if len(wrong):
         row = int(wrong[0])
         value = table.values(column, row, row + 1)[0]
+        remedy = 'If it marks a missing value, name it in "missing_values" of trainer.task_options'
+        remedy += '; if the column holds categories, name it in "categorical_columns".' if where == "train" else "."
+        if target:
+            remedy = 'If the column holds classes, set "problem" in trainer.task_options to "classification".'
         raise UserError(
             f'The column "{column}" in {where} must hold numbers, but {row_at(row)} is '
-            f"{str(value)[:50]!r}"
-            + others_are_none(len(wrong) - 1)
-            + '.\nCorrect it. If it marks a missing value, name it in "missing_values" of trainer.task_options'
-            + ('; if the column holds categories, name it in "categorical_columns".' if where == "train" else ".")
+            f"{str(value)[:50]!r}" + others_are_none(len(wrong) - 1) + f".\nCorrect it. {remedy}"
         )
     return _finite(numbers, column, where)
 

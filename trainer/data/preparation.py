@@ -179,9 +179,10 @@ def _standardised(column: Numeric, values: Any, where: str, notes: list[str]) ->
             "leave the field empty if the value is missing."
         )
     if missing.any() and not column.marked:
+        of = f'of "{column.name}"'
+        values_are = counted(int(missing.sum()), f"value {of} is", f"values {of} are")
         notes.append(
-            f'{counted(int(missing.sum()), "value")} of "{column.name}" missing in {where}, and none in train: '
-            f"its mean, {column.mean:g}, is taken instead"
+            f"{values_are} missing in {where}, and none in train: the mean of train, {column.mean:g}, is taken"
         )
     return result
 
@@ -195,10 +196,9 @@ def _numbered(column: Categorical, values: Any, where: str, notes: list[str]) ->
     unknown = np.array([p is None for p in found] + [False])[values.codes]
     if unknown.any():
         first = values.names[values.codes[np.flatnonzero(unknown)[0]]]
-        notes.append(
-            f'{counted(int(unknown.sum()), "value")} of "{column.name}" in {where}, such as {first!r}, not known from '
-            "train: counted as missing"
-        )
+        of = f'of "{column.name}" in {where}'
+        values_do = counted(int(unknown.sum()), f"value {of} does", f"values {of} do")
+        notes.append(f"{values_do} not occur in train, such as {first!r}: counted as missing")
     return codes
 
 

@@ -25,7 +25,7 @@ from ..data.preparation import Preparation
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
-from ..wording import counted, row_at
+from ..wording import counted
 from . import classification, regression
 from .first_look import LABEL_COLUMNS
 from .hub_options import DataOptions, FormatOptions
@@ -219,7 +219,7 @@ class Tabular:
             problem, why = _problem(values, train, label)
             notes.append(f"this is {problem}, since {why}")
         if problem == "regression":
-            return {s: _targets(t, label, s) for s, t in found.items()}, []
+            return {s: features.read_numbers(t, label, s, (), target=True) for s, t in found.items()}, []
         numbers, wrong = features.parsed(train, label, "train")
         if not len(wrong) and (numbers % 1).any() and label not in train.classes:
             raise UserError(
@@ -362,20 +362,6 @@ def _problem(values: list[Any], table: Table, label: str) -> tuple[str, str]:
         f'"{label}" holds {different:,} different whole numbers; "problem": "{other}" in trainer.task_options changes '
         "it"
     )
-
-
-def _targets(table: Table, label: str, split: str) -> np.ndarray:
-    """The numbers to predict, (rows,) float64. Raises UserError."""
-    wrong = features.parsed(table, label, split)[1]
-    if len(wrong):
-        row = int(wrong[0])
-        raise UserError(
-            f'The column "{label}" in {split} must hold numbers, but {row_at(row)} is '
-            f"{str(table.values(label, row, row + 1)[0])[:50]!r}{features.others_are_none(len(wrong) - 1)}.\n"
-            'Correct it. If the column holds classes, leave "problem" out of trainer.task_options, or set it to '
-            '"classification".'
-        )
-    return features.read_numbers(table, label, split, ())
 
 
 def _label_line(fitted: Preparation, labels: Mapping[str, np.ndarray]) -> str:
