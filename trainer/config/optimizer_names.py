@@ -15,10 +15,12 @@ def optimizer_names() -> tuple[str, ...]:
     Importing torch takes seconds, and a misspelt name is to be answered at once.
     """
     spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return ()
     try:
-        source = Path((spec.submodule_search_locations or [""])[0], "optim", "__init__.py").read_text(encoding="utf-8")
-        tree = ast.parse(source)
-    except (AttributeError, OSError, ValueError, SyntaxError):
+        file = Path(spec.submodule_search_locations[0], "optim", "__init__.py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
         return ()
     imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     found = [alias.asname or alias.name for node in imported for alias in node.names]
