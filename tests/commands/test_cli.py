@@ -158,10 +158,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             "check-task a.py:A --ds_config c.json --set trainer.task_options.x=3 --set train_batch_size=8",
             ("check_task", "a.py:A", {"trainer.task_options.x": 3, "train_batch_size": 8}, "c.json"),
         ),
-        ("predict --model m --input i", ("predict", "m", "i", None, None, None, 32, "auto")),
+        ("predict --model m --input i", ("predict", "m", "i", None, None, None, 32, "auto", False)),
         (
-            "predict --model m --input i --output o --format jsonl --task a.py:A --batch_size 4 --device cpu",
-            ("predict", "m", "i", "o", "jsonl", "a.py:A", 4, "cpu"),
+            "predict --model m --input i --output o --overwrite --format jsonl --task a.py:A --batch_size 4 "
+            "--device cpu",
+            ("predict", "m", "i", "o", "jsonl", "a.py:A", 4, "cpu", True),
         ),
         ("study s.json", ("study", "s.json", False, {})),
         ("study s.json --dry_run --set study.seeds=5", ("study", "s.json", True, {"study.seeds": 5})),
@@ -254,3 +255,27 @@ def test_an_error_is_one_message(
     assert err.startswith("error: ") and err.count("error: ") == 1
     for word in words:
         assert word in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "You typed trian. Did you mean train?"),
+        (["train", "--ds_config", "x.json", "--max_step", "3"], "You typed --max_step. Did you mean --max_steps?"),
+        (["train", "--ds_confg=x.json"], "You typed --ds_confg. Did you mean --ds_config?"),
+        (["init"], "The tasks are audio_classification, causal_lm, "),
+        (["plan", "--ds_config", "data.csv"], "data.csv is no config: a config is a JSON object {...}, but its first"),
+        (["train", "--ds_config", "run.json", "--resume", "auto1"], "no such folder (looked from"),
+        (["train", "--ds_config", "run.json", "--output_dir", "mine"], "holds files that no run has written (a.csv)"),
+    ],
+)
+def test_what_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("data.csv", "mine/a.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    write(tmp_path, base())
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err

@@ -262,7 +262,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path, capsys: pytest.CaptureF
 
 def test_predictions_that_fail_halfway_leave_the_old_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "out.csv").write_text("precious\n")
-    assert predict("--output", "out.csv", task="tasks.py:Breaks") == 2
+    assert predict("--output", "out.csv", "--overwrite", task="tasks.py:Breaks") == 2
     assert "--output out.csv cannot be written: No space left on device." in capsys.readouterr().err
     assert (folder / "out.csv").read_text() == "precious\n"
     assert not [name for name in os.listdir(folder) if name.startswith(".out.csv")]
@@ -272,3 +272,12 @@ def test_a_gpu_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str
     assert predict("--device", "cuda") == 2
     assert "--device cuda, but torch finds no GPU on this machine." in capsys.readouterr().err
     assert predict("--device", "auto") == 0
+
+
+def test_a_file_is_replaced_only_if_that_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out.csv").write_text("mine")
+    assert predict("--output", "out.csv") == 2
+    assert "--output out.csv exists. Name another file, or add --overwrite" in capsys.readouterr().err
+    assert (folder / "out.csv").read_text() == "mine"
+    assert predict("--output", "out.csv", "--overwrite") == 0
+    assert len((folder / "out.csv").read_text().splitlines()) == 4

@@ -33,7 +33,7 @@ def check_words(message: str, words: tuple[str, ...]) -> None:
     [
         ('{\n  "train_batch_size": 64,\n  "seed" 3\n}', ("run.json", "not valid JSON", "line 3, column 10")),
         ('{"train_batch_size": 64,}', ("not valid JSON", "line 1, column")),
-        ("", ("not valid JSON", "line 1, column 1")),
+        ("", ("run.json is no config", "it is empty")),
         ('{"trainer": {"seed": 1, "seed": 2}}', ("run.json", '"seed"', "twice")),
         ('{"train_batch_size": 8, "optimizer": {}, "train_batch_size": 9}', ('"train_batch_size"', "twice")),
         ('{"gradient_clipping": NaN}', ("not valid JSON", "NaN")),

@@ -105,7 +105,7 @@ def test_a_table_that_holds_its_clips(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"audio": values, "label": ["a", "b", "a"]}).to_parquet(tmp_path / "a.parquet")
     found = read(str(tmp_path / "a.parquet"))
     assert found.splits["train"].label.tolist() == [0, 1, 0]
-    assert found.first == ("row 0 of train, 0.wav", "a")
+    assert found.first == ("row 1 of train, 0.wav", "a")
 
 
 def test_metadata_beside_clips_may_hold_numbers(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_labels_that_must_change(tmp_path: Path) -> None:
         read(str(tmp_path / "loose"))
     for rows, words in (
         ("0.wav,a\n1.wav,a\n", "All labels in train are 'a'. A classifier needs at least two classes"),
-        ("0.wav,a\n1.wav,\n", r'1 value of the column "label" in train is missing \(row 1'),
+        ("0.wav,a\n1.wav,\n", r'1 value of the column "label" in train is missing \(row 2'),
         ("0.wav,a\n2.wav,b\n", r"names .*2\.wav, which is no clip in"),
     ):
         (tmp_path / "loose" / "metadata.csv").write_text("file_name,label\n" + rows)

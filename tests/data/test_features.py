@@ -51,9 +51,9 @@ def test_kinds_are_told_apart(values: list[Any], expected: str | None) -> None:
     [
         ([f"name {i}" for i in range(ROWS)], '"x" holds 60 different texts in 60 rows'),
         ([str(i + 3) for i in range(ROWS)], '"x" numbers its rows, from 3 to 62'),
-        (["?" if i == 4 else f"{i}.5" for i in range(ROWS)], "\"x\" holds numbers in 59 rows, but row 4 .* is '\\?'"),
+        (["?" if i == 4 else f"{i}.5" for i in range(ROWS)], "\"x\" holds numbers in 59 rows, but row 5 .* is '\\?'"),
         ([f"{i},25" for i in range(ROWS)], "decimal comma: write a point"),
-        ([[1, 2]] * ROWS, r'"x" holds neither numbers nor texts \(row 0 is a list\)'),
+        ([[1, 2]] * ROWS, r'"x" holds neither numbers nor texts: row 1 .* is a list'),
     ],
 )
 def test_columns_that_teach_nothing_are_refused_with_what_to_type(values: list[Any], words: str) -> None:
@@ -92,12 +92,12 @@ def test_what_the_user_says_of_a_column_counts() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (["1", "2", "many"], "column \"x\" in test must hold numbers, but row 2 .counted from 0. is 'many'"),
-        (["1", "1_000"], "row 1 .* is '1_000'"),
-        ([1, True], "row 1 .* is 'True'"),
-        (["1", "-inf"], "must hold finite numbers, but row 1 .* is -inf"),
-        (["1e999"], "row 0 .* is inf"),
-        ([10**400], "row 0 .* is inf"),
+        (["1", "2", "many"], "column \"x\" in test must hold numbers, but row 3 .*is 'many'"),
+        (["1", "1_000"], "row 2 .* is '1_000'"),
+        ([1, True], "row 2 .* is 'True'"),
+        (["1", "-inf"], "must hold finite numbers, but row 2 .* is -inf"),
+        (["1e999"], "row 1 .* is inf"),
+        ([10**400], "row 1 .* is inf"),
     ],
 )
 def test_what_is_no_finite_number_is_named_with_its_row(values: list[Any], words: str) -> None:

@@ -224,12 +224,12 @@ def test_missing_images_and_labels(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [good, None], "label": ["a", "b"]}, features).to_parquet(
         tmp_path / "a.parquet"
     )
-    with pytest.raises(UserError, match=r"row 1 of train \(missing\)"):
+    with pytest.raises(UserError, match=r"row 2 of train \(missing\)"):
         read_images(str(tmp_path / "a.parquet"))
     datasets.Dataset.from_dict({"image": [good, good], "label": ["a", None]}, features).to_parquet(
         tmp_path / "b.parquet"
     )
-    with pytest.raises(UserError, match=r'1 value of the column "label" in train is missing \(row 1'):
+    with pytest.raises(UserError, match=r'1 value of the column "label" in train is missing \(row 2'):
         read_images(str(tmp_path / "b.parquet"))
 
 

@@ -39,7 +39,9 @@ def test_folders_of_classes_are_tables_of_paths(tmp_path: Path) -> None:
     assert splits["train"].classes == {"label": ["jig", "reel"]}
     assert splits["train"].images == ["score"]
     assert splits["train"].notes == ["1 file left out (no score in a folder of a class): train/jig/notes.txt"]
-    assert folder_of(found(scores(tmp_path / "other", "a.txt")), SCORES) is None
+    assert folder_of(found(scores(tmp_path / "other", "a.txt", "table.csv")), SCORES) is None
+    with pytest.raises(UserError, match=r"(?s)no score in .*neither.*end in \.abc, and tables .*It has: 1 \.txt"):
+        folder_of(found(scores(tmp_path / "neither", "a.txt")), SCORES)
 
 
 def test_messages_name_the_kind(tmp_path: Path) -> None:
@@ -53,10 +55,10 @@ def test_messages_name_the_kind(tmp_path: Path) -> None:
 def test_contents_come_as_often_as_wanted(tmp_path: Path) -> None:
     table = Table({"score": [b"x", {"bytes": None, "path": "a.abc"}, "b.abc", None]})
     contents = Contents(table, "train", "score", SCORES)
-    expected = [("row 0 of train", b"x"), ("a.abc", "a.abc"), ("b.abc", "b.abc"), ("row 3 of train", None)]
+    expected = [("row 1 of train", b"x"), ("a.abc", "a.abc"), ("b.abc", "b.abc"), ("row 4 of train", None)]
     assert list(contents) == list(contents) == expected
     elsewhere = Contents(table, "train", "score", SCORES, [tmp_path])
-    with pytest.raises(UserError, match=r"(?s)row 1 of train, a\.abc: the table only names its scores.*metadata\.csv"):
+    with pytest.raises(UserError, match=r"(?s)row 2 of train, a\.abc: the table only names its scores.*metadata\.csv"):
         list(elsewhere)
 
 

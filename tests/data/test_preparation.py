@@ -47,7 +47,7 @@ def test_missing_where_train_lacks_none_is_the_mean_with_a_note() -> None:
     notes: list[str] = []
     p = fitted(a=np.array([1.0, 3.0]))
     np.testing.assert_array_equal(p.encode({"a": np.array([NAN, 1.0])}, "test", notes)["numbers"], [[0], [-1]])
-    assert notes == ['1 values of "a" are missing in test, and none in train: its mean, 2, is taken for them']
+    assert notes == ['1 value of "a" is missing in test, and none in train: the mean of train, 2, is taken']
 
 
 def test_unknown_and_missing_categories_are_0() -> None:
@@ -56,7 +56,7 @@ def test_unknown_and_missing_categories_are_0() -> None:
     assert p.categorical == [Categorical("c", ["a", "b"])]
     codes = p.encode({"c": names("a", "z", None, "b")}, "test", notes)["categories"]
     assert codes[:, 0].tolist() == [1, 0, 0, 2] and codes.dtype == np.int64
-    assert notes == ["1 values of \"c\" in test do not occur in train, such as 'z': they count as missing"]
+    assert notes == ["1 value of \"c\" in test does not occur in train, such as 'z': counted as missing"]
     numbers = fitted(c=names("1", "2.0"))  # 2 of json is 2.0 of csv
     assert numbers.encode({"c": names("2", "1.0")}, "test", [])["categories"][:, 0].tolist() == [2, 1]
 
@@ -75,7 +75,7 @@ def test_what_has_one_value_is_left_out_unless_its_lack_tells() -> None:
 
 def test_a_number_far_from_all_others_is_refused() -> None:
     p = fitted(a=np.array([1e-9, 2e-9]))
-    with pytest.raises(UserError, match=r'column "a" in --input: row 1 .* is 1e\+200, which is too far'):
+    with pytest.raises(UserError, match=r'column "a" in --input: row 2 .* is 1e\+200, which is too far'):
         p.encode({"a": np.array([0.0, 1e200])}, "--input", [])
 
 

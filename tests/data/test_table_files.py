@@ -76,7 +76,7 @@ def test_json_of_every_style(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c.jsonl cannot be read: line 2: Expecting value"):
         read_file(tmp_path / "c.jsonl")
     (tmp_path / "d.jsonl").write_text("3\n")
-    with pytest.raises(UserError, match="row 0 is no record of column and value, but '3'"):
+    with pytest.raises(UserError, match="row 1 is no record of column and value, but '3'"):
         read_file(tmp_path / "d.jsonl")
 
 

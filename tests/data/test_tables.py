@@ -158,12 +158,12 @@ def test_columns() -> None:
 def test_missing_values_and_wrong_kinds() -> None:
     tables.check_complete(["a", 0, False], "train", "c")
     with pytest.raises(
-        UserError, match=r'2 values of the column "c" in test are missing \(rows 1, 3, counted from 0\)'
+        UserError, match=r'2 values of the column "c" in test are missing \(rows 2, 4; row 1 is the first sample\)'
     ):
         tables.check_complete(["a", None, "b", "  "], "test", "c")
-    with pytest.raises(UserError, match=r"1 value .* is missing \(row 0"):
+    with pytest.raises(UserError, match=r"1 value .* is missing \(row 1"):
         tables.check_complete([float("nan")], "test", "c")
-    with pytest.raises(UserError, match=r'The column "c" in train must hold texts, but row 1 is .3.5. \(float\)'):
+    with pytest.raises(UserError, match=r'The column "c" in train must hold texts, but row 2 .* is .3.5. \(float\)'):
         tables.as_texts(["a", 3.5], "train", "c")
 
 

@@ -20,7 +20,7 @@ def read(words: list[Any], tags: list[Any], **more: Any) -> tuple[tagged.Sentenc
 def test_sentences_without_words_are_left_out_with_a_note() -> None:
     found, notes = read([["a", "b"], [], ["c"]], [["O", "B-x"], [], ["O"]])
     assert found.words == [["a", "b"], ["c"]] and found.rows.tolist() == [0, 2]
-    assert notes == ["1 sentences of train have no words: left out"]
+    assert notes == ["1 sentence of train without words left out"]
     declared, _ = read([["a", "b"]], [[1, 0]], list_classes={"ner_tags": ["O", "B-x"]})
     assert declared.tags == [["B-x", "O"]]
 
@@ -28,11 +28,11 @@ def test_sentences_without_words_are_left_out_with_a_note() -> None:
 @pytest.mark.parametrize(
     ("words", "tags", "said"),
     [
-        ([["a", "b"]], [["O"]], "Row 0 .* of train has 2 words and 1 tags"),
-        ([["a"]], [None], "row 0 .* must hold a list of tags, but it is 'None'"),
+        ([["a", "b"]], [["O"]], "In train, row 1 .* has 2 words and 1 tag: "),
+        ([["a"]], [None], "row 1 .* must hold a list of tags, but it is 'None'"),
         ([["a"]], [[None]], "holds None, which is no tag"),
-        (["a b"], [["O"]], r"must hold lists of words.* row 0 .* is 'a b' \(str\)"),
-        ([["a", 3]], [["O", "O"]], r"row 0 .* holds '3' \(int\)"),
+        (["a b"], [["O"]], r"must hold lists of words.* row 1 .* is 'a b' \(str\)\. A csv file has no lists"),
+        ([["a", 3]], [["O", "O"]], r"row 1 .* holds '3' \(int\)"),
         ([[]], [[]], "No sentence of train has a word"),
     ],
 )
@@ -92,3 +92,9 @@ def test_long_sentences_are_cut_for_training_and_read_in_parts_for_prediction(to
     assert len(tokens.ids[0]) == 8 and [place >= 0 for place in tokens.places[0]] == [True] * 6 + [False] * 4
     assert tagged.pieces(tokenizer, [["ab"], sentence], 8) == [(0, 0, 1), (1, 0, 6), (1, 6, 10)]
     assert tagged.pieces(tokenizer, [sentence], None) == [(0, 0, 10)]
+
+
+def test_a_table_of_texts_is_told_which_formats_hold_lists() -> None:
+    with pytest.raises(UserError, match=r"A csv file has no lists.*\.jsonl.*Parquet.*CoNLL"):
+        tagged.columns_of(Table({"words": ["a b"], "x": ["O O"]}), None, None)
+    assert tagged.columns_of(Table({"words": [None, ["a"]], "tags": [None, ["O"]]}), None, None) == ("words", "tags")

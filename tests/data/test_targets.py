@@ -34,7 +34,7 @@ def test_several_labels_in_every_form() -> None:
     assert (
         targets.shown(names, numbers["train"][0]) == "a, b" and targets.shown(names, numbers["train"][1]) == "no label"
     )
-    assert "1 labels a sample of train, 1 have none" in targets.said(names, numbers)
+    assert "1 label a sample of train, 1 have none" in targets.said(names, numbers)
 
 
 def test_the_classes_of_lists_come_from_parquet_and_datasets(tmp_path: Path) -> None:
@@ -51,16 +51,16 @@ def test_the_classes_of_lists_come_from_parquet_and_datasets(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("values", "wish", "said"),
     [
-        ([["a"], 3], LISTS, r"row 1 .* is 3\. For one class a sample, leave .problem_type. out"),
+        ([["a"], 3], LISTS, r"row 2 .* is 3\. For one class a sample, leave .problem_type. out"),
         (["1.5"], LISTS, r"is '1.5'. For one class a sample"),
-        (["a;b", "c"], LISTS, r"row 0 .* is the text 'a;b'.*.label_separator.: .;."),
+        (["a;b", "c"], LISTS, r"row 1 .* is the text 'a;b'.*.label_separator.: .;."),
         (["['a' 'b']"], LISTS, "is the text"),
         ([["a"], None], LISTS, r"1 value .* is missing .*empty list"),
         ([["a", 0.5]], LISTS, "0.5 is no label"),
         ([["a", ["b"]]], LISTS, "is no label"),
-        (["1.5", "high"], Wish(NUMBER), r"must hold numbers, but row 1 .* is 'high'"),
+        (["1.5", "high"], Wish(NUMBER), r"must hold numbers, but row 2 .* is 'high'"),
         (["1.5", ""], Wish(NUMBER), "1 value .* missing"),
-        ([1.0, float("inf")], Wish(NUMBER), "must hold finite numbers, but row 1"),
+        ([1.0, float("inf")], Wish(NUMBER), "must hold finite numbers, but row 2"),
     ],
 )
 def test_labels_that_are_refused(values: list[Any], wish: Wish, said: str) -> None:
@@ -71,9 +71,9 @@ def test_labels_that_are_refused(values: list[Any], wish: Wish, said: str) -> No
 def test_other_labels_that_are_refused() -> None:
     with pytest.raises(UserError, match=r'column "label" in train holds classes \(cat, dog\), not numbers'):
         read([0, 1], Wish(NUMBER), classes={"label": ["cat", "dog"]})
-    with pytest.raises(UserError, match=r"row 0 .* the 2 classes have the numbers from 0 on"):
+    with pytest.raises(UserError, match=r"row 1 .* the 2 classes have the numbers from 0 on"):
         read([[2]], LISTS, list_classes={"label": ["cat", "dog"]})
-    with pytest.raises(UserError, match=r'"a" in train must hold 0 or 1, but row 1 .* is .-1.'):
+    with pytest.raises(UserError, match=r'"a" in train must hold 0 or 1, but row 2 .* is .-1.'):
         targets.read(Table({"a": ["0", "-1"], "b": ["0", "1"]}), ["a", "b"], Wish(SEVERAL, columns=("a", "b")), "train")
     with pytest.raises(UserError, match="The label 'z' occurs 1 time in test, but never in train"):
         targets.numbered({"train": [["a"], ["b"]], "test": [["z"]]}, LISTS, None)
@@ -114,3 +114,9 @@ def test_train_keeps_the_rare_labels() -> None:
     present = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 1], [0, 0, 0]])
     assert targets.rarest(present).tolist() == [1, 0, 2, -1]
     assert targets.strata(np.array([0.5, 1.5])) is None
+
+
+def test_one_label_each_is_perhaps_another_problem() -> None:
+    hint = 'exactly one label. If that is no chance, leave "problem_type" out'
+    assert hint in targets.said(["a", "b"], {"train": np.eye(2)})
+    assert hint not in targets.said(["a", "b"], {"train": np.eye(2), "test": np.ones((1, 2))})

@@ -102,7 +102,7 @@ def test_lengths_are_counted_and_cut_only_if_asked(monkeypatch: pytest.MonkeyPat
     assert [len(ids) for ids in found.ids] == [5, 8, 9, 4]
     assert (found.longest, found.too_long) == ((9, 2), 2)
     assert text.length_message(found, "train", 6) == (
-        "2 of the 4 texts in train are longer than 6 tokens (the longest, in row 2, has 9)"
+        "2 of the 4 texts in train are longer than 6 tokens (the longest, in row 3, has 9)"
     )
     cut = text.encode(tokenizer, TEXTS, None, 6, True, "")
     assert [len(ids) for ids in cut.ids] == [5, 6, 6, 4]

@@ -118,3 +118,15 @@ def test_a_fold_has_the_same_bits_at_two_ranks_and_in_another_slot(made: Path, t
     assert summary["parameters_sha256"] == own["parameters_sha256"]
     first = (made / "runs" / "repeat-0-fold-1" / "fold_predictions.csv").read_bytes()
     assert (tmp_path / "two" / "fold_predictions.csv").read_bytes() == first
+
+
+def test_a_stopped_dry_run_claims_no_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.folds.runner._examined", stopped)
+    for dry_run, said in ((True, "stopped: nothing was started"), (False, "0 of 3 runs are finished and kept")):
+        assert cross_validate(STRONG, overrides(tmp_path / "cv"), dry_run) == 75
+        assert said in capsys.readouterr().out

@@ -60,11 +60,27 @@ def test_a_wanted_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["a", "a/b", "a/b/c"]  # and nothing else: the probe is gone
 
 
-def test_an_existing_folder_without_a_run_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+def test_a_folder_with_logs_and_the_config_alone_is_taken(tmp_path: Path) -> None:
+    names = [".hidden", "empty", "slurm-7.out", "strong.json"]
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    for name in (".hidden", "slurm-7.out", "strong.json"):
+        (tmp_path / "mine" / name).write_text("mine")
     assert OutputFolder.claim("mine", "strong").path == Path("mine")
-    assert everything(tmp_path) == ["mine", "mine/notes.txt"]
+    assert everything(tmp_path) == ["mine", *(f"mine/{name}" for name in names)]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_of_the_users_own_files_is_refused(tmp_path: Path, again: bool) -> None:
+    (tmp_path / "mine" / "cats").mkdir(parents=True)
+    for name in ("a.csv", "b.csv", "c.csv", "cats/1.png"):
+        (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(UserError, match=r"mine holds files that no run has written \(a.csv, b.csv, c.csv and 1 more\)"):
+        OutputFolder.claim("mine", "strong", again)
+    folder = OutputFolder.claim("mine/run", "strong")
+    folder.write_json("manifest.json", MANIFEST)
+    folder.unlock()
+    (folder.path / "notes.txt").write_text("a note on the run")
+    assert OutputFolder.claim("mine/run", "strong", again=True).continues
 
 
 # What tells a run's manifest from another one.

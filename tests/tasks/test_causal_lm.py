@@ -265,18 +265,18 @@ def test_bad_data_is_refused(prose: str, records: str, tmp_path: Path) -> None:
     options = {"data": long, "validation_fraction": 0}
     with pytest.raises(
         UserError,
-        match=r'(?s)1 of the 10 records of train is longer than 16 tokens \(.*row 9, has 32\).*"truncate": true',
+        match=r'(?s)1 of the 10 records of train is longer than 16 tokens \(.*row 10, has 32\).*"truncate": true',
     ):
         made(**options)
     task, splits, _ = made(**options, truncate=True)
     assert splits["train"].lengths.tolist()[-1] == 16
-    assert "row 9, has 32): cut there" in task.notes[0]
+    assert "row 10, has 32): cut there" in task.notes[0]
     hidden = lines(tmp_path / "hidden.jsonl", [*RECORDS[:9], {"prompt": "1" * 20, "completion": "2"}])
     task, splits, _ = made(data=hidden, validation_fraction=0, truncate=True)
     assert len(splits["train"]) == 9
-    assert "1 records of train have nothing left to predict: left out" in task.notes[1]
+    assert "1 record of train with nothing left to predict left out" in task.notes[1]
     none = lines(tmp_path / "none.jsonl", [*RECORDS[:9], {"prompt": "1", "completion": ""}])
-    with pytest.raises(UserError, match=r'1 value of the column "completion" in train is missing \(row 9'):
+    with pytest.raises(UserError, match=r'1 value of the column "completion" in train is missing \(row 10'):
         made(data=none)
     other = lines(tmp_path / "other.jsonl", [{"a": "x", "b": "y"}])
     with pytest.raises(UserError, match=r"text_column.* is needed.*The data has: a, b"):

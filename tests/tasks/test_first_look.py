@@ -124,3 +124,17 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: ") == 7
     assert "--task digits" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "said"),
+    [
+        ("text_classification", "none.csv", "", "none.csv is empty"),
+        ("tabular", "head.csv", "a,label\n", "has a single line, 'a,label'.*no samples"),
+        ("token_classification", "words.csv", "tokens,tags\na b,O O\n", "A csv file has no lists"),
+    ],
+)
+def test_files_that_cannot_hold_the_samples(task: str, name: str, content: str, said: str) -> None:
+    Path(name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        look(task, {"data": name})

@@ -465,7 +465,7 @@ def save(**arrays: Any) -> Callable[[Path], None]:
             save(masks_packed=balls(2), patient=[0.5, 2.0]),
             r"patient is float64 \(2,\). It must be one whole number or text",
         ),
-        (save(masks_packed=np.zeros((3, 4096), np.uint8), patient=[1, 2, 3]), "3 masks are empty, row 0 first"),
+        (save(masks_packed=np.zeros((3, 4096), np.uint8), patient=[1, 2, 3]), "3 masks are empty, row 1 first"),
         (save(masks_packed=balls(3), patient=[7, 7, 7]), r"none of its 1 patient falls into the \w+ split"),
         (save(masks_packed=balls(0 + 1)[:0], patient=np.zeros(0, int)), "none of its 0 patients falls into the train"),
     ],

@@ -138,10 +138,14 @@ def test_a_run_says_what_it_read(data: str) -> None:
         ({"label_column": "age"}, '10 values of the column "age" in train are missing'),
         ({"missing_values": ["old"]}, 'values of the column "label" in train are missing'),
         ({"problem": "regression", "class_weights": "balanced"}, '"trainer.task_options.class_weights" is'),
-        ({"problem": "regression"}, 'column "label" in train must hold numbers, but row 0'),
+        (
+            {"problem": "regression"},
+            '79 more rows hold no number.\nCorrect it. If the column holds classes, set "problem" in '
+            'trainer.task_options to "classification".',
+        ),
         ({"label_column": "price", "ignored_columns": [], "problem": "classification"}, "holds fractions, such as 11"),
         ({"missing_values": [" "]}, "a blank field is missing anyway"),
-        ({"numeric_columns": ["city"]}, 'column "city" in train must hold numbers, but row 1'),
+        ({"numeric_columns": ["city"]}, 'column "city" in train must hold numbers, but row 2'),
         ({"numeric_columns": ["label"]}, "which is the column to predict"),
         ({"ignored_columns": ["age", "rooms", "city", "price"]}, "there is no column to learn from"),
         ({"model": "transformer"}, '"mlp", "resnet"'),
@@ -173,7 +177,7 @@ def test_a_test_file_without_labels_is_left_out(tmp_path: Path) -> None:
     write(tmp_path / "test.csv", [{n: v for n, v in row.items() if n != "label"} for row in rows(10)])
     task, splits, _ = made(data=str(tmp_path), **CLASSES)
     assert "test" not in splits
-    assert '10 rows of test left out: they have no column "label"' in task.notes
+    assert '10 rows of test left out: there is no column "label"' in task.notes
 
 
 def test_rows_of_validation_that_are_in_train_are_counted(tmp_path: Path) -> None:
@@ -215,8 +219,8 @@ def test_what_is_saved_predicts(tmp_path: Path, data: str, options: dict[str, An
     number = "value" if "label_column" in options else "score"
     for row, other in zip(found, again.predict(loaded, tmp_path / "new.parquet", 100), strict=True):
         assert row == other | {number: pytest.approx(other[number], abs=2e-6 if number == "score" else 1e-3)}
-    assert any("Paris" in note and "do not occur in train" in note for note in again.notes)
-    assert any('"rooms" are missing' in note and "none in train" in note for note in again.notes)
+    assert any("Paris" in note and "does not occur in train" in note for note in again.notes)
+    assert any('"rooms" is missing' in note and "none in train" in note for note in again.notes)
 
     p = task._preparation
     assert p is not None
@@ -236,7 +240,7 @@ def test_what_is_saved_predicts(tmp_path: Path, data: str, options: dict[str, An
     with pytest.raises(UserError, match=r'less\.csv lacks the columns "age", "city"'):
         list(again.predict(loaded, tmp_path / "less.csv", 1))
     write(tmp_path / "odd.csv", [{"rooms": "two", "age": 1, "city": ""}])
-    with pytest.raises(UserError, match=r'column "rooms" in --input .*odd\.csv must hold numbers, but row 0'):
+    with pytest.raises(UserError, match=r'column "rooms" in --input .*odd\.csv must hold numbers, but row 1'):
         list(again.predict(loaded, tmp_path / "odd.csv", 1))
     (tmp_path / "model" / "columns.json").write_text(json.dumps({"label": "x"}))
     with pytest.raises(UserError, match=r"columns\.json is damaged"):

@@ -184,7 +184,7 @@ def test_what_is_saved_is_what_the_auto_classes_load(data: str, tmp_path: Path) 
     assert [row["text"] for row in found[:7]] == sample
     assert [row["label"] for row in found[:7]] == [("ham", "spam")[i] for i in expected.argmax(1)]
     np.testing.assert_allclose([row["score"] for row in found[:7]], expected.amax(1), atol=1e-5)
-    assert "the longest, in row 7, has 22): cut there" in fresh.notes[0]
+    assert "the longest, in row 8, has 22): cut there" in fresh.notes[0]
     # The data's own splits, through the saved model, give the outputs of the trained one.
     with torch.no_grad():
         torch.testing.assert_close(
@@ -267,7 +267,7 @@ def bad(tmp_path: Path, change: dict[int, dict[str, Any]]) -> str:
 
 
 def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
-    with pytest.raises(UserError, match=r'1 value of the column "text" in train is missing \(row 3'):
+    with pytest.raises(UserError, match=r'1 value of the column "text" in train is missing \(row 4'):
         made(data=bad(tmp_path, {3: {"text": None}}))
     with pytest.raises(UserError, match=r'2 values of the column "label" in train are missing \(rows 3, 5'):
         made(data=bad(tmp_path, {3: {"label": None}, 5: {"label": None}}))
@@ -278,7 +278,7 @@ def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
         made(data={"train": data, "test": str(tmp_path / "test.csv")})
     with pytest.raises(
         UserError,
-        match=r"1 of the 54 texts in train is longer than 16 tokens \(.*row 3, has 32\), which is what the model",
+        match=r"1 of the 54 texts in train is longer than 16 tokens \(.*row 4, has 32\), which is what the model",
     ):
         made(data=bad(tmp_path, {3: {"text": "red " * 30}}))
     with pytest.raises(UserError, match=r'(?s)longer than 4 tokens .*max_length".*"truncate": true'):
@@ -452,7 +452,7 @@ def test_a_competitions_test_file_has_no_labels(tmp_path: Path) -> None:
     assert len(splits["test"]) == 6
     assert task.notes == [
         "1 file left out (no table that is called like a split): sample_submission.csv",
-        '7 rows of test left out: they have no column "label"',
+        '7 rows of test left out: there is no column "label"',
     ]
 
 

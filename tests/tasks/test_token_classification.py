@@ -147,5 +147,5 @@ def test_a_tokenizer_of_bytes_gets_blanks_before_its_words(tmp_path: Path) -> No
 
 def test_csv_is_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("tokens,tags\n\"['a', 'b']\",\"['O', 'O']\"\n")
-    with pytest.raises(UserError, match="must hold lists of words"):
+    with pytest.raises(UserError, match="A csv file has no lists"):
         made(data=str(tmp_path / "a.csv"))

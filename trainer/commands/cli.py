@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -30,8 +33,32 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. The words are kept, for hints."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.format_usage().strip()}")
+        raise UserError(f"{message}{self._hint(message)}\n{self.format_usage().strip()}")
+
+    def _hint(self, message: str) -> str:
+        """What may have been meant by a misspelt command or flag; an empty text if nothing is near."""
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
+            return _meant([wrong[1]], choices)
+        flags = re.findall(r"--\w[\w-]*", self.format_usage())
+        typed = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        return _meant([word for word in typed if word not in flags], flags)
+
+
+def _meant(words: Sequence[str], known: Sequence[str]) -> str:
+    """A sentence on the first word that is near to a known one; an empty text without such."""
+    for word in words:
+        found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+        if found:
+            return f".\nYou typed {word}. Did you mean {found[0]}?"
+    return ""
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +171,7 @@ def command_parser() -> argparse.ArgumentParser:
     guess.add_argument("--model", required=True, metavar="DIR", help="a run's output folder, or the model in it")
     guess.add_argument("--input", required=True, metavar="FILE", help="a file, or a folder if the task takes one")
     guess.add_argument("--output", metavar="FILE", help="where predictions go; default: the console")
+    guess.add_argument("--overwrite", action="store_true", help="replace the file of --output, if there is one")
     guess.add_argument("--format", choices=("csv", "jsonl"), help="default: by the output's name, else csv")
     guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of your own task")
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
@@ -181,7 +209,7 @@ def command_parser() -> argparse.ArgumentParser:
     again.add_argument("folders", metavar="DIR", nargs="+", help="study.output_dir, of one study or several")
     again.add_argument("--paper", metavar="FILE", help="also write all of them up as one short paper: paper.html")
     start = commands.add_parser("init", help="write a config to start from")
-    start.add_argument("task", metavar="TASK", help="a task, or the name of a ready config")
+    start.add_argument("task", metavar="TASK", nargs="?", help="a task, or the name of a ready config")
     start.add_argument("file", metavar="FILE", nargs="?", help="default: TASK.json")
     find = commands.add_parser("keys", help="what the keys of a config mean")
     find.add_argument("pattern", metavar="KEY", nargs="?", help="a key, a block, a task, or a part of a name")
@@ -241,7 +269,14 @@ def _main(arguments: list[str] | None) -> int:
             from .predict import predict
 
             return predict(
-                flags.model, flags.input, flags.output, flags.format, flags.task, flags.batch_size, flags.device
+                flags.model,
+                flags.input,
+                flags.output,
+                flags.format,
+                flags.task,
+                flags.batch_size,
+                flags.device,
+                flags.overwrite,
             )
         if flags.command == "doctor":
             from .doctor.doctor import doctor

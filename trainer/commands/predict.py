@@ -13,14 +13,16 @@ from ..api import saved
 from ..errors import UserError
 from ..files import whole_file
 from ..record.cells import no_formula
+from ..wording import counted
 
 if TYPE_CHECKING:
     from ..tasks.protocol import Task
 
 
 def predict(
-    model: str, source: str, output: str | None, kind: str | None, task_name: str | None, batch_size: int, device: str
-) -> int:
+    model: str, source: str, output: str | None, kind: str | None, task_name: str | None, batch_size: int, device: str,
+    overwrite: bool = False,
+) -> int:  # fmt: skip
     """Predicts on a file and writes one row a sample.
 
     Args:
@@ -32,12 +34,13 @@ def predict(
         task_name: path/to/file.py:ClassName for a model of a user's own task.
         batch_size: samples of one forward.
         device: "auto", "cpu" or "cuda".
+        overwrite: replace the file `output`, if there is one.
 
     Returns:
         0.
 
     Raises:
-        UserError: the folder holds no model of the trainer, or the task cannot predict.
+        UserError: the folder holds no model of the trainer, the task cannot predict, or the output exists.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: it must be at least 1.")
@@ -47,6 +50,8 @@ def predict(
         raise UserError(f"--input {source} does not exist (looked from {Path.cwd()}).")
     if output is not None:
         _check_overwrites_nothing(output, path, found.folder)
+        if Path(output).is_file() and not overwrite:
+            raise UserError(f"--output {output} exists. Name another file, or add --overwrite to replace it.")
     if kind is None:
         kind = "jsonl" if output is not None and output.endswith((".jsonl", ".json")) else "csv"
     task, network = found.predictor(device)
@@ -63,7 +68,7 @@ def predict(
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     _say_notes(task)
-    print(f"{count:,} predictions in {target}", file=sys.stderr)
+    print(f"{counted(count, 'prediction')} in {target}", file=sys.stderr)
     return 0
 
 
@@ -78,7 +83,7 @@ def _into_folder(task: Task, network: Any, source: Path, batch_size: int, folder
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
     _say_notes(task)
-    print(f"{count:,} predictions in {folder}", file=sys.stderr)
+    print(f"{counted(count, 'prediction')} in {folder}", file=sys.stderr)
     return 0
 
 

@@ -16,26 +16,26 @@ _OF_TASK = {"digits": "strong"}
 _SCHEMA = "trainer-schema.json"
 
 
-def start(name: str, file: str | None, program: str) -> int:
+def start(name: str | None, file: str | None, program: str) -> int:
     """Copies a ready config to a new file, and says what to do next.
 
     Args:
-        name: a task, or the name of a ready config.
+        name: a task, or the name of a ready config; None is answered with what there is.
         file: where it goes; None for <name>.json in this folder.
         program: how the user calls this program, for hints.
 
     Raises:
         UserError: there is no such config, or the file exists.
     """
+    others = [Path(other).stem for other in ready.names() if Path(other).stem not in BUILT_IN]
+    there = f"The tasks are {', '.join(BUILT_IN)}. There are also the configs {', '.join(others)}."
+    if name is None:
+        raise UserError(f"Name a task: `{program} init tabular`, for example.\n{there}")
     stem = name.removesuffix(".json")
     source = ready.folder() / f"{_OF_TASK.get(stem, stem)}.json"
     if source.name not in ready.names():
-        others = [Path(other).stem for other in ready.names() if Path(other).stem not in BUILT_IN]
         hint = near(stem, [*BUILT_IN, *others])
-        raise UserError(
-            f'There is no task "{name}". {hint if hint.startswith("Did") else ""}\n'
-            f"The tasks are {', '.join(BUILT_IN)}. There are also the configs {', '.join(others)}."
-        )
+        raise UserError(f'There is no task "{name}". {hint if hint.startswith("Did") else ""}\n{there}')
     target = Path(file or f"{stem}.json")
     place = _schema_for(target)
     _write(target, source.read_text(encoding="utf-8").replace(f'"./{ready.SCHEMA}"', f'"{place}"', 1))

@@ -15,6 +15,7 @@ from ..errors import TrainerError, UserError
 from ..ranks.speech import print_error
 from ..ranks.stopping import EndedBySignal, end_at_once_no_more
 from ..ranks.workers import WorkerError
+from ..record.folder import check_content, refuse_nothing_to_resume
 from ..tasks.first_look import look
 
 
@@ -48,11 +49,15 @@ def _train(config: Config, flags: argparse.Namespace) -> int:
     config.plan(flags.ranks or 1)  # fails early: before torch is loaded
     look(config.trainer.task, config.trainer.task_options)
     refuse_missing(config)
+    refuse_nothing_to_resume(flags.resume)
+    folder, name = config.trainer.output_dir, Path(flags.ds_config).stem
+    if folder and flags.resume in ("none", "auto"):  # here already, and again by the run: before ranks are started
+        check_content(Path(folder).expanduser(), name, flags.resume == "auto")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run has its own way to stop
     from ..engine.gpus import usable_gpus
 
-    order = launch.Order.of(config, Path(flags.ds_config).stem, flags.resume, flags.allow_changed_config)
+    order = launch.Order.of(config, name, flags.resume, flags.allow_changed_config)
     ranks = flags.ranks or max(1, usable_gpus(config.trainer.device))
     if ranks == 1:
         launch.on_this_rank(order)

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..exact.plan import BatchPlan, resolve
 from . import deepspeed_keys
 from .loggers import OFF, CometOptions, CsvMonitorOptions, MlflowOptions, WandbOptions
+from .optimizer_names import optimizer_names
 from .schema import build, check_arguments, convert, lay_over, near, option, read_json
 
 # Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
@@ -453,6 +454,9 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(f'"optimizer.type" {name} cannot be used: {deepspeed_keys.REFUSED_OPTIMIZERS[lower]}.')
     if lower in deepspeed_keys.OPTIMIZERS:
         check_arguments(params, deepspeed_keys.OPTIMIZERS[lower], "optimizer.params")
+    elif lower not in deepspeed_keys.LAYERWISE and optimizer_names() and name not in optimizer_names():
+        known = [other for other in optimizer_names() if other.lower() not in deepspeed_keys.REFUSED_OPTIMIZERS]
+        raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam", "LARS", "LAMB"])}')
     if lower == "lars" and config.trainer.decay_biases_and_norms:
         raise UserError(
             '"trainer.decay_biases_and_norms" has no effect with LARS, which never decays parameters of one dimension. '

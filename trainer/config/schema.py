@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
+        raise UserError(_no_json(path, text, error)) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if _deeper_than(values, _DEEPEST):
@@ -84,6 +84,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object {{...}}, not {_kind(values)}.")
     return values
+
+
+def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if not first.startswith(("{", "[")):
+        found = f"its first line is {first[:60]!r}" if first else "it is empty"
+        remedy = f" Data are named in one: --set trainer.task_options.data={path}" if path.suffix != ".json" else ""
+        return f"{path} is no config: a config is a JSON object {{...}}, but {found}.{remedy}"
+    lines = text.splitlines()
+    line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
+    shown = f" ({line[:60]})" if line else ""
+    return f"{path} is not valid JSON: line {error.lineno}, column {error.colno}{shown}: {error.msg}."
 
 
 def lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -117,7 +129,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 def near(name: str, valid: typing.Iterable[str]) -> str:
     """A sentence that names the valid key closest to `name`, or all valid keys if none is close."""
     valid = list(valid)
-    matches = difflib.get_close_matches(name.lower(), [v.lower() for v in valid], n=1, cutoff=0.6)
+    typed = name.lower()
+    for known in valid:  # one letter is another one: AdamV is nearer to AdamW than to Adam
+        if len(typed) >= 5 and len(known) == len(typed) and sum(a != b for a, b in zip(known.lower(), typed)) == 1:
+            return f'Did you mean "{known}"?'
+    matches = difflib.get_close_matches(typed, [v.lower() for v in valid], n=1, cutoff=0.6)
     if matches:
         return f'Did you mean "{next(v for v in valid if v.lower() == matches[0])}"?'
     return f"Known: {', '.join(valid)}." if valid else "It takes none."

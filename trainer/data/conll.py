@@ -8,6 +8,12 @@ from ..errors import UserError
 
 # Suffixes of such files. The last ones are of other kinds for other tasks.
 SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv", ".tab")
+# What to say of a table whose fields are texts.
+NO_LISTS = (
+    "A csv file has no lists, and a sentence is a list of words with a list of tags. Write a line a sentence as json "
+    '(.jsonl), such as {"tokens": ["Anna", "sleeps"], "tags": ["B-person", "O"]}; or Parquet; or CoNLL, a word and its '
+    "tag a line (.conll, .conllu, .iob, .bio)."
+)
 # The line that stands for the beginning of a document.
 _DOCUMENT = "-DOCSTART-"
 

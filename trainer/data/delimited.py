@@ -63,7 +63,7 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
     for number, row in enumerate(rows):
         if len(row) != width:
             raise UserError(
-                f'"trainer.task_options.data": {where} cannot be read: row {number} (the header is 0) has {len(row)} '
+                f'"trainer.task_options.data": {where} cannot be read: row {number} (below the header) has {len(row)} '
                 f"field{'s' * (len(row) != 1)}, but the header has {width}: {separator.join(row)[:60]!r}.\n"
                 'A text that holds the separator must stand in quotes. Another separator is set with "separator" in '
                 "trainer.task_options."

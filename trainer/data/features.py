@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..wording import counted, row_at
 from . import tables
 from .table_files import Table
 
@@ -140,14 +141,14 @@ def _told_apart(table: Table, column: str, missing: Collection[str]) -> tuple[Co
         names = read_names(table, column, "train", missing)
     except UserError:
         kind = type(table.values(column, int(wrong[0]), int(wrong[0]) + 1)[0]).__name__
-        return None, f"holds neither numbers nor texts (row {wrong[0]} is a {kind})"
+        return None, f"holds neither numbers nor texts: {row_at(int(wrong[0]))} is a {kind}"
     different = len(names.names)
     if different <= FEW:
         return names, ""
     if 2 * len(wrong) <= filled:
         row = int(wrong[0])
         return None, (
-            f"holds numbers in {filled - len(wrong):,} rows, but row {row} (counted from 0) is "
+            f"holds numbers in {counted(filled - len(wrong), 'row')}, but {row_at(row)} is "
             f"{names.names[names.codes[row]][:50]!r}"
         )
     if 2 * different > filled:
@@ -170,7 +171,9 @@ def _an_id(column: str, numbers: np.ndarray) -> str:
     return "is called like an id, and each row has its own" if _AN_ID.search(column) else ""
 
 
-def read_numbers(table: Table, column: str, where: str, missing: Collection[str]) -> np.ndarray:
+def read_numbers(
+    table: Table, column: str, where: str, missing: Collection[str], *, target: bool = False
+) -> np.ndarray:
     """A column of numbers, (rows,) float64, nan where a value is missing.
 
     Args:
@@ -178,6 +181,7 @@ def read_numbers(table: Table, column: str, where: str, missing: Collection[str]
         column: its name.
         where: the split, or --input, for messages.
         missing: texts that mark a missing value.
+        target: it is the column to predict, and no feature; for messages.
 
     Raises:
         UserError: a value is no number, or is not finite.
@@ -186,14 +190,20 @@ def read_numbers(table: Table, column: str, where: str, missing: Collection[str]
     if len(wrong):
         row = int(wrong[0])
         value = table.values(column, row, row + 1)[0]
+        remedy = 'If it marks a missing value, name it in "missing_values" of trainer.task_options'
+        remedy += '; if the column holds categories, name it in "categorical_columns".' if where == "train" else "."
+        if target:
+            remedy = 'If the column holds classes, set "problem" in trainer.task_options to "classification".'
         raise UserError(
-            f'The column "{column}" in {where} must hold numbers, but row {row} (counted from 0) is '
-            f"{str(value)[:50]!r}"
-            + (f", and so are {len(wrong) - 1:,} more" if len(wrong) > 1 else "")
-            + '.\nCorrect it. If it marks a missing value, name it in "missing_values" of trainer.task_options'
-            + ('; if the column holds categories, name it in "categorical_columns".' if where == "train" else ".")
+            f'The column "{column}" in {where} must hold numbers, but {row_at(row)} is '
+            f"{str(value)[:50]!r}" + others_are_none(len(wrong) - 1) + f".\nCorrect it. {remedy}"
         )
     return _finite(numbers, column, where)
+
+
+def others_are_none(count: int) -> str:
+    """A clause on further rows that hold no number, which need not hold the same; an empty text for none."""
+    return f"; {counted(count, 'more row holds', 'more rows hold')} no number" if count else ""
 
 
 def _finite(numbers: np.ndarray, column: str, where: str) -> np.ndarray:
@@ -202,7 +212,7 @@ def _finite(numbers: np.ndarray, column: str, where: str) -> np.ndarray:
     if len(beyond):
         row = int(beyond[0])
         raise UserError(
-            f'The column "{column}" in {where} must hold finite numbers, but row {row} (counted from 0) is '
+            f'The column "{column}" in {where} must hold finite numbers, but {row_at(row)} is '
             f"{numbers[row]:g}. Correct it, or leave the field empty if the value is missing."
         )
     return numbers
@@ -229,7 +239,7 @@ def read_names(table: Table, column: str, where: str, missing: Collection[str]) 
             continue
         if isinstance(value, (list, tuple, dict, bytes)):
             raise UserError(
-                f'The column "{column}" in {where} must hold categories, but row {row} (counted from 0) is a '
+                f'The column "{column}" in {where} must hold categories, but {row_at(row)} is a '
                 f"{type(value).__name__}. Leave the column out: name it in "
                 '"trainer.task_options.ignored_columns".'
             )

@@ -130,7 +130,7 @@ def _not_read(whole: dict[str, Any], read: list[str]) -> list[str]:
 def _of_records(rows: list[Any]) -> Columns:
     odd = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
     if odd is not None:
-        raise ValueError(f"row {odd} is no record of column and value, but {str(rows[odd])[:50]!r}. {_LAYOUTS}")
+        raise ValueError(f"row {odd + 1} is no record of column and value, but {str(rows[odd])[:50]!r}. {_LAYOUTS}")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
 

@@ -52,13 +52,15 @@ def chosen(found: Found, kind: Kind) -> tuple[list[Path], list[Path]]:
 
 
 def folder_of(found: Found, kind: Kind) -> dict[str, Table] | None:
-    """The splits of a folder, as tables of paths and labels; None if it holds no file of this kind.
+    """The splits of a folder, as tables of paths and labels; None if it holds tables, and no file of this kind.
 
     Raises:
-        UserError: the files have no classes, or a metadata file names others.
+        UserError: it holds neither; or the files have no classes, or a metadata file names others.
     """
     files, others = chosen(found, kind)
     if not files:
+        if not any(sources.suffix_of(file) in sources.TABLES for file in others):
+            raise UserError(_none_there(found, kind))
         return None
     described = [f for f in others if sources.stem_of(f) == "metadata" and sources.suffix_of(f) in sources.TABLES]
     if described:
@@ -85,6 +87,18 @@ def folder_of(found: Found, kind: Kind) -> dict[str, Table] | None:
     notes += sources.twins_note(found, [file for group in groups.values() for file in group.files])
     next(iter(result.values())).notes += notes
     return result
+
+
+def _none_there(found: Found, kind: Kind) -> str:
+    """A message: a folder holds no file of a kind, nor a table that could name such."""
+    there = sources.kinds_of(found.files) or "no files that could be data"
+    left_out = "".join(f"\n{note}." for note in sources.left_out_note(found, [], ""))
+    return (
+        f'"trainer.task_options.data": there is no {kind.word} in {found.given}. Looked for in it and in its folders, '
+        f"except those of runs: files that end in {', '.join(kind.suffixes)}, and tables that name such files "
+        f"({', '.join(sources.TABLES)}). It has: {there}.{left_out}\n"
+        f"Name the folder that holds the {kind.word}s: --set trainer.task_options.data=PATH"
+    )
 
 
 def _described(
@@ -186,7 +200,7 @@ class Contents:
                 f'The column "{self.column}" holds {str(value)[:50]} ({type(value).__name__}), not {self.kind.word}s. '
                 f"Name the right one with {self.kind.option} in trainer.task_options."
             )
-        name = f"row {row} of {self.split}" + (f", {path}" if path else "")
+        name = f"row {row + 1} of {self.split}" + (f", {path}" if path else "")
         if (content is not None and len(content)) or not path:
             return name, content if content is not None and len(content) else None
         if self.folders and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in self.folders):

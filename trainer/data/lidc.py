@@ -115,7 +115,7 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
         )
     empty = np.flatnonzero(~masks.any(axis=1))
     if len(empty):
-        raise UserError(f"{path}: {len(empty):,} masks are empty, row {empty[0]} first. Leave them out.")
+        raise UserError(f"{path}: {len(empty):,} masks are empty, row {empty[0] + 1} first. Leave them out.")
     return masks, names
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..errors import UserError
+from ..wording import counted, row_at
 from . import tables
 from .features import CATEGORIES, NUMBERS, Column, Names
 
@@ -173,14 +174,15 @@ def _standardised(column: Numeric, values: Any, where: str, notes: list[str]) ->
     if len(far):
         row = int(far[0])
         raise UserError(
-            f'The column "{column.name}" in {where}: row {row} (counted from 0) is {values[row]:g}, which is too far '
+            f'The column "{column.name}" in {where}: {row_at(row)} is {values[row]:g}, which is too far '
             f"from those of train (mean {column.mean:g}, standard deviation {column.deviation:g}). Correct it, or "
             "leave the field empty if the value is missing."
         )
     if missing.any() and not column.marked:
+        of = f'of "{column.name}"'
+        values_are = counted(int(missing.sum()), f"value {of} is", f"values {of} are")
         notes.append(
-            f'{int(missing.sum()):,} values of "{column.name}" are missing in {where}, and none in train: its mean, '
-            f"{column.mean:g}, is taken for them"
+            f"{values_are} missing in {where}, and none in train: the mean of train, {column.mean:g}, is taken"
         )
     return result
 
@@ -194,10 +196,9 @@ def _numbered(column: Categorical, values: Any, where: str, notes: list[str]) ->
     unknown = np.array([p is None for p in found] + [False])[values.codes]
     if unknown.any():
         first = values.names[values.codes[np.flatnonzero(unknown)[0]]]
-        notes.append(
-            f'{int(unknown.sum()):,} values of "{column.name}" in {where} do not occur in train, such as {first!r}: '
-            "they count as missing"
-        )
+        of = f'of "{column.name}" in {where}'
+        values_do = counted(int(unknown.sum()), f"value {of} does", f"values {of} do")
+        notes.append(f"{values_do} not occur in train, such as {first!r}: counted as missing")
     return codes
 
 

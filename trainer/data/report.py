@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..wording import counted
+
 # Classes that are listed; of more, the largest ones and the smallest.
 MOST_CLASSES = 12
 SAMPLE_CHARACTERS = 80
@@ -44,7 +46,7 @@ def classes_line(names: Sequence[str], labels: Mapping[str, Any]) -> str:
     parts = [f"{shown_names[i]} {' + '.join(f'{n:,}' for n in counts[:, i])}" for i in shown]
     if rest:
         parts.insert(-1, f"{len(rest)} more, the smallest")
-    line = f"{len(names)} classes ({' + '.join(labels)}): {', '.join(parts)}"
+    line = f"{counted(len(names), 'class', 'classes')} ({' + '.join(labels)}): {', '.join(parts)}"
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), []).append(name)

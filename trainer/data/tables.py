@@ -19,6 +19,7 @@ import numpy as np
 
 from ..config.schema import near
 from ..errors import UserError
+from ..wording import counted, row_at
 from . import sources
 from .sources import Data, Found
 from .table_files import Format, Table, from_datasets, joined, read_file, read_text, reason_of
@@ -90,12 +91,12 @@ def read(
         if known in named:
             raise UserError(
                 f'"trainer.task_options.data": {data} has several splits of one meaning: {known} is given twice, '
-                f"once as {name} ({len(table):,} rows). Give both the same name, or leave one out."
+                f"once as {name} ({counted(len(table), 'row')}). Give both the same name, or leave one out."
             )
         if known is not None:
             named[known] = table
         else:
-            unused.append(f"{name} ({len(table):,} rows)")
+            unused.append(f"{name} ({counted(len(table), 'row')})")
     if "train" not in named:
         raise UserError(
             f'"trainer.task_options.data": {data} has no split for training, only {", ".join(tables) or "nothing"}.\n'
@@ -347,7 +348,7 @@ def as_texts(values: Sequence[Any], split: str, column: str) -> list[str]:
     row = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
     if row is not None:
         raise UserError(
-            f'The column "{column}" in {split} must hold texts, but row {row} is {str(values[row])[:50]!r} '
+            f'The column "{column}" in {split} must hold texts, but {row_at(row)} is {str(values[row])[:50]!r} '
             f"({type(values[row]).__name__})."
         )
     return list(values)
@@ -373,7 +374,7 @@ def labels(table: Table, column: str, split: str) -> list[Any]:
     if wrong:
         raise UserError(
             f"{len(wrong)} label{'s' * (len(wrong) > 1)} in {split} {'are' if len(wrong) > 1 else 'is'} "
-            f"{values[wrong[0]]}, which is none of the {len(names)} classes (row {wrong[0]}, counted from 0). "
+            f"{values[wrong[0]]}, which is none of the {len(names)} classes (the first: {row_at(wrong[0])}). "
             "Hub datasets mark samples without a label in this way. Leave that split out, or drop such rows."
         )
     return [names[value] for value in values]
@@ -399,11 +400,12 @@ def check_complete(values: Sequence[Any], split: str, column: str) -> None:
         or (isinstance(value, str) and not value.strip())
     ]
     if missing:
-        rows = ", ".join(str(row) for row in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        rows = ", ".join(str(row + 1) for row in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        which = f"row{'s' * (len(missing) > 1)} {rows}; row 1 is the first sample"
         raise UserError(
             f'{len(missing)} value{"s" * (len(missing) > 1)} of the column "{column}" in {split} '
-            f"{'are' if len(missing) > 1 else 'is'} missing (row{'s' * (len(missing) > 1)} {rows}, counted from 0). "
-            "Fill or drop such rows."
+            f"{'are' if len(missing) > 1 else 'is'} missing ({which}). Fill or drop such "
+            "rows."
         )
 
 

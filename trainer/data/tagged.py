@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..wording import counted, row_at
 from . import tables, text
+from .conll import NO_LISTS
 from .table_files import Table
 
 WORD_COLUMNS = ("tokens", "words", "1")
@@ -37,7 +39,13 @@ class Sentences:
 
 
 def columns_of(table: Table, words: str | None, tags: str | None) -> tuple[str, str]:
-    """The columns of words and of tags. A CoNLL file's are numbers: words in the first, tags in the last."""
+    """The columns of words and of tags. A CoNLL file's are numbers: words in the first, tags in the last.
+
+    Raises:
+        UserError: they are not there, or no column of the table holds lists.
+    """
+    if not any(isinstance(value, list) for name in table.column_names for value in table.values(name, 0, 20)):
+        raise UserError(f'"trainer.task_options.data": {NO_LISTS}')
     numbers = [column for column in table.column_names if column.isdecimal()]
     last = numbers[-1:] if len(numbers) == len(table.column_names) > 1 else []
     return (
@@ -53,9 +61,9 @@ def words_of(table: Table, column: str, where: str) -> list[list[str]]:
         odd = value if not isinstance(value, list) else next((w for w in value if not isinstance(w, str)), None)
         if not isinstance(value, list) or odd is not None:
             raise UserError(
-                f'The column "{column}" in {where} must hold lists of words, such as ["a", "word"], but row {row} '
-                f"(counted from 0) {'holds' if isinstance(value, list) else 'is'} {str(odd)[:50]!r} "
-                f"({type(odd).__name__})."
+                f'The column "{column}" in {where} must hold lists of words, such as ["a", "word"], but {row_at(row)} '
+                f"{'holds' if isinstance(value, list) else 'is'} {str(odd)[:50]!r} "
+                f"({type(odd).__name__})." + (f" {NO_LISTS}" if isinstance(value, str) else "")
             )
     return values
 
@@ -69,12 +77,12 @@ def read(table: Table, words: str, tags: str, split: str, group: str | None, not
     every, names = words_of(table, words, split), table.list_classes.get(tags)
     labels = []
     for row, (own, value) in enumerate(zip(every, tables.values_of(table, tags, split))):
-        where = f'the column "{tags}" in {split}, row {row} (counted from 0)'
+        where = f'the column "{tags}" in {split}, {row_at(row)}'
         if not isinstance(value, list):
             raise UserError(f"{where}, must hold a list of tags, but it is {str(value)[:50]!r}.")
         if len(value) != len(own):
             raise UserError(
-                f"Row {row} (counted from 0) of {split} has {len(own)} words and {len(value)} tags: "
+                f"In {split}, {row_at(row)} has {counted(len(own), 'word')} and {counted(len(value), 'tag')}: "
                 f"{str(own)[:60]} and {str(value)[:60]}. Every word needs one tag."
             )
         odd = [
@@ -87,7 +95,7 @@ def read(table: Table, words: str, tags: str, split: str, group: str | None, not
     if not len(kept):
         raise UserError(f"No sentence of {split} has a word.")
     if len(kept) < len(every):
-        notes.append(f"{len(every) - len(kept):,} sentences of {split} have no words: left out")
+        notes.append(f"{counted(len(every) - len(kept), 'sentence')} of {split} without words left out")
     return Sentences(every, labels, np.arange(len(every)), tables.groups(table, group, split)).take(kept)
 
 

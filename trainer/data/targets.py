@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..wording import row_at
 from . import features, preparation, report, tables
 from .table_files import Table
 
@@ -117,10 +118,10 @@ def _numbers(table: Table, column: str, split: str) -> np.ndarray:
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f'The column "{column}" in {split} must hold numbers, but row {row} (counted from 0) is '
+            f'The column "{column}" in {split} must hold numbers, but {row_at(row)} is '
             f"{str(table.values(column, row, row + 1)[0])[:50]!r}"
-            + (f", and {len(wrong) - 1:,} more are none" if len(wrong) > 1 else "")
-            + '. Correct it. For classes instead of numbers, leave "problem_type" out.'
+            + features.others_are_none(len(wrong) - 1)
+            + '.\nCorrect it. For classes instead of numbers, leave "problem_type" out.'
         )
     return finite(numbers, column, split)
 
@@ -131,7 +132,7 @@ def finite(numbers: np.ndarray, column: str, split: str) -> np.ndarray:
     beyond = np.flatnonzero(np.abs(numbers) > features.LARGEST)
     if len(beyond):
         raise UserError(
-            f'The column "{column}" in {split} must hold finite numbers, but row {beyond[0]} (counted from 0) is '
+            f'The column "{column}" in {split} must hold finite numbers, but {row_at(int(beyond[0]))} is '
             f"{numbers[beyond[0]]:g}."
         )
     return numbers
@@ -148,7 +149,7 @@ def _flags(table: Table, column: str, split: str) -> list[int]:
     odd = next((row for row, flag in enumerate(flags) if flag is None), None)
     if odd is not None:
         raise UserError(
-            f'The column "{column}" in {split} must hold 0 or 1, but row {odd} (counted from 0) is '
+            f'The column "{column}" in {split} must hold 0 or 1, but {row_at(odd)} is '
             f"{str(values[odd])[:50]!r}. Correct such rows, or leave them out."
         )
     return [flag or 0 for flag in flags]
@@ -162,17 +163,17 @@ def _lists(table: Table, column: str, wanted: Wish, split: str) -> list[list[Any
     if nothing and not texts:
         raise UserError(
             f'{len(nothing):,} value{"s" * (len(nothing) > 1)} of the column "{column}" in {split} '
-            f"{'are' if len(nothing) > 1 else 'is'} missing (the first in row {nothing[0]}, counted from 0). A sample "
+            f"{'are' if len(nothing) > 1 else 'is'} missing (the first: {row_at(nothing[0])}). A sample "
             "without a label has an empty list: []."
         )
     if nothing and wanted.separator is None:  # what is between the labels of the other rows is the first question
         row = next(row for row, value in enumerate(values) if value and isinstance(value, str))
-        where = f'The column "{column}" in {split} must hold lists of labels, but row {row} (counted from 0) is '
+        where = f'The column "{column}" in {split} must hold lists of labels, but {row_at(row)} is '
         raise UserError(where + _instead(values[row]))
     result = []
     for row, value in enumerate(values):
         labels = _list(value, wanted.separator)
-        where = f'The column "{column}" in {split} must hold lists of labels, but row {row} (counted from 0) is '
+        where = f'The column "{column}" in {split} must hold lists of labels, but {row_at(row)} is '
         if labels is None:
             raise UserError(where + _instead(value))
         odd = next((label for label in labels if not tables.is_label(label)), None)
@@ -208,7 +209,7 @@ def _instead(value: Any) -> str:
         mark = next((m for m in ("|", ";", ",", " ") if m in value.strip()), ",")
         return (
             f'the text {value[:50]!r}. If its labels stand in one text, name what is between them: "label_separator": '
-            f'"{mark}" in trainer.task_options.'
+            f'"{mark}" in trainer.task_options. For one class a sample, leave "problem_type" out.'
         )
     return (
         f'{value!r}. For one class a sample, leave "problem_type" out. If each label has a column of 0 and 1, name '
@@ -313,9 +314,11 @@ def said(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> str:
     """A line on the labels of each split."""
     train = labels["train"]
     if train.ndim == 2:
-        return f"{report.classes_line(names, {s: np.nonzero(own)[1] for s, own in labels.items()})}; " + (
-            f"{train.sum() / len(train):.2g} labels a sample of train, {int((~train.any(axis=1)).sum()):,} have none"
-        )
+        each = f"{train.sum() / len(train):.2g}"
+        many = f"{each} label{'s' * (each != '1')} a sample of train, {int((~train.any(axis=1)).sum()):,} have none"
+        if all((own.sum(axis=1) == 1).all() for own in labels.values()):
+            many += '. Look: each sample has exactly one label. If that is no chance, leave "problem_type" out'
+        return f"{report.classes_line(names, {s: np.nonzero(own)[1] for s, own in labels.items()})}; {many}"
     if names:
         return report.classes_line(names, labels)
     mean, deviation = preparation.mean_and_deviation(train)

@@ -344,7 +344,7 @@ def length_message(encoded: Encoded, split: str, limit: int, rows: np.ndarray | 
     row = row if rows is None else int(rows[row])
     return (
         f"{n:,} of the {len(encoded.ids):,} texts in {split} {'is' if n == 1 else 'are'} longer than {limit:,} tokens "
-        f"(the longest, in row {row}, has {longest:,})"
+        f"(the longest, in row {row + 1}, has {longest:,})"
     )
 
 

@@ -19,7 +19,7 @@ from ..errors import Stopped, UserError
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
-from ..study.many_runs import devices_for, duration, interruptible, locked
+from ..study.many_runs import begin, devices_for, duration, interruptible, locked
 from ..study.slots import Slots
 from ..tasks.first_look import look
 from . import work
@@ -39,6 +39,7 @@ def cross_validate(path: str, overrides: Mapping[str, Any] | None = None, dry_ru
     """
     declared = load(path, overrides)
     look(declared.config.trainer.task, declared.config.trainer.task_options)
+    begin(declared.folder, STATE, declared.config.trainer.task)
     cuda, parallel = devices_for(declared.config, declared.options.max_parallel)
     slots = Slots(cuda)
     try:
@@ -53,6 +54,9 @@ def cross_validate(path: str, overrides: Mapping[str, Any] | None = None, dry_ru
                 _declare(declared, known)
                 return _make(declared, known, slots, parallel)
     except KeyboardInterrupt:
+        if dry_run:
+            say("", "stopped: nothing was started")
+            return Stopped.exit_code
         done, total = len(finished(declared)), len(declared.places)
         say("", f"stopped: {done:,} of {total:,} runs are finished and kept. The same command continues from there.")
         return Stopped.exit_code

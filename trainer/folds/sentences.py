@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..wording import counted
 from .declaration import Declared
 from .inference import Estimate
 from .results import Results
@@ -22,7 +23,7 @@ def plan_lines(declared: Declared, known: Mapping[str, Any], parallel: int) -> l
     lines += [f"note: {note}" for note in known["notes"]]
     lines += [
         f"{count:,} samples in {o.folds} folds of {_span(sizes)}{repeats}" + (f" ({'; '.join(how)})" if how else ""),
-        f"{len(declared.places):,} runs, {parallel} at a time, in {declared.folder}; "
+        f"{counted(len(declared.places), 'run')}, {parallel} at a time, in {declared.folder}; "
         f"{100 * known['validation_fraction']:.3g} % of what a run learns from is for validation",
     ]
     if known["lines"] or known["notes"]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.schema import near
 from ..errors import UserError
 from ..files import whole_folder, write_json
 
@@ -41,6 +42,9 @@ _NAMES = (
     "tensorboard",
     "logs/deepspeed.log",
 )
+# What may lie in a folder before a run: hidden files, logs of launchers, a config and its schema, and what a new disk
+# holds.
+_MAY_LIE_THERE = re.compile(r"\..*|logs|lost\+found|.*\.(log|out|err)|trainer-schema\.json")
 # The names under which files and folders are written before they are whole, and the probe of `_make`.
 _UNFINISHED = re.compile(
     r"\.(model|adapter|weights\.safetensors|manifest\.json|summary\.json|metrics\.jsonl|fold_predictions\.csv)\.\d+|\.probe-\d+"
@@ -93,11 +97,11 @@ class OutputFolder:
             if wanted is None:
                 return OutputFolder._claim_new(config_name, created)
             path = Path(wanted).expanduser()
-            _check_content(path, again)
+            check_content(path, config_name, again)
             lock = _make_and_lock(path, created)
             try:
                 # The run that held the lock may have written its first files since.
-                _check_content(path, again)
+                check_content(path, config_name, again)
                 folder = OutputFolder(path, created, lock)
             except BaseException:
                 _unlock(lock)
@@ -225,15 +229,51 @@ def holds_run(path: Path) -> bool:
     return any((path / "checkpoints").glob(f"step-{'[0-9]' * 9}/manifest.json"))
 
 
-def _check_content(path: Path, again: bool) -> None:
+def refuse_foreign(folder: Path, config_name: str = "") -> None:
+    """Raises UserError if a folder holds something that is none of ours. Ask only where it holds nothing of ours.
+
+    Args:
+        folder: it need not exist.
+        config_name: the config itself, <config_name>.json, may lie there.
+    """
+    if not folder.is_dir():
+        return
+    allowed = f"{config_name}.json"
+    entries = [e for e in folder.iterdir() if not _MAY_LIE_THERE.fullmatch(e.name) and e.name != allowed]
+    others = sorted(e.name for e in entries if not e.is_dir() or any(e.iterdir()))
+    if others:
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        raise UserError(
+            f"The output folder {folder} holds files that no run has written ({named}). A run wants a folder of its "
+            f"own.\nName a new one, such as {folder / 'run'}."
+        )
+
+
+def refuse_nothing_to_resume(given: str) -> None:
+    """Raises UserError if --resume names a folder that is not there, with the runs that are."""
+    if given in ("auto", "none") or Path(given).expanduser().exists():
+        return
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/checkpoints"))
+    there = f"There are: {', '.join(runs[-10:])}." if runs else "There is no run with checkpoints in ./runs."
+    meant = near(given, ("auto", "none", *runs))
+    raise UserError(
+        f"--resume {given}: there is no such folder (looked from {Path.cwd()}). "
+        + (f"{meant} " if meant.startswith("Did") else "")
+        + f"{there}\nName a run's folder, or auto for the run in --output_dir or the newest one of this config."
+    )
+
+
+def check_content(path: Path, config_name: str, again: bool) -> None:
     """Raises UserError if a run may not write into a folder with this content.
 
     Args:
         path: the folder; it need not exist.
+        config_name: the config's, which may lie there.
         again: a run is to be continued there.
     """
     held = [name for name in _NAMES if os.path.lexists(path / name)]
     if not held:
+        refuse_foreign(path, config_name)
         return
     if not holds_run(path):
         raise UserError(

@@ -13,7 +13,7 @@ from ..config.keys import Config
 from ..errors import UserError
 from ..record.checkpoints import list_checkpoints
 from ..record.console import say
-from ..record.folder import OutputFolder
+from ..record.folder import OutputFolder, refuse_nothing_to_resume
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
         if not list_checkpoints(source) and finished_summary(folder.path) is None:
             say(f"--resume auto: there is no checkpoint in {source}, so the run begins again")
         return folder, source
+    refuse_nothing_to_resume(resume.mode)
     source = Path(os.path.abspath(Path(resume.mode).expanduser()))
     if source.name.startswith("step-") and source.is_dir():
         if source.parent.name != "checkpoints":  # a copy: what lies around it is nobody's run

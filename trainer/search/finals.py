@@ -7,6 +7,7 @@ from typing import Any
 
 from ..files import write_json
 from ..record.console import say
+from ..wording import counted
 from .declaration import Plan
 from .places import How, Job, Places
 from .results import TESTS, tests_in
@@ -29,7 +30,7 @@ def test_best(plan: Plan, choice: Mapping[str, Any], places: Places, together: C
     if not seeds:
         return None
     text = plan.space.text(choice["point"])
-    runs = f"it is trained with {len(choice['seeds'])} fresh seeds and tested"
+    runs = f"it is trained with {counted(len(choice['seeds']), 'fresh seed')} and tested"
     say("", f"trial {choice['number'] + 1} is chosen ({text}); {runs}")
     failed: list[str] = []
     waiting = list(seeds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..study.sheet import document, table
 from . import figures
 from .declaration import Plan
 from .ledger import Ledger
-from .results import BEST, CHOICE, PAGE, TIMES, best_of, counts, sentences, tests_in, trials_in
+from .results import BEST, CHOICE, PAGE, TIMES, best_of, counts, sentences, tests_in, ties, trials_in
 from .space import shown
 
 _STATES = {"complete": "finished", "pruned": "ended early", "failed": "failed"}
@@ -27,7 +27,9 @@ def write_page(plan: Plan, ledger: Ledger) -> Path:
     """Writes report.html, figures/, trials.csv and tensorboard/ into a search's folder. Returns the page."""
     folder, trials = plan.folder, trials_in(plan.folder)
     choice, declared = read_json(folder / CHOICE), read_json(folder / "search.json")
-    rows = [_row(plan, trial) for trial in trials]
+    best = next((trial for trial in trials if trial["number"] == choice["number"]), None)
+    tied = {trial["number"] for trial in (ties(trials, best) if best is not None else ())}
+    rows = [_row(plan, trial, choice["number"], tied) for trial in trials]
     _write_csv(folder / "trials.csv", rows)
     _write_hparams(plan, trials)
     album = Album(folder / "figures")
@@ -131,8 +133,9 @@ def _measured(folder: Path) -> list[str]:
     return [f"<p>{escape(line)}</p>"]
 
 
-def _row(plan: Plan, trial: Mapping[str, Any]) -> dict[str, Any]:
+def _row(plan: Plan, trial: Mapping[str, Any], taken: int, tied: Collection[int]) -> dict[str, Any]:
     row: dict[str, Any] = {"trial": trial["number"] + 1, "state": _STATES[trial["state"]], "value": trial["value"]}
+    row["choice"] = "taken" if trial["number"] == taken else "a tie" if trial["number"] in tied else None
     row["last epoch"] = trial["epoch"]
     for p in plan.space.parameters:
         value = trial["point"].get(p.key)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config.schema import read_json
 from ..errors import UserError
+from ..wording import counted
 
 TRIALS, TESTS, CHOICE, BEST, PAGE = "trials", "test", "choice.json", "best.json", "report.html"
 TIMES = "timing.json"  # what was measured of the devices
@@ -54,6 +55,24 @@ def best_of(trials: Iterable[Mapping[str, Any]], mode: str) -> Mapping[str, Any]
     return min(known, key=lambda trial: rank(trial, mode)) if known else None
 
 
+def ties(trials: Iterable[Mapping[str, Any]], best: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The other finished trials with the metric of the best one. Those that were the same run are none."""
+    known = [t for t in trials if t["state"] == "complete" and t["number"] != best["number"] and "as" not in t]
+    return [trial for trial in known if trial["value"] == best["value"]]
+
+
+def tie_sentence(trials: Iterable[Mapping[str, Any]], best: Mapping[str, Any], metric: str) -> str:
+    """Which of several equal trials is taken, and why; an empty text without a tie."""
+    others = ties(trials, best)
+    if not others:
+        return ""
+    names = ", ".join(str(trial["number"] + 1) for trial in others[:5]) + (", ..." if len(others) > 5 else "")
+    first = all(rank(trial, "min")[1] == rank(best, "min")[1] for trial in others)
+    has = f"trial{'s' * (len(others) > 1)} {names} {'have' if len(others) > 1 else 'has'} the same {metric}"
+    why = "it was found first" if first else "its loss on validation is the lowest (of equal ones, the first is taken)"
+    return f"a tie: {has}. Trial {best['number'] + 1} is taken, since {why}"
+
+
 def spread(values: list[float]) -> str:
     """Several seeds' values in words."""
     if len(values) == 1:
@@ -69,7 +88,7 @@ def counts(trials: Iterable[Mapping[str, Any]]) -> str:
     """How many trials there are, and how they ended."""
     states = [trial["state"] for trial in trials]
     parts = [f"{states.count(state)} {word}" for state, word in _WORDS.items() if state in states]
-    return f"{len(states):,} trial{'s' * (len(states) != 1)}" + (f": {', '.join(parts)}" if parts else "")
+    return counted(len(states), "trial") + (f": {', '.join(parts)}" if parts else "")
 
 
 _WORDS = {"complete": "finished", "pruned": "ended early", "failed": "failed"}
@@ -80,7 +99,7 @@ def test_sentence(tests: list[dict[str, Any]], metric: str) -> str:
     finite = [test for test in tests if test["status"] != "not finite"]
     lost = f"; {len(tests) - len(finite)} of {len(tests)} runs stopped being finite" if len(finite) < len(tests) else ""
     if not finite:
-        return f"no test {metric}: none of the {len(tests)} runs with fresh seeds stayed finite"
+        return f"no test {metric}: none of {counted(len(tests), 'run')} with fresh seeds stayed finite"
     split = "test" if "test" in finite[0]["metrics"] else "validation"
     values = [test["metrics"][split].get(metric) for test in finite]
     known = [float(value) for value in values if value is not None]
@@ -102,7 +121,12 @@ def sentences(folder: Path, choice: Mapping[str, Any], trials: list[dict[str, An
         f"  validation {metric} {choice['value']:.4f}, the best of {counts(trials)}. Chosen for it, the value flatters",
         f"  {test_sentence(tests_in(folder), metric)}",
     ]
+    best = next((trial for trial in trials if trial["number"] == choice["number"]), None)
+    tie = "" if best is None else tie_sentence(trials, best, metric)
+    if tie:
+        lines.insert(2, f"  {tie}")
     inexact = sum(trial.get("exactness") == "tolerance" for trial in trials)
     if inexact:
-        lines.append(f"  {inexact} trials are labelled tolerance: on another number of ranks they may have other bits")
+        labelled = counted(inexact, "trial is", "trials are")
+        lines.append(f"  {labelled} labelled tolerance: on another number of ranks, other bits are possible")
     return lines

@@ -21,7 +21,7 @@ from ..errors import Stopped, TrainerError, UserError
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
-from ..study.many_runs import devices_for, interruptible, locked
+from ..study.many_runs import begin, devices_for, interruptible, locked
 from ..study.slots import Slots
 from ..tasks.first_look import look as look_first
 from .declaration import Plan, load_search
@@ -45,6 +45,7 @@ def search(path: str, overrides: Mapping[str, Any] | None = None) -> int:
     plan = load_search(path, overrides)
     _check_packages()
     look_first(plan.base.trainer.task, plan.base.trainer.task_options)
+    begin(plan.folder, "search.json", plan.base.trainer.task)
     cuda, devices = devices_for(plan.base, plan.search.max_parallel)
     slots = Slots(cuda)
     try:

@@ -12,6 +12,24 @@ from pathlib import Path
 from ..config.keys import Config
 from ..engine.gpus import usable_gpus
 from ..errors import UserError
+from ..record.console import say
+from ..record.folder import refuse_foreign
+
+
+def begin(folder: Path, declaration: str, task: str) -> None:
+    """Says that data and task are looked at, which may take long. Before that, the folder.
+
+    Args:
+        folder: the output folder; it need not exist.
+        declaration: the file there that says what was declared.
+        task: `trainer.task`.
+
+    Raises:
+        UserError: the folder holds files of the user's.
+    """
+    if not (folder / declaration).exists():
+        refuse_foreign(folder)
+    say(f"looking at the data and the model of {task}; no run is started yet")
 
 
 def duration(seconds: float) -> str:

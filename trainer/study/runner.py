@@ -24,11 +24,12 @@ from ..exact.plan import steps_per_epoch
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
+from ..wording import counted
 from .agenda import Agenda
 from .arms import WEAK
 from .budgets import work
 from .declaration import Cell, Plan, Study, Variant, expand, load_study
-from .many_runs import devices_for, duration, interruptible, locked
+from .many_runs import begin, devices_for, duration, interruptible, locked
 from .plan_text import plan_text
 from .results import finished, metric_of
 from .sentences import verdicts
@@ -72,6 +73,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
     declared, variants = load_study(path, overrides)
     _check_packages(declared)
     folder = Path(declared.output_dir)
+    begin(folder, "study.json", variants[0].config.trainer.task)
     cuda, parallel = devices_for(variants[0].config, declared.max_parallel)
     slots = Slots(cuda)
     total = 0
@@ -83,13 +85,16 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
             say(plan_text(plan), "")
             total = plan.runs()
             if dry_run:
-                say(f"{total:,} runs, {parallel} at a time; nothing was started")
+                say(f"{counted(total, 'run')}, {parallel} at a time; nothing was started")
                 return 0
             with locked(folder):
                 _declare(folder, plan, probe)
                 shutil.rmtree(folder / "running", ignore_errors=True)
                 return _make(plan, probe, folder, slots, parallel, cuda)
     except KeyboardInterrupt:
+        if dry_run:
+            say("", "stopped: nothing was started")
+            return Stopped.exit_code
         done = len(finished(folder))
         say("", f"stopped: {done:,} of {total:,} runs are finished and kept. The same command continues from there.")
         return Stopped.exit_code
@@ -185,7 +190,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
     def effort(this: str) -> int:
         return work(agenda.configs[this], plan.variants[agenda.labels[this][0].variant].samples)
 
-    say(f"{total:,} runs, {agenda.done():,} of them finished before; {parallel} at a time")
+    say(f"{counted(total, 'run')}, {agenda.done():,} of them finished before; {parallel} at a time")
     idle, busy, failed = [0], dict[int, str](), dict[str, str]()
     display = _Display(total, agenda.done())
     try:
@@ -233,7 +238,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
         slots.close()
         shutil.rmtree(folder / "running", ignore_errors=True)
     if failed:
-        say(f"{len(failed):,} runs could not be made. The same command tries them again. The first:")
+        say(f"{counted(len(failed), 'run')} could not be made. The same command tries them again. The first:")
         say(next(iter(failed.values())))
         return 1
     if declared.timing is not None:

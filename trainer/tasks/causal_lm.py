@@ -32,6 +32,7 @@ from ..data.table_files import Table
 from ..data.token_rows import IGNORED, TokenSequence, pack, pad_rows
 from ..errors import UserError
 from ..exact.splits import Batch, Split
+from ..wording import counted
 from .hub_options import TextModelOptions
 
 AUTO = "AutoModelForCausalLM"
@@ -370,7 +371,7 @@ class CausalLM:
             row = longest if rows is None else int(rows[longest])
             message = (
                 f"{long:,} of the {len(sequences):,} records of {split} {'is' if long == 1 else 'are'} longer than "
-                f"{limit:,} tokens (the longest, in row {row}, has {places[longest]:,})"
+                f"{limit:,} tokens (the longest, in row {row + 1}, has {places[longest]:,})"
             )
             if not self._truncate:
                 raise UserError(
@@ -381,7 +382,7 @@ class CausalLM:
         cut = [TokenSequence(s.ids[: limit + 1], s.predicted[: limit + 1], s.bytes[: limit + 1]) for s in sequences]
         kept = [s for s in cut if s.predicted[1:].any()]
         if len(kept) < len(cut):
-            notes.append(f"{len(cut) - len(kept):,} records of {split} have nothing left to predict: left out")
+            notes.append(f"{counted(len(cut) - len(kept), 'record')} of {split} with nothing left to predict left out")
         return kept
 
     # --- model --------------------------------------------------------------------------------------------------------

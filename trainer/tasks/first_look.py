@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import near
+from ..data.conll import NO_LISTS
 from ..errors import UserError
 
 # The tasks that come with the trainer: files of this folder, each of which calls its task TASK.
@@ -72,6 +73,9 @@ def look(task: str, options: Mapping[str, Any]) -> None:
     for option, part in parts.items():
         if isinstance(part, str):
             _look_at_path(option, part, is_file=_FILE.search(part) is not None)
+            _look_for_rows(option, Path(part).expanduser())
+            if task == "token_classification" and part.lower().endswith(".csv"):
+                raise UserError(f'"{_OPTION}{option}" is {part}. {NO_LISTS}')
     model = options.get("model")
     if isinstance(model, str):
         _look_at_path("model", model, is_file=False)
@@ -128,6 +132,25 @@ def _look_at_path(option: str, text: str, *, is_file: bool) -> None:
         f'"{_OPTION}{option}": {text} does not exist (looked from {Path.cwd()}). '
         + (f"There is {found}: {flag}{found}" if found else f"Give its path: {flag}PATH")
     )
+
+
+def _look_for_rows(option: str, path: Path) -> None:
+    """Raises UserError for an empty file, and for a csv file with a header alone."""
+    if not path.is_file() or _FILE.search(path.name) is None:
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(1 << 16)
+    except OSError:
+        return  # said with its reason when it is read
+    if not start.strip():
+        raise UserError(f'"{_OPTION}{option}": {path} is empty.')
+    header_alone = len(start) < 1 << 16 and not start.strip().count(b"\n") and not start.strip().count(b"\r")
+    if path.suffix.lower() == ".csv" and header_alone:
+        raise UserError(
+            f'"{_OPTION}{option}": {path} has a single line, {start.decode(errors="replace").strip()[:60]!r}. '
+            "The first line names the columns, so there are no samples."
+        )
 
 
 def _nearest(path: Path) -> Path | None:

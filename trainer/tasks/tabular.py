@@ -25,6 +25,7 @@ from ..data.preparation import Preparation
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
+from ..wording import counted
 from . import classification, regression
 from .first_look import LABEL_COLUMNS
 from .hub_options import DataOptions, FormatOptions
@@ -200,7 +201,7 @@ class Tabular:
             elif not isinstance(self._o.data, str):  # the user named each of them
                 tables.find_column(table.column_names, label, (), "label_column", where=split)
             else:
-                notes.append(f'{len(table):,} rows of {split} left out: they have no column "{label}"')
+                notes.append(f'{counted(len(table), "row")} of {split} left out: there is no column "{label}"')
         return kept
 
     def _labels(
@@ -218,7 +219,7 @@ class Tabular:
             problem, why = _problem(values, train, label)
             notes.append(f"this is {problem}, since {why}")
         if problem == "regression":
-            return {s: features.read_numbers(t, label, s, ()) for s, t in found.items()}, []
+            return {s: features.read_numbers(t, label, s, (), target=True) for s, t in found.items()}, []
         numbers, wrong = features.parsed(train, label, "train")
         if not len(wrong) and (numbers % 1).any() and label not in train.classes:
             raise UserError(

@@ -24,6 +24,7 @@ from ..data.cut import Cut, together
 from ..data.table_files import Table
 from ..errors import UserError
 from ..exact.splits import Batch, Split
+from ..wording import counted
 from . import problems
 from .first_look import LABEL_COLUMNS, TEXT_COLUMNS
 from .hub_options import TargetOptions, TextModelOptions
@@ -261,7 +262,7 @@ class TextClassification(problems.WithProblem):
             return found
         for split in without:
             lacks = next(column for column in columns if column not in found[split].column_names)
-            notes.append(f'{len(found[split]):,} rows of {split} left out: they have no column "{lacks}"')
+            notes.append(f'{counted(len(found[split]), "row")} of {split} left out: there is no column "{lacks}"')
         return {split: table for split, table in found.items() if split not in without}
 
     def _made_tokenizer(
