@@ -17,6 +17,7 @@ from ..record.console import say
 from .album import figures_of
 from .arms import SEQUENTIAL, Place, Settings, title_of
 from .definitions import definitions
+from .interaction import interaction_sentences
 from .judgement import FAILINGS, Comparison
 from .noise import scales_by_epoch
 from .prediction import search_times
@@ -34,7 +35,9 @@ from .sentences import (
     verdicts,
 )
 from .sheet import document, shown_value, table
+from .trend import trend_sentences
 from .tuning import at_edge
+from .variance import variance_sentences, variance_table
 
 
 def report(folders: Sequence[str], paper: str | None = None) -> int:
@@ -104,7 +107,10 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         *(_block(results, variant, budget) for variant, budget in results.blocks()),
         *(f"<p>{escape(line)}</p>" for line in search_sentences(results)),
         *(f"<p>{escape(line)}</p>" for line in noise_sentences(results)),
-        *_sizes(results),
+        *_listed("At how many training samples does weak scaling lose?", size_sentences(results)),
+        *_listed("Does the loss fall with the number of training samples?", trend_sentences(results)),
+        *_listed("Does the loss depend on the variant?", interaction_sentences(results)),
+        *_listed("One split of the data, or many?", variance_sentences(results)),
         "<details><summary>Every verdict with its numbers</summary>",
         *(f"<p>{escape(line)}.</p>" for line in sequential_sentences(results)),
     ]
@@ -116,7 +122,7 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         ]
         parts.append("</ul>")
     parts += ["</details>", *figures_of(results, folder), _searches(results), _trials_table(results)]
-    parts += [_comparison_table(results), _noise_table(results), _impossible(results)]
+    parts += [_comparison_table(results), variance_table(results), _noise_table(results), _impossible(results)]
     parts += [
         "<h2>Declared before the runs</h2><ul>",
         *(f"<li>{escape(d)}</li>" for d in definitions(results)),
@@ -139,12 +145,9 @@ def _warnings(results: Results) -> list[str]:
     return [f"<p><strong>{escape(line)}</strong></p>" for line in lines]
 
 
-def _sizes(results: Results) -> list[str]:
-    lines = size_sentences(results)
-    if not lines:
-        return []
+def _listed(question: str, lines: Sequence[str]) -> list[str]:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return [f"<h3>At how many training samples does weak scaling lose?</h3><ul>{items}</ul>"]
+    return [f"<h3>{escape(question)}</h3><ul>{items}</ul>"] if lines else []
 
 
 def _marked(verdict: str) -> str:

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .arms import SEQUENTIAL, Place, title_of
+from .interaction import interaction_sentences
 from .judgement import Comparison, Reference, Verdict
 from .noise import Scale, scales_by_epoch, whole_scale
 from .results import Results, sizes_of
 from .timing import check_bits
+from .trend import trend_sentences
 from .tuning import at_edge
+from .variance import variance_sentences
 
 CLAIMS = {
     "loses": "does the typical run lose against its sequential run",
@@ -34,6 +37,7 @@ def verdicts(folder: Path) -> list[str]:
     for claim, what, comparisons in claims(results):
         lines.append(f"{what}: {CLAIMS[claim]}?")
         lines += [f"  W = {c.place.world_size}: {c.verdicts[claim]}. {c.sentences[claim]}" for c in comparisons]
+    lines += variance_sentences(results) + interaction_sentences(results) + trend_sentences(results)
     return lines + search_sentences(results) + size_sentences(results) + noise_sentences(results)
 
 
