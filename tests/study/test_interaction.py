@@ -48,6 +48,9 @@ def one(base: Values, variant: Values, sequential: dict[str, Values] | None = No
 def test_the_losses_are_compared_and_not_the_metrics() -> None:
     """The variant is worse by 0.1 in every arm, which is no interaction."""
     assert one([0.05] * 12, [0.05] * 12).verdict == "not shown"
+    # Equal losses of 300 test samples, which differ by rounding errors alone.
+    thirds = [k / 300 for k in range(1, 13)]
+    assert set(one(thirds, thirds, {"": [0.9] * 12, V: [0.94] * 12}).differences.values()) == {0.0}
     found = one([0.05] * 12, [0.08] * 12)
     assert (found.verdict, found.place) == ("larger", place(V))
     assert list(found.differences.values()) == pytest.approx([0.03] * 12)

@@ -22,7 +22,7 @@ from typing import Literal
 
 from .arms import WEAK, Place, title_of
 from .inference import holm, median_bounds, middle, seeds_needed, sign_test, smallest_p
-from .judgement import Comparison, Judgement, Rules
+from .judgement import DIGITS, Comparison, Judgement, Rules
 from .results import Results
 
 Verdict = Literal["larger", "smaller", "not shown"]
@@ -84,7 +84,7 @@ def interactions(judged: Judgement, variants: Collection[str], planned: Mapping[
         base = replace(place, variant="")
         if place in known and base in known:
             own, others = losses_of(known[place], judged), losses_of(known[base], judged)
-            differences = {seed: own[seed] - others[seed] for seed in own if seed in others}
+            differences = {seed: round(own[seed] - others[seed], DIGITS) for seed in own if seed in others}
         found.append((place, differences))
         values = list(differences.values())
         p_values += [sign_test(values, 0.0), sign_test([-d for d in values], 0.0)]

@@ -19,6 +19,7 @@ from . import figures
 from .album import metric_figure
 from .arms import SEQUENTIAL, Place, title_of
 from .definitions import definitions
+from .interaction import interaction_sentences
 from .judgement import Comparison, Verdict
 from .results import Results
 from .sentences import (
@@ -31,6 +32,8 @@ from .sentences import (
     strong_sentences,
 )
 from .sheet import document, shown_value
+from .trend import trend_sentences
+from .variance import variance_sentences
 
 _QUESTION = (
     "Cunha, Rodrigues, Viana and Oliveira (2018, arXiv 1807.09161) argue that on small datasets weak scaling, which "
@@ -179,7 +182,8 @@ def _results_of(study: Results) -> Iterable[Block]:
         what = study.budget(budget) if not variant else f"{variant}, {study.budget(budget)}"
         yield Block("p", [f"Difference of {study.study.metric} to the sequential run of the same seed, {what}:"])
         yield Block("table", ["arm", *(f"W = {W}" for W in sizes)], rows)
-    more = [*size_sentences(study), *search_sentences(study), *noise_sentences(study)]
+    more = [*size_sentences(study), *trend_sentences(study), *interaction_sentences(study), *variance_sentences(study)]
+    more += [*search_sentences(study), *noise_sentences(study)]
     if more:
         yield Block("list", more)
 
