@@ -167,7 +167,7 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
     rows = []
     study, known = results.study, {cell["id"] for cell in results.cells}
     # They have an arm of their own, so that nobody takes them for judged runs.
-    more = [
+    more: list[dict[str, Any]] = [
         {"variant": "", "arm": REPEATED, "budget": "epochs", "world_size": 1} | repeat
         for repeat in results.repeats
         if repeat["id"] not in known
