@@ -33,7 +33,7 @@ def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> 
     values["study"] |= {
         "output_dir": str(folder / "study"), "seeds": 2, "world_sizes": [2, 4, 8], "budgets": ["epochs"],
         "arms": ["sequential", "strong", "weak", "weak_linear_warmup"], "max_epochs": None, "max_parallel": 2,
-        "timing": None, "dataset_sizes": [], "variants": {},
+        "timing": None, "dataset_sizes": [], "variants": {}, "splits": None,
     } | (study or {})  # fmt: skip
     path = folder / "study.json"
     path.write_text(json.dumps(values))

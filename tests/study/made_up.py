@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.jobs import ROOT
-from trainer.study.declaration import Cell, Plan, Study, expand, load_study
+from trainer.study.cells import Cell
+from trainer.study.declaration import Plan, Study, expand, load_study
 from trainer.study.runner import declaration
 
 SHIPPED = ROOT / "ds_configs" / "study.json"
@@ -17,7 +18,7 @@ SHIPPED = ROOT / "ds_configs" / "study.json"
 
 def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> Path:
     values = json.loads(SHIPPED.read_text())
-    values["study"] |= {"output_dir": str(folder / "study"), **(study or {})}
+    values["study"] |= {"output_dir": str(folder / "study"), "splits": None, **(study or {})}
     values["trainer"] |= trainer
     path = folder / "study.json"
     path.write_text(json.dumps(values))

@@ -10,7 +10,8 @@ from typing import Any
 from ..config.keys import Config
 from ..files import write_json
 from .arms import Place, run_id
-from .declaration import Cell, Plan
+from .cells import Cell
+from .declaration import Plan
 from .results import metric_of
 from .tuning import Search
 
@@ -29,7 +30,7 @@ class Agenda:
         self._searches = {
             name: Search(
                 name,
-                lambda settings, seed, place=search.place: plan.config(place, seed, settings),  # type: ignore[misc]
+                lambda settings, seed, of=search: plan.config(of.place, seed, settings, of.seed),  # type: ignore[misc]
                 search.centre,
                 study.tuning,
                 study.direction == "max",
@@ -44,6 +45,8 @@ class Agenda:
                 self._cells[plan.tuned[cell.place, cell.seed]].append(cell)
             else:
                 self._add(cell.id, plan.configs[cell.id], cell.place, cell.seed, self._fixed)
+        for repeat in plan.repeats:
+            self._add(repeat.id, plan.configs[repeat.id], repeat.place, repeat.seed, self._fixed)
         for name in list(self._searches):
             self._advance(name)
 

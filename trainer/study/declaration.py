@@ -35,7 +35,9 @@ from .arms import (
 )
 from .base import check_base, check_strong
 from .budgets import budget_variants, check_budgets
+from .cells import Cell, Repeat, SearchPlan
 from .judgement import Rules
+from .splits import KEY, Splits, check_base_splits, check_splits, more_seeds, split_of
 from .tuning import FIRST_SEED, Tuning, runs_of_search
 
 # Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
@@ -68,6 +70,9 @@ class Study:
     arms: list[str] = option(list(DEFAULTS), "arms to compare, always sequential; sequential_equal_updates if named")
     world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
     seeds: list[int] = option([], "seeds of every arm; a count n in the file stands for 0 to n - 1")
+    splits: Splits | None = option(
+        None, "each judged run has its own split of the data; null for one split of all runs"
+    )
     budgets: list[str] = option(["epochs"], "what a weak run shares with the sequential run: epochs, updates")
     epochs: list[int] = option([], "budgets in epochs; each is studied like the base's own")
     max_epochs: int | None = option(None, "the most epochs that equal updates may take", minimum=1)
@@ -159,37 +164,6 @@ class Variant:
     samples: int = 0
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One arm, budget, W, seed and variant; cells with the same id are the same run.
-
-    Attributes:
-        id: None for a run whose settings are to be found first.
-    """
-
-    arm: str
-    budget: Budget
-    world_size: int
-    seed: int
-    variant: str
-    id: str | None
-
-    @property
-    def place(self) -> Place:
-        """Its place in the study, without the seed."""
-        return Place(self.variant, self.arm, self.budget, self.world_size)
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """A search. Attributes: its trials are runs of `place`; the centre of its rates; the seed that it is made for."""
-
-    name: str
-    place: Place
-    centre: float
-    seed: int
-
-
 @dataclass
 class Plan:
     """What a study consists of.
@@ -201,6 +175,7 @@ class Plan:
         configs: run id -> config, of the runs whose settings are given.
         searches: by name.
         tuned: (place, seed) -> name of the search that gives its settings.
+        repeats: the sequential runs of splits that have several seeds.
         impossible: (place, why).
         strong: (W, M) or (W, why not).
     """
@@ -211,6 +186,7 @@ class Plan:
     configs: dict[str, Config] = field(default_factory=dict)
     searches: dict[str, SearchPlan] = field(default_factory=dict)
     tuned: dict[tuple[Place, int], str] = field(default_factory=dict)
+    repeats: list[Repeat] = field(default_factory=list)
     impossible: list[tuple[Place, str]] = field(default_factory=list)
     strong: list[tuple[int, int | str]] = field(default_factory=list)
 
@@ -224,8 +200,12 @@ class Plan:
         trials = len(self.searches) * runs_of_search(self.study.tuning)
         return len(self.configs) + trials + sum(cell.id is None for cell in self.cells)
 
-    def config(self, place: Place, seed: int, settings: Settings | None = None) -> Config:
-        """The config of one run. Raises ImpossibleError."""
+    def config(self, place: Place, seed: int, settings: Settings | None = None, judged: int | None = None) -> Config:
+        """The config of one run, on the split of the judged run with seed `judged`: by default this very run.
+
+        Raises:
+            ImpossibleError: there is no such run.
+        """
         variant, most = self.variants[place.variant], self.study.max_epochs
         values = values_of(
             variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, most, settings
@@ -235,6 +215,9 @@ class Plan:
         # Measured where it costs nothing that is compared: it changes no bit.
         if place.arm == SEQUENTIAL and not place.variant and variant.config.plan(1).micro_batches > 1:
             values["trainer"]["gradient_noise"] = True
+        split = split_of(self.study.splits, self.study.seeds, seed if judged is None else judged)
+        if split is not None:
+            lay_over(values, KEY, split)
         return parse(values)
 
 
@@ -284,6 +267,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
             if key != _SYNCHRONISED:
                 lay_over(own, key, value)
         config = check_base(own, source)
+        check_base_splits(study.splits, config, source)
         for key, value in OPERATION.items():
             lay_over(own, key, value)
         variants.append(Variant(name, own, config, bool(change.get(_SYNCHRONISED, False))))
@@ -326,6 +310,7 @@ def _checked(block: Mapping[str, Any]) -> Study:
             )
         if not isinstance(change.get(_SYNCHRONISED, False), bool):
             raise UserError(f'"study.variants.{name}.{_SYNCHRONISED}" must be true or false.')
+    check_splits(study.splits, study.seeds)
     if max(study.seeds) >= FIRST_SEED:
         raise UserError(f'"study.seeds" holds {max(study.seeds)}. Seeds from {FIRST_SEED} on belong to searches.')
     for name, tried, most in (
@@ -372,7 +357,7 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
                 for world_size in [W for W in study.world_sizes if W > 1]:
                     place = Place(variant.name, arm, budget, world_size)
                     try:
-                        plan.config(place, 0)
+                        plan.config(place, study.seeds[0])
                         places.append(place)
                     except ImpossibleError as reason:
                         plan.impossible.append((place, str(reason)))
@@ -388,6 +373,10 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
                 plan.searches.setdefault(search.name, search)
                 plan.tuned[place, seed] = search.name
                 plan.cells.append(Cell(place.arm, place.budget, place.world_size, seed, place.variant, None))
+    for judged, seed in more_seeds(study.splits, study.seeds):
+        config = plan.config(Place("", SEQUENTIAL, "epochs", 1), seed, judged=judged)
+        plan.repeats.append(Repeat(config.trainer.task_options["split_seed"], seed, run_id(config)))
+        plan.configs[plan.repeats[-1].id] = config
     return plan
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .arms import EQUAL_UPDATES
+from .interaction import interactions_in
 from .results import Results, epochs_of
 from .sentences import listed
 from .to_target import metric_name
+from .trend import trends_in
 
 
 def definitions(results: Results) -> list[str]:
@@ -16,6 +18,7 @@ def definitions(results: Results) -> list[str]:
         f"Metric: {study.metric} of the model that a run keeps; {more} is better.",
         f"Seeds: {listed(study.seeds)}, the same for every arm"
         + (f"; of searched arms the first {study.tuning.searches}." if results.searches else "."),
+        *_splits(results),
         "Equal epochs: as many passes over the data as the sequential run. Equal updates: as many optimizer steps"
         + (f", but at most {study.max_epochs} epochs." if study.max_epochs else "."),
         "Nothing is decided before all declared seeds are there. A run that stopped being finite is the worst possible "
@@ -35,6 +38,7 @@ def definitions(results: Results) -> list[str]:
         f"verdict on the typical run can be, over all {tests} comparisons of the study; the same holds for the target "
         "and for convergence, by Holm's correction. Intervals of a metric and of a rate are not corrected, and have "
         f"level {1 - rules.alpha:g}.",
+        *_questions(results),
         "The rules: linear (Goyal et al. 2017), square root (Hoffer et al. 2017) of the learning rate alone, and with "
         "Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from the base "
         "config's rate, so a loss is that of the rule, not of the batch.",
@@ -45,6 +49,43 @@ def definitions(results: Results) -> list[str]:
         "synchronised_batch_norm: one micro-batch is as large as those of all ranks together. Its statistics are what "
         "synchronised BatchNorm would compute, up to rounding.",
     ]
+
+
+def _splits(results: Results) -> list[str]:
+    study = results.study
+    if study.splits is None:
+        return ["Split: one split of the data for all runs. So the verdicts are about this split."]
+    first, n, repeats = study.splits.first, len(study.seeds), len(results.declared["repeats"])
+    return [
+        f"Split: each judged run has a split of its own (split_seed {first} to {first + n - 1}, in the order of the "
+        "seeds), the same for every arm, and for the search of its settings. So the verdicts are about random splits "
+        "of these data, and a difference paired by seed is one of the same test samples."
+        + (
+            f" {repeats} sequential runs of {repeats // study.splits.seeds} splits tell the split's variance from the "
+            "seed's."
+            if repeats
+            else ""
+        )
+    ]
+
+
+def _questions(results: Results) -> list[str]:
+    """The questions of variants and of sizes, where a study asks them; each is a family with its own alpha."""
+    lines, alpha = [], f"{results.rules.alpha:g}"
+    if count := len(interactions_in(results)):
+        lines.append(
+            "Interaction: whether the loss with a variant is larger or smaller than the loss with the base, by the "
+            "sign test of the difference of the two losses, paired by seed. This question has an alpha of its own, "
+            f"{alpha}: the most that the probability of any wrong verdict can be over all {count} interactions, the "
+            "direction included (Holm's correction). A seed in which both losses are infinite counts against both."
+        )
+    if count := len(trends_in(results)):
+        lines.append(
+            "Trend: whether the loss falls with the number of training samples. For each seed: are there more pairs of "
+            "sizes in which it falls than in which it rises? The sign test asks whether that is so in more than half "
+            f"of the seeds, with an alpha of {alpha} of its own over all {count} trends (Holm's correction)."
+        )
+    return lines
 
 
 def _target(results: Results) -> str:

@@ -15,8 +15,8 @@ from ..record.hparams import end, start, told
 
 # What the tab lists as hyper-parameters, in this order, where a row has it; what has a "/" in its name is a metric.
 _HPARAMS = (
-    "variant", "arm", "budget", "world_size", "seed", "global_batch_size", "learning_rate", "epochs", "steps",
-    "status", "config_sha256",
+    "variant", "arm", "budget", "world_size", "seed", "split_seed", "global_batch_size", "learning_rate", "epochs",
+    "steps", "status", "config_sha256",
 )  # fmt: skip
 
 # The tab shows a box to tick for each value that it is told of.

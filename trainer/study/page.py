@@ -18,6 +18,7 @@ from .album import figures_of
 from .arms import SEQUENTIAL, Place, Settings, title_of
 from .causes import cause_rows, cause_sentences
 from .definitions import definitions
+from .interaction import interaction_sentences
 from .judgement import FAILINGS, Comparison
 from .noise import scales_by_epoch
 from .prediction import search_times
@@ -37,7 +38,9 @@ from .sentences import (
 )
 from .sheet import document, shown_value, table
 from .to_target import target_sentences
+from .trend import trend_sentences
 from .tuning import at_edge
+from .variance import variance_sentences, variance_table
 
 
 def report(folders: Sequence[str], paper: str | None = None) -> int:
@@ -111,6 +114,9 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         *_listed("With which budget does weak scaling lose?", budget_sentences(results)),
         *_causes(results),
         *_listed("How many updates to the target?", target_sentences(results)),
+        *_listed("Does the loss fall with the number of training samples?", trend_sentences(results)),
+        *_listed("Does the loss depend on the variant?", interaction_sentences(results)),
+        *_listed("One split of the data, or many?", variance_sentences(results)),
         "<details><summary>Every verdict with its numbers</summary>",
         *(f"<p>{escape(line)}.</p>" for line in sequential_sentences(results)),
     ]
@@ -122,7 +128,7 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
         ]
         parts.append("</ul>")
     parts += ["</details>", *figures_of(results, folder), _searches(results), _trials_table(results)]
-    parts += [_comparison_table(results), _noise_table(results), _impossible(results)]
+    parts += [_comparison_table(results), variance_table(results), _noise_table(results), _impossible(results)]
     parts += [
         "<h2>Declared before the runs</h2><ul>",
         *(f"<li>{escape(d)}</li>" for d in definitions(results)),

@@ -20,6 +20,7 @@ from .album import metric_figure
 from .arms import SEQUENTIAL, Place, title_of
 from .causes import cause_sentences
 from .definitions import definitions
+from .interaction import interaction_sentences
 from .judgement import Comparison, Verdict
 from .results import Results
 from .sentences import (
@@ -34,6 +35,8 @@ from .sentences import (
 )
 from .sheet import document, shown_value
 from .to_target import target_sentences
+from .trend import trend_sentences
+from .variance import variance_sentences
 
 _QUESTION = (
     "Cunha, Rodrigues, Viana and Oliveira (2018, arXiv 1807.09161) argue that on small datasets weak scaling, which "
@@ -183,6 +186,7 @@ def _results_of(study: Results) -> Iterable[Block]:
         yield Block("p", [f"Difference of {study.study.metric} to the sequential run of the same seed, {what}:"])
         yield Block("table", ["arm", *(f"W = {W}" for W in sizes)], rows)
     more = [*size_sentences(study), *budget_sentences(study), *cause_sentences(study), *target_sentences(study)]
+    more += [*trend_sentences(study), *interaction_sentences(study), *variance_sentences(study)]
     more += [*search_sentences(study), *noise_sentences(study)]
     if more:
         yield Block("list", more)

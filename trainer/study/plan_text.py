@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from ..exact.plan import steps_per_epoch
 from ..record.console import table
-from .arms import COMPARED, WEAK, contrasted
-from .declaration import Plan
-from .inference import seeds_needed, smallest_p
+from .arms import COMPARED, WEAK, Place, contrasted
+from .declaration import Plan, Study
+from .inference import least_agreeing, seeds_needed, smallest_p
+from .interaction import pairs_of
 from .power import paired, power, seeds_for
+from .trend import families_of
 from .tuning import runs_of_search
 
 # What a study should at least be able to do.
@@ -25,7 +27,7 @@ def plan_text(plan: Plan) -> str:
         else:
             lines.append(f"strong, W = {W}: impossible, {answer}")
     lines += [f"{place}: impossible, {why}" for place, why in plan.impossible]
-    return "\n".join([*lines, *_runs(plan), *power_lines(plan)])
+    return "\n".join([*lines, *_runs(plan), *_repeats(plan), *power_lines(plan), *question_lines(plan)])
 
 
 def _table(plan: Plan) -> str:
@@ -68,6 +70,19 @@ def _runs(plan: Plan) -> list[str]:
     ]
 
 
+def _repeats(plan: Plan) -> list[str]:
+    """The splits, and the runs that tell what a split does."""
+    splits, seeds = plan.study.splits, plan.study.seeds
+    if splits is None:
+        return []
+    line = f"each judged run has a split of its own: split_seed {splits.first} to {splits.first + len(seeds) - 1}"
+    if not plan.repeats:
+        return [line]
+    more = len({repeat.id for repeat in plan.repeats} - {cell.id for cell in plan.cells})
+    count = len(plan.repeats) // splits.seeds
+    return [f"{line}; {more} more sequential runs give {count} of them {splits.seeds} seeds each"]
+
+
 def power_lines(plan: Plan) -> list[str]:
     """What the declared seeds can decide, in words: whether anything, and how likely that nothing lost is seen."""
     study, tests = plan.study, plan.comparisons()
@@ -106,3 +121,39 @@ def _power(plan: Plan, n: int, level: float) -> str:
     more = f"about {needed}" if needed else "more than 500 of them, or a larger margin,"
     end = "" if reached >= _WANTED else f"; {more} would make it {_WANTED:g}"
     return f"{begin} {reached:.2g} (normal runs, standard deviation {study.expected_deviation:g}){end}"
+
+
+def question_lines(plan: Plan) -> list[str]:
+    """What the seeds can decide of variants and of sizes, where a study asks."""
+    study, lines = plan.study, []
+    seeds: dict[Place, int] = {}
+    for cell in plan.cells:
+        seeds[cell.place] = seeds.get(cell.place, 0) + 1
+    sizes = {name: variant.samples for name, variant in plan.variants.items() if name in _size_names(study)}
+    pairs, families = pairs_of(seeds, study.variants), families_of(seeds, sizes) if study.dataset_sizes else {}
+    asked = (
+        ("interactions with variants", len(pairs), 2, pairs),
+        ("trends over the number of samples", len(families), 1, [place for of in families.values() for place in of]),
+    )
+    for what, tests, sides, places in asked:
+        for n in sorted({seeds[place] for place in places}, reverse=True):
+            level = study.alpha / (sides * tests)
+            agreeing = least_agreeing(n, level)
+            if agreeing is None:
+                lines.append(
+                    f"note: {n} seeds: none of {tests} {what} can be shown at alpha {study.alpha:g}; at least "
+                    f"{seeds_needed(level)} are needed"
+                )
+                continue
+            line = f"power: {tests} {what}: {agreeing} of {n} seeds that agree are enough for each"
+            if sides == 2 and study.expected_deviation is not None:
+                # Of four runs, if what a seed gives all of them has no effect.
+                deviation, larger = 2 * study.expected_deviation, 2 * study.margin
+                reached = power(n, level, larger, deviation)
+                line += f"; a loss that is {larger:g} larger is shown with probability {reached:.2g} (normal runs)"
+            lines.append(line)
+    return lines
+
+
+def _size_names(study: Study) -> list[str]:
+    return ["", *(f"{n:,} samples" for n in study.dataset_sizes)]

@@ -17,6 +17,7 @@ from .budgets import variant_of
 from .declaration import Study
 from .judgement import Comparison, Judgement, Outcome, Rules, judge
 from .prediction import speed_up
+from .splits import REPEATED, split_of
 from .timing import Timings, read_timings
 
 
@@ -60,6 +61,8 @@ class Results:
         study: the declaration in it.
         runs: id -> result.
         cells: those with a result, each with its id.
+        planned: place -> declared seeds, of all places that are compared with sequential runs.
+        repeats: the finished sequential runs of splits that have several seeds (see `splits`).
         searches: name -> trials and best settings, of searches that have ended.
         judgement: all numbers and verdicts.
         timings: of real ranks; None if there are none.
@@ -79,7 +82,7 @@ class Results:
         sequential: dict[Place, dict[int, Outcome]] = {}
         weak: dict[Place, dict[int, Outcome]] = {}
         self._declared_runs: set[str] = set()
-        planned: dict[Place, int] = {}
+        self.planned: dict[Place, int] = {}
         for cell in self.declared["cells"]:
             place, seed = place_of(cell), cell["seed"]
             name = f"{place} seed {seed}"
@@ -87,14 +90,18 @@ class Results:
             self._declared_runs.add(this or name)
             values = (weak if cell["arm"] in COMPARED else sequential).setdefault(place, {})
             if cell["arm"] in COMPARED:
-                planned[place] = planned.get(place, 0) + 1
+                self.planned[place] = self.planned.get(place, 0) + 1
             if this in self.runs:
                 self.cells.append({**cell, "id": this})
                 values[seed] = outcome_of(self.runs[this], self.study.metric)
+        self.repeats: list[dict[str, Any]] = [r for r in self.declared.get("repeats", []) if r["id"] in self.runs]
+        self._declared_runs |= {repeat["id"] for repeat in self.declared.get("repeats", [])}
         if not self.cells:
             raise UserError(f"{folder} holds no finished run yet.")
         weak = {place: values for place, values in weak.items() if values}
-        self.judgement: Judgement = judge(sequential, weak, self.study.rules, planned, more=len(contrasted(planned)))
+        self.judgement: Judgement = judge(
+            sequential, weak, self.study.rules, self.planned, more=len(contrasted(self.planned))
+        )
         self.timings: Timings | None = read_timings(folder)
 
     @property
@@ -174,17 +181,26 @@ def epochs_of(results: Results) -> dict[str, int]:
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
-    """One row for each cell that has a result: plain values, and the same keys in all rows."""
+    """One row for each cell that has a result, and for each repeat that is none: plain values, the same keys in all."""
     names = sorted({f"{s}/{m}" for run in results.runs.values() for s, ms in run["metrics"].items() for m in ms})
     kept = ["status", "global_batch_size", "micro_batch_size", "learning_rate", "samples", "epochs", "steps"]
     kept += ["exactness", "parameters_sha256", "started_at_s", "wall_time_s", "step_time_s", "samples_per_s"]
     kept += ["code_sha256", "device_model"]
     rows = []
-    for cell in results.cells:
+    study, known = results.study, {cell["id"] for cell in results.cells}
+    # They have an arm of their own, so that nobody takes them for judged runs.
+    more: list[dict[str, Any]] = [
+        {"variant": "", "arm": REPEATED, "budget": "epochs", "world_size": 1} | repeat
+        for repeat in results.repeats
+        if repeat["id"] not in known
+    ]
+    cells = [{**cell, "split": split_of(study.splits, study.seeds, cell["seed"])} for cell in results.cells]
+    for cell in cells + more:
         run = results.runs[cell["id"]]
         facts = {f"version_{name}": run["facts"].get(name) for name in ("trainer", "python", "torch", "deepspeed")}
         noise = run.get("gradient_noise") or {}
-        row = {k: cell[k] for k in ("variant", "arm", "budget", "world_size", "seed")} | {"config_sha256": cell["id"]}
+        row = {k: cell[k] for k in ("variant", "arm", "budget", "world_size", "seed")}
+        row |= {"split_seed": cell["split"], "config_sha256": cell["id"]}
         row |= {k: run.get(k) for k in kept} | {"noise_scale_samples": noise.get("scale_samples")}
         rows.append(row | facts | {name: metric_of(run, name) for name in names})
     return rows

@@ -28,12 +28,14 @@ from ..wording import counted
 from .agenda import Agenda
 from .arms import WEAK
 from .budgets import work
-from .declaration import Cell, Plan, Study, Variant, expand, load_study
+from .cells import Cell
+from .declaration import Plan, Study, Variant, expand, load_study
 from .many_runs import begin, devices_for, duration, interruptible, locked
 from .plan_text import plan_text
 from .results import finished, metric_of
 from .sentences import verdicts
 from .slots import Slots
+from .splits import check_probes, on_split, splits_of
 
 
 class _Display:
@@ -80,7 +82,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
     try:
         with interruptible():
             slots.grow(1)
-            probe, variants = _probed(slots, variants)
+            probe, variants = _probed(slots, declared, variants)
             plan = expand(declared, variants)
             say(plan_text(plan), "")
             total = plan.runs()
@@ -115,16 +117,37 @@ def _check_packages(declared: Study) -> None:
         )
 
 
-def _probed(slots: Slots, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[Variant]]:
-    """What the data of the base are, and the variants with their samples. Raises UserError."""
+def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[Variant]]:
+    """What the data of the base are, and the variants with their samples. Raises UserError.
+
+    Where each judged run has a split of its own, every split is looked at, and the base's are those of the first run.
+    """
+    seen: dict[str, dict[str, Any]] = {}
+
+    def probe(config: Config, split: int | None) -> dict[str, Any]:
+        config = on_split(config, split)
+        trainer = config.trainer
+        key = to_json([trainer.task, trainer.task_options, trainer.train_samples])
+        if key not in seen:
+            slots.send(0, "probe", config)
+            (answer,) = slots.wait([0])
+            if answer[1] == "error" and split is not None and "split_seed" in answer[2]:
+                raise UserError(
+                    '"study.splits" gives each judged run another trainer.task_options.split_seed, which the task '
+                    f"{trainer.task} does not accept: {answer[2]}"
+                )
+            if answer[1] != "done":
+                raise UserError(answer[2]) if answer[1] == "error" else WorkerError(answer[2])
+            seen[key] = answer[2]
+        return seen[key]
+
     probes = []
     for variant in variants:
-        slots.send(0, "probe", variant.config)
-        (answer,) = slots.wait([0])
-        if answer[1] != "done":
-            raise UserError(answer[2]) if answer[1] == "error" else WorkerError(answer[2])
-        probes.append(answer[2])
-    known = [dataclasses.replace(v, samples=probe["samples"]["train"]) for v, probe in zip(variants, probes)]
+        by_split = {split: probe(variant.config, split) for split in splits_of(declared.splits, declared.seeds)}
+        if declared.splits is not None:
+            check_probes(by_split, declared.metric, variant.name)
+        probes.append(next(iter(by_split.values())))
+    known = [dataclasses.replace(v, samples=found["samples"]["train"]) for v, found in zip(variants, probes)]
     return probes[0], known
 
 
@@ -147,6 +170,7 @@ def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
         "cells": [dataclasses.asdict(cell) for cell in plan.cells],
         "searches": {name: dataclasses.asdict(search) for name, search in plan.searches.items()},
         "tuned": [[*dataclasses.astuple(place), seed, name] for (place, seed), name in plan.tuned.items()],
+        "repeats": [dataclasses.asdict(repeat) for repeat in plan.repeats],
         "impossible": [[str(place), why] for place, why in plan.impossible],
         "strong": plan.strong,
         "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
@@ -166,7 +190,8 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
     before = read_json(file)
     for part in ("study", "base", "data_sha256"):
         if before.get(part) != values[part]:
-            keys = [k for k in values[part] if (before.get(part) or {}).get(k) != values[part][k]]
+            was = before.get(part) or {}
+            keys = [k for k in values[part] if k not in was or was[k] != values[part][k]]
             raise UserError(
                 f"{folder} holds a study with another declaration: {part} differs in {', '.join(keys)}.\n"
                 "What is judged, and how, is declared before the runs. Choose another study.output_dir."

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from .arms import CONTROLS, SEQUENTIAL, WEAK, Place, title_of
 from .causes import cause_headline, cause_sentences
+from .interaction import interaction_sentences
 from .judgement import Comparison, Reference, Verdict
 from .noise import Scale, scales_by_epoch, whole_scale
 from .results import Results, epochs_of, sizes_of
 from .timing import check_bits
 from .to_target import target_sentences
+from .trend import trend_sentences
 from .tuning import at_edge
+from .variance import variance_sentences
 
 CLAIMS = {
     "loses": "does the typical run lose against its sequential run",
@@ -37,6 +40,7 @@ def verdicts(folder: Path) -> list[str]:
         lines.append(f"{what}: {CLAIMS[claim]}?")
         lines += [f"  W = {c.place.world_size}: {c.verdicts[claim]}. {c.sentences[claim]}" for c in comparisons]
     lines += cause_sentences(results) + search_sentences(results) + size_sentences(results) + budget_sentences(results)
+    lines += trend_sentences(results) + interaction_sentences(results) + variance_sentences(results)
     return lines + target_sentences(results) + noise_sentences(results)
 
 
