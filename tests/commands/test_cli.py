@@ -166,7 +166,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ),
         ("study s.json", ("study", "s.json", False, {})),
         ("study s.json --dry_run --set study.seeds=5", ("study", "s.json", True, {"study.seeds": 5})),
-        ("report folder", ("report", "folder")),
+        ("report folder", ("report", ["folder"], None)),
+        ("report one two --paper p.html", ("report", ["one", "two"], "p.html")),
     ],
 )
 def test_a_command_gets_what_was_said(called: list[tuple[Any, ...]], arguments: str, call: tuple[Any, ...]) -> None:

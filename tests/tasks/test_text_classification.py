@@ -269,7 +269,7 @@ def bad(tmp_path: Path, change: dict[int, dict[str, Any]]) -> str:
 def test_bad_data_is_refused(tmp_path: Path, data: str) -> None:
     with pytest.raises(UserError, match=r'1 value of the column "text" in train is missing \(row 4'):
         made(data=bad(tmp_path, {3: {"text": None}}))
-    with pytest.raises(UserError, match=r'2 values of the column "label" in train are missing \(rows 3, 5'):
+    with pytest.raises(UserError, match=r'2 values of the column "label" in train are missing \(rows 4, 6'):
         made(data=bad(tmp_path, {3: {"label": None}, 5: {"label": None}}))
     (tmp_path / "test.csv").write_text("text,label\na b,eggs\n")
     with pytest.raises(

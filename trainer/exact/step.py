@@ -173,7 +173,6 @@ class ExactStep:
                 self._compute_again(batch, audit, audit.other)
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
-
         self._foreign.begin()
         # ... the ranks exchange the nodes of the tree, and finish the sum ...
         with meetings:  # where a rank waits for others: a watching thread measures for how long
