@@ -175,7 +175,8 @@ def of_deepspeed(base: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # What the schema lets through: rules between keys.
 BETWEEN_KEYS = re.compile(
     "has no effect (at|with|without) |nothing to scale under strong scaling|names no metric|belongs to torch's"
-    "|knows no groups|is for a task of your own|counted from 0|needs a budget"
+    "|knows no groups|is for a task of your own|counted from 0|needs a budget|there is one split for each"
+    "|So few splits tell nothing"
 )
 
 
