@@ -22,13 +22,15 @@ from trainer.ranks.workers import WorkerError, run_ranks
 # Another rank: it makes its file in memory, and does what it is told. A child of its own outlives it.
 RANK = """
 import os, sys, time
-file = os.memfd_create("rank-1"); os.write(file, b"\\0")
+file = os.memfd_create("rank-1"); os.write(file, b"\\0\\0")
 if os.fork() == 0:
     os.close(1); time.sleep(2); os._exit(0)
 print(file, flush=True)
 for line in sys.stdin:
     if line == "leave\\n":
         os.pwrite(file, b"\\1", 0)
+    if line == "speak\\n":
+        os.pwrite(file, b"\\1", 1)
     if line == "end\\n":
         os._exit(1)
     print(line, flush=True)
@@ -157,3 +159,14 @@ def test_a_killed_rank_is_named_soon_whatever_the_others_do(tmp_path: Path) -> N
     (speaker,) = [file for file in (tmp_path / "0", tmp_path / "2") if file.read_text()]  # one of them says it
     assert speaker.read_text().startswith("\nerror: Rank 1 on ")
     assert speaker.stat().st_mtime - float((tmp_path / "1").read_text()) < 4.0  # 1.5 s, if the machine is not busy
+
+
+def test_what_a_rank_has_reported_is_known_after_its_end(monkeypatch: pytest.MonkeyPatch, other: Other) -> None:
+    near = seen(monkeypatch, other.said)
+    assert not near.spoken()
+    other.told("speak")
+    other.told("end")
+    assert ends(near.running())
+    assert near.spoken()
+    assert near.killed() == [1]  # it has not said that it leaves
+    near.close()

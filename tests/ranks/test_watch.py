@@ -75,9 +75,16 @@ class Near:
         self.dead: list[int] = []
         self.stopped_ranks: list[int] = []
         self.left = False
+        self.told = self.spoke = False
 
     def running(self) -> list[int]:
         return []
+
+    def speak(self) -> None:
+        self.spoke = True
+
+    def spoken(self) -> bool:
+        return self.told
 
     def killed(self) -> list[int]:
         return self.dead
@@ -431,6 +438,16 @@ def test_only_one_rank_says_it(run: Watched, capsys: pytest.CaptureFixture[str])
     run.heart.silent_ranks = [2]
     assert run.ended() == LostRankError.exit_code
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_comes_late_does_not_say_it_again(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a busy machine, the rank that said it may be gone by then, and with it its claim to report."""
+    run.near.told = True
+    run.watch()
+    run.heart.silent_ranks = [2]
+    assert run.ended() == LostRankError.exit_code
+    assert capsys.readouterr().err == ""
+    assert not run.near.spoke
 
 
 def test_a_loss_that_another_rank_tells_of(run: Watched, capsys: pytest.CaptureFixture[str]) -> None:

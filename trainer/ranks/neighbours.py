@@ -14,14 +14,15 @@ from pathlib import Path
 from .collectives import gather_objects
 from .place import Ranks
 
-_HERE, _LEFT = b"\0", b"\1"
+_HERE, _LEFT = b"\0", b"\1"  # the first byte of a rank's file
+_SPOKEN = b"\1"  # the second, once it has reported a lost rank
 
 
 class Neighbours:
     """Watches the processes of the ranks that are near. Collective: every rank makes one.
 
-    Each rank has a file in memory that holds one byte: whether it has left by itself. The others open it through /proc.
-    As long as one of them has it open, it outlives the rank.
+    Each rank has a file in memory that holds two bytes: whether it has left by itself, and whether it has told the user
+    that a rank is lost. The others open it through /proc. As long as one of them has it open, it outlives the rank.
 
     Where a process cannot be seen (another machine or container, no Linux or an old one), it is not watched, and only
     its silence tells that it is gone.
@@ -38,7 +39,7 @@ class Neighbours:
         if ranks.world_size > 1:
             with contextlib.suppress(OSError, AttributeError):  # Python lacks it where it was built for an old system
                 self._own = os.memfd_create(name)
-                os.write(self._own, _HERE)
+                os.write(self._own, _HERE + b"\0")
         for rank, (process, file, name_of_file) in enumerate(gather_objects((os.getpid(), self._own, name))):
             if rank != ranks.rank and file is not None:
                 with contextlib.suppress(OSError, AttributeError):
@@ -70,6 +71,15 @@ class Neighbours:
         """Says that this rank leaves by itself: the others need not wonder when its process ends."""
         if self._own is not None:
             os.pwrite(self._own, _LEFT, 0)
+
+    def speak(self) -> None:
+        """Says that this rank reports a lost rank to the user."""
+        if self._own is not None:
+            os.pwrite(self._own, _SPOKEN, 1)
+
+    def spoken(self) -> bool:
+        """Whether one of the others has reported a lost rank, even if its process has ended since."""
+        return any(os.pread(file, 1, 1) == _SPOKEN for _, file in self._seen.values())
 
     def close(self) -> None:
         """Stops watching."""

@@ -291,14 +291,18 @@ class Watch:
         error = LostRankError(sentence)
         # A rank that was stopped for a while finds that the others have left. They have already reported the reason.
         asleep = time.monotonic() - self._woke_at_s < 2 * self._timeout_s
+        # So has one that this rank comes too late to meet, on a busy machine.
+        silent = asleep or self._neighbours.spoken()
         try:
             # Told now, the others leave together with this rank, and do not report the ranks that left first.
             self._heartbeat.say_lost(sentence)
-            speaks = not asleep and self._heartbeat.first_to_report()
+            speaks = not silent and self._heartbeat.first_to_report()
             if speaks:
                 # A rank of this machine that can no longer reach the store asks here instead.
                 first_to_speak(self._ranks)
         except Exception:  # the store went down with its rank
-            speaks = not asleep and first_to_speak(self._ranks)
+            speaks = not silent and first_to_speak(self._ranks)
         error.speaks = speaks
+        if speaks:
+            self._neighbours.speak()
         return error
