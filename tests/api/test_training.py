@@ -368,7 +368,7 @@ def test_a_config_is_a_file_a_dictionary_or_a_config(tmp_path: Path) -> None:
             {"callbacks": [Hears(), 3]},
             "callbacks[1] is a int, which has none of the methods on_log, on_evaluation, on_end.",
         ),
-        ({"resume": "no_such_run"}, "--resume no_such_run: there is no checkpoint"),
+        ({"resume": "no_such_run"}, "--resume no_such_run: there is no such folder"),
     ],
 )
 def test_what_cannot_be_run_is_said_and_leaves_nothing(

@@ -84,13 +84,13 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
         ranks, config: of the run.
         singly: whether a convolution's weight has its gradient made one micro-batch at a time.
     """
-    from trainer.exact.packs import pack, packs
+    from trainer.exact.packs import packs, sites, together
 
     use_caches_beside(config)
     packs.TRIALS = 1
     packs.difference = lambda *_: None
-    pack.Pack._is_alone = lambda *_: False  # type: ignore[method-assign]
-    pack.Pack.holds = lambda *_: True  # type: ignore[method-assign]
+    together.Together._is_alone = lambda *_: False  # type: ignore[method-assign]
+    sites.Sites.holds = lambda *_: True  # type: ignore[method-assign]
     with PretendedGpu(1) as gpu:
         pieces, step = jobs.built(ranks, config)
         size, engine = config.trainer.pack, pieces.engine
@@ -99,7 +99,7 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
         step.packs = packs.Packs(
             step.micro_batches, engine.parameters, engine.model, step.statistics, pieces.device, size, 1000
         )
-        step.packs._sites = _Chosen(last=singly)
+        step.packs._findings.sites = _Chosen(last=singly)
         batch = pieces.batches.at(0)
         for number in (0, 1):  # the first step has more to do
             gpu.reset()

@@ -163,10 +163,11 @@ def test_a_killed_rank_is_named_soon_whatever_the_others_do(tmp_path: Path) -> N
 
 def test_what_a_rank_has_reported_is_known_after_its_end(monkeypatch: pytest.MonkeyPatch, other: Other) -> None:
     near = seen(monkeypatch, other.said)
+    running = near.running()
     assert not near.spoken()
     other.told("speak")
     other.told("end")
-    assert ends(near.running())
+    assert ends(running)
     assert near.spoken()
     assert near.killed() == [1]  # it has not said that it leaves
     near.close()
