@@ -124,17 +124,18 @@ def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple
     """
     seen: dict[str, dict[str, Any]] = {}
 
-    def probe(config: Config, split: int | None) -> dict[str, Any]:
-        config = on_split(config, split)
+    def probe(base: Config, split: int | None) -> dict[str, Any]:
+        config = on_split(base, split)
         trainer = config.trainer
         key = to_json([trainer.task, trainer.task_options, trainer.train_samples])
         if key not in seen:
             slots.send(0, "probe", config)
             (answer,) = slots.wait([0])
-            if answer[1] == "error" and split is not None and "split_seed" in answer[2]:
+            if answer[1] == "error" and split is not None:
+                probe(base, None)  # raises what has nothing to do with the split
                 raise UserError(
-                    '"study.splits" gives each judged run another trainer.task_options.split_seed, which the task '
-                    f"{trainer.task} does not accept: {answer[2]}"
+                    f'"study.splits" gives a judged run trainer.task_options.split_seed {split}. With it the task '
+                    f"{trainer.task} says: {answer[2]}"
                 )
             if answer[1] != "done":
                 raise UserError(answer[2]) if answer[1] == "error" else WorkerError(answer[2])
