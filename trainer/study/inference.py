@@ -150,3 +150,19 @@ def _student(level: float, freedom: int) -> float:
     from scipy import stats
 
     return float(stats.t.ppf(level, freedom))
+
+
+def undecidable(seeds: int, missing: int, level: float, what: str) -> str:
+    """Why sign tests of so many seeds can decide nothing, whatever they say; "" if they can.
+
+    Args:
+        seeds: those that are there.
+        missing: declared seeds that are not.
+        level: of one test.
+        what: is to be decided, as in "one of 12 trends".
+    """
+    if missing > 0:
+        return f"{missing} of the declared seeds {'is' if missing == 1 else 'are'} missing"
+    if smallest_p(seeds) > level:
+        return f"{seeds} seeds cannot decide {what}; at least {seeds_needed(level)} are needed"
+    return ""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .arms import WEAK, Place, title_of
-from .inference import holm, median_bounds, middle, seeds_needed, sign_test, smallest_p
+from .inference import holm, median_bounds, middle, sign_test, undecidable
 from .judgement import DIGITS, Comparison, Judgement, Rules
 from .results import Results
 
@@ -107,16 +107,9 @@ def _concluded(
 ) -> Interaction:
     base = replace(place, variant="")
     missing = min(planned[place], planned[base]) - len(differences)
-    level, unable = rules.alpha / (2 * tests), ""
     failed = [known[p].search_failed for p in (place, base) if p in known and known[p].search_failed]
-    if missing > 0:
-        unable = f"{missing} of the declared seeds {'is' if missing == 1 else 'are'} missing"
-    elif smallest_p(len(differences)) > level:
-        unable = (
-            f"{len(differences)} seeds cannot decide one of {tests} interactions; at least {seeds_needed(level)} are "
-            "needed"
-        )
-    elif failed:
+    unable = undecidable(len(differences), missing, rules.alpha / (2 * tests), f"one of {tests} interactions")
+    if failed and not unable:
         unable = f"a search failed, so a loss says nothing of the batch: {failed[0]}"
     verdict: Verdict = "not shown"
     if not unable and min(larger, smaller) <= rules.alpha:

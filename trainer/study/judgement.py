@@ -33,9 +33,8 @@ from .inference import (
     prediction_bound,
     rate_at_most,
     rate_interval,
-    seeds_needed,
     sign_test,
-    smallest_p,
+    undecidable,
 )
 
 Verdict = Literal["material loss", "small loss", "ruled out", "undecided", "more often", "not shown"]
@@ -332,15 +331,9 @@ def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rul
 
 def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str, reference_failed: str) -> None:
     """Fills in verdicts and sentences; the last two arguments say by what the searches are beaten, if they are."""
-    n = len(c.losses)
-    unable = ""
-    if missing > 0:
-        unable = f"not enough evidence: {missing} of the declared seeds {'is' if missing == 1 else 'are'} missing"
-    elif smallest_p(n) > rules.alpha / tests:
-        unable = (
-            f"not enough evidence: {n} seeds cannot decide one of {tests} comparisons; at least "
-            f"{seeds_needed(rules.alpha / tests)} are needed"
-        )
+    unable = undecidable(len(c.losses), missing, rules.alpha / tests, f"one of {tests} comparisons")
+    if unable:
+        unable = f"not enough evidence: {unable}"
     c.missing, c.unable = missing, unable
     verdict: Verdict = "undecided"
     verdict, why = (verdict, unable) if unable else _verdict(c, rules)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .arms import WEAK, Place, title_of
-from .inference import holm, rate_interval, seeds_needed, sign_test, smallest_p
+from .inference import holm, rate_interval, sign_test, undecidable
 from .interaction import losses_of
 from .judgement import Comparison, Judgement
 from .results import Results, sizes_of
@@ -79,16 +79,11 @@ def trends(judged: Judgement, sizes: Mapping[str, int], planned: Mapping[Place, 
     found = []
     for (base, of), by_seed, p in zip(families.items(), scores, adjusted):
         missing = min(planned[place] for place in of) - len(by_seed)
-        level, unable = judged.rules.alpha / len(families), ""
         failed = [known[place].search_failed for place in of if place in known and known[place].search_failed]
-        if missing > 0:
-            unable = f"{missing} of the declared seeds {'is' if missing == 1 else 'are'} missing"
-        elif smallest_p(len(by_seed)) > level:
-            unable = (
-                f"{len(by_seed)} seeds cannot decide one of {len(families)} trends; at least {seeds_needed(level)} are "
-                "needed"
-            )
-        elif failed:
+        unable = undecidable(
+            len(by_seed), missing, judged.rules.alpha / len(families), f"one of {len(families)} trends"
+        )
+        if failed and not unable:
             unable = f"a search failed, so a loss says nothing of the batch: {failed[0]}"
         verdict: Verdict = "falls" if not unable and p <= judged.rules.alpha else "not shown"
         found.append(Trend(base, [sizes[place.variant] for place in of], by_seed, verdict, p, unable))
