@@ -48,7 +48,7 @@ OPERATION = {
     "trainer.checkpoint.every_steps": 0,
     "trainer.exactness": "bitwise",
 }
-_SYNCHRONISED = "synchronised_batch_norm"
+SYNCHRONISED = "synchronised_batch_norm"
 
 
 @dataclass(frozen=True)
@@ -264,13 +264,13 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     for name, change in changes.items():
         own, source = copy.deepcopy(values), f'{path}: study.variants "{name}"' if name else path
         for key, value in change.items():
-            if key != _SYNCHRONISED:
+            if key != SYNCHRONISED:
                 lay_over(own, key, value)
         config = check_base(own, source)
         check_base_splits(study.splits, config, source)
         for key, value in OPERATION.items():
             lay_over(own, key, value)
-        variants.append(Variant(name, own, config, bool(change.get(_SYNCHRONISED, False))))
+        variants.append(Variant(name, own, config, bool(change.get(SYNCHRONISED, False))))
     return study, variants
 
 
@@ -306,10 +306,10 @@ def _checked(block: Mapping[str, Any]) -> Study:
         if not name or not isinstance(change, dict) or not change:
             raise UserError(
                 f'"study.variants" holds {name!r}: {change!r}. It must be a name and a block of dotted config keys, '
-                f'such as {{"trainer.task_options.model": "cnn"}}, or "{_SYNCHRONISED}": true.'
+                f'such as {{"trainer.task_options.model": "cnn"}}, or "{SYNCHRONISED}": true.'
             )
-        if not isinstance(change.get(_SYNCHRONISED, False), bool):
-            raise UserError(f'"study.variants.{name}.{_SYNCHRONISED}" must be true or false.')
+        if not isinstance(change.get(SYNCHRONISED, False), bool):
+            raise UserError(f'"study.variants.{name}.{SYNCHRONISED}" must be true or false.')
     check_splits(study.splits, study.seeds)
     if max(study.seeds) >= FIRST_SEED:
         raise UserError(f'"study.seeds" holds {max(study.seeds)}. Seeds from {FIRST_SEED} on belong to searches.')

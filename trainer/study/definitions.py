@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arms import EQUAL_UPDATES
+from .declaration import SYNCHRONISED
 from .interaction import interactions_in
 from .results import Results, epochs_of
 from .sentences import listed
@@ -39,15 +40,37 @@ def definitions(results: Results) -> list[str]:
         "and for convergence, by Holm's correction. Intervals of a metric and of a rate are not corrected, and have "
         f"level {1 - rules.alpha:g}.",
         *_questions(results),
-        "The rules: linear (Goyal et al. 2017), square root (Hoffer et al. 2017) of the learning rate alone, and with "
-        "Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from the base "
-        "config's rate, so a loss is that of the rule, not of the batch.",
+        *_rules(results),
         *_tuning(results),
         *_budgets(results),
-        "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant steps "
-        "as the sequential run makes steps. With equal epochs this stopping rule, which is a part of it, is off.",
+        *_variants(results),
+    ]
+
+
+def _rules(results: Results) -> list[str]:
+    """Of the arms that the study has, and of no others."""
+    arms, lines = results.study.arms, list[str]()
+    if any(arm.startswith(("weak_linear", "weak_sqrt")) for arm in arms):
+        lines.append(
+            "The rules: linear (Goyal et al. 2017), square root (Hoffer et al. 2017) of the learning rate alone, and "
+            "with Adam's betas and eps as well (Malladi et al. 2022); weight decay is never scaled. They start from "
+            "the base config's rate, so a loss is that of the rule, not of the batch."
+        )
+    if "weak_adascale" in arms:
+        lines.append(
+            "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant "
+            "steps as the sequential run makes steps. With equal epochs this stopping rule, which is a part of it, is "
+            "off."
+        )
+    return lines
+
+
+def _variants(results: Results) -> list[str]:
+    if not any(SYNCHRONISED in changes for changes in results.study.variants.values()):
+        return []
+    return [
         "synchronised_batch_norm: one micro-batch is as large as those of all ranks together. Its statistics are what "
-        "synchronised BatchNorm would compute, up to rounding.",
+        "synchronised BatchNorm would compute, up to rounding."
     ]
 
 
@@ -125,21 +148,28 @@ def _budgets(results: Results) -> list[str]:
 
 
 def _tuning(results: Results) -> list[str]:
+    """How settings are searched, if any arm's are."""
     tuning = results.study.tuning
+    if not results.declared["searches"]:
+        return []
     extra = [f"warm-ups of {_numbers(tuning.warmup_epochs)} epochs"] if tuning.warmup_epochs else []
     extra += [f"momenta of {_numbers(tuning.momentum)}"] if tuning.momentum else []
-    return [
+    lines = [
         f"Tuned arms (Shallue et al. 2019): {tuning.searches} independent searches for each W and for the sequential "
         "runs, each for one judged run. A search tries rates within a factor of "
         f"{tuning.spread:g} around a centre, at most a factor of {tuning.spacing:g} apart and moved at random"
         + (f", with {' and '.join(extra)}" if extra else "")
         + f"; one of {tuning.reduction} settings gets the next seed, up to {tuning.seeds} seeds. "
         f"{results.study.tuning_metric} decides. A tuned arm that is beaten by a rule with the base's rate is a failed "
-        f"search, and its loss no verdict (beaten: by the sign test at {results.rules.alpha:g}).",
-        "LARS (You et al. 2017) with the linear rule and LAMB (You et al. 2020) with the square-root rule, both with "
-        "warm-up over 5 epochs, are compared with sequential runs of their own. Their settings are searched with the "
-        "batch of one rank, like those of these sequential runs.",
+        f"search, and its loss no verdict (beaten: by the sign test at {results.rules.alpha:g})."
     ]
+    if {"weak_lars", "weak_lamb"} & set(results.study.arms):
+        lines.append(
+            "LARS (You et al. 2017) with the linear rule and LAMB (You et al. 2020) with the square-root rule, both "
+            "with warm-up over 5 epochs, are compared with sequential runs of their own. Their settings are searched "
+            "with the batch of one rank, like those of these sequential runs."
+        )
+    return lines
 
 
 def _numbers(numbers: list[float]) -> str:
