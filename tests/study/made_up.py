@@ -17,8 +17,10 @@ SHIPPED = ROOT / "ds_configs" / "study.json"
 
 
 def write(folder: Path, study: dict[str, Any] | None = None, **trainer: Any) -> Path:
+    """A study of the digits; without `arms` of all arms."""
     values = json.loads(SHIPPED.read_text())
-    values["study"] |= {"output_dir": str(folder / "study"), "splits": None, **(study or {})}
+    of_its_own = {"output_dir": str(folder / "study"), "splits": None, "tuning": {"searches": 14}}
+    values["study"] = {k: v for k, v in values["study"].items() if k != "arms"} | of_its_own | (study or {})
     values["trainer"] |= trainer
     path = folder / "study.json"
     path.write_text(json.dumps(values))

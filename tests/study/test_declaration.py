@@ -17,11 +17,13 @@ from trainer.study.arms import SEQUENTIAL, SEQUENTIALS, WEAK
 from trainer.study.declaration import load_study
 
 
-def test_the_shipped_study() -> None:
+def test_the_shipped_studies_of_the_digits() -> None:
     study, plan = planned(SHIPPED)
+    _, searched = planned(ROOT / "ds_configs" / "study_tuned.json")
     assert len(study.seeds) >= 10
     assert max(study.world_sizes) == 32
-    assert {c.arm for c in plan.cells} == {*SEQUENTIALS, *WEAK}  # controls have to be asked for
+    assert {c.arm for c in [*plan.cells, *searched.cells]} == {*SEQUENTIALS, *WEAK}  # controls have to be asked for
+    assert all(c.id for c in plan.cells)  # no searches, which take hours
     assert 2.0 ** -len(study.seeds) * plan.comparisons() <= study.alpha  # a verdict is possible
     assert [str(place) for place, _ in plan.impossible if place.budget == "epochs"] == [
         "weak_sqrt_adam, W = 16", "weak_sqrt_adam, W = 32",
