@@ -243,11 +243,11 @@ def _own_threats(studies: Sequence[Results]) -> list[str]:
 
 
 def _cost(studies: Sequence[Results]) -> str:
-    runs = {name: run for study in studies for name, run in study.runs.items()}
-    hours = math.fsum(run["wall_time_s"] or 0.0 for run in runs.values()) / 3600
-    models = sorted({str(run["device_model"]) for run in runs.values()})
+    runs = [run for study in studies for run in study.runs.values()]
+    hours = math.fsum(run["wall_time_s"] or 0.0 for run in runs) / 3600
+    models = sorted({str(run["device_model"]) for run in runs})
     return (
-        f"{len(runs):,} runs, {shown_value(hours)} hours of runs on one rank each, on {' and '.join(models)}. A study "
+        f"{len(runs):,} runs, {hours:,.1f} hours of runs on one rank each, on {' and '.join(models)}. A study "
         "that is interrupted goes on where it was."
     )
 
