@@ -112,11 +112,15 @@ def test_why_a_metric_is_not_there_is_said() -> None:
 
 
 def test_whether_more_or_less_is_better_is_asked_where_it_is_not_known() -> None:
-    """Of the loss and of the task's own metric it is."""
-    with pytest.raises(UserError, match=r'"trainer\.best\.mode" is needed: is a low or a high f1 better\?'):
-        best_of(metric="f1").check({"f1": 0.5, "loss": 1.0})
-    for known in (best_of(metric="f1", mode="max"), best_of(metric="loss"), best_of(metric="error")):
-        known.check({"f1": 0.5, "error": 0.5, "loss": 1.0})
+    """Of the task's own metric it is known, and of usual names."""
+    with pytest.raises(UserError, match=r'"trainer\.best\.mode" is needed: is a low or a high score better\?'):
+        best_of(metric="score").check({"score": 0.5, "loss": 1.0})
+    for known in (best_of(metric="score", mode="max"), best_of(metric="loss"), best_of(metric="error")):
+        known.check({"score": 0.5, "error": 0.5, "loss": 1.0})
+    for name, mode in (("accuracy", "max"), ("rmse", "min")):
+        usual = best_of(metric=name)
+        usual.check({name: 0.5, "loss": 1.0})
+        assert usual.mode == mode
 
 
 def test_a_checkpoint_keeps_the_best_model_and_the_patience() -> None:

@@ -41,6 +41,7 @@ def test_the_ready_search_is_a_search_and_a_config() -> None:
         ({"search.parameters": {LR: 0.1}}, "It must be a list of values, or a range"),
         ({"search.parameters": {"train_batch_size": {"low": 4, "high": 32}}}, "is larger than train_batch_size (4)"),
         ({"search.parameters": {"trainer.seed": [1, 2]}}, "the best seed is luck"),
+        ({"search.parameters": {"trainer.world_size": [1, 2]}}, "the number of ranks is no key of a config"),
         ({"search.parameters": {"trainer.checkpoint.keep": [1, 2]}}, "changes no bit of the model"),
         ({"search.parameters": {"trainer.task_options.split_seed": [1, 2]}}, "which samples are validated on"),
         ({"search.parameters": {"zero_optimization.stage": [0, 1]}, "trainer.exactness": "bitwise"}, "contradict"),

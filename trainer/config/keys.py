@@ -57,7 +57,9 @@ class BestOptions:
         "auto",
         "the metric on validation that chooses the model; auto is the task's own choice, null keeps the last model",
     )
-    mode: Literal["auto", "min", "max"] = option("auto", "whether a lower (min) or a higher (max) metric is better")
+    mode: Literal["auto", "min", "max"] = option(
+        "auto", "whether a lower (min) or a higher (max) metric is better; auto knows usual names, such as accuracy"
+    )
     patience_evaluations: int = option(
         0, "stop after this many validations without a better model; 0 for never", minimum=0
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..config.directions import DIRECTIONS
 from ..config.keys import Config
 from ..config.schema import near
 from ..errors import UserError
@@ -30,10 +31,10 @@ class BestModel:
         options = config.trainer.best
         name, mode = own_choice or ("loss", "min")
         self._guess_mode = False
-        if options.metric not in ("auto", None):
-            self._guess_mode = options.mode == "auto" and options.metric not in (name, "loss")
-            mode = mode if options.metric == name else "min"
+        if options.metric not in ("auto", None) and options.metric != name:
             name = str(options.metric)
+            self._guess_mode = options.mode == "auto" and name not in DIRECTIONS
+            mode = DIRECTIONS.get(name, "min")
         self.metric, self.mode = name, options.mode if options.mode != "auto" else mode
         self.step = 0
         self.value = math.nan

@@ -47,7 +47,9 @@ class Search:
     )
     output_dir: str | None = option(None, "the folder of this search; default: runs/search-<config>")
     metric: str = option("auto", "the metric on validation that decides; auto takes that of trainer.best")
-    mode: Literal["auto", "min", "max"] = option("auto", "whether a lower (min) or a higher (max) metric is better")
+    mode: Literal["auto", "min", "max"] = option(
+        "auto", "whether a lower (min) or a higher (max) metric is better; auto knows usual names, such as accuracy"
+    )
     trials: int | None = option(None, "how many configurations are tried", minimum=1)
     max_wall_time_s: float | None = option(
         None, "no trial begins after so many seconds, those of earlier calls counted", above=0

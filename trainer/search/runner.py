@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.directions import DIRECTIONS
 from ..config.schema import near, read_json
 from ..errors import Stopped, TrainerError, UserError
 from ..files import to_json, write_json
@@ -103,9 +104,9 @@ def _metric_of(plan: Plan, told: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         UserError: the task does not measure it, or nobody says whether low or high is better.
     """
-    name, mode = told["best_metric"] or ["loss", "min"]
+    name, mode = told["best_metric"] or ("loss", "min")
     kept = plan.base.trainer.best
-    known = {"loss": "min", name: mode}
+    known = {**DIRECTIONS, name: mode}
     if kept.metric not in ("auto", None):
         name = str(kept.metric)
         known |= {name: kept.mode} if kept.mode != "auto" else {}

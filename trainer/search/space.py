@@ -46,6 +46,10 @@ _REFUSED = {
         _OTHER_DATA,
     ),
     **dict.fromkeys((*OTHERS, SCHEMA_KEY), "it is no part of the config"),
+    **dict.fromkeys(
+        (f"{block}{name}" for block in ("", "trainer.") for name in ("ranks", "world_size", "world_sizes", "num_gpus")),
+        "the number of ranks is no key of a config: it is chosen at the start, and changes no bit of the model",
+    ),
 }  # fmt: skip
 # The most combinations, and values of one range, that are tried against the config's rules.
 _MOST_COMBINATIONS, _MOST_VALUES = 256, 200

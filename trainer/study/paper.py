@@ -33,7 +33,7 @@ from .sentences import (
     size_sentences,
     strong_sentences,
 )
-from .sheet import document, shown_value
+from .sheet import document
 from .to_target import target_sentences
 from .trend import trend_sentences
 from .variance import variance_sentences
