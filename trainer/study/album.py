@@ -60,11 +60,13 @@ def metric_figure(results: Results, variant: str, budget: str) -> tuple[Any, str
         own = results.judgement.references.get(Place(variant, arm, "epochs", 1))
         if own is not None and own.outcomes:
             series.append(Series(arm, [Point(1, own.centre, *own.interval)], arm))
+    most = max((W for W, answer in results.declared["strong"] if isinstance(answer, int)), default=0)
+    strong = f", and strong up to W = {most}" if most else ""
     figure = figures.over_world_sizes(
         f"{metric} over W, {what}",
         metric,
         series,
-        Level(reference.centre, "sequential, and strong", *reference.interval),
+        Level(reference.centre, f"sequential{strong}", *reference.interval),
         Level(reference.target, "target"),
     )
     return (
