@@ -290,7 +290,7 @@ def compare(
     seeds = [seed for seed in outcomes if seed in reference.outcomes]
     pairs = [(_worst(reference.outcomes[s].metric, rules), _worst(outcomes[s].metric, rules)) for s in seeds]
     losses = [round(other - own, DIGITS) for other, own in pairs]  # -inf - -inf is nan: a pair that tells nothing
-    low, high = (-rules.sign * end for end in median_bounds(losses, rules.alpha / tests))
+    low, high = (0.0 - rules.sign * end for end in median_bounds(losses, rules.alpha / tests))
     collapsed = sum(own == -math.inf or loss >= rules.collapse for (_, own), loss in zip(pairs, losses))
     counts: dict[Failing, Count] = {}
     for failing in FAILINGS:
@@ -305,7 +305,7 @@ def compare(
         centre=centre,
         interval=interval,
         losses=losses,
-        difference=-rules.sign * middle(losses),
+        difference=0.0 - rules.sign * middle(losses),  # a loss of 0 is no -0
         difference_interval=(min(low, high), max(low, high)),
         not_finite=sum(o.metric is None for o in outcomes.values()),
         collapsed=collapsed,
@@ -377,9 +377,9 @@ def _numbers(c: Comparison) -> str:
     if math.isinf(c.difference):
         which = "run" if middle(c.losses) > 0 else "sequential run"
         return f"the typical {which} is not finite ({seeds})"
-    better = "lower" if c.difference < 0 else "higher"
+    amount = f"{abs(c.difference):.4f} {'lower' if c.difference < 0 else 'higher'}" if c.difference else "no difference"
     interval = f"interval {low:+.4f} to {high:+.4f}" if math.isfinite(low) or math.isfinite(high) else "no interval"
-    return f"{abs(c.difference):.4f} {better} in the typical run ({interval}, {seeds})"
+    return f"{amount} in the typical run ({interval}, {seeds})"
 
 
 def _collapses(c: Comparison, rules: Rules) -> str:
