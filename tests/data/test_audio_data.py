@@ -56,6 +56,7 @@ def test_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = found.splits["train"].select(np.array([1, 4])).mean_and_std()
     chosen = found.splits["train"].clip[[1, 4]].double()
     assert values == pytest.approx((float(chosen.mean()), float(chosen.std(correction=0))), abs=1e-3)
+    assert found.files is not None and found.files()["train"][4] == f"{folder}/train/up/1.flac"
     # Again, from the cache, without what decodes and computes.
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
     again = read(str(folder))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.data.audio_files import CLIPS, is_audio, named_files, with_paths
+from trainer.data.audio_files import CLIPS, is_audio, named_files
+from trainer.data.labelled_files import with_paths
 from trainer.data.table_files import Table
 
 

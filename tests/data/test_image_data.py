@@ -44,6 +44,23 @@ def test_class_folders(tmp_path: Path) -> None:
     assert found.notes == []
 
 
+def test_files_are_where_they_are_today(tmp_path: Path) -> None:
+    """Also if the cache was made where they were yesterday."""
+    folder = class_folders(tmp_path / "pets")
+    for name in ("pets", "moved"):
+        found = read_images(str(tmp_path / name))
+        assert found.files is not None
+        files = found.files()
+        assert files["test"][1] == f"{tmp_path}/{name}/test/cat/1.png"
+        for split, part in found.splits.items():
+            pixels = [np.array(Image.open(file)).transpose(2, 0, 1) for file in files[split]]
+            np.testing.assert_array_equal(part.image, pixels)
+        if name == "pets":
+            folder.rename(tmp_path / "moved")
+    np.savez(tmp_path / "a.npz", x=some_images(4, 5, 5, 3), y=[0, 1, 0, 1])
+    assert read_images(str(tmp_path / "a.npz")).files is None
+
+
 def test_parquet_and_save_to_disk_with_labels_as_strings(tmp_path: Path) -> None:
     import datasets
 

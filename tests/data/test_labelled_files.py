@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from trainer.data import sources
 from trainer.data.labelled_files import Contents, Kind, chosen, folder_of, to_predict
@@ -72,7 +73,13 @@ def test_prediction_takes_a_file_a_folder_or_a_table(tmp_path: Path) -> None:
     assert notes == ["1 file left out (no score): a.txt"]
     (tmp_path / "new.csv").write_text("path\n1.abc\n")
     kind, rows = to_predict(tmp_path / "new.csv", SCORES, None, notes)
-    assert (kind, list(rows)) == ("row", [(0, "1.abc")])
+    assert (kind, list(rows)) == ("file", [("1.abc", "1.abc")])
+    (folder / "metadata.csv").write_text("file_name,label\ndeep/2.abc,x\n")
+    kind, rows = to_predict(folder / "metadata.csv", SCORES, None, notes)
+    assert (kind, list(rows)) == ("file", [(f"{folder}/deep/2.abc",) * 2]), "names begin at the folder of metadata"
+    Dataset.from_dict({"score": [b"x"]}).to_parquet(str(tmp_path / "new.parquet"))
+    kind, rows = to_predict(tmp_path / "new.parquet", SCORES, None, notes)
+    assert (kind, list(rows)) == ("row", [(0, b"x")])
     scores(tmp_path / "empty", "a.txt")
     with pytest.raises(UserError, match=r"no scores in this folder \(\.abc\)"):
         to_predict(tmp_path / "empty", SCORES, None, notes)

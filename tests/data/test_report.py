@@ -17,6 +17,17 @@ def test_rows_and_columns() -> None:
     )
 
 
+def test_groups_are_named_where_they_are_few() -> None:
+    speakers = {"train": ["a", "a", "b"], "validation": ["c d"], "test": ["e", "e", "f"]}
+    rows = {name: len(own) for name, own in speakers.items()}
+    assert report.rows_line(rows, ["train", "test"], "clip", groups=report.Groups("speaker", speakers)) == (
+        "7 clips: train 3 (speaker: 2 groups), validation 1 (held out of train; speaker: c d), test 3 (speaker: e, f)"
+    )
+    many = report.Groups("patient", {"train": range(9), "validation": [9], "test": range(10, 16)})
+    assert [many.said(name) for name in many.of] == ["patient: 9 groups", "patient: 1 group", "patient: 6 groups"]
+    assert report.Groups("patient", {"train": None}).said("train") == report.NO_GROUPS.said("train") == ""
+
+
 def test_classes_are_counted_in_every_split() -> None:
     labels = {"train": [0, 0, 1], "test": [1]}
     assert report.classes_line(["cat", "dog"], labels) == "2 classes (train + test): cat 2 + 0, dog 1 + 1"

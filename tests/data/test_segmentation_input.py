@@ -28,6 +28,18 @@ def test_images_are_resized_and_masks_have_their_own_size(tmp_path: Path) -> Non
         assert mask.size == (20, 10) and np.unique(np.array(mask)).tolist() == [255]
 
 
+def test_a_folder_as_training_takes_it_has_no_masks_to_predict_on(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 7).save(tmp_path / "train" / name / "0.png")
+    notes: list[str] = []
+    _, found = inputs(tmp_path, 1, (8, 8), notes)
+    assert [name for name, _, _ in found] == [str(tmp_path / "train" / "images" / "0.png")]
+    assert len(notes) == 1 and "images alone (train/images). 1 other file is left out" in notes[0]
+    _, found = inputs(tmp_path / "train" / "masks", 1, (8, 8), notes)
+    assert len(list(found)) == 1 and len(notes) == 1, "a folder that is named itself is predicted on"
+
+
 def test_volumes(tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", x=np.zeros((2, 4, 4, 4), np.float32))
     kind, found = inputs(tmp_path / "in.npz", 1, (4, 4, 4), [])

@@ -116,6 +116,14 @@ def test_train_keeps_the_rare_labels() -> None:
     assert targets.strata(np.array([0.5, 1.5])) is None
 
 
+def test_another_mark_may_stand_between_labels() -> None:
+    labels, wish = np.ones((1, 3)), Wish(SEVERAL, separator=";")
+    (note,) = targets.notes(["toxic|insult", "toxic|spam", "spam"], labels, wish)
+    assert note.startswith('2 of the 3 classes hold "|", such as \'toxic|insult\', and "label_separator" is ";".')
+    assert targets.notes(["toxic|insult", "toxic", "spam"], labels, wish) == []
+    assert targets.notes(["a|b", "c|d", "e|f"], labels, Wish(SEVERAL)) == [], "lists may hold any label"
+
+
 def test_one_label_each_is_perhaps_another_problem() -> None:
     hint = 'exactly one label. If that is no chance, leave "problem_type" out'
     assert hint in targets.said(["a", "b"], {"train": np.eye(2)})

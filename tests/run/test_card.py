@@ -124,7 +124,7 @@ def saved(folder: Path, name: str, options: dict[str, Any]) -> str:
 
 def run(text: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
-    (shown,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    *_, shown = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     exec(compile(shown, "card", "exec"), names)
     return names
 
@@ -187,6 +187,11 @@ def test_a_model_of_torch(tmp_path: Path, name: str, options: dict[str, Any]) ->
     text = saved(tmp_path, name, options)
     assert "library_name: pytorch\n" in text and "pipeline_tag" not in text
     assert ("task.splits()" in text) == (name != "digits")
+    # Digits can predict; the other task cannot.
+    model = tmp_path / "run" / "model"
+    first = f"python -m trainer predict --model {model} --input NEW_DATA --output predictions.csv\n"
+    assert [first in text, f'predict({str(model)!r}, "NEW_DATA")' in text] == [name == "digits"] * 2
+    assert text.find("trainer predict") < text.find("load_model")
     names = run(text)
     task = load_task(name, options)
     expected = task.model() if name != "digits" else names["model"]

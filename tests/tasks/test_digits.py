@@ -163,13 +163,18 @@ def test_predictions_come_in_order_whatever_the_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("1,2,3\n", "1 lines of 3 numbers. A digit is 64 from 0 to 16"),
-        (",".join(["17"] * 64), "1 lines of 64 numbers"),
-        (",".join(["-1"] * 64), "A digit is 64 from 0 to 16"),
-        (",".join(["nan"] * 64), "A digit is 64 from 0 to 16"),
-        (",".join(["a"] * 64), "cannot be read as lines of 64 numbers"),
-        ("1,2\n1,2,3\n", "cannot be read as lines of 64 numbers"),
-        (None, "cannot be read as lines of 64 numbers"),
+        ("1,2,3\n", "has 1 line of 3 numbers.\nEach line is one digit: 64 numbers from 0 to 16"),
+        (",".join(["0"] * 64) + "\n" + ",".join(["17"] * 64), "row 2 (row 1 is the first sample) has a number below 0"),
+        (",".join(["-1"] * 64), "has a number below 0 or above 16"),
+        (",".join(["nan"] * 64), "has a number below 0 or above 16"),
+        (
+            ",".join(["pixel_0_0"] * 64),
+            "line 1 holds 'pixel_0_0', which is no number. It looks like a header: remove it.\n",
+        ),
+        (",".join(["1"] * 64) + "\n" + ",".join(["a"] * 64), "line 2 holds 'a', which is no number.\nEach line"),
+        (",".join(["1"] * 64) + "\n1,2,3\n", "line 2 holds 3 numbers, not 64.\nEach line"),
+        ("", "has 0 lines"),
+        (None, "cannot be read: it is not there"),
     ],
 )
 def test_an_input_that_holds_no_digits(content: str | None, words: str, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..config import ready
 from ..config.schema import near, read_json
 from ..errors import UserError
 from ..tasks.first_look import BUILT_IN
+from .keys import all_keys
 
 # The ready config of a task that has another name.
 _OF_TASK = {"digits": "strong"}
@@ -40,12 +42,23 @@ def start(name: str | None, file: str | None, program: str) -> int:
     place = _schema_for(target)
     _write(target, source.read_text(encoding="utf-8").replace(f'"./{ready.SCHEMA}"', f'"{place}"', 1))
     trainer = read_json(target)["trainer"]
-    data = trainer["task_options"].get("data")
-    change = f' Set "data" in it to yours (it is "{data}").' if isinstance(data, str) else ""
+    change = _change(trainer)
     print(f"Wrote {target}.{change} `{program} keys {trainer['task']}` explains the task's options.")
     print(f"Then `{program} plan --ds_config {target}` shows what would run,")
     print(f"and `{program} train --ds_config {target}` runs it.")
     return 0
+
+
+def _change(trainer: dict[str, Any]) -> str:
+    """What to change in a config before its first run; nothing where its data are there without a user's doing."""
+    data = trainer["task_options"].get("data")
+    own = f"task {trainer['task']}"
+    if not isinstance(data, str) or any(
+        key.name == "trainer.task_options.data" and key.only == own and key.schema.get("default") == data
+        for key in all_keys()
+    ):
+        return ""
+    return f' Set "data" in it to yours (it is "{data}").'
 
 
 def _schema_for(target: Path) -> str:

@@ -21,12 +21,12 @@ from .audio_files import CLIPS
 from .cache import cached, hash_files
 from .feature_extractors import Extractor
 from .labelled import Labelled, LabelledSplit, Source
-from .labelled_files import folder_of
+from .labelled_files import folder_of, with_paths
 from .reading import read_each
 from .table_files import Table
 
 # Increase it when the same content is read in another way.
-_VERSION = 1
+_VERSION = 2
 # What features depend on. Some extractors compute in another way where torchaudio is there.
 _PACKAGES = ("datasets", "numpy", "scipy", "soundfile", "torch", "torchaudio", "transformers")
 
@@ -119,16 +119,23 @@ def read_clips(
         "reading": _VERSION,
     }
 
-    def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        splits = loaded or _with_paths(read(), data, columns)
+    def parts_of(splits: dict[str, Table]) -> tuple[dict[str, Source], list[str]]:
         label_columns = labelled.label_columns(splits["train"], data, wish, CLIPS)
         column = labelled.file_column(splits["train"], columns.audio_column, CLIPS)
         parts = labelled.table_sources(splits, CLIPS, column, None, label_columns, columns.group_column, wish)
+        return parts, label_columns
+
+    def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        splits = loaded or _with_paths(read(), data, columns)
+        parts, label_columns = parts_of(splits)
         declared = targets.declared_names(splits["train"], label_columns, wish)
         return _computed(parts, front, seconds, wish, declared, label_columns, tables.notes_of(splits))
 
     arrays, facts = cached("audio", key, build)
-    return labelled.from_cache(AudioSplit, arrays, facts), fitted(front, facts["samples"])
+    found = labelled.from_cache(
+        AudioSplit, arrays, facts, lambda: parts_of(loaded or _with_paths(read(), data, columns))[0]
+    )
+    return found, fitted(front, facts["samples"])
 
 
 def fitted(front: FrontEnd, samples: int) -> FrontEnd:
@@ -155,7 +162,7 @@ def _with_paths(splits: Mapping[str, Table], data: sources.Data, columns: Column
     for split, table in splits.items():
         given = columns.audio_folder or (data if isinstance(data, str) else data.get(split, ""))
         base = Path(given).expanduser() if columns.audio_folder else audio_files.base_of(given)
-        result[split] = audio_files.with_paths(table, column, base) if column in table.columns else table
+        result[split] = with_paths(table, column, base) if column in table.columns else table
         own = result[split].columns.get(column)
         # Paths stand in a list; an array of pyarrow holds files themselves.
         paths = Counter(value for value in own if isinstance(value, str)) if isinstance(own, list) else Counter()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from . import sources, tables
+from . import sources
 from .audio import OTHERS, SUFFIXES
 from .labelled_files import Kind
 from .table_files import Table
@@ -27,20 +26,6 @@ def base_of(part: str) -> Path:
     """The folder that names in a table are relative to: that of the table."""
     path = Path(part).expanduser()
     return path.parent if path.is_file() else path
-
-
-def with_paths(table: Table, column: str, base: Path) -> Table:
-    """A table whose column of names holds paths that can be opened. Other columns of files are left as they are."""
-    if column in table.images:  # paths of a folder, or files that the table holds
-        return table
-    if not isinstance(next(iter(table.values(column, 0, 1)), None), str):
-        return table
-    values = tables.values_of(table, column, "the data")
-    # os.path.join: an absolute name stays as it is.
-    paths = [
-        os.path.normpath(os.path.join(base, value)) if isinstance(value, str) and value else value for value in values
-    ]
-    return replace(table, columns={**table.columns, column: paths})
 
 
 def named_files(splits: Mapping[str, Table], column: str, data: sources.Data) -> list[Path]:

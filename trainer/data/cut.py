@@ -34,6 +34,8 @@ class Cut:
         groups: of each sample, if there are any.
         fold_of: (samples,) int64, the fold in which each sample is tested.
         rows: split -> (n,) sorted int64, the places of its samples among all of them. Empty before the call.
+        files: the file of each sample, for the table of predictions. Who calls the cut sets it, where samples are
+            files; else None.
     """
 
     def __init__(self, options: FoldOptions) -> None:
@@ -42,6 +44,7 @@ class Cut:
         self.groups: Sequence[Any] | None = None
         self.fold_of: NDArray[np.int64] = np.zeros(0, np.int64)
         self.rows: dict[str, NDArray[np.int64]] = {}
+        self.files: Sequence[str] | None = None
 
     def chosen(self, splits: Mapping[str, Part]) -> dict[str, Part]:
         """Those of the data's splits that are put together, in the order in which their samples are numbered.

@@ -24,7 +24,7 @@ from .labelled import Labelled, LabelledSplit, Source
 from .labelled_files import folder_of
 
 # Increase it when the same content is read in another way.
-_VERSION = 5
+_VERSION = 6
 _ONE_CLASS = targets.Wish()
 
 
@@ -96,20 +96,24 @@ def read_images(
         "reading": _VERSION,
     }
 
-    def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if isinstance(data, str) and arrays_file:
-            parts = _npz_sources(Path(data).expanduser(), wish)
-            return _decoded(parts, wish, None, ["y"], channels, size, [])
-        splits = found or read()
+    def parts_of(splits: dict[str, tables.Table]) -> tuple[dict[str, Source], list[str]]:
         label_columns = labelled.label_columns(splits["train"], data, wish, IMAGES)
         column = labelled.file_column(splits["train"], image_column, IMAGES)
         roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]
         folders = [Path(os.path.abspath(Path(root).expanduser())) for root in roots]
         parts = labelled.table_sources(splits, IMAGES, column, folders, label_columns, group_column, wish)
+        return parts, label_columns
+
+    def build() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if isinstance(data, str) and arrays_file:
+            parts = _npz_sources(Path(data).expanduser(), wish)
+            return _decoded(parts, wish, None, ["y"], channels, size, [])
+        splits = found or read()
+        parts, label_columns = parts_of(splits)
         declared = targets.declared_names(splits["train"], label_columns, wish)
         return _decoded(parts, wish, declared, label_columns, channels, size, tables.notes_of(splits))
 
-    return labelled.from_cache(ImageSplit, *cached("images", key, build))
+    return labelled.from_cache(ImageSplit, *cached("images", key, build), lambda: parts_of(found or read())[0])
 
 
 def _npz_sources(path: Path, wish: targets.Wish) -> dict[str, Source]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -65,6 +65,7 @@ class Labelled(Generic[Part]):
         first: the name of the first sample of train, and its class.
         groups: split -> the group of each sample, where a column of groups is named.
         label_columns: the columns that the labels come from.
+        files: finds the file of each sample, split by split; None where samples are no files.
     """
 
     splits: dict[str, Part]
@@ -73,9 +74,10 @@ class Labelled(Generic[Part]):
     first: tuple[str, str]
     groups: dict[str, list[Any]]
     label_columns: list[str]
+    files: Callable[[], dict[str, list[str]]] | None = None
 
-    def cut(self, cut: Cut | None, fractions: Mapping[str, float], seed: int) -> dict[str, Part]:
-        """The splits in order, with parts of train as those that the data lacks; or those of a fold.
+    def cut(self, cut: Cut | None, fractions: Mapping[str, float], seed: int) -> Labelled[Part]:
+        """The same with its splits in order, and parts of train as those that it lacks; or with those of a fold.
 
         Args:
             cut: of a fold; None in an ordinary run.
@@ -92,10 +94,11 @@ class Labelled(Generic[Part]):
         strata = targets.strata(train.label.numpy())
         chosen = held_out.held_out(len(train.label), wanted, seed, strata, self.groups.get("train"))
         if list(chosen) == ["train"]:
-            return self.splits
-        return sources.in_order(self.splits | {name: train.select(rows) for name, rows in chosen.items()})
+            return self
+        splits = sources.in_order(self.splits | {name: train.select(rows) for name, rows in chosen.items()})
+        return replace(self, splits=splits, groups=self.groups | tables.parted(self.groups.get("train"), chosen))
 
-    def _in_fold(self, cut: Cut) -> dict[str, Part]:
+    def _in_fold(self, cut: Cut) -> Labelled[Part]:
         chosen = cut.chosen(self.splits)
         first, *_ = parts = list(chosen.values())
         whole = replace(first, **{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(first)})
@@ -104,7 +107,11 @@ class Labelled(Generic[Part]):
         if groups and None in known:
             raise UserError("The column of groups must be in all splits that are put together and cut into folds.")
         rows = cut(len(whole.label), targets.classes(whole.label.numpy()), groups or None)
-        return {name: whole.select(own) for name, own in rows.items()}
+        if self.files is not None:
+            files = self.files()
+            cut.files = [file for name in chosen for file in files[name]]
+        splits = {name: whole.select(own) for name, own in rows.items()}
+        return replace(self, splits=splits, groups=tables.parted(groups or None, rows))
 
 
 def duplicates_note(splits: Mapping[str, LabelledSplit]) -> list[str]:
@@ -135,6 +142,21 @@ class Source:
     named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or array)
     labels: targets.Labels  # what `targets.read` gives
     groups: list[Any] | None = None
+
+    def files(self) -> list[str] | None:
+        """The file of each sample; None if one is no file of its own, such as a row of an array."""
+        found = []
+        for _, content in self.named:
+            if not isinstance(content, str):
+                return None
+            found.append(content)
+        return found if len(found) == self.count else None
+
+
+def files_of(parts: Mapping[str, Source]) -> dict[str, list[str]]:
+    """The file of each sample, split by split; empty unless every sample is a file."""
+    found = {split: part.files() for split, part in parts.items()}
+    return {split: files for split, files in found.items() if files is not None} if None not in found.values() else {}
 
 
 def label_columns(train: Table, data: sources.Data, wish: targets.Wish, kind: Kind) -> list[str]:
@@ -201,14 +223,30 @@ def facts_of(
         "first": [name, label],
         "groups": {split: part.groups for split, part in parts.items() if part.groups},
         "label_columns": list(columns),
+        "files": bool(files_of(parts)),
     }
 
 
-def from_cache(cls: type[Part], arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Labelled[Part]:
-    """The dataset that a cache holds: a tensor "field_split" for each field of its splits, and `facts_of`."""
+def from_cache(
+    cls: type[Part], arrays: Mapping[str, Tensor], facts: Mapping[str, Any], read: Callable[[], Mapping[str, Source]]
+) -> Labelled[Part]:
+    """The dataset that a cache holds.
+
+    Args:
+        cls: of its splits.
+        arrays: a tensor "field_split" for each field of the splits.
+        facts: see `facts_of`.
+        read: reads where samples come from. The cache knows no paths: the same content may lie elsewhere today.
+    """
     names = [f.name for f in fields(cls)]
     splits = {split: cls(**{name: arrays[f"{name}_{split}"] for name in names}) for split in facts["splits"]}
     first, label = facts["first"]
     return Labelled(
-        splits, facts["classes"], list(facts["notes"]), (first, label), facts["groups"], facts["label_columns"]
+        splits,
+        facts["classes"],
+        list(facts["notes"]),
+        (first, label),
+        facts["groups"],
+        facts["label_columns"],
+        (lambda: files_of(read())) if facts["files"] else None,
     )

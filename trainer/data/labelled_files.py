@@ -18,6 +18,9 @@ from .reading import BLOCK
 from .sources import Found
 from .table_files import Table, read_file
 
+# The column of a metadata file that names files, from the folder of the metadata on.
+_FILE_NAME = "file_name"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -116,12 +119,12 @@ def _described(
     used: set[str] = set()
     for file in described:
         table = read_file(file)
-        if "file_name" not in table.columns:
+        if _FILE_NAME not in table.columns:
             raise UserError(
                 f'"trainer.task_options.data": {file} needs the column file_name. It has: '
                 f"{', '.join(table.column_names)}."
             )
-        paths = [os.path.normpath(file.parent / str(name)) for name in table.values("file_name")]
+        paths = [os.path.normpath(file.parent / str(name)) for name in table.values(_FILE_NAME)]
         lost = next((path for path in paths if path not in known), None)
         if lost is not None:
             raise UserError(
@@ -141,7 +144,7 @@ def _described(
             rows = [row for row, own in enumerate(of) if own == split]
             part = table.select(rows)
             columns = {column: [paths[row] for row in rows]}
-            columns |= {name: part.values(name) for name in part.columns if name != "file_name"}
+            columns |= {name: part.values(name) for name in part.columns if name != _FILE_NAME}
             if split in splits:
                 if list(splits[split].columns) != list(columns):
                     raise UserError(
@@ -212,15 +215,29 @@ class Contents:
         return path, path
 
 
+def with_paths(table: Table, column: str, base: Path) -> Table:
+    """A table whose column of names holds paths that can be opened. Other columns of files are left as they are."""
+    if column in table.images:  # paths of a folder, or files that the table holds
+        return table
+    if not isinstance(next(iter(table.values(column, 0, 1)), None), str):
+        return table
+    values = tables.values_of(table, column, "the data")
+    # os.path.join: an absolute name stays as it is.
+    paths = [
+        os.path.normpath(os.path.join(base, value)) if isinstance(value, str) and value else value for value in values
+    ]
+    return replace(table, columns={**table.columns, column: paths})
+
+
 def to_predict(
     source: Path, kind: Kind, column: str | None, notes: list[str], named: Callable[[Table, str], Table] | None = None
 ) -> tuple[str, Iterator[tuple[Any, Any]]]:
-    """The word file or row, and (name, content) of each file to predict on.
+    """The word file or row, and (name, content) of each file to predict on. Rows of paths are files.
 
     Args:
         source: one file, a folder, or a table.
         kind: what to look for.
-        column: of a table; None for the one with a usual name.
+        column: of a table; None for the one with a usual name, or file_name, as metadata has it.
         notes: takes sentences on what is left out.
         named: given a table and its column, the table with paths that can be opened.
 
@@ -242,8 +259,12 @@ def to_predict(
     except UserError as error:
         raise UserError(f"--input: {str(error).partition(': ')[2]}") from error
     given = column or (table.images[0] if len(table.images) == 1 else None)
-    column = tables.find_column(table.column_names, given, kind.columns, kind.option, str(source))
+    column = tables.find_column(table.column_names, given, (*kind.columns, _FILE_NAME), kind.option, str(source))
     if named is not None:
         table = named(table, column)
+    elif column == _FILE_NAME:
+        table = with_paths(table, column, source.parent if source.is_file() else source)
     contents = Contents(table, str(source), column, kind)
+    if isinstance(next(iter(contents), ("", None))[1], str):  # a table of paths
+        return "file", iter(contents)
     return "row", ((row, content) for row, (_, content) in enumerate(contents))

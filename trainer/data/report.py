@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,65 @@ MOST_CLASSES = 12
 SAMPLE_CHARACTERS = 80
 # Names that arrays of labels usually have.
 LABELS = ("y", "label", "labels", "target")
+# Groups of validation and test together whose names are shown, and characters of a name.
+MOST_GROUPS = 6
+NAME_CHARACTERS = 40
 
 
-def rows_line(rows: Mapping[str, int], given: Sequence[str], unit: str = "row", of: str = "") -> str:
-    """The number of rows in each split. given: the splits that the data has; the others are held out of train."""
-    parts = [f"{name} {count:,}" + ("" if name in given else " (held out of train)") for name, count in rows.items()]
+@dataclass(frozen=True)
+class Groups:
+    """The groups of some splits' rows, such as patients or speakers.
+
+    Attributes:
+        column: that they stand in; None where no such column is named.
+        of: split -> the group of each row. A split may lack the column.
+    """
+
+    column: str | None
+    of: Mapping[str, Sequence[Any] | None]
+
+    def said(self, split: str) -> str:
+        """How many groups a split has; or which, where validation and test have few together."""
+        groups = self.of.get(split)
+        if self.column is None or groups is None:
+            return ""
+        names = {name: dict.fromkeys(map(str, own)) for name, own in self.of.items() if own is not None}
+        few = sum(len(own) for name, own in names.items() if name != "train") <= MOST_GROUPS
+        if split == "train" or not few:
+            return f"{self.column}: {counted(len(names[split]), 'group')}"
+        return f"{self.column}: {', '.join(shortened(name) for name in names[split])}"
+
+
+NO_GROUPS = Groups(None, {})
+
+
+def rows_line(
+    rows: Mapping[str, int], given: Sequence[str], unit: str = "row", of: str = "", groups: Groups = NO_GROUPS
+) -> str:
+    """The number of rows in each split, and which groups it has.
+
+    Args:
+        rows: split -> their number.
+        given: the splits that the data has; the others are held out of train.
+        unit: what a row is.
+        of: words behind the total.
+        groups: see `Groups`.
+    """
+    parts = []
+    for name, count in rows.items():
+        more = ["" if name in given else "held out of train", groups.said(name)]
+        parts.append(f"{name} {count:,}" + (f" ({'; '.join(filter(None, more))})" if any(more) else ""))
     total = sum(rows.values())
     line = f"{total:,} {unit}{'s' * (total != 1)}{of}: {', '.join(parts)}"
     if "validation" not in rows:
         line += ". Nothing is held out for validation, so the model of the last step is kept"
     return line
+
+
+def shortened(name: str) -> str:
+    """A name of the data in one line of limited length."""
+    line = " ".join(name.split())
+    return line[:NAME_CHARACTERS] + ("..." if len(line) > NAME_CHARACTERS else "")
 
 
 def columns_line(columns: Sequence[str], used: Mapping[str, str | None]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..wording import counted
 from . import sources
 from .image_files import is_image
 from .sources import Found
@@ -69,6 +70,25 @@ def pairs(found: Found) -> tuple[dict[str, Pairs], list[str]]:
             "Call its folder train."
         )
     return sources.in_order(splits), sources.left_out_note(found, others, "no image in a folder of images or masks")
+
+
+def images_alone(found: Found, files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """What of some files to predict on, and sentences on what is left out: no masks.
+
+    Of a folder as training takes it, with images and masks, they are the files in folders of images. Of any other they
+    are all.
+    """
+    roles = [_place(found, file)[0] for file in files]
+    if not {"image", "mask"} <= set(roles):
+        return list(files), []
+    taken = [file for file, role in zip(files, roles) if role == "image"]
+    folders = sorted({found.name(file.parent) for file in taken})
+    which = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+    rest = len(files) - len(taken)
+    return taken, [
+        f"{found.given} has folders of images and of masks: predictions are for the images alone ({which}). "
+        f"{counted(rest, 'other file')} {'are' if rest != 1 else 'is'} left out"
+    ]
 
 
 def _refuse_medical(file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from . import image_files, images, npz, sources
+from . import image_files, images, npz, segmentation_files, sources
 from .segmentation_data import image_array, shown
 
 # (file or row, image (C, *S), the image's own size before it was resized)
@@ -22,7 +22,7 @@ def inputs(source: Path, channels: int, size: tuple[int, ...], notes: list[str])
     """The word file or row, and each image, resized to what the model was trained on where it is an image file.
 
     Args:
-        source: an image, a .npy array, a folder of such, or an .npz.
+        source: an image, a .npy array, a folder of such (also with folders of images and masks), or an .npz.
         channels, size: of the images in training.
         notes: sentences are added.
 
@@ -38,6 +38,8 @@ def inputs(source: Path, channels: int, size: tuple[int, ...], notes: list[str])
     if not files:
         raise UserError(f"--input {source} holds no images, and no .npy arrays.")
     notes += sources.left_out_note(found, found.others(files), "no image")
+    files, left_out = segmentation_files.images_alone(found, files)
+    notes += left_out
     return "file", _files(files, channels, size)
 
 

@@ -390,6 +390,16 @@ def groups(table: Table, column: str | None, split: str) -> list[Any] | None:
     return values
 
 
+def parted(groups: Sequence[Any] | None, rows: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """The groups of each part's rows; none where there are no groups.
+
+    Args:
+        groups: of each row of the whole.
+        rows: part -> (n,) places in the whole.
+    """
+    return {} if groups is None else {name: [groups[i] for i in own.tolist()] for name, own in rows.items()}
+
+
 def check_complete(values: Sequence[Any], split: str, column: str) -> None:
     """Raises UserError if a value is missing (None, nan, or an empty or blank text), with the row."""
     missing = [

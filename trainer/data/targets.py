@@ -25,6 +25,8 @@ PROBLEMS = (ONE, SEVERAL, NUMBER)
 Labels = Sequence[Any] | np.ndarray
 # Between the labels of a sample in a prediction, where no option says otherwise.
 SEPARATOR = "|"
+# What usually stands between the labels of one text.
+_SEPARATORS = ("|", ";", ",")
 _MULTI = f'"problem_type": "{SEVERAL}"'
 # A column of 0 and 1, as csv, json and Python write them.
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -206,7 +208,7 @@ def _list(value: Any, separator: str | None) -> list[Any] | None:
 def _instead(value: Any) -> str:
     """What a value is, and what to do."""
     if isinstance(value, str) and not value.replace(".", "", 1).isdecimal():
-        mark = next((m for m in ("|", ";", ",", " ") if m in value.strip()), ",")
+        mark = next((m for m in (*_SEPARATORS, " ") if m in value.strip()), ",")
         return (
             f'the text {value[:50]!r}. If its labels stand in one text, name what is between them: "label_separator": '
             f'"{mark}" in trainer.task_options. For one class a sample, leave "problem_type" out.'
@@ -337,8 +339,27 @@ def shown(names: Sequence[str], label: Any) -> str:
     return names[int(label)]
 
 
-def never_in_train(names: Sequence[str], labels: np.ndarray) -> list[str]:
-    """A note on labels that no sample of the training set has, once other splits are held out."""
+def notes(names: Sequence[str], labels: np.ndarray, wanted: Wish) -> list[str]:
+    """What is odd about the labels of the training set, once other splits are held out, in sentences."""
+    return _never_in_train(names, labels) + _other_separator(names, wanted.separator)
+
+
+def _other_separator(names: Sequence[str], separator: str | None) -> list[str]:
+    """A note if most classes hold a mark that is probably between two labels."""
+    if separator is None:
+        return []
+    for mark in _SEPARATORS:
+        holding = [name for name in names if mark in name and separator not in name]
+        if len(holding) > len(names) / 2:
+            return [
+                f'{len(holding):,} of the {len(names):,} classes hold "{mark}", such as {report.shortened(holding[0])!r}, '
+                f'and "label_separator" is "{separator}". If "{mark}" stands between labels, set "label_separator": '
+                f'"{mark}" in trainer.task_options'
+            ]
+    return []
+
+
+def _never_in_train(names: Sequence[str], labels: np.ndarray) -> list[str]:
     lacking = [] if labels.ndim == 1 else [names[int(i)] for i in np.flatnonzero(~labels.any(axis=0))]
     if not lacking:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ def save_card(p: Pieces, folder: OutputFolder, summary: dict[str, Any]) -> None:
         "",
         "## How to use it",
         "",
-        "```python",
         *_usage(p, model),
-        "```",
         "",
         "## Metrics",
         "",
@@ -84,7 +83,7 @@ _CALLS = {
 
 
 def _usage(p: Pieces, model: Path) -> list[str]:
-    """Lines of Python that load the model and, where they can know how, call it."""
+    """What prepares data as in training and predicts, where there is such a thing; else what loads the model."""
     tag, options = getattr(p.task, "pipeline_tag", None), p.config.trainer.task_options
     if tag in _CALLS and _of_transformers(model):
         call = _CALLS[tag]
@@ -93,21 +92,50 @@ def _usage(p: Pieces, model: Path) -> list[str]:
         if tag == "text-classification" and options.get("problem_type") == "multi_label_classification":
             call += ", top_k=None"  # every label, not the likeliest alone
         return [
+            "```python",
             "from transformers import pipeline",
             "",
             f"model = pipeline({json.dumps(tag)}, model={str(model)!r})",
             f"print(model({call}))",
+            "```",
         ]
+    return [*(_predicting(model) if callable(getattr(p.task, "predict", None)) else ()), *_loading(p, model)]
+
+
+def _predicting(model: Path) -> list[str]:
+    """The command and the function that predict, and a sentence on what comes behind them."""
+    return [
+        "Predictions for new files, which are prepared as in training:",
+        "",
+        "```bash",
+        f"python -m trainer predict --model {shlex.quote(str(model))} --input NEW_DATA --output predictions.csv",
+        "```",
+        "",
+        "```python",
+        "from trainer import predict",
+        "",
+        f'rows = predict({str(model)!r}, "NEW_DATA")  # a dictionary for each sample',
+        "```",
+        "",
+        "The bare model, whose inputs you prepare yourself:",
+        "",
+    ]
+
+
+def _loading(p: Pieces, model: Path) -> list[str]:
+    """Lines of Python that load the model as a module of torch."""
     own = not callable(getattr(p.task, "load", None)) and ":" in p.config.trainer.task
     return [
+        "```python",
         "from pathlib import Path",
         "",
         "from trainer.run.saving import load_model",
         "from trainer.tasks.protocol import load_task",
         "",
-        f"task = load_task({p.config.trainer.task!r}, {without_secrets(options)!r})",
+        f"task = load_task({p.config.trainer.task!r}, {without_secrets(p.config.trainer.task_options)!r})",
         *(["# Call task.splits() here if model() needs the data."] if own else []),
         f"model = load_model(task, Path({str(model)!r})).eval()  # a torch.nn.Module",
+        "```",
     ]
 
 

@@ -20,6 +20,8 @@ def write_predictions(
 ) -> None:
     """Writes one line a sample of the test split: `row`, its place among all samples, and what the task says of it.
 
+    Where samples are files, `file` stands behind `row`.
+
     Args:
         folder: of the run.
         task: of the run.
@@ -27,12 +29,15 @@ def write_predictions(
         outputs, arrays: of the whole split, on the CPU.
         metrics: of the split.
     """
+    rows = cut.rows["test"].tolist()
     columns = columns_of(task, outputs, arrays, metrics)
+    if cut.files is not None:
+        columns = {"file": [cut.files[row] for row in rows], **columns}
     with (
         whole_file(folder / PREDICTIONS, synced=True) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", *(no_formula(name) for name in columns)])
-        for row, *values in zip(cut.rows["test"].tolist(), *columns.values()):
+        for row, *values in zip(rows, *columns.values()):
             writer.writerow([row, *(no_formula(value) for value in values)])

@@ -164,16 +164,19 @@ class AudioClassification(problems.WithProblem):
         self._constants.clear()
         front = self._wanted()
         found, self._front = audio_data.read_clips(o.data, front, o.max_seconds, self._columns, self._wish)
-        splits = found.cut(cut, {"test": o.test_fraction, "validation": o.validation_fraction}, o.split_seed)
+        parts = found.cut(cut, {"test": o.test_fraction, "validation": o.validation_fraction}, o.split_seed)
+        splits, groups = parts.splits, report.Groups(o.group_column, parts.groups)
         train = splits["train"]
         self._classes = found.classes or found.label_columns
-        self.notes += found.notes + targets.never_in_train(found.classes, train.label.numpy())
+        self.notes += found.notes + targets.notes(found.classes, train.label.numpy(), self._wish)
         self.notes += pretrained.trust_note(o.trust_remote_code, self._spec)
         self.notes += labelled.duplicates_note(splits)
         if self._log_mel:
             self._mean, self._std = train.mean_and_std()
         self.data_lines[:] = [
-            report.rows_line({n: len(s.label) for n, s in splits.items()}, list(found.splits), "clip", self._shape()),
+            report.rows_line(
+                {n: len(s.label) for n, s in splits.items()}, list(found.splits), "clip", self._shape(), groups
+            ),
             targets.said(found.classes, {name: s.label.numpy() for name, s in splits.items()}),
             f"first clip: {' -> '.join(found.first)}",
         ]
@@ -372,7 +375,7 @@ class AudioClassification(problems.WithProblem):
         assert front is not None
         base = Path(self._columns.audio_folder or audio_files.base_of(str(path))).expanduser()
         kind, named = labelled_files.to_predict(
-            path, CLIPS, self._columns.audio_column, self.notes, lambda t, c: audio_files.with_paths(t, c, base)
+            path, CLIPS, self._columns.audio_column, self.notes, lambda t, c: labelled_files.with_paths(t, c, base)
         )
         device = next(model.parameters()).device
         clips = reading.read_each(

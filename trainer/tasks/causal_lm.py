@@ -65,7 +65,8 @@ class _Documents:
 
     def take(self, places: np.ndarray) -> _Documents:
         prompts = None if self.prompts is None else [self.prompts[i] for i in places]
-        return _Documents([self.texts[i] for i in places], prompts, rows=places)
+        groups = None if self.groups is None else [self.groups[i] for i in places]
+        return _Documents([self.texts[i] for i in places], prompts, rows=places, groups=groups)
 
 
 @dataclass
@@ -318,7 +319,12 @@ class CausalLM:
         first = train.texts[0] if train.prompts is None else f"{train.prompts[0]} -> {train.texts[0]}"
         characters = {name: sum(map(len, split.texts)) for name, split in documents.items()}
         lines = [
-            report.rows_line({name: len(split.texts) for name, split in documents.items()}, list(read.documents), unit),
+            report.rows_line(
+                {name: len(split.texts) for name, split in documents.items()},
+                list(read.documents),
+                unit,
+                groups=report.Groups(self._group_column, {name: split.groups for name, split in documents.items()}),
+            ),
             f"{read.columns}; characters to learn: {', '.join(f'{n} {c:,}' for n, c in characters.items())}",
             report.sample_line(first),
         ]

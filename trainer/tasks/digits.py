@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..data.cut import Cut
 from ..errors import UserError
 from ..exact.order import SampleRandom, key
 from ..exact.splits import Batch
+from ..wording import counted, row_at
 from . import classification
 
 SAMPLES = 1797
@@ -177,19 +179,59 @@ class Digits:
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """{"label", "score"} for each line of a csv file: 64 pixels, row after row, from 0 to 16, as scikit-learn's."""
-        try:
-            pixels = np.loadtxt(source, delimiter=",", dtype=np.float32, ndmin=2)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--input {source} cannot be read as lines of 64 numbers: {error}") from error
-        if pixels.shape[1] != 64 or not len(pixels) or not ((pixels >= 0) & (pixels <= 16)).all():
-            raise UserError(
-                f"--input {source} has {len(pixels)} lines of {pixels.shape[1]} numbers. A digit is 64 from 0 to 16."
-            )
+        pixels = _pixels(source)
         device = next(model.parameters()).device
         images = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) / 16.0
         names = [str(digit) for digit in range(10)]
         for part in images.split(batch_size):
             yield from classification.predictions(self.forward(model, {"image": part.to(device)}), names)
+
+
+# What `predict` reads.
+_LINES = (
+    "Each line is one digit: 64 numbers from 0 to 16 with commas between them, row after row of its 8 x 8 pixels, as "
+    "in scikit-learn's load_digits. There is no header and no label"
+)
+
+
+def _pixels(source: str | Path) -> np.ndarray:
+    """The digits of a csv file, (N, 64) float32 from 0 to 16. Raises UserError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file without lines, which is an error here
+            pixels = np.loadtxt(source, delimiter=",", dtype=np.float32, ndmin=2)
+    except OSError as error:
+        reason = error.strerror or ("it is not there" if not Path(source).exists() else str(error))
+        raise UserError(f"--input {source} cannot be read: {reason}.") from error
+    except ValueError as error:
+        raise UserError(f"--input {source}: {_wrong_line(Path(source))}.\n{_LINES}.") from error
+    wrong = np.flatnonzero(~((pixels >= 0) & (pixels <= 16)).all(axis=1))
+    if not len(pixels) or pixels.shape[1] != 64:
+        raise UserError(
+            f"--input {source} has {counted(len(pixels), 'line')} of {counted(pixels.shape[1], 'number')}.\n{_LINES}."
+        )
+    if len(wrong):
+        raise UserError(f"--input {source}: {row_at(int(wrong[0]))} has a number below 0 or above 16.\n{_LINES}.")
+    return pixels
+
+
+def _wrong_line(source: Path) -> str:
+    """What is wrong with the first line that does not hold 64 numbers."""
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        return "this is no text"
+    for number, line in enumerate(lines, start=1):
+        cells = line.split(",")
+        for cell in cells if line.strip() else ():
+            try:
+                float(cell)
+            except ValueError:
+                header = ". It looks like a header: remove it" if number == 1 and len(cells) > 1 else ""
+                return f"line {number:,} holds {cell[:50]!r}, which is no number" + header
+        if line.strip() and len(cells) != 64:
+            return f"line {number:,} holds {counted(len(cells), 'number')}, not 64"
+    return "it does not hold lines of 64 numbers"
 
 
 TASK = Digits

@@ -42,6 +42,11 @@ def splits_in_fold(task: Task, cut: Cut) -> dict[str, Split]:
         splits = as_splits(asked(cut=cut), name)
         if not cut.rows or any(len(splits[split]) != len(rows) for split, rows in cut.rows.items() if split in splits):
             raise UserError(f"{name}.splits(cut) must call cut, and return the rows that cut gives, in their order.")
+        if cut.files is not None and len(cut.files) != len(cut.fold_of):
+            raise UserError(
+                f"{name}.splits(cut) sets cut.files to {len(cut.files):,} names, but there are {len(cut.fold_of):,} "
+                "samples. Each sample needs one."
+            )
         return splits
     if type(task).__module__.startswith(f"{__package__}."):
         raise UserError(

@@ -153,9 +153,10 @@ class ImageClassification(problems.WithProblem):
         self._constants.clear()
         processor, channels, size = self._wanted()
         found = image_data.read_images(self._data, channels=channels, size=size, wish=self._wish, **self._columns)
-        splits = found.cut(cut, self._fractions, self._split_seed)
+        parts = found.cut(cut, self._fractions, self._split_seed)
+        splits, groups = parts.splits, report.Groups(self._columns["group_column"], parts.groups)
         self._classes = found.classes or found.label_columns
-        self.notes += found.notes + targets.never_in_train(found.classes, splits["train"].label.numpy())
+        self.notes += found.notes + targets.notes(found.classes, splits["train"].label.numpy(), self._wish)
         self.notes += pretrained.trust_note(self._trust_remote_code, self._spec)
         self.notes += labelled.duplicates_note(splits)
         _, self._channels, *sides = splits["train"].image.shape
@@ -164,7 +165,9 @@ class ImageClassification(problems.WithProblem):
         height, width = self._size
         shape = f"{height} x {width}, {'grey' if self._channels == 1 else 'RGB'}"
         self.data_lines[:] = [
-            report.rows_line({n: len(s.label) for n, s in splits.items()}, list(found.splits), "image", f" of {shape}"),
+            report.rows_line(
+                {n: len(s.label) for n, s in splits.items()}, list(found.splits), "image", f" of {shape}", groups
+            ),
             targets.said(found.classes, {name: s.label.numpy() for name, s in splits.items()}),
             f"first image: {' -> '.join(found.first)}",
         ]

@@ -183,7 +183,11 @@ class Tabular:
             fitted = replace(fitted, target=regression.standard(label, labels["train"]))
         arrays = self._arrays(fitted, read, labels, notes)
         described = [
-            report.rows_line({split: len(values) for split, values in labels.items()}, list(found)),
+            report.rows_line(
+                {split: len(values) for split, values in labels.items()},
+                list(found),
+                groups=report.Groups(o.group_column, tables.parted(groups, chosen)),
+            ),
             _label_line(fitted, labels),
             *preparation.described(fitted),
             *_not_read(train.column_names, [label, o.group_column, *fitted.kinds]),

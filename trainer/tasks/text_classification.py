@@ -207,7 +207,7 @@ class TextClassification(problems.WithProblem):
         rows = self._hold_out(rows, cut)
 
         train = rows["train"]
-        notes += targets.never_in_train(names, train["label"])
+        notes += targets.notes(names, train["label"], self._wish)
         types = token_types and self._pair_column is not None
         tokenizer, tokenizer_text = self._made_tokenizer(train, limit, types, notes)
         contents = {s: r["text"] if r["pair"] is None else list(zip(r["text"], r["pair"])) for s, r in rows.items()}
@@ -237,7 +237,11 @@ class TextClassification(problems.WithProblem):
         label = {"label" + f" {i}" * (len(label_columns) > 1): c for i, c in enumerate(label_columns, start=1)}
         used = {"text": text_column, "pair": self._pair_column, **label, "group": self._group_column}
         described = [
-            report.rows_line({split: len(row["label"]) for split, row in rows.items()}, list(found)),
+            report.rows_line(
+                {split: len(row["label"]) for split, row in rows.items()},
+                list(found),
+                groups=report.Groups(self._group_column, {split: row["group"] for split, row in rows.items()}),
+            ),
             report.columns_line(columns, used),
             targets.said(names, {split: row["label"] for split, row in rows.items()}),
             report.sample_line(train["text"][0], targets.shown(names, train["label"][0])),

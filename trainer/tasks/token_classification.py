@@ -186,7 +186,12 @@ class TokenClassification:
         numbers = {s: np.array([place[tag] for tags in own.tags for tag in tags]) for s, own in read.items()}
         first = " ".join(f"{w}/{t}" for w, t in zip(read["train"].words[0], read["train"].tags[0]))
         lines = [
-            report.rows_line({split: len(own.words) for split, own in read.items()}, list(found), "sentence"),
+            report.rows_line(
+                {split: len(own.words) for split, own in read.items()},
+                list(found),
+                "sentence",
+                groups=report.Groups(o.group_column, {split: own.groups for split, own in read.items()}),
+            ),
             report.columns_line(found["train"].column_names, said_of),
             report.classes_line(names, numbers),
             report.sample_line(first),
