@@ -132,10 +132,10 @@ def read_clips(
         return _computed(parts, front, seconds, wish, declared, label_columns, tables.notes_of(splits))
 
     arrays, facts = cached("audio", key, build)
-    found = labelled.from_cache(
+    clips = labelled.from_cache(
         AudioSplit, arrays, facts, lambda: parts_of(loaded or _with_paths(read(), data, columns))[0]
     )
-    return found, fitted(front, facts["samples"])
+    return clips, fitted(front, facts["samples"])
 
 
 def fitted(front: FrontEnd, samples: int) -> FrontEnd:

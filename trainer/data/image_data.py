@@ -22,6 +22,7 @@ from .image_files import IMAGES
 from .images import Size, decode_all
 from .labelled import Labelled, LabelledSplit, Source
 from .labelled_files import folder_of
+from .table_files import Table
 
 # Increase it when the same content is read in another way.
 _VERSION = 6
@@ -96,7 +97,7 @@ def read_images(
         "reading": _VERSION,
     }
 
-    def parts_of(splits: dict[str, tables.Table]) -> tuple[dict[str, Source], list[str]]:
+    def parts_of(splits: dict[str, Table]) -> tuple[dict[str, Source], list[str]]:
         label_columns = labelled.label_columns(splits["train"], data, wish, IMAGES)
         column = labelled.file_column(splits["train"], image_column, IMAGES)
         roots = [] if isinstance(content, dict) else data.values() if not isinstance(data, str) else [data]

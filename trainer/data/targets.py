@@ -351,8 +351,9 @@ def _other_separator(names: Sequence[str], separator: str | None) -> list[str]:
     for mark in _SEPARATORS:
         holding = [name for name in names if mark in name and separator not in name]
         if len(holding) > len(names) / 2:
+            first = report.shortened(holding[0])
             return [
-                f'{len(holding):,} of the {len(names):,} classes hold "{mark}", such as {report.shortened(holding[0])!r}, '
+                f'{len(holding):,} of the {len(names):,} classes hold "{mark}", such as {first!r}, '
                 f'and "label_separator" is "{separator}". If "{mark}" stands between labels, set "label_separator": '
                 f'"{mark}" in trainer.task_options'
             ]
