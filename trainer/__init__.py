@@ -4,7 +4,7 @@ In Python (see trainer/api/README.md):
 
     from trainer import train
 
-    result = train("ds_configs/strong.json", ranks=2, overrides={"trainer.epochs": 3})
+    result = train("strong.json", ranks=2, overrides={"trainer.epochs": 3})
     result.metrics["test"], result.history, result.model()
 """
 

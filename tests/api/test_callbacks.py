@@ -65,7 +65,11 @@ def test_hooks_are_called_outside_of_the_run() -> None:
     assert places == ["out", "hook", "back"]  # also after a failure
 
 
-@pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
+class Foreign(BaseException):
+    """As a debugger or a test runner ends a program."""
+
+
+@pytest.mark.parametrize("kind", [KeyError, SystemExit, KeyboardInterrupt, Foreign])
 def test_after_a_failure_none_is_called_and_the_run_is_told_to_stop(kind: type[BaseException]) -> None:
     class Fails(Hears):
         def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:
@@ -81,12 +85,13 @@ def test_after_a_failure_none_is_called_and_the_run_is_told_to_stop(kind: type[B
         )
     heard.end(RESULT)
     assert len(one.heard) == 1 and other.heard == []
-    # What is no Exception is meant for the program.
-    with pytest.raises(CallbackError if kind is KeyError else kind) as caught:
+    with pytest.raises(CallbackError if kind in (KeyError, SystemExit) else kind) as caught:
         heard.raise_failure("The run was stopped.")
-    if kind is KeyError:
-        said = "The callback Fails.on_evaluation() has raised KeyError: 'a slip'\nThe run was stopped."
-        assert str(caught.value) == said and isinstance(caught.value.__cause__, KeyError)
+    if kind is KeyboardInterrupt:  # the user's
+        assert str(caught.value) == "The run was stopped."
+    elif kind is not Foreign:
+        said = f"The callback Fails.on_evaluation() has raised {kind.__name__}: {kind('a slip')}\nThe run was stopped."
+        assert str(caught.value) == said and isinstance(caught.value.__cause__, kind)
 
 
 class Typo(Callback):

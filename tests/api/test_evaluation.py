@@ -43,6 +43,15 @@ def test_a_saved_model_is_worth_what_its_run_has_measured(tmp_path: Path) -> Non
         evaluate(tmp_path / "run", "validation")
     with pytest.raises(UserError, match="must be a tensor or an array of numbers"):
         evaluate(tmp_path / "run", {"x": [1, 2]})
+    with pytest.raises(UserError, match=r"loss\(\) of .*:MyTask has raised KeyError: 'y'\. .* only the arrays x\.$"):
+        evaluate(tmp_path / "run", {"x": data["x"]})
+    result = Result.read(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^device='nowhere' cannot be used: "):
+        result.model("nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"^device='cuda', but torch finds no GPU on this machine\.$"):
+            result.model("cuda")
+    assert not result.model().training
 
 
 @pytest.fixture
@@ -67,8 +76,12 @@ def test_predictions_are_the_rows_of_the_command(model: Path) -> None:
     ("given", "words"),
     [
         ({"model": "nowhere"}, "model='nowhere' holds no model of this trainer"),
+        ({"model": 5}, "model is 5. Give a run's output folder, its Result, or a model's folder."),
         ({"data": "nowhere.txt"}, "nowhere.txt does not exist (looked from "),
-        ({"batch_size": 0}, "batch_size is 0. It must be at least 1."),
+        ({"data": [1]}, "data is of the type list. Give the path of a file, or of a folder."),
+        ({"batch_size": 0}, "batch_size is 0. It must be a whole number of at least 1."),
+        ({"device": "gpu"}, 'device is \'gpu\'. It must be "auto", "cpu" or "cuda".'),
+        ({"task": 5}, 'task is 5. Give a name such as "digits", path/to/file.py:ClassName, or a class.'),
         ({"device": "cuda"}, "device='cuda', but torch finds no GPU on this machine."),
         ({"task": "tasks.py:Mute"}, "has no method predict(), so it cannot predict on new data."),
     ],
@@ -80,4 +93,17 @@ def test_what_cannot_be_predicted(
     arguments = {"model": model, "data": "in.txt", "task": "tasks.py:Doubles"} | given
     with pytest.raises(UserError) as caught:
         predict(**arguments)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"device": "gpu"}, 'device is \'gpu\'. It must be "auto", "cpu" or "cuda".'),
+        ({"model": None}, "model is None. Give a run's output folder, its Result, or a model's folder."),
+    ],
+)
+def test_what_cannot_be_evaluated(model: Path, given: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        evaluate(**({"model": model} | given))  # type: ignore[arg-type]
     assert words in str(caught.value)

@@ -19,6 +19,7 @@ import pytest
 from tests.distributed import jobs
 from tests.distributed.jobs import USER_TASKS
 from trainer import Callback, CallbackError, LostRankError, Result, UserError, load_config, train
+from trainer.config import ready
 from trainer.config.keys import Config
 from trainer.ranks import group
 from trainer.ranks.place import Ranks
@@ -351,6 +352,22 @@ def test_a_config_is_a_file_a_dictionary_or_a_config(tmp_path: Path) -> None:
     assert "seed" not in CONFIG["trainer"]  # nobody's dictionary is changed
 
 
+def test_a_ready_config_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by the commands, in a folder without any config."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("strong.json") == load_config(ready.folder() / "strong.json")
+    said = f"strong.json is not in this folder, so the trainer's own is used: {ready.folder() / 'strong.json'}\n"
+    assert capsys.readouterr() == ("", said)
+    for quiet in (True, False):
+        with pytest.raises(UserError, match=r'strong\.json: unknown key "trainer\.epoch"'):  # so it has been read
+            train(Path("strong.json"), overrides={"trainer.epoch": 3}, quiet=quiet)
+        assert capsys.readouterr() == ("", "" if quiet else said)
+    with pytest.raises(UserError, match=r"does not exist\. The trainer has a ready one: type strong\.json$"):
+        load_config("ds_configs/strong.json")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -362,7 +379,13 @@ def test_a_config_is_a_file_a_dictionary_or_a_config(tmp_path: Path) -> None:
             {"overrides": {"trainer.seed": object()}},
             'overrides["trainer.seed"] is a object. A config holds what JSON has',
         ),
+        ({"overrides": {"trainer": {"epochs": 3}}}, 'Name the keys, for example "trainer.epochs".'),
+        ({"overrides": ["trainer.epochs=3"]}, 'Give a dictionary, such as {"trainer.epochs": 3}.'),
         ({"task": "no.py:Task"}, "The task file no.py does not exist"),
+        ({"task": Presses(2)}, 'task is of the type Presses. Give a name such as "digits"'),
+        ({"output_dir": 5}, "output_dir is 5. Give the path of a folder."),
+        ({"resume": True}, 'resume is True. Give "auto", or the folder of a run or of a checkpoint.'),
+        ({"callbacks": Hears()}, "callbacks is of the type Hears. Give a list, such as callbacks=[MyCallback()]."),
         ({"callbacks": [Hears]}, "callbacks[0] is the class Hears. Give an object: Hears()."),
         (
             {"callbacks": [Hears(), 3]},

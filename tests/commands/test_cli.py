@@ -89,6 +89,7 @@ def test_set_reaches_deep_and_makes_blocks(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--set", "trainer.epoch=3"), ('unknown key "trainer.epoch"', '"epochs"')),
+        (("--set", 'trainer={"epochs": 3}'), ('"trainer" is the whole block', '"trainer.epochs"')),
         (("--set", "trainer.epochs=three"), ('"trainer.epochs" must be a whole number, not "three" (a string)',)),
         (("--set", "trainer.epochs=NaN"), ('"trainer.epochs" must be a whole number, not "NaN"',)),
         (("--set", "train_batch_size.x=3"), ("--set train_batch_size.x", "64 (a whole number)", "not a block")),

@@ -12,9 +12,12 @@ from trainer.errors import UserError
 
 def test_a_file_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ready.find("strong.json") == ready.folder() / "strong.json"
+    told: list[str] = []
+    own = ready.folder() / "strong.json"
+    assert ready.find("strong.json", told.append) == own
+    assert told == [f"strong.json is not in this folder, so the trainer's own is used: {own}"]
     (tmp_path / "strong.json").write_text("{}")
-    assert ready.find("strong.json") == Path("strong.json")
+    assert ready.find("strong.json", told.append) == Path("strong.json") and len(told) == 1
 
 
 @pytest.mark.parametrize(

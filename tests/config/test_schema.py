@@ -122,6 +122,17 @@ def test_set_of_a_key_inside_of_a_value_is_refused() -> None:
         lay_over({"a": {"b": "x"}}, "a.b.c", 1)
 
 
+def test_set_of_the_whole_block_trainer_is_refused() -> None:
+    """It would silently drop the file's keys. Its inner blocks are replaced."""
+    values: dict[str, Any] = {"trainer": {"seed": 3, "task_options": {"width": 4}}}
+    with pytest.raises(
+        UserError, match=r'"trainer" is the whole block.*\nName the keys, for example "trainer\.epochs"'
+    ):
+        lay_over(values, "trainer", {"epochs": 3})
+    lay_over(values, "trainer.task_options", {})
+    assert values == {"trainer": {"seed": 3, "task_options": {}}}
+
+
 # Names
 
 

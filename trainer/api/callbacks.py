@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..config.schema import near
 from ..errors import TrainerError, UserError
+from .arguments import objects_in
 
 if TYPE_CHECKING:
     from .result import Result
@@ -22,10 +23,10 @@ class Callback:
     gets plain numbers that are its own copies, and with several ranks the run is in other processes. At one rank the
     run is in this process. There a callback has the process's own settings and random generators, and the run goes on
     with those of the run, whatever the callback has done to torch's settings, generators or the environment. (It could
-    still search the process for the model, and change that. Nothing can prevent it.)
+    still search the process for the model, and change that. Nothing can prevent it, and the run does not notice.)
 
     If a callback raises an exception, no callback is called any more, and the run stops with a checkpoint. Then `train`
-    raises `CallbackError`.
+    raises `CallbackError`, also if it was `sys.exit()`; a KeyboardInterrupt it raises as one, as after Ctrl-C.
     """
 
     def on_log(self, record: dict[str, float]) -> None:
@@ -66,17 +67,17 @@ class Callbacks:
         failed: why the run has to stop; None as long as no callback has failed.
 
     Raises:
-        UserError: an object has no hook, or one with a misspelt name.
+        UserError: they are no list, or an object has no hook, or one with a misspelt name.
     """
 
     def __init__(
         self,
-        callbacks: Sequence[object],
+        callbacks: Iterable[object],
         outside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        for number, callback in enumerate(callbacks):
+        self._callbacks, self.outside = objects_in("callbacks", callbacks), outside
+        for number, callback in enumerate(self._callbacks):
             _check(callback, f"callbacks[{number}]")
-        self._callbacks, self.outside = callbacks, outside
         self.folder: str | None = None
         self.failed: str | None = None
         self._error: BaseException | None = None
@@ -121,7 +122,9 @@ class Callbacks:
         """
         if self._error is None:
             return
-        if not isinstance(self._error, Exception):  # KeyboardInterrupt, SystemExit: meant for the program
+        if isinstance(self._error, KeyboardInterrupt):  # the user's
+            raise KeyboardInterrupt(ended) from self._error
+        if not isinstance(self._error, (Exception, SystemExit)):  # meant for what surrounds the program, as a debugger
             raise self._error
         why = f"T{str(self.failed)[1:]}: {self._error}"
         raise CallbackError(f"{why}\n{ended}") from self._error

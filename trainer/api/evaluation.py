@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..config.keys import Config, parse
 from ..config.schema import read_json
 from ..errors import UserError
 from ..exact.plan import steps_per_epoch
 from ..ranks.place import Ranks
+from .arguments import count_in, refuse_no_path, refuse_other_than
 from .result import Result
 from .saved import Saved, hosted_model
 
@@ -54,8 +56,9 @@ def evaluate(
         what is saved is the merged model, and it is not compiled here.
 
     Raises:
-        UserError: there is no such model or split, or its task's code must be named.
+        UserError: there is no such model or split, its task's code must be named, or the data lack an array.
     """
+    refuse_other_than("device", device, get_args(Device))
     with hosted_model(model, task) as (found, _):
         config, progress = _of_the_run(found, device)
         return _evaluated(found, config, progress, data)
@@ -84,9 +87,9 @@ def predict(
     Raises:
         UserError: there is no such model or file, or the task cannot predict.
     """
-    path = Path(data).expanduser()
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}. It must be at least 1.")
+    refuse_other_than("device", device, get_args(Device))
+    refuse_no_path("data", data, "the path of a file, or of a folder")
+    path, batch_size = Path(data).expanduser(), count_in("batch_size", batch_size)
     if not path.exists():
         raise UserError(f"{data} does not exist (looked from {Path.cwd()}).")
     with hosted_model(model, task) as (found, _):
@@ -182,6 +185,15 @@ def _evaluated(found: Saved, config: Config, progress: Progress, data: object) -
     model = found.model(task).to(device)
     engine = BareEngine(model, device, config.torch_autocast.enabled)
     size, seed = config.trainer.evaluate_micro_batch_size, config.trainer.seed
-    metrics = evaluated(task, engine, split.to(device), split, Ranks(), size, seed, progress)
+    try:
+        metrics = evaluated(task, engine, split.to(device), split, Ranks(), size, seed, progress)
+    except KeyError as error:
+        if isinstance(data, str) or any(error.args[:1] == (name,) for name in split.arrays):
+            raise
+        function = traceback.extract_tb(error.__traceback__)[-1].name
+        raise UserError(
+            f"{function}() of the task {found.task_name} has raised KeyError: {error}. "
+            f"The given data has only the arrays {', '.join(split.arrays)}."
+        ) from error
     model.eval()
     return metrics

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.gpus import usable_gpus
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -88,11 +89,12 @@ class Result:
             device: where to put it, as torch names devices.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded, or the device cannot be used.
         """
         from .saved import hosted_model
 
         with hosted_model(self, None) as (found, _):
+            _refuse_unusable(device)
             return found.model().to(device).eval()
 
     def __repr__(self) -> str:
@@ -104,3 +106,15 @@ class Result:
         status, steps, path = self.summary.get("status", "?"), self.summary.get("steps", 0), self.output_dir
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         return f"Result({str(shown)!r}: {status} after {steps:,} steps, {self.exactness}; {metrics})"
+
+
+def _refuse_unusable(device: str) -> None:
+    """Raises UserError if torch cannot put a tensor on a device, before a model is loaded."""
+    import torch
+
+    if str(device).startswith("cuda") and usable_gpus("cuda") == 0:
+        raise UserError(f"device={str(device)!r}, but torch finds no GPU on this machine.")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # torch's errors are of many classes: AssertionError, RuntimeError, TypeError, ...
+        raise UserError(f"device={device!r} cannot be used: {str(error).strip().splitlines()[0]}") from error

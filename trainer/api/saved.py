@@ -14,6 +14,7 @@ from ..engine.gpus import usable_gpus
 from ..errors import UserError
 from ..record.folder import ORIGIN
 from ..tasks.given import file_of, given, name_of
+from .arguments import refuse_no_path, refuse_no_task
 from .result import Result
 
 if TYPE_CHECKING:
@@ -155,9 +156,11 @@ def hosted_model(model: str | Path | Result, task: str | type | None) -> Iterato
     """A saved model in somebody's process, which is given back as it was. Arguments as of `evaluate`."""
     from .guest import hosted
 
+    refuse_no_task(task)
     if isinstance(model, Result):
         task = task or model.task
     folder = model.output_dir if isinstance(model, Result) else model
+    refuse_no_path("model", folder, "a run's output folder, its Result, or a model's folder")
     cls = task if isinstance(task, type) and file_of(task) is None else None
     name = name_of(cls) if cls is not None else file_of(task) if isinstance(task, type) else task
     found = find(folder, name)

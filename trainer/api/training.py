@@ -7,12 +7,12 @@ import io
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from ..config import keys
+from ..config import keys, ready
 from ..config.keys import Config
 from ..config.loggers import refuse_missing
 from ..config.schema import lay_over
@@ -22,6 +22,7 @@ from ..ranks.workers import WorkerError
 from ..tasks.first_look import look
 from ..tasks.given import file_of, given, name_of
 from . import launch
+from .arguments import count_in, overrides_in, refuse_no_path, refuse_no_task
 from .callbacks import Callbacks
 from .result import Result
 
@@ -30,15 +31,26 @@ def load_config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapp
     """A checked config.
 
     Args:
-        config: a JSON file, the same as a dictionary, or a config.
-        overrides: dotted key -> value, as --set takes them: {"trainer.seed": 3, "optimizer.params.lr": 0.001}.
+        config: a JSON file, the same as a dictionary, or a config. The bare name of a ready config, such as
+            "strong.json", is found in any folder; a line on stderr says which file is used.
+        overrides: dotted key -> value, as --set takes them: {"trainer.seed": 3, "optimizer.params.lr": 0.001}. A block
+            is replaced as a whole; the block "trainer" cannot be.
 
     Raises:
         UserError: the file is missing or malformed, or a key or value is wrong.
     """
-    changes = {key: _plain(value, f'overrides["{key}"]') for key, value in (overrides or {}).items()}
+    return _load(config, overrides, lambda sentence: print(sentence, file=sys.stderr))
+
+
+def _load(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Mapping[str, Any] | None,
+    tell: Callable[[str], object],
+) -> Config:
+    """As `load_config`; `tell` as of `ready.find`."""
+    changes = {key: _plain(value, f'overrides["{key}"]') for key, value in overrides_in(overrides).items()}
     if isinstance(config, (str, Path)):
-        return keys.load_config(Path(config).expanduser(), changes)
+        return keys.load_config(ready.find(str(Path(config).expanduser()), tell), changes)
     if isinstance(config, Config) and not changes:
         return config
     values = _plain(config.as_dict() if isinstance(config, Config) else config, "config")
@@ -96,13 +108,15 @@ def train(
     Signals need the main thread: called in another one, `train` leaves them alone.
 
     Args:
-        config: a JSON file, the same as a dictionary, or what `load_config` has returned.
+        config: a JSON file, the same as a dictionary, or what `load_config` has returned. The bare name of a ready
+            config, such as "strong.json", is found in any folder.
         ranks: how many, all on this machine; on GPUs one each.
-        overrides: dotted key -> value, as --set takes them: {"trainer.epochs": 3, "optimizer.params.lr": 0.001}.
+        overrides: as of `load_config`: {"trainer.epochs": 3, "optimizer.params.lr": 0.001}.
         task: trainer.task: a name, path/to/file.py:ClassName, or the class itself. A class that is in no file of its
             own, such as a notebook's, works at one rank.
         callbacks: hear of the run, see `Callback`.
-        output_dir: trainer.output_dir; without it a new folder runs/<config>-<number>.
+        output_dir: trainer.output_dir; without it a new folder runs/<config>-<number>, such as runs/strong-001. Only a
+            file has such a name: for a dictionary or what `load_config` has returned, it is runs/run-<number>.
         resume: "auto" continues the run in output_dir, or begins one there; a folder names the run or the checkpoint to
             continue from.
         allow_changed_config: continue even if a changed config changes the bits.
@@ -166,18 +180,21 @@ def _train(
     allow_changed_config: bool,
     quiet: bool,
 ) -> Result:
-    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise UserError(f"ranks is {ranks!r}. It must be a whole number of at least 1.")
+    ranks = count_in("ranks", ranks)
+    refuse_no_task(task)
     launch.refuse_launchers("train()")
     heard = Callbacks(callbacks)
     name = Path(config).stem if isinstance(config, (str, Path)) else "run"
     cls = task if isinstance(task, type) and file_of(task) is None else None
-    changes: dict[str, Any] = dict(overrides or {})
+    changes = overrides_in(overrides)
     if task is not None:
         changes["trainer.task"] = task if isinstance(task, str) else name_of(cls) if cls else file_of(task)
     if output_dir is not None:
+        refuse_no_path("output_dir", output_dir, "the path of a folder")
         changes["trainer.output_dir"] = str(output_dir)
-    checked = load_config(config, changes)
+    if resume is not None:
+        refuse_no_path("resume", resume, '"auto", or the folder of a run or of a checkpoint')
+    checked = _load(config, changes, lambda sentence: quiet or print(sentence, file=sys.stderr))
     checked.plan(ranks)  # fails early: before torch is loaded
     refuse_missing(checked)
     if cls is None:

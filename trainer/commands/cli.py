@@ -114,10 +114,12 @@ def config_file(given: str) -> str:
     Raises:
         UserError: it is near to the name of a ready config, and there is no such file.
     """
-    found = ready.find(given)
-    if found != Path(given) and Ranks.from_environment().first:
-        print(f"{given} is not in this folder, so the trainer's own is used: {found}", file=sys.stderr)
-    return str(found)
+
+    def tell(sentence: str) -> None:
+        if Ranks.from_environment().first:
+            print(sentence, file=sys.stderr)
+
+    return str(ready.find(given, tell))
 
 
 def _pack(text: str) -> int | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
@@ -23,11 +24,12 @@ def names() -> list[str]:
     return sorted(file.name for file in folder().glob("*.json"))
 
 
-def find(given: str) -> Path:
+def find(given: str, tell: Callable[[str], object] = lambda sentence: None) -> Path:
     """The config file that is meant: the file itself, or, if there is none, the ready config of that bare name.
 
     Args:
         given: a path, or the bare name of a ready config, such as strong.json.
+        tell: called with a sentence that says where it is, if it is a ready config.
 
     Raises:
         UserError: there is no such file, but a ready config has that name or one near to it.
@@ -37,7 +39,9 @@ def find(given: str) -> Path:
         return path
     known = names()
     if path.name in known and path.parent == Path():
-        return folder() / path.name
+        own = folder() / path.name
+        tell(f"{given} is not in this folder, so the trainer's own is used: {own}")
+        return own
     # With other configs beside it, the reader of the file says which there are.
     alone = not (path.parent.is_dir() and any(path.parent.glob("*.json")))
     stems = [Path(name).stem for name in known] if alone else []

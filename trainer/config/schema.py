@@ -98,8 +98,21 @@ def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     return f"{path} is not valid JSON: line {error.lineno}, column {error.colno}{shown}: {error.msg}."
 
 
+# It holds most settings of a file, and most of them have defaults, so nobody would notice that the file's are gone.
+_NEVER_WHOLE = "trainer"
+
+
 def lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets one dotted key of nested dictionaries, in place."""
+    """Sets one dotted key of nested dictionaries, in place. A block is replaced as a whole.
+
+    Raises:
+        UserError: the key lies inside of what is no block, or it is the whole block "trainer".
+    """
+    if dotted == _NEVER_WHOLE:
+        raise UserError(
+            f'"{dotted}" is the whole block: to set it would drop all other keys of it, also those of the file.\n'
+            f'Name the keys, for example "{dotted}.epochs".'
+        )
     *parents, last = dotted.split(".")
     block = values
     for name in parents:
