@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -174,8 +175,8 @@ def reference(workload: Workload, server: Server, place: Path, world_sizes: tupl
             raise SystemExit(f"The undisturbed run of {workload.name} differs at {W} ranks: {differs}")
 
 
-def suite(lives: list[list[str]], seed: int, jobs: int, place: Path) -> Iterator[list[Fault]]:
-    """Lives one run after the other, `jobs` of them at a time, as they end."""
+def suite(lives: list[list[str]], numbers: list[int], seed: int, jobs: int, place: Path) -> Iterator[list[Fault]]:
+    """Lives the runs of these numbers one after the other, `jobs` of them at a time, as they end."""
     project = checkout(place / "project")
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(Server(project)) for _ in range(jobs)]
@@ -197,7 +198,7 @@ def suite(lives: list[list[str]], seed: int, jobs: int, place: Path) -> Iterator
                     free.append(server)
 
         with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(one, range(len(lives)))
+            yield from pool.map(one, numbers)
 
 
 def table(faults: list[Fault]) -> str:
@@ -222,6 +223,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="KIND", help="a part of a kind's name: SIGSTOP, deepspeed, disk, ...")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--again",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="make only the runs that hold these faults, by their printed numbers",
+    )
     parser.add_argument("--keep", metavar="FOLDER", help="where to work; what failed stays there")
     flags = parser.parse_args()
     # A shell starts what runs in its background with SIGINT ignored, and so would be all that is started here.
@@ -235,6 +243,11 @@ def main() -> int:
     if not kinds:
         parser.error(f"no kind has {flags.only!r} in its name: {', '.join(KINDS)}")
     lives = deal(kinds, flags.faults, random.Random(flags.seed))
+    first = list(itertools.accumulate((len(life) for life in lives), initial=1))  # the number of each run's first fault
+    numbers = [
+        i for i, life in enumerate(lives)
+        if flags.again is None or any(first[i] <= n < first[i] + len(life) for n in flags.again)
+    ]  # fmt: skip
     began_s, done = time.monotonic(), []
     with contextlib.ExitStack() as stack:
         if flags.keep is not None:
@@ -242,16 +255,16 @@ def main() -> int:
             place.mkdir(parents=True)
         else:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
-        for faults in suite(lives, flags.seed, flags.jobs, place):
-            for fault in faults:
+        for number, faults in zip(numbers, suite(lives, numbers, flags.seed, flags.jobs, place)):
+            for at, fault in enumerate(faults, first[number]):
                 done.append(fault)
                 verdict = "ok" if fault.broken is None and fault.differs is None else "FAILED"
                 where = f"{fault.workload}, {fault.world_size} ranks, after step {fault.step}"
-                print(f"{len(done):4d} {verdict:6s} {fault.seconds:5.1f} s  {fault.kind} ({where})", flush=True)
+                print(f"{at:4d} {verdict:6s} {fault.seconds:5.1f} s  {fault.kind} ({where})", flush=True)
                 for what in (fault.broken, fault.differs):
                     if what is not None:
                         print(f"            {what}", flush=True)
-    print(f"\nseed {flags.seed}, {len(lives)} runs, {time.monotonic() - began_s:.0f} s\n\n{table(done)}")
+    print(f"\nseed {flags.seed}, {len(numbers)} runs, {time.monotonic() - began_s:.0f} s\n\n{table(done)}")
     return int(any(f.broken or f.differs for f in done))
 
 
