@@ -119,7 +119,7 @@ def test_predictions_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert np.mean(np.array(said[0][1:], dtype=int) == labels[:90]) > 0.9
     (tmp_path / "digits.csv").write_text("1,2,3\n")
     assert command_line(common) == 2
-    assert "1 lines of 3 numbers" in capsys.readouterr().err
+    assert "1 line of 3 numbers" in capsys.readouterr().err
 
 
 def test_a_slip_in_the_metrics_does_not_cost_the_model(tmp_path: Path) -> None:
