@@ -136,6 +136,15 @@ def test_all_devices_for_one_trial_give_its_bits_and_heed_the_pruner(tmp_path: P
     assert run_ranks(train, 1, alone)[0]["parameters_sha256"] == parameters
 
 
+def test_the_example_of_the_readme_is_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names accuracy, and not that a high one is better."""
+    readme = (ROOT / "trainer" / "search" / "README.md").read_text()
+    (tmp_path / "mine.json").write_text(readme.split("```json\n", 1)[1].split("```", 1)[0])
+    short = {"trainer.epochs": 1, "search.trials": 1, "search.test_seeds": 1, "search.devices_per_trial": "one"}
+    assert search(str(tmp_path / "mine.json"), short | {"search.output_dir": str(tmp_path / "out")}) == 0
+    assert "best: trial 1" in capsys.readouterr().out
+
+
 def test_trials_that_fail_are_listed_and_end_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not finite, values that contradict one another, and a process that dies."""
     path = write_own(

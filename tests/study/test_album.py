@@ -27,6 +27,8 @@ def test_the_figures(tmp_path: Path) -> None:
         text = " ".join("".join(element.itertext()) for element in figure.iter() if element.tag.endswith("text"))
         assert title in text
         assert "weak, square root" in text or "weak_sqrt" in text, text
+        # Four micro-batches can be dealt to no more ranks, and the line of the sequential runs goes on to W = 8.
+        assert ("sequential, and strong up to W = 4" in text) == (name == "metric")
 
 
 def made(folder: Path) -> dict[str, str]:

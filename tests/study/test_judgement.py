@@ -87,6 +87,13 @@ def test_both_halves_stand_in_the_sentence() -> None:
     assert one([0.94] * 12, [0.95] * 12, collapse=0.005)[0].collapsed == 12
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_no_difference_is_neither_higher_nor_minus_nothing(higher_is_better: bool) -> None:
+    c, _ = one([0.95] * 12, [0.95] * 12, higher_is_better=higher_is_better)
+    assert c.sentences["loses"].startswith("no difference in the typical run (interval +0.0000 to +0.0000, 12 seeds)")
+    assert f"{c.difference:+.4f}" == "+0.0000"
+
+
 def test_few_seeds_never_give_a_verdict() -> None:
     """However clear they look."""
     for n, tests in ((4, 1), (9, 40)):

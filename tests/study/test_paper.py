@@ -66,3 +66,10 @@ def test_what_cannot_be_a_paper_is_refused_first(tmp_path: Path, capsys: pytest.
     assert main(["report", study, study, "--paper", str(tmp_path / "paper.html")]) == 2
     assert "Two of the folders are called out" in capsys.readouterr().err
     assert not (Path(study) / "report.html").exists()
+
+
+def test_the_runs_of_each_study_are_counted(folder: Path) -> None:
+    """Both studies have made the sequential runs of their common seeds."""
+    runs = [{file.stem for file in (folder / f"study-{name}" / "runs").glob("*.json")} for name in ("digits", "texts")]
+    assert runs[0] & runs[1]
+    assert sections(folder)["Cost"].strip().startswith(f"{sum(map(len, runs))} runs, ")

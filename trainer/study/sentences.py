@@ -253,18 +253,19 @@ def noise_sentences(results: Results) -> list[str]:
     B, percent = runs[0]["global_batch_size"], f"{100 * (1 - results.rules.alpha):g} %"
     line = (
         f"gradient noise scale of the sequential runs (McCandlish et al. 2018): {scale.value:,.0f} samples over whole "
-        f"runs ({percent} interval {scale.low:,.0f} to {scale.high:,.0f})"
+        f"runs ({percent} interval {max(0.0, scale.low):,.0f} to {scale.high:,.0f})"
     )
     by_epoch = scales_by_epoch(runs, results.rules.alpha)
     if len(by_epoch) > 1:
         chosen = sorted(by_epoch)
         chosen = [chosen[0], chosen[len(chosen) // 2], chosen[-1]] if len(chosen) > 3 else chosen
         line += "; " + ", ".join(
-            f"{by_epoch[e].value:,.0f} in epoch {e} ({by_epoch[e].low:,.0f} to {by_epoch[e].high:,.0f})" for e in chosen
+            f"{by_epoch[e].value:,.0f} in epoch {e} ({max(0.0, by_epoch[e].low):,.0f} to {by_epoch[e].high:,.0f})"
+            for e in chosen
         )
+    line += f". Batches well below it should cost few samples more, and {scale.value:,.0f} about twice as many: "
     line += (
-        f". Batches well below it should cost few samples more, and {scale.value:,.0f} about twice as many: "
-        f"W = {max(1.0, scale.value / B):.3g} times the batch of {B}. "
+        f"W = {scale.value / B:.3g} times the batch of {B}. " if scale.value >= B else f"less than the batch of {B}. "
     )
     lost = [f"{arm} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
     if not results.groups("", "epochs"):
