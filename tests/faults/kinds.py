@@ -77,7 +77,7 @@ def ends_itself(limit_s: float, codes: Callable[[list[int]], bool], *words: str)
         if not end.disturbed:
             return "the fault did not happen"
         if end.overdue:
-            return f"ranks {end.overdue} did not end"
+            return f"ranks {end.overdue} did not end:\n{end.text}"
         if end.left:
             return f"{end.left} processes left"
         if end.seconds > limit_s:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import json
 import os
@@ -159,6 +160,7 @@ def _rank(session: dict[str, Any], rank: int) -> None:
         output = os.open(folder / f"rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.register(signal.SIGUSR2, file=output)  # where it stands, should it be overdue
         os.chdir(folder)
         os.environ.update({"RANK": str(rank), **session["environment"], **session["rank_environment"][rank]})
         if session["hosts"]:
@@ -236,8 +238,10 @@ def _lead(session: dict[str, Any]) -> dict[str, Any]:
                 os.kill(process, signal.SIGTERM)
         if now_s > deadline_s:
             overdue = sorted(alive.values())
-            for process in alive:
-                os.kill(process, signal.SIGKILL)
+            for number in (signal.SIGUSR2, signal.SIGKILL):
+                for process in alive:
+                    os.kill(process, number)
+                time.sleep(1.0)
             deadline_s = float("inf")
     left = _session_members(os.getpid())
     for process in left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from trainer.ranks import stopping
-from trainer.ranks.stopping import EndedBySignal, SignalPipe, StopWish, raised
+from trainer.ranks.stopping import EndedBySignal, SignalPipe, StopWish, heed, raised
 
 
 class Clock:
@@ -155,3 +156,21 @@ def test_ctrl_c_before_a_run_is_one_line() -> None:
             check=False,
         )
         assert (done.returncode, done.stderr) == (130, said)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, EndedBySignal), (signal.SIGINT, KeyboardInterrupt), (signal.SIGHUP, EndedBySignal)],
+)
+def test_a_signal_that_someone_has_caught_is_raised_again(number: int, error: type[BaseException]) -> None:
+    """DeepSpeed and tasks have an `except:` without a type."""
+
+    def run() -> None:
+        with raised(True):
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), number)
+            heed()
+
+    with pytest.raises(error):
+        run()
+    heed()  # the next run in this process knows nothing of it

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from ..errors import BY_EXIT_CODE, LostRankError, TrainerError, UserError
 from .launchers import began
 from .place import Ranks
+from .stopping import heed
 
 # The time between two looks whether all ranks have come.
 _LOOK_S = 0.1
@@ -89,6 +90,7 @@ def _meet(store: Any, ranks: Ranks, timeout: timedelta, failed: BaseException | 
     store.add("came", 1)
     waiting = Waiting(timeout)
     while not store.check(["failed"]):
+        heed()
         came = store.add("came", 0)
         if came >= ranks.world_size:
             return
@@ -229,6 +231,7 @@ def in_a_thread(connect: Callable[[], object], look: Callable[[], None] = lambda
 
     threading.Thread(target=call, name="rendezvous", daemon=True).start()
     while not ended.wait(_LOOK_S):
+        heed()
         look()
     if failures:
         raise failures[0]

@@ -78,33 +78,55 @@ def end_at_once_no_more() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The signal that has ended the run before its first step, until the run has ended.
+_ended_by: int | None = None
+
+
 @contextlib.contextmanager
 def raised(wanted: bool) -> Iterator[None]:
-    """Signals that would end the process at once raise EndedBySignal, so that what it has made is removed.
+    """Signals that would end the process at once raise EndedBySignal or, as usual, KeyboardInterrupt.
+
+    So what the process has made is removed.
 
     Args:
         wanted: only for a process that has something to remove. While C++ code waits for other ranks, Python's
             handlers have to wait, too.
     """
+    global _ended_by
     end_at_once_no_more()
-    process, handled = os.getpid(), []
+    process, before = os.getpid(), dict[signal.Signals, Any]()
 
     def end(number: int, frame: FrameType | None) -> None:
+        global _ended_by
         if os.getpid() == process:
-            raise EndedBySignal(number)
-        signal.signal(number, signal.SIG_DFL)  # a child, which has inherited this handler
+            _ended_by = number
+            heed()
+        signal.signal(number, before[signal.Signals(number)])  # a child, which has inherited this handler
         os.kill(os.getpid(), number)
 
     if wanted and threading.current_thread() is threading.main_thread():
-        # SIGINT raises KeyboardInterrupt already. Under nohup, SIGHUP is ignored, and others may have handlers.
-        handled = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
-    for number in handled:
+        # Under nohup, SIGHUP is ignored, and others may have handlers.
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in usual}
+    for number in before:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        _ended_by = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed() -> None:
+    """Raises once more what a signal has raised before the first step.
+
+    Somebody's code may have caught it: an `except:` without a type, an import, or C++ code that was called from Python.
+    """
+    if _ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _ended_by is not None:
+        raise EndedBySignal(_ended_by)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

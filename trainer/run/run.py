@@ -16,7 +16,7 @@ from ..engine.device import linear_kept
 from ..errors import NonFiniteError, TrainerError, UserError
 from ..ranks.collectives import broadcast_object, raise_together
 from ..ranks.place import Ranks
-from ..ranks.stopping import raised
+from ..ranks.stopping import heed, raised
 from ..ranks.watch import Watch
 from ..record.checkpoints import way_on
 from ..record.console import DeepSpeedLog, say
@@ -131,6 +131,7 @@ def _run(
                 f"{pieces.total_steps:,} steps.\nStart the longer run with another --output_dir.",
                 agreed=True,
             )
+        heed()
         watch.begin()
         path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
         assert path is not None
