@@ -116,6 +116,7 @@ def _leave(
     store.add("left", 1)
     deadline_s = time.monotonic() + _TELLING_S
     while ranks.first and store.add("left", 0) < ranks.world_size - len(gone()) and time.monotonic() < deadline_s:
+        heed()
         time.sleep(_LOOK_S)
     raise_own(failed)
     error = BY_EXIT_CODE.get(code, TrainerError)(message, agreed=True)
