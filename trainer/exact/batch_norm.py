@@ -15,6 +15,9 @@ PyTorch: if one forward calls a layer twice, only the last call counts.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -39,6 +42,7 @@ class RunningStatistics:
             m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
         ]
         lengths = [m.num_features for m in self._modules for _ in range(2)]  # mean and variance of each layer
+        self._lengths, self._starts = lengths, [0, *itertools.accumulate(lengths)][:-1]
         self.size = sum(lengths)
         self._momenta = [m.momentum for m in self._modules]
         self._own: list[dict[str, Tensor | None]] = []
@@ -52,7 +56,8 @@ class RunningStatistics:
         self._scratch = torch.full((self.size,), _NOT_CALLED, device=device)
         self._counters = torch.zeros(layers, dtype=torch.int64, device=device)
         # InstanceNorm has a counter, too, but PyTorch never increases it.
-        self._counts = torch.tensor([isinstance(m, _BatchNorm) for m in self._modules], device=device)
+        counts = [isinstance(m, _BatchNorm) for m in self._modules]
+        self._counts = None if all(counts) else torch.tensor(counts, dtype=torch.float32, device=device)
         running = self._running.split(lengths)
         # `.data` gives each piece a version counter of its own. Plain views share one: if an InstanceNorm wrote its
         # piece, autograd would believe that the tensors which a BatchNorm saved for its backward had changed.
@@ -74,8 +79,7 @@ class RunningStatistics:
             self._temporary.append({**temporary, "num_batches_tracked": spare})
             # Straight into `_buffers`, here and in each step: setattr on a module would do the same, but slowly.
             module._buffers.update(own)
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        self._variance_at = starts[1::2].to(device)  # (L,) the first variance of each layer
+        self._variance_at = torch.tensor(self._starts[1::2], device=device)  # (L,) the first variance of each layer
         widths = torch.tensor([2 * m.num_features for m in self._modules])
         self._layer_of = torch.arange(layers).repeat_interleave(widths).to(device)  # (size,)
         # Momentum None asks for a cumulative average, which weighs all micro-batches equally: its 0.5 is not used.
@@ -100,14 +104,14 @@ class RunningStatistics:
         out.copy_(self._scratch)
         self._scratch.fill_(_NOT_CALLED)
 
-    def scratch_rows(self, g: int) -> Tensor:
-        """Scratch memory for several micro-batches: (g, size) float32."""
+    def scratch_blocks(self, g: int) -> Tensor:
+        """Scratch memory for several micro-batches: (g * size,) float32. Each buffer has a block of (g, features)."""
         if not self.size:
-            return torch.empty(g, 0)
-        return self._scratch.new_full((g, self.size), _NOT_CALLED)
+            return torch.empty(0)
+        return self._scratch.new_full((g * self.size,), _NOT_CALLED)
 
-    def scratch_piece(self, buffer: Tensor, rows: Tensor) -> Tensor | None:
-        """The columns of `scratch_rows` for a layer's buffer: (g, features). None if it is not in scratch."""
+    def scratch_piece(self, buffer: Tensor, blocks: Tensor) -> Tensor | None:
+        """What `scratch_blocks` has for a layer's buffer: (g, features). None if the buffer is not in scratch."""
         if not self.size or buffer.dim() != 1:
             return None
         base = self._scratch
@@ -115,7 +119,20 @@ class RunningStatistics:
         if not 0 <= place < base.numel() * base.element_size() or buffer.device != base.device:
             return None
         place //= base.element_size()
-        return rows[:, place : place + buffer.numel()]
+        number = bisect.bisect(self._starts, place) - 1
+        first = place - self._starts[number]
+        return self._block(number, blocks)[:, first : first + buffer.numel()]
+
+    def rows_of(self, blocks: Tensor) -> Tensor:
+        """What `scratch_blocks` has of each micro-batch: (g, size)."""
+        if not self.size:
+            return blocks.view(1, 0)
+        return torch.cat([self._block(number, blocks) for number in range(len(self._lengths))], dim=1)
+
+    def _block(self, number: int, blocks: Tensor) -> Tensor:
+        """The block of a buffer: (g, features)."""
+        g = blocks.numel() // self.size
+        return blocks.narrow(0, g * self._starts[number], g * self._lengths[number]).view(g, -1)
 
     def momentum_assigned(self) -> bool:
         """Between `begin` and `settle`: whether a forward has set a layer's momentum: this spoils what is collected."""
@@ -135,7 +152,7 @@ class RunningStatistics:
             skip: () on the device. If it is not 0, nothing changes (see `step.ExactStep` on losses that are not
                 finite).
         """
-        called = (statistics.index_select(1, self._variance_at) >= 0.0).float()  # (M, L)
+        called = statistics.index_select(1, self._variance_at).ge_(0.0)  # (M, L)
         calls = called.sum(dim=0)  # (L,)
         # Calls after micro-batch j. A matrix product may add in any order: sums of ones are exact in all of them.
         after = self._later_than(len(statistics)) @ called  # (M, L)
@@ -150,13 +167,14 @@ class RunningStatistics:
         # (M, size) at every world size, so this sum adds in the same order on every rank.
         change = (statistics * weights.index_select(1, self._layer_of)).sum(dim=0)
         running = self._running * decay.index_select(0, self._layer_of) + change
-        counted = torch.where(self._counts, calls, 0.0).to(torch.int64)
+        counted = calls if self._counts is None else calls * self._counts
         # Chosen on the device: asking the host would wait for it.
         if skip is not None:
-            running = torch.where(skip > 0, self._running, running)
-            counted = torch.where(skip > 0, torch.zeros_like(counted), counted)
+            skipped = skip > 0
+            running = torch.where(skipped, self._running, running)
+            counted = counted.masked_fill(skipped, 0.0)
         self._running.copy_(running)
-        self._counters.add_(counted)
+        self._counters.add_(counted.to(torch.int64))
 
     def _later_than(self, count: int) -> Tensor:
         """(M, M) float32: 1 where the column's micro-batch comes after the row's, else 0."""

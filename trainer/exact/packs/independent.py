@@ -36,9 +36,10 @@ ELEMENTWISE = ARITHMETIC | frozenset(
         "trunc", "frac", "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh",
         "hardswish", "hardsigmoid", "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign", "logsigmoid",
         "threshold", "pow", "rpow", "float_power", "maximum", "minimum", "fmax", "fmin", "logical_and", "logical_or",
-        "logical_not", "logical_xor", "and", "or", "xor", "invert", "bitwise_and", "bitwise_or", "bitwise_not", "isnan",
-        "isinf", "isfinite", "nan_to_num", "logaddexp", "xlogy", "sinc", "hypot", "to", "type", "type_as", "float",
-        "double", "half", "bfloat16", "int", "long", "bool", "clone", "contiguous", "detach", "requires_grad",
+        "logical_not", "logical_xor", "and", "or", "xor", "invert", "lshift", "rshift", "bitwise_and", "bitwise_or",
+        "bitwise_xor", "bitwise_not", "bitwise_left_shift", "bitwise_right_shift", "isnan", "isinf", "isfinite",
+        "nan_to_num", "logaddexp", "xlogy", "sinc", "hypot", "to", "type", "type_as", "float", "double", "half",
+        "bfloat16", "int", "long", "bool", "clone", "contiguous", "detach", "requires_grad",
         "zeros_like", "ones_like", "empty_like", "zero", "copy",
     )
 )  # fmt: skip
@@ -47,8 +48,8 @@ ALONG = frozenset(
     (
         "sum", "mean", "std", "var", "amax", "amin", "max", "min", "prod", "logsumexp", "softmax", "log_softmax",
         "softmin", "cumsum", "cumprod", "argmax", "argmin", "any", "all", "nansum", "nanmean", "count_nonzero", "glu",
-        "flip", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "index_select", "gather", "scatter",
-        "scatter_add", "take_along_dim",
+        "flip", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "gather", "scatter", "scatter_add",
+        "take_along_dim",
     )
 )  # fmt: skip
 _LAST_DIMENSION = {"glu": -1}
@@ -189,9 +190,17 @@ def _is_along(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parte
     if not dims or not all(_number(d) and d % x.dim() != 0 for d in dims):
         return False
     others = list(_tensors((args[1:], kwargs)))
-    if name == "index_select":
-        return not any(parted(t) for t in others)
     return all(parted(t) and t.dim() == x.dim() and t.size(0) == x.size(0) for t in others)
+
+
+def _is_selected(args: tuple[Any, ...], kwargs: Mapping[str, Any], parted: Parted) -> bool:
+    """`index_select`: rows of something that has no parts, or the same along another dimension of all parts."""
+    if kwargs or len(args) != 3 or not _number(args[1]) or args[0].dim() == 0:
+        return False
+    x, dim, places = args
+    if parted(x):
+        return dim % x.dim() != 0 and not parted(places)
+    return dim % x.dim() == 0 and places.dim() == 1
 
 
 def _is_joined(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parted: Parted) -> bool:
@@ -305,6 +314,7 @@ _OTHERS: dict[str, Callable[..., bool]] = {
     "scaled_dot_product_attention": _is_attention,
     "pad": _with_parts(_is_padded),
     "getitem": _is_indexed,
+    "index_select": _is_selected,
     "setitem": _is_set,
     "layer_norm": _with_parts(_is_normalised),
     "rms_norm": _with_parts(_is_normalised),

@@ -206,6 +206,8 @@ def _batch_norm(
     mean, var = pack.shares.scratch_of(running_mean), pack.shares.scratch_of(running_var)
     if not pack.tensors.has_part(input) or (running_mean is not None and mean is None):
         raise RefusedError("a BatchNorm whose samples or statistics are not those of a micro-batch")
+    if any(r is not None and not r.is_contiguous() for r in (mean, var)):
+        raise RefusedError("a BatchNorm whose statistics are a part of a layer's")
 
     def call(x: Tensor, w: Tensor | None, b: Tensor | None, place: int = 0) -> Tensor:
         own = [None if r is None else r[place].data for r in (mean, var)]

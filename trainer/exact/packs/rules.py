@@ -172,19 +172,24 @@ def _apart(y: Tensor, g: int) -> Tensor:
     return y.view(len(y), g, -1, *y.shape[2:]).transpose(0, 1).reshape(g * len(y), -1, *y.shape[2:])
 
 
+def _repeated(weight: Tensor | None, bias: Tensor | None, g: int) -> tuple[Tensor | None, Tensor | None]:
+    """(C,) -> (g C,), by one kernel where it can be."""
+    if weight is None or bias is None or weight.dtype != bias.dtype:
+        w, b = (None if p is None else p.repeat(g) for p in (weight, bias))
+        return w, b
+    both = torch.cat((weight.expand(g, -1), bias.expand(g, -1))).view(2, -1)
+    return both[0], both[1]
+
+
 def _batch_norm_forward(
     site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     o, g = site.options, site.g
-    w, b = (None if p is None else p.repeat(g) for p in (weight, bias))
+    w, b = _repeated(weight, bias, g)
     # Each micro-batch's statistics go to its own row of scratch memory.
-    kept = [None if r is None else r.reshape(-1) for r in (o["mean"], o["var"])]
+    own = [None if rows is None else rows.view(-1) for rows in (o["mean"], o["var"])]
     x = _beside(x, g)
-    y, mean, rstd = torch.ops.aten.native_batch_norm(x, w, b, *kept, True, o["momentum"], o["eps"])
-    for rows, values in zip((o["mean"], o["var"]), kept):
-        if rows is not None:
-            assert values is not None
-            rows.copy_(values.view_as(rows))
+    y, mean, rstd = torch.ops.aten.native_batch_norm(x, w, b, *own, True, o["momentum"], o["eps"])
     saved = (x, mean, rstd) if w is None else (x, mean, rstd, w)
     # Not a view: it may be changed in place.
     return _apart(y, g), saved

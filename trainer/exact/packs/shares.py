@@ -36,7 +36,7 @@ class Shares:
     """Takes arguments apart, and joins results.
 
     Attributes:
-        scratch: (g, features) where the micro-batches' statistics go.
+        scratch: where the micro-batches' statistics go, as from `RunningStatistics.scratch_blocks`.
         ends: of the first micro-batch's graph in the present call: its node -> what lies behind it.
 
     Args:
@@ -48,7 +48,7 @@ class Shares:
 
     def __init__(self, g: int, tensors: Tensors, leaves: Leaves, statistics: RunningStatistics) -> None:
         self._g, self._tensors, self._leaves, self._statistics = g, tensors, leaves, statistics
-        self.scratch = statistics.scratch_rows(g)
+        self.scratch = statistics.scratch_blocks(g)
         # Those of the present call: each use of a tensor gives it a gradient of its own, as in a micro-batch alone.
         self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
         self.ends: dict[Any, Any] = {}
