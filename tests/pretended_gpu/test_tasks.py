@@ -150,10 +150,10 @@ CEILINGS: dict[str, tuple[int, float, float]] = {
     "text_classification": (4, 1.4, 4.6),
     "image_classification": (8, 1.3, 2.9),
     "image_classification_vit": (4, 1.15, 3.15),
-    "audio_classification": (8, 1.5, 2.6),
+    "audio_classification": (8, 1.35, 2.6),
     "tabular": (4, 1.6, 2.6),
-    "nodules": (8, 1.5, 3.1),
-    "nodules_autoencoder": (8, 1.5, 3.0),
+    "nodules": (8, 1.35, 2.8),
+    "nodules_autoencoder": (8, 1.35, 2.8),
 }
 
 
