@@ -160,7 +160,7 @@ def test_ctrl_c_before_a_run_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("number", "error"),
-    [(signal.SIGTERM, EndedBySignal), (signal.SIGINT, KeyboardInterrupt), (signal.SIGHUP, EndedBySignal)],
+    [(signal.SIGTERM, EndedBySignal), (signal.SIGINT, KeyboardInterrupt), (signal.SIGUSR1, EndedBySignal)],
 )
 def test_a_signal_that_someone_has_caught_is_raised_again(number: int, error: type[BaseException]) -> None:
     """DeepSpeed and tasks have an `except:` without a type."""

@@ -123,10 +123,10 @@ class RunningStatistics:
         first = place - self._starts[number]
         return self._block(number, blocks)[:, first : first + buffer.numel()]
 
-    def rows_of(self, blocks: Tensor) -> Tensor:
-        """What `scratch_blocks` has of each micro-batch: (g, size)."""
+    def rows_of(self, blocks: Tensor, g: int) -> Tensor:
+        """What `scratch_blocks` has of each of g micro-batches: (g, size)."""
         if not self.size:
-            return blocks.view(1, 0)
+            return blocks.new_empty(g, 0)
         return torch.cat([self._block(number, blocks) for number in range(len(self._lengths))], dim=1)
 
     def _block(self, number: int, blocks: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class Packs:
                 raise RefusedError("random numbers are drawn where packs do not see it")
             pack.derived.pass_on(self._trained)
             leaves.finish()
-            return Packed(losses.detach().float(), self._statistics.rows_of(pack.shares.scratch), pack.form)
+            return Packed(losses.detach().float(), self._statistics.rows_of(pack.shares.scratch, g), pack.form)
         finally:
             pack.close()
             leaves.clear()
