@@ -353,6 +353,8 @@ def test_where_skip_is_set_the_running_statistics_stay() -> None:
 def test_models_without_running_statistics(model: nn.Module) -> None:
     statistics = RunningStatistics(model)
     assert statistics.size == 0
+    # A pack has a row for each of its micro-batches, of which the audit reads one.
+    assert statistics.rows_of(statistics.scratch_blocks(3), 3).shape == (3, 0)
     statistics.begin()
     statistics.settle()
 

@@ -56,6 +56,9 @@ def test_a_signal_that_someone_has_caught_ends_the_waiting() -> None:
     with pytest.raises(EndedBySignal):
         wait_on(lambda: meeting.in_a_thread(lambda: never.wait(20.0)))
     never.set()
+    meeting._say_failed(store, Ranks(1, 2, 1, 2), UserError("no data"))
+    with pytest.raises(EndedBySignal):  # rank 1 does not come to read it
+        wait_on(lambda: meeting._leave(store, Ranks(0, 2, 0, 1)))
 
 
 def end_while_connecting(ranks: Ranks, victim: int, folder: str) -> None:

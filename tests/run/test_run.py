@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import contextlib
 import os
 import shutil
 import signal
@@ -279,16 +280,23 @@ def test_a_task_that_ends_the_process_is_an_error(
 
 
 class Waits(Task):
-    """A scheduler ends the run while it reads its data."""
+    """A scheduler ends the run while it reads its data. `caught`: by code with an `except:` that knows nothing of it."""
+
+    def __init__(self, caught: bool) -> None:
+        self._caught = caught
 
     def splits(self) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(BaseException) if self._caught else contextlib.nullcontext():
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().splits()
 
 
-def test_a_signal_before_the_first_step_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_signal_before_the_first_step_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: bool
+) -> None:
     with pytest.raises(EndedBySignal, match="SIGTERM"):
-        make(monkeypatch, tmp_path / "new" / "run", Waits())
+        make(monkeypatch, tmp_path / "new" / "run", Waits(caught))
     assert not (tmp_path / "new").exists()
 
 

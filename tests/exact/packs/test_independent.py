@@ -104,3 +104,51 @@ def test_gradients_of_several_uses_are_added_in_their_order(forward: Any) -> Non
     found, packs = trained(model, x, 4, task=Counts())
     assert found == trained(model, x, 0, task=Counts())[0]
     assert packs is not None
+
+
+TABLE = torch.randn(256, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: ((x[:, :, None] >> torch.arange(3) & 1).flatten(1) ^ (x << 1).repeat(1, 3)) / 256,
+        lambda x: TABLE.index_select(0, x[:, 0]),
+        lambda x: TABLE.index_select(dim=-2, index=x[:, 1]),
+        lambda x: torch.index_select(x, 1, torch.tensor([3, 0])).float(),
+        lambda x: x.index_select(1, index=torch.tensor([2, 2, 5])).float(),
+    ],
+    ids=["bits", "a table's rows", "rows, by name", "columns", "columns, by name"],
+)
+def test_whole_numbers_are_treated_together(forward: Any) -> None:
+    """As a task unpacks bits and looks up rows of a table: one call a pack, and the bits of single ones."""
+
+    class Looks(Task):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return model(forward(batch["x"]))
+
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (72, 8), generator=torch.Generator().manual_seed(2))
+    model = nn.Linear(forward(x).size(1), 2)
+    found, packs = trained(model, x, 4, task=Looks())
+    assert found == trained(model, x, 0, task=Looks())[0]
+    assert packs is not None and packs.refusals() == {}
+    assert all(call.together for call in packs._findings.calls.values())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda h, w: h + w.index_select(0, h.detach().abs().long().sum(1) % 8),
+        lambda h, w: h + w.cos().index_select(0, h.detach().abs().long().sum(1) % 8),
+        lambda h, w: h.index_select(0, torch.tensor([3, 2, 1, 0])),
+        lambda h, w: h.index_select(1, h[0].detach().abs().long().clamp(max=7)),
+    ],
+    ids=["of a parameter", "of what follows from one", "samples", "columns that a sample chooses"],
+)
+def test_rows_that_belong_to_a_micro_batch_keep_its_bits(forward: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8), floats(8) * 3
+    found, packs = trained(model, x, 4, task=Own(forward))
+    assert found == trained(model, x, 0, task=Own(forward))[0]
+    assert packs is not None

@@ -195,12 +195,11 @@ def _is_along(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parte
 
 def _is_selected(args: tuple[Any, ...], kwargs: Mapping[str, Any], parted: Parted) -> bool:
     """`index_select`: rows of something that has no parts, or the same along another dimension of all parts."""
-    if kwargs or len(args) != 3 or not _number(args[1]) or args[0].dim() == 0:
+    x, *rest = args
+    dim, places = (*rest, *(kwargs[name] for name in ("dim", "index")[len(rest) :]))
+    if not _number(dim) or x.dim() == 0:
         return False
-    x, dim, places = args
-    if parted(x):
-        return dim % x.dim() != 0 and not parted(places)
-    return dim % x.dim() == 0 and places.dim() == 1
+    return (dim % x.dim() != 0 and not parted(places)) if parted(x) else (dim % x.dim() == 0 and places.dim() == 1)
 
 
 def _is_joined(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parted: Parted) -> bool:
