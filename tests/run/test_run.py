@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
-import contextlib
 import os
 import shutil
 import signal
@@ -280,9 +280,10 @@ def test_a_task_that_ends_the_process_is_an_error(
 
 
 class Waits(Task):
-    """A scheduler ends the run while it reads its data. `caught`: by code with an `except:` that knows nothing of it."""
+    """A scheduler ends the run while it reads its data. `caught`: by an `except:` that knows nothing of it."""
 
     def __init__(self, caught: bool) -> None:
+        super().__init__()
         self._caught = caught
 
     def splits(self) -> Any:
