@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 import time
@@ -69,3 +71,26 @@ def test_what_started_all_ranks_of_a_machine(
     assert launcher() == found
     if found is not None:
         assert launch_name().startswith(f"{found}-")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "above", "gone"),
+    [
+        ({"localhost": [0, 1]}, b"systemd", True),
+        ({"localhost": [0, 1]}, b"python\0/venv/bin/deepspeed\0--num_gpus", False),
+        ({"node1": [0], "node2": [0]}, b"sshd", False),
+        (None, b"systemd", False),
+    ],
+    ids=["the runner has ended", "it is there", "over ssh", "torchrun"],
+)
+def test_a_runner_that_ended_before_this_rank_looked_is_missed(
+    monkeypatch: pytest.MonkeyPatch, hosts: dict[str, list[int]] | None, above: bytes, gone: bool
+) -> None:
+    """DeepSpeed's runner hands a SIGTERM on to nobody. In its first seconds, ranks have not looked yet."""
+    info = base64.urlsafe_b64encode(json.dumps(hosts).encode())
+    launch = b"python\0-u\0-m\0deepspeed.launcher.launch\0--world_info=" + info + b"\0--master_port=1\0main.py"
+    parents, commands = {10: 20, 20: 30, 30: 1}, {20: launch if hosts else b"torchrun\0main.py", 30: above}
+    monkeypatch.setattr(module.os, "getpid", lambda: 10)
+    monkeypatch.setattr(module, "_parent", lambda process: parents[process])
+    monkeypatch.setattr(module, "_command", lambda process: commands.get(process, b""))
+    assert Launchers().gone() == gone

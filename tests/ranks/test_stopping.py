@@ -174,3 +174,18 @@ def test_a_signal_that_someone_has_caught_is_raised_again(number: int, error: ty
     with pytest.raises(error):
         run()
     heed()  # the next run in this process knows nothing of it
+
+
+def test_ctrl_c_is_heeded_by_ranks_that_have_nothing_to_remove() -> None:
+    """Else this rank would say that rank 0 has failed, which was ended by the same Ctrl-C."""
+
+    def run() -> None:
+        with raised(False):
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGINT)
+            heed()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 from pathlib import Path
 
 _NAMES = (b"deepspeed", b"torchrun", b"torch.distributed.run")
@@ -28,10 +31,23 @@ class Launchers:
                 break
             self._chain.append((process, parent))
             process = parent
+        self._too_late = len(self._chain) == 1 and _needs_runner(_command(process))
 
     def gone(self) -> bool:
         """Whether one of them has ended."""
-        return any(_parent(process) != parent for process, parent in self._chain)
+        return self._too_late or any(_parent(process) != parent for process, parent in self._chain)
+
+
+def _needs_runner(command: bytes) -> bool:
+    """Whether a command is that of a DeepSpeed launcher which its runner starts: that of this machine alone.
+
+    On several machines something else starts it, as ssh does.
+    """
+    found = re.search(rb"deepspeed\.launcher\.launch\0(?:.*\0)?--world_info=([\w=-]+)", command, re.DOTALL)
+    try:
+        return found is not None and set(json.loads(base64.urlsafe_b64decode(found[1]))) == {"localhost"}
+    except ValueError:
+        return False
 
 
 def remember_launchers() -> None:

@@ -89,8 +89,8 @@ def raised(wanted: bool) -> Iterator[None]:
     So what the process has made is removed.
 
     Args:
-        wanted: only for a process that has something to remove. While C++ code waits for other ranks, Python's
-            handlers have to wait, too.
+        wanted: for a process that has something to remove. Others heed Ctrl-C alone, which comes to all ranks. While
+            C++ code waits for other ranks, Python's handlers have to wait, too.
     """
     global _ended_by
     end_at_once_no_more()
@@ -104,10 +104,10 @@ def raised(wanted: bool) -> Iterator[None]:
         signal.signal(number, before[signal.Signals(number)])  # a child, which has inherited this handler
         os.kill(os.getpid(), number)
 
-    if wanted and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         # Under nohup, SIGHUP is ignored, and others may have handlers.
-        usual = (signal.SIG_DFL, signal.default_int_handler)
-        before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in usual}
+        usual, heeded = (signal.SIG_DFL, signal.default_int_handler), SIGNALS if wanted else (signal.SIGINT,)
+        before = {number: signal.getsignal(number) for number in heeded if signal.getsignal(number) in usual}
     for number in before:
         signal.signal(number, end)
     try:
