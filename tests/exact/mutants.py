@@ -66,7 +66,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "audit Audit.__init__: self._step = 0  ->  self._step = 1",
     ),
     "any negative number says that a layer was not called": (
-        "batch_norm : _NOT_CALLED = -1.0  ->  _NOT_CALLED = -2.0",
+        "batch_norm : _NOT_CALLED = -3e+38  ->  _NOT_CALLED = -3e+38",
     ),
     "the number stands for a momentum that a cumulative average does not use": (
         "batch_norm RunningStatistics.__init__: momenta = [0.5 if momentum is None else momentum  ->  momenta = [1.5 if momentum is None else momentum",

@@ -363,13 +363,41 @@ def test_a_momentum_that_a_forward_has_set_is_noticed() -> None:
     layer = nn.BatchNorm1d(3)
     statistics = RunningStatistics(layer)
     statistics.begin()
-    assert not statistics.momentum_assigned()
+    assert statistics.objection() is None
     layer.momentum = 0.5
-    assert statistics.momentum_assigned()
-    layer.eval()
-    assert not statistics.momentum_assigned()  # whose statistics nobody collects
+    assert "momentum" in str(statistics.objection())
     statistics.settle()
     assert layer.momentum == 0.1
+    layer.eval()
+    statistics.begin()
+    layer.momentum = 0.5
+    assert statistics.objection() is None  # whose statistics nobody collects
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_layer_whose_mode_a_forward_has_changed_is_noticed(trained: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].train(trained)
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    assert statistics.objection() is None
+    model[1].train(not trained)
+    assert "changes the mode of 1 (BatchNorm1d)" in str(statistics.objection())
+    statistics.settle()
+    statistics.begin()  # from the next step on it is a layer of the other mode
+    assert statistics.objection() is None
+
+
+def test_what_a_layer_reads_too_early_is_not_overlooked() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    mean, var = model[0].running_mean.clone(), model[0].running_var.clone()
+    x = torch.randn(5, 3)
+    for read in (mean, var):
+        assert not (x - 0.1 * read).square().sum().isfinite()
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(model[0].running_mean, x.mean(0))
 
 
 def test_one_of_several_momenta_that_was_set_is_noticed() -> None:
@@ -377,7 +405,7 @@ def test_one_of_several_momenta_that_was_set_is_noticed() -> None:
     statistics = RunningStatistics(model)
     statistics.begin()
     model[1].momentum = 0.5
-    assert statistics.momentum_assigned()
+    assert statistics.objection() is not None
 
 
 def test_layers_of_one_channel() -> None:

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ..errors import UserError
+
 # What scratch memory holds before a forward. A layer that is called replaces it with a variance of at least 0
-# (momentum 1 multiplies the old value by 0). So a variance of -1 says that the layer was not called.
-_NOT_CALLED = -1.0
+# (momentum 1 multiplies the old value by 0). So a negative variance says that the layer was not called. The number is
+# large and yet finite: a loss that is computed from it, by mistake, is not finite, which nobody overlooks.
+_NOT_CALLED = -3e38
 
 
 class RunningStatistics:
@@ -38,9 +41,9 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: list[_NormBase] = [
-            m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
-        ]
+        found = {n: m for n, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None}
+        self._names, self._modules = list(found), list(found.values())
+        self._trained = [False] * len(found)  # in this step: whether the layer was in training mode when it began
         lengths = [m.num_features for m in self._modules for _ in range(2)]  # mean and variance of each layer
         self._lengths, self._starts = lengths, [0, *itertools.accumulate(lengths)][:-1]
         self.size = sum(lengths)
@@ -94,6 +97,7 @@ class RunningStatistics:
         """Points the layers in training mode at scratch memory, filled with `content`."""
         if self._modules:
             self._scratch.fill_(content)
+        self._trained = [module.training for module in self._modules]
         for module, temporary in zip(self._modules, self._temporary):
             if module.training:  # a layer in evaluation mode reads its running statistics and writes none
                 module._buffers.update(temporary)
@@ -134,9 +138,31 @@ class RunningStatistics:
         g = blocks.numel() // self.size
         return blocks.narrow(0, g * self._starts[number], g * self._lengths[number]).view(g, -1)
 
-    def momentum_assigned(self) -> bool:
-        """Between `begin` and `settle`: whether a forward has set a layer's momentum: this spoils what is collected."""
-        return any(module.training and module.momentum != 1.0 for module in self._modules)
+    def objection(self) -> str | None:
+        """Between `begin` and `settle`: what a forward has done that spoils the statistics, in words; None if nothing.
+
+        A layer that leaves training mode reads scratch memory, and one that enters it writes its running statistics:
+        each rank those of its own micro-batches.
+        """
+        for name, module, trained in zip(self._names, self._modules, self._trained):
+            if module.training != trained:
+                kind = type(module).__name__
+                return (
+                    f"changes the mode of {name or kind} ({kind}) in its forward, by train() or eval(). During a step "
+                    "its running statistics are not available.\nFor frozen statistics give the layer a train() that "
+                    "keeps it in evaluation mode, or use trainer.freeze."
+                )
+            if trained and module.momentum != 1.0:
+                return (
+                    "sets the momentum of a normalisation layer in its forward. The layer's statistics are collected "
+                    "there, and would be lost. Set the momentum in model()."
+                )
+        return None
+
+    def check(self, step: int) -> None:
+        """Raises UserError if there is an objection, before step `step` (from 0) changes anything."""
+        if (objection := self.objection()) is not None:
+            raise UserError(f"The task {objection}\nStep {step + 1:,} was not made.")
 
     def settle(self) -> None:
         """Gives the layers their running statistics back."""

@@ -122,9 +122,8 @@ class ExactStep:
         self._streams: dict[int, Streams] = {}
         self._look: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], None] | None = None
         self._look_for_unused = True
-        # On the CPU the host reads the loss at once, and finds a bad one before the update. On a GPU it does
-        # not wait for the loss: a flag on the device makes the optimizer's kernel skip every update from the
-        # bad step on, and the host reads the flag at the end of the logging window.
+        # On the CPU the host reads each loss, and finds a bad one before the update. On a GPU it does not wait: from
+        # the bad step on, a flag on the device makes the optimizer skip every update. The host reads it with the log.
         self.broken = torch.zeros((), device=device)
         self.deferred = device.type == "cuda" and optimizer.skip_update_where(self.broken)
 
@@ -171,6 +170,7 @@ class ExactStep:
             # After this rank's own block: what the second computation leaves in random generators changes nothing.
             if audit is not None and audit.other is not None:
                 self._compute_again(batch, audit, audit.other)
+            statistics.check(batch.step)
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
         self._foreign.begin()

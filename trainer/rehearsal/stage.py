@@ -231,11 +231,8 @@ class Stage:
         self.statistics.begin() if content is None else self.statistics.begin(content)
         try:
             computed = self._compute(item)
-            if self.statistics.momentum_assigned():
-                raise UserError(
-                    f"{self.name} sets the momentum of a normalisation layer in its forward. The layer's statistics "
-                    "are collected there, and would be lost. Set the momentum in model()."
-                )
+            if (objection := self.statistics.objection()) is not None:
+                raise UserError(f"{self.name} {objection}")
         finally:
             self.statistics.settle()
         return computed
