@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch_norm import RunningStatistics
-from .layers import Cut, Join, name_of, piece
+from .layers import Cut, Join, cut, name_of
 from .leaves import Leaves
 from .nested import filled, flat, mapped
 from .tensors import NUMBERS, PARTED, Tensors
@@ -50,7 +50,7 @@ class Shares:
         self._g, self._tensors, self._leaves, self._statistics = g, tensors, leaves, statistics
         self.scratch = statistics.scratch_blocks(g)
         # Those of the present call: each use of a tensor gives it a gradient of its own, as in a micro-batch alone.
-        self._cuts: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
+        self._cuts: dict[tuple[int, bool], tuple[Tensor, int, tuple[Tensor, ...]]] = {}
         self.ends: dict[Any, Any] = {}
         self._low_uses: dict[int, bool] = {}  # with autocast: whether a parameter is used for one at a time
 
@@ -90,12 +90,13 @@ class Shares:
         return mapped(value, lambda v: self._parts(v, k, same, numbers))
 
     def _piece(self, value: Tensor, k: int) -> Tensor:
-        if not (value.requires_grad and torch.is_grad_enabled()):
-            return piece(value, k, self._g)
-        known = self._cuts.get(id(value))
+        trained = value.requires_grad and torch.is_grad_enabled()
+        known = self._cuts.get((id(value), trained))
         if known is None or known[1] != value._version:
-            known = self._cuts[id(value)] = (value, value._version, Cut.apply(value, self._g))
-            self.ends[known[2][0].grad_fn] = self._tensors.named(value)
+            pieces = Cut.apply(value, self._g) if trained else tuple(cut(value, self._g))
+            known = self._cuts[id(value), trained] = (value, value._version, pieces)
+            if trained:
+                self.ends[pieces[0].grad_fn] = self._tensors.named(value)
         return known[2][k]
 
     def own(self, value: Any, k: int) -> Any:
