@@ -20,7 +20,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("study")
     with tarfile.open(request.param) as archive:
         archive.extractall(folder, filter="data")
-    return folder
+    (study,) = folder.iterdir()
+    assert study.name == request.param.name.removesuffix(".tar.xz")
+    return study
 
 
 def test_every_declared_run_is_there(folder: Path) -> None:
