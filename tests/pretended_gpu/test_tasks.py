@@ -149,7 +149,7 @@ CEILINGS: dict[str, tuple[int, float, float]] = {
     "causal_lm": (4, 1.0, 2.2),
     "text_classification": (4, 1.4, 4.4),
     "image_classification": (8, 1.3, 2.9),
-    "image_classification_vit": (4, 1.15, 3.15),
+    "image_classification_vit": (4, 1.15, 2.95),
     "audio_classification": (8, 1.35, 2.6),
     "tabular": (4, 1.5, 2.5),
     "nodules": (8, 1.35, 2.8),
