@@ -61,16 +61,18 @@ class ZeroStep:
             # DeepSpeed's reduction is collective, at stages 2 and 3 in every micro-step. So all ranks must make the
             # same number of micro-steps: a rank with fewer micro-batches adds some with weight 0.
             statistics.begin()
-            for i, loss in enumerate(self.micro_batches.losses(batch, block)):
-                yield loss * (W / batch.count)  # times W: DeepSpeed averages over ranks. It runs the backward here
-                own.losses[i] = loss.detach()
-                if statistics.size:
-                    statistics.collect(own.statistics[i])
-            for _ in range(most - len(block)):
-                (loss,) = self.micro_batches.losses(batch, range(1))
-                yield loss * 0.0
-            statistics.check(batch.step)
-            statistics.settle()
+            try:
+                for i, loss in enumerate(self.micro_batches.losses(batch, block)):
+                    yield loss * (W / batch.count)  # times W: DeepSpeed averages over ranks. It runs the backward here
+                    own.losses[i] = loss.detach()
+                    if statistics.size:
+                        statistics.collect(own.statistics[i])
+                for _ in range(most - len(block)):
+                    (loss,) = self.micro_batches.losses(batch, range(1))
+                    yield loss * 0.0
+                statistics.check(batch.step)
+            finally:
+                statistics.settle()  # after an error, too, as in the exact step
             self._mark("compute")
 
         rate = self._engine.set_learning_rate(rate_factor)

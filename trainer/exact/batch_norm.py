@@ -26,7 +26,7 @@ from ..errors import UserError
 
 # What scratch memory holds before a forward. A layer that is called replaces it with a variance of at least 0
 # (momentum 1 multiplies the old value by 0). So a negative variance says that the layer was not called. The number is
-# large and yet finite: a loss that is computed from it, by mistake, is not finite, which nobody overlooks.
+# large and yet finite: a loss that is computed from it, by mistake, is seldom finite. (Another BatchNorm may hide it.)
 _NOT_CALLED = -3e38
 
 
