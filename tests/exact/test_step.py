@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.errors import NonFiniteError, RanksDifferError
+from trainer.errors import NonFiniteError, RanksDifferError, UserError
 from trainer.exact.audit import Audit
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
@@ -368,6 +368,33 @@ def test_an_error_in_a_forward_leaves_the_model_as_anyone_expects() -> None:
 
 
 # As on a GPU, where the host does not wait for a loss
+
+
+class Freezes(Partly):
+    """Its BatchNorm leaves training mode, or enters it, in a forward of the second step."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.trained, self.calls = trained, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 5:
+            self.norm.train(not self.trained)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_batch_norm_whose_mode_a_forward_changes_stops_the_step(trained: bool) -> None:
+    model = Freezes(trained)
+    step, parts = made(model)
+    model.norm.train(trained)
+    step(parts["batches"].at(0))
+    before = copies(model)
+    with pytest.raises(UserError, match=r"changes the mode of norm \(BatchNorm1d\)[\s\S]*Step 2 was not made"):
+        step(parts["batches"].at(1))
+    assert all(torch.equal(old, new) for old, new in zip(before, copies(model)))
+    assert model.norm.momentum == 0.1
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_the_device_and_all_later_ones_too() -> None:
