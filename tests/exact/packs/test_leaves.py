@@ -63,7 +63,7 @@ def test_a_parameter_that_is_held_waits_for_the_end() -> None:
     leaves.put_one(-1, 1, torch.ones(3))
     assert sink.taken == []
     found = leaves.of(-1)
-    assert found is not None and found[0] is None and found[1] is not None and found[1].tolist() == [1.0, 1.0, 1.0]
+    assert found is not None and found[1] == [False, True] and found[0][1].tolist() == [1.0, 1.0, 1.0]
     assert leaves.of(-2) is None
     leaves.put_one(0, 1, torch.tensor([5.0]))
     leaves.finish()

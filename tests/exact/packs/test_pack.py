@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.exact.packs.packed import SAMPLES, dense, floats, m, trained
+from tests.exact.packs.packed import SAMPLES, dense, floats, m, made, trained
+from trainer.exact.packs import layer_functions, rules
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 
@@ -117,3 +120,59 @@ def test_a_batch_norm_whose_gradient_lies_in_memory_in_another_way() -> None:
     assert found == trained(model, x, 0)[0]
     assert packs is not None and packs.refusals() == {}
     assert "batch_norm" in packs.summary()["one_at_a_time"]
+
+
+class Places(nn.Module):
+    """Adds what stands in a table at places that all samples share: some of them twice, one of them for padding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.table = nn.Embedding(7, 8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tensor([[4, 1, 0, 4, 6, 1]])
+        return self.outer((self.inner(x) + self.table(places).to(x.device)).tanh())
+
+
+class Calls(TorchDispatchMode):
+    """Counts an operation's calls."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() == self.name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_a_table_that_all_samples_share_has_its_gradients_made_in_one_call(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Places(**options), floats(6, 3)
+    found, packs = trained(model, x, 8)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}
+    step, batches = made(model, x, 8)
+    for number, batch in enumerate(batches.starting_at(0)):
+        with Calls("aten::embedding_dense_backward") as calls:
+            step(batch)
+        if number == 4:  # a step of 8 micro-batches; trials compute more, for comparison
+            assert calls.count == 1
+
+
+def test_a_table_whose_gradients_are_others_in_one_call_is_passed_on_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a device whose kernel adds in an order that follows the number of indices."""
+
+    def wrong(site: Any, grad: Tensor, *rest: Any) -> Any:
+        return rules._embedding_backward(site, grad.roll(1, 0), *rest)
+
+    monkeypatch.setattr(layer_functions, "EMBEDDING", (rules.EMBEDDING[0]._replace(backward=wrong),))
+    torch.manual_seed(0)
+    model, x = Places(), floats(6, 3)
+    found, packs = trained(model, x, 8)
+    assert found == trained(model, x, 0)[0]
+    assert packs is not None and packs.refusals() == {}

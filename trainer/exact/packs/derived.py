@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layers import name_of
+from .independent import is_in_place
+from .layers import Site, name_of
 from .leaves import Leaves
 from .nested import mapped, parts
 from .tensors import Tensors
 from .values import LOW_PRECISION
 from .verdicts import RefusedError
+
+
+class Pair(NamedTuple):
+    """A tensor that follows from trained parameters alone.
+
+    Attributes:
+        graph, leaf: with its graph; without.
+        table: the place of the parameter that it was looked up in, if the gradients of all micro-batches can be passed
+            on to that at once.
+        at_once: does so: gradients of the tensor, (g, *shape) -> those of the table.
+    """
+
+    graph: Tensor
+    leaf: Tensor
+    table: int = 0
+    at_once: Callable[[Tensor], Tensor] | None = None
 
 
 class Derived:
@@ -28,12 +45,12 @@ class Derived:
 
     def __init__(self, tensors: Tensors, leaves: Leaves) -> None:
         self._tensors, self._leaves = tensors, leaves
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # with its graph; without
+        self.pairs: list[Pair] = []
 
     @property
     def inputs(self) -> list[Tensor]:
         """Those to which the backward of a pack leads."""
-        return [leaf for _, leaf in self.pairs]
+        return [pair.leaf for pair in self.pairs]
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]) -> Any:
         """A function of trained parameters alone."""
@@ -46,17 +63,39 @@ class Derived:
             return found
         if not found.requires_grad:
             return found
+        known = next((pair.leaf for pair in self.pairs if pair.graph is found), None)
+        if known is not None and not is_in_place(func, kwargs):
+            return known  # as `.to()` gives it back if there is nothing to do
         if self._touches_graph((args, kwargs)):
             raise RefusedError(f"{name_of(func)} with parameters", tuple(i for i in used if i >= 0))
         self._leaves.hold({i for i in used if i >= 0})
         return self._derive(found)
 
-    def _derive(self, graph: Tensor) -> Tensor:
+    def looked_up(self, indices: Tensor, weight: Tensor, site: Site) -> Tensor:
+        """What an embedding gives for indices that all micro-batches share, as positions.
+
+        Args:
+            indices: where to look.
+            weight: the table, a parameter.
+            site: of the same embedding with indices for each micro-batch, (g, *indices.shape).
+        """
+        table, x = site.weight, indices.expand(site.g, *indices.shape)
+        assert table is not None
+        self._leaves.hold({table})
+
+        def at_once(rows: Tensor) -> Tensor:
+            gradient = site.rule.backward(site, rows, x, weight, None)[1]
+            assert gradient is not None
+            return gradient
+
+        return self._derive(site.call(indices, weight, None), table, at_once)
+
+    def _derive(self, graph: Tensor, table: int = 0, at_once: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
         if graph.dtype != torch.float32 and graph.dtype not in LOW_PRECISION:
             raise RefusedError(f"what follows from parameters alone is {graph.dtype}")
         leaf = graph.detach().requires_grad_()
-        self.pairs.append((graph, leaf))
+        self.pairs.append(Pair(graph, leaf, table, at_once))
         self._tensors.derived[id(leaf)] = -len(self.pairs)
         self._leaves.expect_shape(-len(self.pairs), leaf)
         return leaf
@@ -64,7 +103,7 @@ class Derived:
     def _graphs(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             place = self._tensors.derived.get(id(value))
-            return value if place is None else self.pairs[-place - 1][0]
+            return value if place is None else self.pairs[-place - 1].graph
         return mapped(value, self._graphs)
 
     def _touches_graph(self, value: Any) -> bool:
@@ -75,13 +114,19 @@ class Derived:
 
     def pass_on(self, trained: Sequence[Tensor]) -> None:
         """After the backward: passes the gradients that came on to the parameters, `trained`."""
-        for number, (graph, _) in reversed(list(enumerate(self.pairs, start=1))):
-            rows = self._leaves.of(-number)
-            for k, row in enumerate(rows or []):
-                if row is None:
+        for number, pair in reversed(list(enumerate(self.pairs, start=1))):
+            found = self._leaves.of(-number)
+            if found is None:
+                continue
+            rows, present = found
+            if pair.at_once is not None and present is None:
+                self._leaves.put(pair.table, pair.at_once(rows))
+                continue
+            for k, row in enumerate(rows):
+                if present is not None and not present[k]:
                     continue
-                found = torch.autograd.grad(graph, trained, row, retain_graph=True, allow_unused=True)
-                for place, gradient in enumerate(found):
+                own = torch.autograd.grad(pair.graph, trained, row, retain_graph=True, allow_unused=True)
+                for place, gradient in enumerate(own):
                     if gradient is not None:
                         self._leaves.put_one(place, k, gradient)
 

@@ -105,7 +105,8 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if max_norm is not None or sparse or not _concerns(pack, input, weight):
+    shared = not pack.tensors.has_parts((input, weight)) and pack.tensors.place(input) is None
+    if max_norm is not None or sparse or not (shared or _concerns(pack, input, weight)):
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.size(0)
@@ -114,7 +115,20 @@ def _embedding(
         return F.embedding(x, w, padding_idx, None, norm_type, scale_grad_by_freq)
 
     options = {"padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
+    if shared:
+        return _shared_embedding(pack, call, input, weight, options)
     return pack.sites.layer(EMBEDDING, "embedding", call, input, weight, None, casts=False, **options)
+
+
+def _shared_embedding(
+    pack: Pack, call: Callable[..., Tensor], indices: Tensor, weight: Tensor, options: dict[str, Any]
+) -> Any:
+    """Of indices that no micro-batch has a part of, as positions."""
+    place = pack.tensors.place(weight)
+    if place is None or place < 0 or not torch.is_grad_enabled():
+        return NotImplemented
+    site = pack.sites.shared(EMBEDDING, "embedding", call, indices[None], weight, **options)
+    return NotImplemented if site is None else pack.derived.looked_up(indices, weight, site)
 
 
 def _layer_norm(

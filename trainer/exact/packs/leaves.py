@@ -146,13 +146,13 @@ class Leaves:
         if place in self._cast:
             self._put(place, self._cast.pop(place).to(torch.float32))
 
-    def of(self, place: int) -> list[Tensor | None] | None:
-        """The gradients so far, one a micro-batch; None where nothing came."""
+    def of(self, place: int) -> tuple[Tensor, list[bool] | None] | None:
+        """The gradients so far: (g, *shape), and which of them came, None for all; None if nothing came."""
         self._uncast(place)
         rows, present = self._rows.pop(place, None), self._present.pop(place, None)
         if rows is None:
             return None
-        return [row if present is None or present[k] else None for k, row in enumerate(rows)]
+        return rows, None if present is None or all(present) else present
 
     def clear(self) -> None:
         """Frees what is left of a pack that was given up."""

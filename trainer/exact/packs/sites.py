@@ -84,6 +84,20 @@ class Sites:
                 self._shares.note_low_use(place, alone=False)
         return Layer.apply(site, *tensors)
 
+    def shared(
+        self, rules: Sequence[Rule], name: str, call: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any
+    ) -> Site | None:
+        """A layer of what all micro-batches share, (1, ...); None where its gradients are made one at a time."""
+        place = self._tensors.place(weight)
+        key = (name, "shared", self.g, place, tuple(x.shape))
+        sites = [Site(self, rule, call, key, place, None, **options) for rule in rules]
+        if self._checks and key not in self._findings.sites:
+            with torch.no_grad(), self._streams.aside():
+                own = x.expand(self.g, *x.shape[1:]).contiguous()
+                self._findings.sites[key] = self._fastest(sites, [own, weight, None])
+        chosen = self._findings.sites.get(key, ALONE)
+        return None if chosen == ALONE else sites[chosen]
+
     def set_alone(self, site: Site) -> NoReturn:
         """A layer's rule is none for the gradient that came: from now on it is computed one micro-batch at a time."""
         if self._checks:
