@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,15 +23,17 @@ class Pair(NamedTuple):
 
     Attributes:
         graph, leaf: with its graph; without.
-        table: the place of the parameter that it was looked up in, if the gradients of all micro-batches can be passed
-            on to that at once.
-        at_once: does so: gradients of the tensor, (g, *shape) -> those of the table.
+        roots: places of the parameters that it follows from.
+        version: of its memory when it was made: another one later says that it has been changed in place.
+        at_once: passes the gradients of all micro-batches on to its only root: (g, *shape) -> (g, *shape of the root).
+            None if that has to be done one by one.
     """
 
     graph: Tensor
     leaf: Tensor
-    table: int = 0
-    at_once: Callable[[Tensor], Tensor] | None = None
+    roots: frozenset[int]
+    version: int
+    at_once: Callable[[Tensor], Tensor] | None
 
 
 class Derived:
@@ -58,8 +61,10 @@ class Derived:
         found = func(*graphs[0], **graphs[1])
         if not isinstance(found, Tensor):
             if isinstance(found, (list, tuple)) and any(isinstance(f, Tensor) and f.requires_grad for f in found):
-                self._leaves.hold({i for i in used if i >= 0})
-                return type(found)(self._derive(f) if isinstance(f, Tensor) and f.requires_grad else f for f in found)
+                roots = self._roots(used)
+                return type(found)(
+                    self._derive(f, roots) if isinstance(f, Tensor) and f.requires_grad else f for f in found
+                )
             return found
         if not found.requires_grad:
             return found
@@ -68,8 +73,7 @@ class Derived:
             return known  # as `.to()` gives it back if there is nothing to do
         if self._touches_graph((args, kwargs)):
             raise RefusedError(f"{name_of(func)} with parameters", tuple(i for i in used if i >= 0))
-        self._leaves.hold({i for i in used if i >= 0})
-        return self._derive(found)
+        return self._derive(found, self._roots(used))
 
     def looked_up(self, indices: Tensor, weight: Tensor, site: Site) -> Tensor:
         """What an embedding gives for indices that all micro-batches share, as positions.
@@ -81,21 +85,28 @@ class Derived:
         """
         table, x = site.weight, indices.expand(site.g, *indices.shape)
         assert table is not None
-        self._leaves.hold({table})
 
         def at_once(rows: Tensor) -> Tensor:
             gradient = site.rule.backward(site, rows, x, weight, None)[1]
             assert gradient is not None
             return gradient
 
-        return self._derive(site.call(indices, weight, None), table, at_once)
+        return self._derive(site.call(indices, weight, None), self._roots({table}), at_once)
 
-    def _derive(self, graph: Tensor, table: int = 0, at_once: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _roots(self, used: set[int]) -> frozenset[int]:
+        """The parameters from which arguments follow. They get gradients after the backward."""
+        own = {i for i in used if i >= 0}
+        self._leaves.hold(own)
+        return frozenset(own).union(*(self.pairs[-i - 1].roots for i in used if i < 0))
+
+    def _derive(
+        self, graph: Tensor, roots: frozenset[int], at_once: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
         if graph.dtype != torch.float32 and graph.dtype not in LOW_PRECISION:
             raise RefusedError(f"what follows from parameters alone is {graph.dtype}")
         leaf = graph.detach().requires_grad_()
-        self.pairs.append(Pair(graph, leaf, table, at_once))
+        self.pairs.append(Pair(graph, leaf, roots, graph._version, at_once))
         self._tensors.derived[id(leaf)] = -len(self.pairs)
         self._leaves.expect_shape(-len(self.pairs), leaf)
         return leaf
@@ -112,6 +123,20 @@ class Derived:
             return value.requires_grad and self._tensors.place(value) is None
         return any(self._touches_graph(v) for v in parts(value))
 
+    def used_several_times(self) -> tuple[int, ...]:
+        """After the losses: parameters from which several tensors follow that samples meet.
+
+        Each passes its gradients on by itself. Autograd adds those that meet on the way first, and in another order,
+        which shows only if they are not 0.
+        """
+        counts = Counter(
+            place
+            for number, pair in enumerate(self.pairs, start=1)
+            if self._leaves.is_expected(-number)
+            for place in pair.roots
+        )
+        return tuple(place for place, count in counts.items() if count > 1)
+
     def pass_on(self, trained: Sequence[Tensor]) -> None:
         """After the backward: passes the gradients that came on to the parameters, `trained`."""
         for number, pair in reversed(list(enumerate(self.pairs, start=1))):
@@ -119,8 +144,9 @@ class Derived:
             if found is None:
                 continue
             rows, present = found
-            if pair.at_once is not None and present is None:
-                self._leaves.put(pair.table, pair.at_once(rows))
+            if pair.at_once is not None and present is None and pair.graph._version == pair.version:
+                (root,) = pair.roots
+                self._leaves.put(root, pair.at_once(rows))
                 continue
             for k, row in enumerate(rows):
                 if present is not None and not present[k]:

@@ -82,7 +82,9 @@ def _drawn_in_place(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def _needs_part(pack: Pack, func: Any, x: Any) -> None:
     if not (isinstance(x, Tensor) and pack.tensors.has_part(x)):
-        raise RefusedError(f"{name_of(func)} of something that no micro-batch has a part of")
+        raise RefusedError(
+            f"{name_of(func)} gets a tensor that is the same for all micro-batches, and each draws its own numbers"
+        )
 
 
 def _read(pack: Pack, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -80,6 +80,10 @@ class Leaves:
         if like.dtype == torch.float32:
             self._cast_by_use.add(place)
 
+    def is_expected(self, place: int) -> bool:
+        """Whether gradients come from a use of it."""
+        return self._expected.get(place, 0) > 0
+
     def hold(self, places: set[int]) -> None:
         """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
         self.shared |= {place for place in places if place in self._held or self._expected.get(place)}

@@ -299,7 +299,10 @@ class Pack(TorchFunctionMode):
                     place = trial.position - 1
                     trial.note_uses((args, kwargs))
             if not given & (PARTED | NUMBERS):
-                raise RefusedError(f"{type(module).__name__} of something that no micro-batch has a part of")
+                name = type(module).__name__
+                raise RefusedError(
+                    f"{name} gets nothing of a micro-batch's own, and its parameters have other uses, too"
+                )
             found = []
             self.shares.begin_call()
             for k in range(self.g):

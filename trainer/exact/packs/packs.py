@@ -255,8 +255,8 @@ class Packs:
             with pack.active(self._modules_apart()):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
             pack.end_of_losses()
-            if leaves.shared:
-                raise RefusedError("a parameter is used in several ways", tuple(leaves.shared))
+            if several := {*leaves.shared, *pack.derived.used_several_times()}:
+                raise RefusedError("a parameter is used in several ways", tuple(several))
             known = {} if verdict is None else verdict.trials
             if not traces and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
