@@ -81,6 +81,7 @@ def results(
             "curves": curves(cell) if callable(curves) else curves or {},
             "gradient_noise": noise,
             "code_sha256": "c" * 64, "device_model": NASTY, "facts": {"torch": "2", "device_model": NASTY},
+            "config": plan.configs[cell.id].as_dict(),
         }  # fmt: skip
         (out / "runs" / f"{cell.id}.json").write_text(json.dumps(run))
     return out

@@ -56,7 +56,9 @@ def test_its_verdicts_stand_where_they_belong(folder: Path) -> None:
     assert any(texts in line and "W = 2, 8" in line for line in open_ones)
     # Rules that differ between studies are said of each.
     assert "at most 100 epochs" in said["Design, declared before the runs"]
-    assert "4 comparisons" not in said["Abstract"] and "8 comparisons" in said["Abstract"]
+    # What was compared at equal epochs is not counted with what was compared at equal updates.
+    assert "At equal epochs, 4 comparisons:" in said["Abstract"] and "At equal updates, 4 " in said["Abstract"]
+    assert "4 runs stand in several studies" in said["Abstract"]
 
 
 def test_what_cannot_be_a_paper_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

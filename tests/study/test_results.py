@@ -10,6 +10,7 @@ import pytest
 
 from tests.study.made_up import network, results, timed
 from trainer.errors import UserError
+from trainer.study.arms import id_of_values
 from trainer.study.judgement import Outcome
 from trainer.study.results import Results, epochs_of, metric_of, outcome_of, rows_of, speed_ups
 
@@ -85,14 +86,15 @@ def test_a_search_that_has_ended_gives_its_cells_their_runs(tmp_path: Path) -> N
     found: dict[str, dict[str, str]] = {"one": {}}
     for i, cell in enumerate(tuned):
         arm = f"{cell['arm']}, W = 2" if cell["world_size"] > 1 else cell["arm"]
-        found["one"][f"{arm} seed {cell['seed']}"] = f"run{i}"
-        run = json.loads(next((folder / "runs").iterdir()).read_text()) | {"id": f"run{i}"}
-        (folder / "runs" / f"run{i}.json").write_text(json.dumps(run))
+        config = {"trainer": {"seed": i}}
+        found["one"][f"{arm} seed {cell['seed']}"] = this = id_of_values(config)
+        run = json.loads(next((folder / "runs").iterdir()).read_text()) | {"id": this, "config": config}
+        (folder / "runs" / f"{this}.json").write_text(json.dumps(run))
     (folder / "tuning").mkdir()
     (folder / "tuning" / "found.json").write_text(json.dumps({"one": {"ids": found["one"]}}))
     read = Results(folder)
     assert read.missing() == 0
-    assert {cell["id"] for cell in read.cells} >= {"run0", "run1", "run2", "run3"}
+    assert {cell["id"] for cell in read.cells} >= set(found["one"].values())
 
 
 def test_files_of_others_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +104,21 @@ def test_files_of_others_are_passed_over(tmp_path: Path, capsys: pytest.CaptureF
     before, times = rows_of(Results(out)), Results(out).timings
     assert "passed over" not in capsys.readouterr().out
     one = next((out / "runs").glob("*.json"))
-    foreign = [out / "runs" / name for name in (f"{one.stem} (copy).json", "notes.json", "list.json", "half.json")]
-    for file, text in zip(foreign, (one.read_text(), '{"id": "notes"}', "[]", '{"id": ')):
+    other = json.loads(one.read_text())
+    other["config"]["trainer"]["seed"] += 100
+    other["id"] = id_of_values(other["config"])
+    names = (
+        f"{one.stem} (copy).json",
+        "notes.json",
+        "list.json",
+        "half.json",
+        f"{other['id']}.json",
+        "0" * 16 + ".json",
+    )
+    failed, changed = other | {"status": "failed"}, other | {"id": "0" * 16}
+    texts = (one.read_text(), '{"id": "notes"}', "[]", '{"id": ', json.dumps(failed), json.dumps(changed))
+    foreign = [out / "runs" / name for name in names]
+    for file, text in zip(foreign, texts):
         file.write_text(text)
     copy = out / "timing" / "W1-0 (copy).json"
     copy.write_text((out / "timing" / "W1-0.json").read_text())

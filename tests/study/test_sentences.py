@@ -49,7 +49,7 @@ def test_the_noise_scale_speaks_of_equal_epochs(tmp_path: Path) -> None:
     said = verdicts(results(tmp_path / "epochs", noise=noise(146.0, 1.0), curves=curves))[-1]
     assert "146 samples over whole runs (95 % interval 146 to 146); 50 in epoch 1 (50 to 50), 200 in epoch 2" in said
     assert "146 about twice as many: W = 4.56 times the batch of 32" in said
-    assert said.endswith("The study shows a material loss of weak at W = 8.")
+    assert said.endswith("Among the 4 weak comparisons, a material loss is shown of weak at W = 8.")
     (tmp_path / "small").mkdir()
     said = verdicts(results(tmp_path / "small", noise=noise(10.0, 1.0)))[-1]
     assert "10 about twice as many: less than the batch of 32." in said

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.study.made_up import results
+from trainer.study.arms import id_of_values
 from trainer.study.results import Results, rows_of
 from trainer.study.variance import parts_in, parts_of, variance_sentences, variance_table
 
@@ -87,8 +88,14 @@ def test_what_a_study_says_of_its_splits(tmp_path: Path) -> None:
     judged = next(iter(read.runs.values()))
     for i, repeat in enumerate(declared["repeats"]):
         value = 0.9 + 0.01 * repeat["split"] + 0.002 * (i % 3)
-        run = judged | {"id": repeat["id"], "metrics": {"test": {"accuracy": value, "loss": 1 - value}}}
+        run = read.runs.get(repeat["id"])
+        if run is None:
+            config = {"trainer": {"repeat": i}}
+            repeat["id"] = id_of_values(config)
+            run = judged | {"id": repeat["id"], "config": config}
+        run = run | {"metrics": {"test": {"accuracy": value, "loss": 1 - value}}}
         (folder / "runs" / f"{repeat['id']}.json").write_text(json.dumps(run))
+    file.write_text(json.dumps(declared))
     read = Results(folder)
     (said,) = variance_sentences(read)
     assert said.startswith("Of the variance of test/accuracy among sequential runs, the split explains 98 % and the")

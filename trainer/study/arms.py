@@ -372,6 +372,10 @@ def _params_for(optimizer: str, base: OptimizerOptions) -> dict[str, Any]:
 
 def run_id(config: Config) -> str:
     """16 hexadecimal digits of a hash over a run's config: runs with equal configs are the same run."""
-    values = config.as_dict()
-    del values["trainer"]["output_dir"]
+    return id_of_values(config.as_dict())
+
+
+def id_of_values(config: Mapping[str, Any]) -> str:
+    """As `run_id`, of a config's values."""
+    values = {**config, "trainer": {k: v for k, v in config["trainer"].items() if k != "output_dir"}}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,9 +1,10 @@
 """Why a weak run loses: because it makes fewer updates, or because of its batch.
 
 At equal epochs a weak run on W ranks differs from the sequential run in two things: it makes about W times fewer
-updates, and each of them has a W times larger batch. The control differs in the first alone: it makes as few updates,
-with the batch of one rank. So what the control loses against sequential runs is lost by fewer updates, and what the
-weak run loses against the control is lost by its batch. Each of the two is a comparison of its own, paired by seed and
+updates, and each of them has a W times larger batch. The control has the batch of one rank and makes as few updates. So
+it also sees W times fewer samples: whether these or the updates are missed, no study here can tell. What the control
+loses against sequential runs is called lost by fewer updates, and what the weak run loses against the control, lost by
+its batch. Each of the two is a comparison of its own, paired by seed and
 judged at the level of all others of the study. A cause is read from the three verdicts and from nothing else, so all
 causes of a study are right together with probability 1 - alpha.
 

@@ -8,6 +8,7 @@ written as a page that opens in any browser, and as Markdown beside it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -50,8 +51,9 @@ _THREATS = (
     "behave in another way.",
     "A weak run on W ranks was computed exactly on fewer: its bits follow from its global batch and its micro-batches. "
     "So accuracy is that of W ranks, and speed is not measured by it.",
-    "Rules start from a base rate that was searched for the sequential batch. A loss of a rule is the rule's. Tuned "
-    "arms ask what the batch itself costs, within the ranges that were searched.",
+    "Rules start from the base's rate, and with another one a rule may lose more or less. A loss of a rule is the "
+    "rule's. Tuned arms ask what the batch itself costs, within the ranges that were searched.",
+    "The control of as few updates sees W times fewer samples. So no cause here tells updates from samples.",
     "Alpha holds for each study by itself. Over several studies wrong verdicts add up.",
     "A verdict is about the typical run. The rate of collapses that is not ruled out is given with each comparison.",
 )
@@ -137,16 +139,36 @@ def name_of(study: Results) -> str:
 
 def _abstract(studies: Sequence[Results]) -> str:
     comparisons = [c for study in studies for c in study.weak]
-    counts = {v: sum(c.verdicts["loses"] == v for c in comparisons) for v in _KINDS}
-    more = sum(c.verdicts["unconverged"] == "more often" for c in comparisons)
-    said = ", ".join(f"{words} in {counts[v]}" for v, words in _KINDS.items() if counts[v])
-    possible = [W for study in studies for W, answer in study.declared["strong"] if isinstance(answer, int)]
-    strong = f"strong scaling gives the sequential run's bits, by construction, at W up to {max(possible, default=1)}"
-    return (
-        f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling with {len(comparisons)} comparisons, "
-        f"each with sequential runs of the same seeds: {said}. Runs fail to converge more often than sequential runs "
-        f"in {more} of the {len(comparisons)}." + (f" In the same studies {strong}." if possible else "")
+    parts = []
+    for budget in ("epochs", "updates"):
+        own = [c for c in comparisons if c.place.budget == budget]
+        counts = {v: sum(c.verdicts["loses"] == v for c in own) for v in _KINDS}
+        more = sum(c.verdicts["unconverged"] == "more often" for c in own)
+        said = ", ".join(f"{words} in {counts[v]}" for v, words in _KINDS.items() if counts[v])
+        if own:
+            parts.append(
+                f"At equal {budget}, {len(own)} comparisons: {said}. Runs fail to converge more often than sequential "
+                f"runs in {more or 'none'} of them."
+            )
+    asked = [[W for W, answer in study.declared["strong"] if isinstance(answer, int)] for study in studies]
+    most = max((W for sizes in asked for W in sizes), default=0)
+    strong = (
+        f" Strong scaling gives the sequential run's bits, by construction, at every W that its micro-batches allow: "
+        f"up to {most} in the {sum(map(bool, asked))} studies that asked for it."
     )
+    shared = _shared_runs(studies)
+    return (
+        f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling, each comparison with sequential "
+        f"runs of the same seeds. {' '.join(parts)}"
+        + (strong if most else "")
+        + (f" {shared:,} runs stand in several studies, so these are not independent." if shared else "")
+    )
+
+
+def _shared_runs(studies: Sequence[Results]) -> int:
+    """Runs that several studies have in common."""
+    counts = Counter(name for study in studies for name in study.runs)
+    return sum(count > 1 for count in counts.values())
 
 
 _KINDS: dict[Verdict, str] = {
@@ -193,14 +215,17 @@ def _results_of(study: Results) -> Iterable[Block]:
 
 
 def cell_of(c: Comparison) -> str:
-    """A comparison in a table: the typical difference, its verdict, and how many runs collapsed."""
+    """A comparison in a table: the typical difference, its verdict and interval, and how many runs failed."""
     number = f"{c.difference:+.4f}" if math.isfinite(c.difference) else "not finite"
     low, high = c.difference_interval
     known = math.isfinite(low) or math.isfinite(high)
     text = f"{number}, {c.verdicts['loses']}"
-    if c.verdicts["loses"] == "undecided" and known:
+    if known:
         text += f" ({low:+.3f} to {high:+.3f})"
-    return text + (f", {c.collapsed} of {len(c.losses)} collapsed" if c.collapsed else "")
+    runs, unconverged = len(c.losses), c.counts["unconverged"].failed
+    text += f", {c.collapsed} of {runs} collapsed" if c.collapsed else ""
+    often = " (more often)" if c.verdicts["unconverged"] == "more often" else ""
+    return text + (f", {unconverged} of {runs} not converged{often}" if unconverged else "")
 
 
 def _weighed(studies: Sequence[Results]) -> Iterable[Block]:
@@ -219,6 +244,11 @@ def _weighed(studies: Sequence[Results]) -> Iterable[Block]:
             for c in own:
                 words = "" if len(verdicts) == 1 else f" ({c.verdicts['loses']})"
                 by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size}{words}")
+            if "material loss" in verdicts:
+                # The claim is about convergence, too, whatever the typical run loses.
+                for c in study.weak:
+                    if c.verdicts["unconverged"] == "more often" and c not in own:
+                        by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size} (converges less often)")
             said = "; ".join(f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items())
             lines.append(f"{name_of(study)}: {said or 'nothing'}.")
         yield Block("list", lines)

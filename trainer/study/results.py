@@ -12,7 +12,7 @@ from ..config.keys import TrainerOptions
 from ..config.schema import build, read_json
 from ..errors import UserError
 from ..record.console import say
-from .arms import COMPARED, WEAK, Place, contrasted
+from .arms import COMPARED, WEAK, Place, contrasted, id_of_values
 from .budgets import variant_of
 from .declaration import Study
 from .judgement import Comparison, Judgement, Outcome, Rules, judge
@@ -29,8 +29,9 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
             result = read_json(file)
         except UserError:
             result = {}
-        # A copy has another name than its content says.
-        if result.get("id") == file.stem and {"metrics", "status", "facts"} <= result.keys():
+        # A copy has another name than its content says, and a changed run another config or end.
+        known = {"metrics", "facts", "config"} <= result.keys() and result.get("status") in ("finished", "not finite")
+        if known and result.get("id") == file.stem == id_of_values(result["config"]):
             results[file.stem] = result
         else:
             say(f"note: {file} is not the result of a run, and is passed over")

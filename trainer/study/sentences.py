@@ -267,14 +267,16 @@ def noise_sentences(results: Results) -> list[str]:
     line += (
         f"W = {scale.value / B:.3g} times the batch of {B}. " if scale.value >= B else f"less than the batch of {B}. "
     )
+    groups = results.groups("", "epochs")
+    if not groups:
+        return [line + "That is at equal epochs, at which this study compares nothing."]
+    # They are of the base, as the noise scale is: a variant, a size or a budget has another.
+    own = results.named("", "", "")
+    alone = f" of {own}" if own else " of the base" if len(results.variants) > 1 else ""
     lost = [f"{arm} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
-    if not results.groups("", "epochs"):
-        line += "That is at equal epochs, at which this study compares nothing."
-    elif lost:
-        line += f"The study shows a material loss of {'; '.join(lost)}."
-    else:
-        open_ones = sum(c.verdicts["loses"] == "undecided" for c in results.judgement.comparisons)
-        line += "No material loss is shown in this study" + (
-            f", but {open_ones} of its comparisons are undecided." if open_ones else "."
-        )
+    weak = [c for arm, comparisons in groups.items() if arm in WEAK for c in comparisons]
+    open_ones = sum(c.verdicts["loses"] == "undecided" for c in weak)
+    line += f"Among the {len(weak)} weak comparisons{alone}, "
+    line += f"a material loss is shown of {'; '.join(lost)}." if lost else "no material loss is shown"
+    line += "" if lost else f", but {open_ones} of them are undecided." if open_ones else "."
     return [line]
