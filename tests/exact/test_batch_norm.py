@@ -444,3 +444,17 @@ def test_what_an_abandoned_micro_batch_left_is_not_taken_for_the_next_ones() -> 
     statistics.begin(5.0)
     statistics.collect(row)
     assert row.tolist() == [5.0] * 8
+
+
+@pytest.mark.parametrize(("momentum", "lost"), [(0.1, True), (None, False)])
+def test_statistics_that_come_with_another_momentum_are_noticed(momentum: float | None, lost: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    statistics, x = RunningStatistics(model), torch.randn(4, 3)
+    statistics.begin()
+    assert statistics.lost() is None  # nothing was called
+    model[0](x)
+    layer = model[1]
+    own = layer.momentum if momentum is None else momentum
+    nn.functional.batch_norm(x, layer.running_mean, layer.running_var, training=True, momentum=own)
+    assert ("running statistics of 1 and a momentum of its own" in str(statistics.lost())) == lost
+    statistics.settle()

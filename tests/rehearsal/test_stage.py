@@ -165,6 +165,18 @@ def test_a_momentum_that_a_forward_sets() -> None:
     assert "Sets sets the momentum of a normalisation layer in its forward" in refused(Sets())
 
 
+def test_a_batch_norm_that_a_forward_calls_by_its_function() -> None:
+    """With a momentum of its own, whose statistics nobody would have collected."""
+
+    class Calls(Task):
+        def forward(self, model: Any, batch: dict[str, Tensor]) -> Any:
+            norm, x = model[1], model[0](batch["x"])
+            x = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1)
+            return model[2:](x)
+
+    assert "Calls calls F.batch_norm with the running statistics of 1" in refused(Calls())
+
+
 def test_a_parameter_that_a_forward_freezes() -> None:
     class Freezes(Task):
         def forward(self, model: Any, batch: dict[str, Tensor]) -> Any:

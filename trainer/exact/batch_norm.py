@@ -159,6 +159,23 @@ class RunningStatistics:
                 )
         return None
 
+    def lost(self) -> str | None:
+        """After a forward, before `collect`: what it has done to the statistics, in words; None if nothing.
+
+        Waits for the device. A momentum other than 1 leaves a part of what scratch memory held.
+        """
+        if not self._modules:
+            return None
+        first = self._scratch.index_select(0, self._variance_at)
+        for name, spoiled in zip(self._names, ((first < 0) & (first != _NOT_CALLED)).tolist()):
+            if spoiled:
+                return (
+                    f"calls F.batch_norm with the running statistics of {name or 'the model'} and a momentum of its "
+                    "own. They are collected with the layer's, and would be lost.\nCall the layer itself, or pass "
+                    "layer.momentum."
+                )
+        return None
+
     def check(self, step: int) -> None:
         """Raises UserError if there is an objection, before step `step` (from 0) changes anything."""
         if (objection := self.objection()) is not None:

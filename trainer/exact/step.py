@@ -190,7 +190,7 @@ class ExactStep:
             # The maximum keeps the flag set: after a bad step, no later step is applied either.
             torch.maximum(self.broken, (~torch.isfinite(health)).float(), out=self.broken)
         elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
-            raise non_finite(batch.step, records.losses.tolist(), float(norm))
+            raise non_finite(batch.step, records.losses.tolist(), float(norm), statistics=self.statistics.size)
         if self._max_norm > 0.0:
             # As torch.nn.utils.clip_grad_norm_ (from which the 1e-6 comes), on the flat gradient. Unconditional, as
             # there: asking whether norm > max_norm would wait for the device.

@@ -231,7 +231,8 @@ class Stage:
         self.statistics.begin() if content is None else self.statistics.begin(content)
         try:
             computed = self._compute(item)
-            if (objection := self.statistics.objection()) is not None:
+            lost = self.statistics.lost() if content is None else None
+            if (objection := self.statistics.objection() or lost) is not None:
                 raise UserError(f"{self.name} {objection}")
         finally:
             self.statistics.settle()

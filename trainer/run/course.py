@@ -96,7 +96,9 @@ class Course:
         bad = self.window.first_non_finite()  # waits for the device
         if bad is not None:
             offset, losses, norm = bad
-            raise non_finite(self.done - self.window.filled + offset, losses, norm)
+            raise non_finite(
+                self.done - self.window.filled + offset, losses, norm, statistics=self.step.statistics.size
+            )
 
     def tell(self) -> None:
         """Prints what packs have to say, such as that memory ran out. Rank 0."""
