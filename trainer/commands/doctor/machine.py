@@ -92,7 +92,8 @@ def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
             wrong.append(f"{need.name} is {found} ({need} is needed)")
     if wrong:
         raise UserError(f"{'; '.join(wrong)}. Install these, or all that was tested: bash launch/setup.sh")
-    said = f"torch {torch.__version__}, DeepSpeed {figures['deepspeed']}, transformers {figures['transformers']}"
+    main = f"torch {torch.__version__}, DeepSpeed {figures['deepspeed']}, transformers {figures['transformers']}"
+    said = f"{main} and the rest fit the project"
     if machine.gpus:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         cuda = {
