@@ -82,7 +82,7 @@ class ZeroStep:
             statistics.apply(records.statistics)
         self._mark("optimizer")
         if not math.isfinite(float(records.losses.sum())):
-            raise non_finite(batch.step, records.losses.tolist(), float(norm), kept=False)
+            raise non_finite(batch.step, records.losses.tolist(), float(norm), kept=False, statistics=statistics.size)
         return StepResult(records.losses, norm, rate, None, bool(records.flags.any()))
 
 

@@ -301,7 +301,7 @@ class Pack(TorchFunctionMode):
             if not given & (PARTED | NUMBERS):
                 name = type(module).__name__
                 raise RefusedError(
-                    f"{name} gets nothing of a micro-batch's own, and its parameters have other uses, too"
+                    f"{name} has to be computed one micro-batch at a time, and gets the same input for all of them"
                 )
             found = []
             self.shares.begin_call()
