@@ -161,13 +161,13 @@ def _abstract(studies: Sequence[Results]) -> str:
         f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling, each comparison with sequential "
         f"runs of the same seeds. {' '.join(parts)}"
         + (strong if most else "")
-        + (f" {shared:,} runs stand in several studies, so these are not independent." if shared else "")
+        + (f" {shared:,} runs are the same in several studies, so these are not independent." if shared else "")
     )
 
 
 def _shared_runs(studies: Sequence[Results]) -> int:
-    """Runs that several studies have in common."""
-    counts = Counter(name for study in studies for name in study.runs)
+    """Models that several studies have in common, whatever else their configs say."""
+    counts = Counter(h for study in studies for h in {run["parameters_sha256"] for run in study.runs.values()} if h)
     return sum(count > 1 for count in counts.values())
 
 
