@@ -114,6 +114,18 @@ def test_a_study_that_is_killed_repeats_no_run_and_loses_none(tmp_path: Path) ->
     with pytest.raises(UserError, match="with another declaration: study differs in margin"):
         study(str(path))
 
+    # Nor does it help to change study.json as well: each run knows what was declared before it.
+    file = tmp_path / "study" / "study.json"
+    declared_before = file.read_text()
+    values = json.loads(declared_before)
+    file.write_text(json.dumps(values | {"study": values["study"] | {"margin": 0.5}}))
+    with pytest.raises(UserError, match=r"study\.json has been changed: 14 runs of 14 had another declaration"):
+        study(str(path))
+    (doubt,) = Results(tmp_path / "study").doubts()
+    assert "was not declared before the runs" in doubt
+    file.write_text(declared_before)
+    assert Results(tmp_path / "study").doubts() == []
+
 
 def stopped_after(count: int, path: Path, runs: Path) -> None:
     """Starts a study, which gets a SIGTERM when so many runs are finished."""

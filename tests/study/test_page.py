@@ -83,7 +83,7 @@ def test_an_unfinished_study_says_so(tmp_path: Path) -> None:
     runs = sorted((folder / "runs").iterdir())
     for file in runs[:3]:
         file.unlink()
-    assert "3 declared runs are missing." in verdicts(folder)
+    assert "3 declared runs are missing: nothing is decided before they are there." in verdicts(folder)
     assert "3 declared runs are missing" in write_report(folder).read_text()
 
 

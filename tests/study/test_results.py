@@ -12,7 +12,7 @@ from tests.study.made_up import network, results, timed
 from trainer.errors import UserError
 from trainer.study.arms import id_of_values
 from trainer.study.judgement import Outcome
-from trainer.study.results import Results, epochs_of, metric_of, outcome_of, rows_of, speed_ups
+from trainer.study.results import Results, digest_of, epochs_of, metric_of, outcome_of, rows_of, speed_ups
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
@@ -71,6 +71,26 @@ def test_speed_ups_are_predicted_where_the_plan_allows_them(tmp_path: Path) -> N
     assert list(predicted) == [1, 2, 4]
     assert predicted[1] == pytest.approx(1.0)
     assert 1.0 < predicted[2] < predicted[4] < 4.0
+
+
+# What speaks against reading the verdicts
+
+
+def test_a_declaration_that_was_changed_after_the_runs_is_noticed(tmp_path: Path) -> None:
+    """Runs of earlier versions kept no digest: nothing is said of them."""
+    folder = results(tmp_path, seeds=2)
+    file = folder / "study.json"
+    digest = digest_of(json.loads(file.read_text()))
+    first, second, *_ = sorted((folder / "runs").iterdir())
+    for run in (first, second):
+        run.write_text(json.dumps(json.loads(run.read_text()) | {"declaration_sha256": digest}))
+    assert Results(folder).doubts() == []
+    declared = json.loads(file.read_text())
+    file.write_text(json.dumps(declared | {"command": "another", "declared_at_s": 0}))
+    assert Results(folder).doubts() == []
+    file.write_text(json.dumps(declared | {"study": declared["study"] | {"margin": 0.02}}))
+    (doubt,) = Results(folder).doubts()
+    assert doubt.startswith("study.json has been changed: 2 runs of 10 had another declaration.")
 
 
 # Runs that are missing

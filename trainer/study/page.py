@@ -141,14 +141,7 @@ def _page(results: Results, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
 
 
 def _warnings(results: Results) -> list[str]:
-    lines = []
-    if results.missing():
-        lines.append(f"{results.missing():,} declared runs are missing: nothing is decided before they are there.")
-    for key, what in (("code_sha256", "versions of the code"), ("device_model", "device models")):
-        found = {run[key] for run in results.runs.values()}
-        if len(found) > 1:
-            lines.append(f"The runs come from {len(found)} {what}, which give different bits.")
-    return [f"<p><strong>{escape(line)}</strong></p>" for line in lines]
+    return [f"<p><strong>{escape(line)}</strong></p>" for line in results.doubts()]
 
 
 def _listed(question: str, lines: Sequence[str]) -> list[str]:

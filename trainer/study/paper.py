@@ -127,7 +127,7 @@ def _blocks(studies: Sequence[Results]) -> Iterable[Block]:
             yield Block("list", lines)
     yield from _weighed(studies)
     yield Block("h2", ["Threats to validity"])
-    yield Block("list", [*_THREATS, *_own_threats(studies)])
+    yield Block("list", [*_THREATS, *(f"{name_of(s)}: {line}" for s in studies for line in s.doubts())])
     yield Block("h2", ["Cost"])
     yield Block("p", [_cost(studies)])
 
@@ -258,18 +258,6 @@ def _arm_of(study: Results, c: Comparison) -> str:
     place = c.place
     extra = [own] if (own := study.named(place.variant, "", "")) else []
     return ", ".join([title_of(place.arm, place.budget), *extra, *(["equal updates"] * (place.budget == "updates"))])
-
-
-def _own_threats(studies: Sequence[Results]) -> list[str]:
-    lines = []
-    for study in studies:
-        if study.missing():
-            lines.append(f"{name_of(study)}: {study.missing():,} declared runs are missing.")
-        for key, what in (("code_sha256", "versions of the code"), ("device_model", "device models")):
-            found = {run[key] for run in study.runs.values()}
-            if len(found) > 1:
-                lines.append(f"{name_of(study)}: its runs come from {len(found)} {what}.")
-    return lines
 
 
 def _cost(studies: Sequence[Results]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from ..config.keys import TrainerOptions
 from ..config.schema import build, read_json
 from ..errors import UserError
 from ..record.console import say
+from ..wording import counted
 from .arms import COMPARED, WEAK, Place, contrasted, id_of_values
 from .budgets import variant_of
 from .declaration import Study
@@ -19,6 +22,9 @@ from .judgement import Comparison, Judgement, Outcome, Rules, judge
 from .prediction import speed_up
 from .splits import REPEATED, split_of
 from .timing import Timings, read_timings
+
+# The parts of study.json that are fixed before the runs.
+DECLARED = ("study", "base", "data_sha256")
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -36,6 +42,21 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
         else:
             say(f"note: {file} is not the result of a run, and is passed over")
     return results
+
+
+def digest_of(declared: Mapping[str, Any]) -> str:
+    """A hash of what is declared before the runs: each run keeps it, so that a later change is noticed.
+
+    Args:
+        declared: what study.json holds.
+    """
+    values = {part: declared.get(part) for part in DECLARED}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def declared_otherwise(runs: Mapping[str, Mapping[str, Any]], digest: str) -> int:
+    """How many runs were made under a declaration with another digest. Early runs kept none, and are not counted."""
+    return sum(run.get("declaration_sha256", digest) != digest for run in runs.values())
 
 
 def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
@@ -138,6 +159,23 @@ class Results:
     def missing(self) -> int:
         """Runs that are declared and not finished."""
         return len(self._declared_runs - self.runs.keys())
+
+    def doubts(self) -> list[str]:
+        """What speaks against reading the verdicts as they stand, one sentence each."""
+        lines = []
+        if self.missing():
+            lines.append(f"{self.missing():,} declared runs are missing: nothing is decided before they are there.")
+        digest = digest_of(self.declared)
+        if changed := declared_otherwise(self.runs, digest):
+            lines.append(
+                f"study.json has been changed: {counted(changed, 'run')} of {len(self.runs):,} had another "
+                "declaration. So what is judged here was not declared before the runs."
+            )
+        for key, what in (("code_sha256", "versions of the code"), ("device_model", "device models")):
+            found = {run[key] for run in self.runs.values()}
+            if len(found) > 1:
+                lines.append(f"The runs come from {len(found)} {what}, which give different bits.")
+        return lines
 
     def results_at(self, place: Place) -> list[dict[str, Any]]:
         """The results of a place, one a seed."""

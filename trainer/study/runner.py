@@ -32,7 +32,7 @@ from .cells import Cell
 from .declaration import Plan, Study, Variant, expand, load_study
 from .many_runs import begin, devices_for, duration, interruptible, locked
 from .plan_text import plan_text
-from .results import finished, metric_of
+from .results import DECLARED, declared_otherwise, digest_of, finished, metric_of
 from .sentences import verdicts
 from .slots import Slots
 from .splits import check_probes, on_split, splits_of
@@ -189,7 +189,7 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
         write_json(file, values)
         return
     before = read_json(file)
-    for part in ("study", "base", "data_sha256"):
+    for part in DECLARED:
         if before.get(part) != values[part]:
             was = before.get(part) or {}
             keys = [k for k in values[part] if k not in was or was[k] != values[part][k]]
@@ -209,7 +209,12 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
     from .page import write_report
     from .timing import time_ranks
 
-    declared, results = plan.study, finished(folder)
+    declared, results, digest = plan.study, finished(folder), digest_of(read_json(folder / "study.json"))
+    if changed := declared_otherwise(results, digest):
+        raise UserError(
+            f"{folder / 'study.json'} has been changed: {counted(changed, 'run')} of {len(results):,} had another "
+            "declaration.\nWhat is judged, and how, is declared before the runs. Choose another study.output_dir."
+        )
     agenda = Agenda(plan, folder, results)
     total, made_s, made = plan.runs(), 0.0, 0
 
@@ -236,6 +241,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                     continue
                 cell = Cell(place.arm, place.budget, place.world_size, seed, place.variant, this)
                 result = _result(cell, agenda.configs[this], value, probe, plan.variants[place.variant].samples)
+                result["declaration_sha256"] = digest
                 _check_metrics(declared, result)
                 write_json(folder / "runs" / f"{this}.json", result)
                 results[this] = result

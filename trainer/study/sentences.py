@@ -31,10 +31,7 @@ _LOSSES: tuple[Verdict, ...] = ("material loss", "small loss", "ruled out", "und
 def verdicts(folder: Path) -> list[str]:
     """The verdicts of a study as lines of text."""
     results = Results(folder)
-    lines = [*sequential_sentences(results)]
-    if results.missing():
-        lines.append(f"{results.missing():,} declared runs are missing.")
-    lines += strong_sentences(results)
+    lines = [*sequential_sentences(results), *results.doubts(), *strong_sentences(results)]
     lines += too_few_sentences(results)
     for claim, what, comparisons in claims(results):
         lines.append(f"{what}: {CLAIMS[claim]}?")
