@@ -102,6 +102,7 @@ def test_variants_are_studies_of_their_own(tmp_path: Path) -> None:
         ({"seeds": "ten"}, "must be a list"),
         ({"world_sizes": [0]}, "whole numbers of at least 1"),
         ({"world_sizes": []}, "at least one"),
+        ({"world_sizes": [1]}, "One rank is the sequential run itself"),
         ({"budgets": ["steps"]}, "holds 'steps'"),
         ({"metric": "accuracy"}, "<split>/<metric>"),
         ({"alpha": 2}, "must be below 0.5"),

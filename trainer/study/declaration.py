@@ -302,6 +302,8 @@ def _checked(block: Mapping[str, Any]) -> Study:
         values = getattr(study, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f'"study.{name}" is {values}. It must name at least one, and each of them once.')
+    if study.world_sizes == [1]:
+        raise UserError('"study.world_sizes" is [1]. One rank is the sequential run itself: name at least one above 1.')
     for name, change in study.variants.items():
         if not name or not isinstance(change, dict) or not change:
             raise UserError(
