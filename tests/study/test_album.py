@@ -28,7 +28,7 @@ def test_the_figures(tmp_path: Path) -> None:
         assert title in text
         assert "weak, square root" in text or "weak_sqrt" in text, text
         # Four micro-batches can be dealt to no more ranks, and the line of the sequential runs goes on to W = 8.
-        assert ("sequential, and strong up to W = 4" in text) == (name == "metric")
+        assert ("strong, the same models, up to W = 4" in text) == (name == "metric")
 
 
 def made(folder: Path) -> dict[str, str]:
@@ -42,7 +42,7 @@ def made(folder: Path) -> dict[str, str]:
 
 
 def test_losses_are_drawn_at_the_smallest_and_the_largest_w(tmp_path: Path) -> None:
-    curves = {"train/loss": {"epoch": [1, 2], "value": [2.0, 1.0]}}
+    curves = {"train/loss": {"epoch": [1, 2], "step": [38, 76], "value": [2.0, 1.0]}}
     found = made(results(tmp_path, seeds=2, curves=curves, world_sizes=[2, 4, 8]))
     assert set(found) == {
         "below-epochs", "metric-epochs", "unconverged-epochs", "loss-W2-epochs", "loss-W8-epochs",

@@ -130,10 +130,10 @@ def test_a_search_whose_best_rate_is_at_the_edge_is_pointed_out(tmp_path: Path) 
     (folder / "tuning" / "found.json").write_text(json.dumps(found))
     text = page_of(folder).text
     tried = "0.1, warm-up 5 epochs, momentum 0.9: 0.9000; 0.02, warm-up 5 epochs, momentum 0.9: 0.8000"
-    assert f"low0.02, warm-up 5 epochs, momentum 0.9at the edge of its range{tried}" in text
-    assert "middle0.1, warm-up 5 epochs, momentum 0.9inside" in text
-    assert "high0.4, warm-up 5 epochs, momentum 0.9at the edge of its range" in text
-    assert "weak_tuned, W = 2: 2 of 3 searches ended at the edge" in text
+    assert f"low0.02, warm-up 5 epochs, momentum 0.9lowest rate{tried}" in text
+    assert "middle0.1, warm-up 5 epochs, momentum 0.9none" in text
+    assert "high0.4, warm-up 5 epochs, momentum 0.9highest rate" in text
+    assert "weak_tuned, W = 2: 1 of 3 searches found the lowest rate that they tried" in text
 
 
 def test_times_of_a_search_say_what_was_measured_and_what_predicted(tmp_path: Path) -> None:

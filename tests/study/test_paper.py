@@ -37,7 +37,7 @@ def test_a_paper_of_two_studies(folder: Path) -> None:
     assert list(sections(folder)) == [
         *("Abstract", "Question", "Design, declared before the runs", "Results", "Strong scaling"),
         *("What speaks for the claim", "What speaks against the claim", "What is undecided"),
-        *("Threats to validity", "Cost"),
+        *("Threats to validity", "In short", "Cost", "Appendix: rules and words, declared before the runs"),
     ]
     assert "Only the abstract of that paper was at hand" in page.text
     assert NASTY in page.text  # as text
@@ -53,10 +53,14 @@ def test_its_verdicts_stand_where_they_belong(folder: Path) -> None:
     assert any(texts in line and "nothing" in line for line in speaks_for)  # too few seeds
     against = said["What speaks against the claim"].splitlines()
     assert any(digits in line and "W = 2 (ruled out)" in line for line in against)
+    assert "| ruled out 2 (of 2) | lose 1, ruled out 1 (of 2) |" in said["In short"]
+    # 1,200 samples are 37 batches of 32 and 16 samples.
+    short = "the last batch of an epoch has fewer samples: 48 of 64 at W = 2, 176 of 256 at W = 8."
+    assert short in said["Threats to validity"]
     open_ones = said["What is undecided"].splitlines()
     assert any(texts in line and "W = 2, 8" in line for line in open_ones)
     # Rules that differ between studies are said of each.
-    assert "at most 100 epochs" in said["Design, declared before the runs"]
+    assert "at most 100 epochs" in said["Appendix: rules and words, declared before the runs"]
     # What was compared at equal epochs is not counted with what was compared at equal updates.
     assert "At equal epochs, 4 comparisons:" in said["Abstract"] and "At equal updates, 4 " in said["Abstract"]
     models = [

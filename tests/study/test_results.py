@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.study.made_up import network, results, timed
 from trainer.errors import UserError
 from trainer.study.arms import id_of_values
 from trainer.study.judgement import Outcome
-from trainer.study.results import Results, digest_of, epochs_of, metric_of, outcome_of, rows_of, speed_ups
+from trainer.study.results import Results, digest_of, epochs_of, metric_of, outcome_of, rows_of, speed_ups, starts
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
@@ -31,8 +32,26 @@ def test_how_a_run_ended() -> None:
     """The last training loss is a mean over the last tenth of the windows: one window is one batch, or few."""
     losses = [2.3, *[1.0] * 27, 0.5, 0.3, 0.4]
     run = {"metrics": {"test": {"accuracy": 0.9}}, "curves": {"train/loss": {"value": losses}}}
-    assert outcome_of(run, "test/accuracy") == Outcome(0.9, 2.3, pytest.approx((1.0 + 0.5 + 0.3 + 0.4) / 4))
+    assert outcome_of(run, "test/accuracy", 2.3) == Outcome(0.9, 2.3, pytest.approx((1.0 + 0.5 + 0.3 + 0.4) / 4))
     assert outcome_of({"metrics": {}, "curves": {}}, "test/accuracy") == Outcome(None, None, None)
+
+
+def test_where_runs_start_does_not_depend_on_how_long_they_are() -> None:
+    """A longer run logs longer windows, over the first of which the loss has fallen further."""
+
+    def run(seed: int, steps: int, loss: float, model: str = "mlp") -> dict[str, Any]:
+        curves = {"train/loss": {"step": [steps, 2 * steps], "value": [loss, 0.1]}}
+        return {"config": {"trainer": {"task": "t", "seed": seed, "task_options": {"model": model}}}, "curves": curves}
+
+    runs = {
+        "long": run(0, 114, 1.4), "short": run(0, 1, 2.3), "as short": run(0, 1, 2.4), "between": run(0, 12, 2.2),
+        "another seed": run(1, 12, 2.1), "another model": run(0, 12, 2.0, "cnn"), "not finite": run(2, 1, math.nan),
+        "no curve": {"config": {"trainer": {"seed": 3}}, "curves": {}},
+    }  # fmt: skip
+    found = starts(runs)
+    assert [found[name] for name in ("long", "short", "as short", "between")] == [pytest.approx(2.35)] * 4
+    assert (found["another seed"], found["another model"]) == (2.1, 2.0)
+    assert not {"not finite", "no curve"} & found.keys()
 
 
 def test_every_cell_is_one_row_with_the_same_keys(tmp_path: Path) -> None:

@@ -49,13 +49,15 @@ def test_the_noise_scale_speaks_of_equal_epochs(tmp_path: Path) -> None:
     said = verdicts(results(tmp_path / "epochs", noise=noise(146.0, 1.0), curves=curves))[-1]
     assert "146 samples over whole runs (95 % interval 146 to 146); 50 in epoch 1 (50 to 50), 200 in epoch 2" in said
     assert "146 about twice as many: W = 4.56 times the batch of 32" in said
-    assert said.endswith("Among the 4 weak comparisons, a material loss is shown of weak at W = 8.")
+    assert said.endswith(
+        "Among the 4 weak comparisons, a material loss is shown of: weak, learning rate unchanged at W = 8."
+    )
     (tmp_path / "small").mkdir()
     said = verdicts(results(tmp_path / "small", noise=noise(10.0, 1.0)))[-1]
     assert "10 about twice as many: less than the batch of 32." in said
     (tmp_path / "updates").mkdir()
     said = verdicts(results(tmp_path / "updates", budget="updates", noise=noise(146.0, 1.0)))[-1]
-    assert said.endswith("at equal epochs, at which this study compares nothing.")
+    assert said.endswith("This study compares nothing at equal epochs.")
 
 
 # Strong scaling
@@ -132,6 +134,8 @@ def test_searches_that_end_at_the_edge_are_counted(tmp_path: Path) -> None:
     }
     (folder / "tuning").mkdir()
     (folder / "tuning" / "found.json").write_text(json.dumps(found))
+    beyond = "that they tried, so something better may lie beyond."
     assert search_sentences(Results(folder)) == [
-        "weak_tuned, W = 8: 3 of 5 searches ended at the edge of their range of rates."
+        f"weak_tuned, W = 8: 1 of 5 searches found the highest rate {beyond}",
+        f"weak_tuned, W = 8: 2 of 5 searches found the lowest rate {beyond}",
     ]

@@ -13,7 +13,7 @@ from trainer.config.keys import Config, parse
 from trainer.study import tuning
 from trainer.study.arms import Settings
 from trainer.study.inference import sign_test
-from trainer.study.tuning import FIRST_SEED, Search, Tuning, at_edge, runs_of_search, settings_of
+from trainer.study.tuning import FIRST_SEED, Search, Tuning, edges_of, runs_of_search, settings_of
 
 PEAK, NOISE = 0.95, 0.008
 
@@ -84,8 +84,12 @@ def test_a_search_halves_and_finds_the_top_of_the_hill() -> None:
     assert search.best.momentum == 0.9
     record = search.record()
     assert record["best"] == {k: getattr(search.best, k) for k in ("lr", "warmup_epochs", "momentum")}
-    assert not at_edge(record["trials"], record["best"])
-    assert at_edge(record["trials"], {"lr": max(t["lr"] for t in record["trials"])})
+    found = edges_of(record["trials"], record["best"])
+    assert "highest momentum" in found and not any("rate" in edge for edge in found)
+    highest = record["best"] | {"lr": max(t["lr"] for t in record["trials"]), "warmup_epochs": 5.0, "momentum": 0.7}
+    assert edges_of(record["trials"], highest) == ["highest rate", "longest warm-up", "lowest momentum"]
+    # What was not varied has no edge.
+    assert edges_of([{"lr": 0.1, "warmup_epochs": None, "momentum": 0.9}], {"lr": 0.1, "momentum": 0.9}) == []
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been() -> None:

@@ -40,8 +40,8 @@ def figures_of(results: Results, folder: Path) -> list[str]:
     album = Album(folder)
     for i, (variant, budget) in enumerate(results.blocks()):
         _draw_block(results, album, variant, budget, f"{i}-{budget}" if variant else budget)
-    _draw_sizes(results, album)
-    _draw_budgets(results, album)
+    for figure in [*size_figures(results), *budget_figures(results)]:
+        album.add(*figure)
     _draw_to_target(results, album)
     _draw_noise(results, album)
     _draw_times(results, album)
@@ -61,13 +61,13 @@ def metric_figure(results: Results, variant: str, budget: str) -> tuple[Any, str
         if own is not None and own.outcomes:
             series.append(Series(arm, [Point(1, own.centre, *own.interval)], arm))
     most = max((W for W, answer in results.declared["strong"] if isinstance(answer, int)), default=0)
-    strong = f", and strong up to W = {most}" if most else ""
     figure = figures.over_world_sizes(
         f"{metric} over W, {what}",
         metric,
         series,
-        Level(reference.centre, f"sequential{strong}", *reference.interval),
+        Level(reference.centre, "sequential", *reference.interval),
         Level(reference.target, "target"),
+        strong=most,
     )
     return (
         figure,
@@ -124,10 +124,12 @@ def _curve(run: Mapping[str, Any], name: str) -> Curve:
     return Curve(curve["epoch"], curve["value"], run["status"] == "not finite")
 
 
-def _draw_sizes(results: Results, album: Album) -> None:
+def size_figures(results: Results) -> list[tuple[str, Any, str]]:
+    """The difference to sequential over training samples: name, figure and caption of each; none without sizes."""
     sizes = sizes_of(results)
     if len(sizes) < 2:
-        return
+        return []
+    drawn = []
     lines: dict[tuple[str, str, int], list[Point]] = {}
     for c in results.judgement.comparisons:
         if c.place.variant in sizes:
@@ -142,14 +144,16 @@ def _draw_sizes(results: Results, album: Album) -> None:
         margin = -results.study.margin if results.study.direction == "max" else results.study.margin
         metric, what = results.study.metric, results.budget(budget)
         figure = figures.over_sizes(f"{metric} against sequential, {what}", "difference", series, margin)
-        album.add(f"sizes-{budget}", figure, f"Difference of {metric} to sequential by training samples, {what}.")
+        drawn.append((f"sizes-{budget}", figure, f"Difference of {metric} to sequential by training samples, {what}."))
+    return drawn
 
 
 # The arms whose budgets are drawn, at most as many as there are panels in a row: first those that say most.
 _PANELS = ("weak", "weak_linear_warmup", "weak_tuned")
 
 
-def _draw_budgets(results: Results, album: Album) -> None:
+def budget_figures(results: Results) -> list[tuple[str, Any, str]]:
+    """The metric over the budget: name, figure and caption; none without budgets."""
     epochs = epochs_of(results)
     centres = {c.place: (c.centre, c.interval) for c in results.judgement.comparisons}
     centres |= {place: (r.centre, r.interval) for place, r in results.judgement.references.items() if r.outcomes}
@@ -167,7 +171,7 @@ def _draw_budgets(results: Results, album: Album) -> None:
     lines = {arm: of for arm, of in lines.items() if any(len(points) > 1 for points in of.values())}
     chosen = sorted(lines, key=lambda arm: _PANELS.index(arm) if arm in _PANELS else len(_PANELS))[: len(_PANELS)]
     if not chosen:
-        return
+        return []
     panels = {
         arm: [
             Series(name, points, style, dashed, hollow=dashed)
@@ -179,13 +183,13 @@ def _draw_budgets(results: Results, album: Album) -> None:
     metric, level = results.study.metric, _level(results)
     others = f" Not drawn: {', '.join(arm for arm in lines if arm not in chosen)}." if len(lines) > len(chosen) else ""
     controls = any(dashed for arm in chosen for _, _, dashed in lines[arm])
-    album.add(
-        "budgets",
-        figures.over_budgets(f"{metric} over the budget, equal epochs", metric, panels),
+    figure = figures.over_budgets(f"{metric} over the budget, equal epochs", metric, panels)
+    caption = (
         f"{metric} by epochs of the budget: medians over seeds with {level} intervals, not corrected."
         + (" Dashed: the batch of one rank, with as few updates as at this W." if controls else "")
-        + others,
+        + others
     )
+    return [("budgets", figure, caption)]
 
 
 def _draw_to_target(results: Results, album: Album) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .arms import EQUAL_UPDATES
 from .declaration import SYNCHRONISED
 from .interaction import interactions_in
@@ -17,7 +19,7 @@ def definitions(results: Results) -> list[str]:
     more = "more" if rules.higher_is_better else "less"
     return [
         f"Metric: {study.metric} of the model that a run keeps; {more} is better.",
-        f"Seeds: {listed(study.seeds)}, the same for every arm"
+        f"Seeds: {_ranges(study.seeds)}, the same for every arm"
         + (f"; of searched arms the first {study.tuning.searches}." if results.searches else "."),
         *_splits(results),
         "Equal epochs: as many passes over the data as the sequential run. Equal updates: as many optimizer steps"
@@ -25,15 +27,18 @@ def definitions(results: Results) -> list[str]:
         "Nothing is decided before all declared seeds are there. A run that stopped being finite is the worst possible "
         "run, in every arm and in the sequential runs.",
         "The typical run: the median of the differences paired by seed. Its loss is material if it is above the margin "
-        f"of {rules.margin:g}; small if it is above 0 and below the margin; ruled out if it is below the margin; and "
-        "else undecided. The test is the sign test, which is exact for runs of any distribution. The interval of a "
-        "difference comes from the same test, and the verdict is read from it.",
+        f"of {rules.margin:g}; small if it is above 0 and below the margin; ruled out if it is below the margin, as it "
+        "is where weak runs gain; and else undecided. An undecided loss may be shown to be above 0: then only its size "
+        "is open. The test is the sign test, which is exact for runs of any distribution. The interval of a difference "
+        "comes from the same test, and the verdict is read from it.",
         f"Collapsed: not finite, or a loss of {rules.collapse:g} or more. The typical run says nothing of the few runs "
         f"that collapse, so their number is given, with the rate that is not ruled out at level {1 - rules.alpha:g} "
         "(Clopper and Pearson; for this comparison alone).",
         f"Below the target: {_target(results)}.",
-        f"Not converged: the training loss fell by less than {100 * rules.converged_share:g} % of what it falls by in "
-        "the typical sequential run, or stopped being finite.",
+        f"Not converged: the training loss at the end (over the last tenth of the logged windows) is above a bound, or "
+        f"stopped being finite. The bound lies {100 * rules.converged_share:g} % of the way from the loss before the "
+        "first update to that at the end of the typical sequential run. A run above it was trained less far, which "
+        "does not say that it predicts worse.",
         "More often: McNemar's exact test of the pairs of runs of one seed of which one alone failed.",
         f"Alpha is {rules.alpha:g} for each of three questions. It is the most that the probability of any wrong "
         f"verdict on the typical run can be, over all {tests} comparisons of the study; the same holds for the target "
@@ -174,3 +179,14 @@ def _tuning(results: Results) -> list[str]:
 
 def _numbers(numbers: list[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> 0 to 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]:,}" if len(run) == 1 else f"{run[0]:,} to {run[-1]:,}" for run in runs)

@@ -54,6 +54,7 @@ def over_world_sizes(
     reference: Level | None = None,
     target: Level | None = None,
     limits: tuple[float, float] | None = None,
+    strong: int = 0,
 ) -> Figure:
     """A quantity over W by arm, with intervals.
 
@@ -64,6 +65,7 @@ def over_world_sizes(
         reference: the sequential runs: a line, and a band of their interval.
         target: a dashed line.
         limits: the range of the quantity, for one that has ends; points beyond are marked at the edge.
+        strong: the largest W of strong scaling, which has the sequential runs' models; 0 for none.
     """
     figure, (axes,) = empty_figure(title, label)
     levels = [level for level in (reference, target) if level is not None]
@@ -73,6 +75,11 @@ def over_world_sizes(
     axes.set_ylim(low - room, high + room)
     if reference is not None:
         draw_level(axes, reference, BLACK, "solid")
+        if strong and math.isfinite(reference.value):
+            same = f"strong, the same models, up to W = {strong}"
+            axes.plot(
+                [1, strong], [reference.value] * 2, color=BLACK, lw=2.6, solid_capstyle="butt", label=same, zorder=2
+            )
     if target is not None:
         draw_level(axes, target, GREY, (0, (4, 3)))
     world_size_axis(axes, {p.x for s in series for p in s.points})

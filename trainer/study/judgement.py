@@ -81,7 +81,7 @@ class Outcome:
 
     Attributes:
         metric: None if it stopped being finite.
-        first_loss, last_loss: its training loss, early and at the end; None if that is not known.
+        first_loss, last_loss: its training loss, before the first update and at the end; None if that is not known.
     """
 
     metric: float | None
@@ -126,6 +126,7 @@ class Comparison:
         missing: declared seeds that are not there yet.
         unable: why nothing can be decided of it, whatever its runs say; "" if something can.
         search_failed: by which untuned rule this tuned arm, or its tuned sequential runs, are beaten; "" for none.
+        size_open: of an undecided one, whether it is shown that the typical run loses, and only its size is open.
         verdicts, sentences: by claim: "loses", "below", "unconverged".
     """
 
@@ -143,6 +144,7 @@ class Comparison:
     missing: int = 0
     unable: str = ""
     search_failed: str = ""
+    size_open: bool = False
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
 
@@ -340,8 +342,9 @@ def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str,
     if failed and verdict in ("material loss", "small loss"):
         verdict, why = "undecided", f"the search failed, so a loss says nothing of the batch: {failed}"
     elif reference_failed and verdict in ("small loss", "ruled out"):
-        verdict, why = "undecided", f"the sequential search failed, so its runs are no measure: {reference_failed}"
+        verdict, why = "undecided", f"the sequential search failed, so its runs tell nothing: {reference_failed}"
     c.verdicts["loses"] = verdict
+    c.size_open = verdict == "undecided" and not (unable or failed or reference_failed) and _least_loss(c, rules) > 0
     c.sentences["loses"] = f"{_numbers(c)}: {why}. {_collapses(c, rules)}"
     for failing in FAILINGS:
         count = c.counts[failing]
@@ -353,6 +356,10 @@ def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str,
             f"{count.of_reference} of {count.runs} sequential runs: "
             + (unable if missing > 0 else f"adjusted p = {count.adjusted:.2g}")
         )
+
+
+def _least_loss(c: Comparison, rules: Rules) -> float:
+    return min(-rules.sign * end for end in c.difference_interval)
 
 
 def _verdict(c: Comparison, rules: Rules) -> tuple[Verdict, str]:

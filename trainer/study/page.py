@@ -39,7 +39,7 @@ from .sentences import (
 from .sheet import document, shown_value, table
 from .to_target import target_sentences
 from .trend import trend_sentences
-from .tuning import at_edge
+from .tuning import edges_of
 from .variance import variance_sentences, variance_table
 
 
@@ -206,6 +206,8 @@ def _by_size(results: Results, variant: str, budget: str, cell: Callable[[Compar
 def _verdict_cell(c: Comparison) -> str:
     number = f"{c.difference:+.4f}" if math.isfinite(c.difference) else "not finite"
     lines = [f"<span>{number}</span> {_marked(c.verdicts['loses'])}"]
+    if c.size_open:
+        lines.append("loses, and the size is open")
     low, high = c.difference_interval
     if c.verdicts["loses"] == "undecided":  # a small difference alone would read as if nothing were lost
         known = math.isfinite(low) or math.isfinite(high)
@@ -262,12 +264,12 @@ def _searches(results: Results) -> str:
         trials = sorted((t for t in search["trials"] if t["value"] is not None), key=lambda t: t["value"])
         best = trials[::-1] if results.study.direction == "max" else trials
         seen = "; ".join(f"{_settings(t)}: {shown_value(t['value'])}" for t in best[:3])
-        edge = at_edge(search["trials"], search["best"])
-        rows.append([name, str(_settings(search["best"])), "at the edge of its range" if edge else "inside", seen])
+        edges = ", ".join(edges_of(search["trials"], search["best"]))
+        rows.append([name, str(_settings(search["best"])), edges or "none", seen])
     return (
         f"<h2>Searches</h2><p>{len(rows):,} searches by {escape(results.study.tuning_metric)}: what each found, and "
-        "the three settings with the best means (of one seed or more). A best rate at the edge of its range may not be "
-        "the best there is.</p>" + table(rows, ["search", "found: rate", "where", "rate: mean"])
+        "the three settings with the best means (of one seed or more). What lies at the edge of what was tried may not "
+        "be the best there is.</p>" + table(rows, ["search", "found: rate", "at the edge", "rate: mean"])
     )
 
 

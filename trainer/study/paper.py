@@ -8,7 +8,6 @@ written as a page that opens in any browser, and as Markdown beside it.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -17,17 +16,29 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..files import whole_file
 from . import figures
-from .album import metric_figure
-from .arms import SEQUENTIAL, Place, title_of
+from .album import budget_figures, metric_figure, size_figures
+from .arms import title_of
 from .causes import cause_sentences
 from .definitions import definitions
 from .interaction import interaction_sentences
-from .judgement import Comparison, Verdict
+from .judgement import Comparison
+from .paper_text import (
+    QUESTION,
+    Block,
+    abstract,
+    by_data,
+    cost,
+    design_table,
+    in_short,
+    name_of,
+    threats,
+    trained,
+    weighed,
+)
 from .results import Results
 from .sentences import (
     budget_sentences,
     headline,
-    listed,
     noise_sentences,
     search_sentences,
     sequential_sentences,
@@ -38,39 +49,6 @@ from .sheet import document
 from .to_target import target_sentences
 from .trend import trend_sentences
 from .variance import variance_sentences
-
-_QUESTION = (
-    "Cunha, Rodrigues, Viana and Oliveira (2018, arXiv 1807.09161) argue that on small datasets weak scaling, which "
-    "grows the global batch with the number of GPUs W, loses accuracy and mostly does not converge, while strong "
-    "scaling, which splits one global batch, keeps the accuracy of a sequential run. Only the abstract of that paper "
-    "was at hand, so its numbers are not repeated here. The question is tested anew: does the typical weak run lose "
-    "against the sequential run of its seed, how many runs fail, and what does strong scaling give?"
-)
-_THREATS = (
-    "The models and datasets are not those of the paper. They are small enough for many seeds, and large models may "
-    "behave in another way.",
-    "A weak run on W ranks was computed exactly on fewer: its bits follow from its global batch and its micro-batches. "
-    "So accuracy is that of W ranks, and speed is not measured by it.",
-    "Rules start from the base's rate, and with another one a rule may lose more or less. A loss of a rule is the "
-    "rule's. Tuned arms ask what the batch itself costs, within the ranges that were searched.",
-    "The control of as few updates sees W times fewer samples. So no cause here tells updates from samples.",
-    "Alpha holds for each study by itself. Over several studies wrong verdicts add up.",
-    "A verdict is about the typical run. The rate of collapses that is not ruled out is given with each comparison.",
-)
-
-
-class Block(NamedTuple):
-    """A part of the paper.
-
-    Attributes:
-        kind: "h2", "h3", "p", "list" or "table".
-        texts: the text, the items, or the header of a table.
-        rows: of a table.
-    """
-
-    kind: str
-    texts: Sequence[str]
-    rows: Sequence[Sequence[str]] = ()
 
 
 def check_paper(folders: Sequence[str], file: str) -> None:
@@ -93,7 +71,8 @@ def write_paper(folders: Sequence[str], file: str) -> Path:
     studies = [Results(Path(folder).resolve()) for folder in folders]
     blocks = list(_blocks(studies))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [_picture(study, path.with_name(f"{path.stem}-figures")) for study in studies if study.blocks()]
+    folder = path.with_name(f"{path.stem}-figures")
+    pictures = [picture for study in studies for picture in _pictures(study, folder)]
     for target, text in ((path, _page(blocks, pictures)), (path.with_suffix(".md"), _markdown(blocks))):
         with whole_file(target, synced=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -105,17 +84,14 @@ def write_paper(folders: Sequence[str], file: str) -> Path:
 
 def _blocks(studies: Sequence[Results]) -> Iterable[Block]:
     yield Block("h2", ["Abstract"])
-    yield Block("p", [_abstract(studies)])
+    yield Block("p", [abstract(studies)])
+    yield by_data(studies)
     yield Block("h2", ["Question"])
-    yield Block("p", [_QUESTION])
+    yield Block("p", [QUESTION])
     yield Block("h2", ["Design, declared before the runs"])
-    yield _design_table(studies)
-    yield Block("list", definitions(studies[0]))
-    for study in studies[1:]:
-        own = [line for line in definitions(study) if line not in definitions(studies[0])]
-        if own:
-            yield Block("p", [f"Of {name_of(study)} these differ:"])
-            yield Block("list", own)
+    yield design_table(studies)
+    yield Block("p", ["What was trained:"])
+    yield Block("list", [trained(study) for study in studies])
     yield Block("h2", ["Results"])
     for study in studies:
         yield from _results_of(study)
@@ -125,72 +101,24 @@ def _blocks(studies: Sequence[Results]) -> Iterable[Block]:
         if lines:
             yield Block("p", [f"{name_of(study)}:"])
             yield Block("list", lines)
-    yield from _weighed(studies)
+    yield from weighed(studies)
     yield Block("h2", ["Threats to validity"])
-    yield Block("list", [*_THREATS, *(f"{name_of(s)}: {line}" for s in studies for line in s.doubts())])
+    yield Block("list", threats(studies))
+    yield Block("h2", ["In short"])
+    yield Block(
+        "p",
+        ["Of how many rules for weak scaling it is shown that they lose more than the margin, or that they do not:"],
+    )
+    yield in_short(studies)
     yield Block("h2", ["Cost"])
-    yield Block("p", [_cost(studies)])
-
-
-def name_of(study: Results) -> str:
-    """A study in a paper: its folder's name and its task."""
-    return f"{study.folder.name} ({study.task})"
-
-
-def _abstract(studies: Sequence[Results]) -> str:
-    comparisons = [c for study in studies for c in study.weak]
-    parts = []
-    for budget in ("epochs", "updates"):
-        own = [c for c in comparisons if c.place.budget == budget]
-        counts = {v: sum(c.verdicts["loses"] == v for c in own) for v in _KINDS}
-        more = sum(c.verdicts["unconverged"] == "more often" for c in own)
-        said = ", ".join(f"{words} in {counts[v]}" for v, words in _KINDS.items() if counts[v])
+    yield Block("p", [cost(studies)])
+    yield Block("h2", ["Appendix: rules and words, declared before the runs"])
+    yield Block("list", definitions(studies[0]))
+    for study in studies[1:]:
+        own = [line for line in definitions(study) if line not in definitions(studies[0])]
         if own:
-            parts.append(
-                f"At equal {budget}, {len(own)} comparisons: {said}. Runs fail to converge more often than sequential "
-                f"runs in {more or 'none'} of them."
-            )
-    asked = [[W for W, answer in study.declared["strong"] if isinstance(answer, int)] for study in studies]
-    most = max((W for sizes in asked for W in sizes), default=0)
-    strong = (
-        f" Strong scaling gives the sequential run's bits, by construction, at every W that its micro-batches allow: "
-        f"up to {most} in the {sum(map(bool, asked))} studies that asked for it."
-    )
-    shared = _shared_runs(studies)
-    return (
-        f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling, each comparison with sequential "
-        f"runs of the same seeds. {' '.join(parts)}"
-        + (strong if most else "")
-        + (f" {shared:,} runs are the same in several studies, so these are not independent." if shared else "")
-    )
-
-
-def _shared_runs(studies: Sequence[Results]) -> int:
-    """Models that several studies have in common, whatever else their configs say."""
-    counts = Counter(h for study in studies for h in {run["parameters_sha256"] for run in study.runs.values()} if h)
-    return sum(count > 1 for count in counts.values())
-
-
-_KINDS: dict[Verdict, str] = {
-    "material loss": "the typical run loses more than the margin",
-    "small loss": "it loses, but less than the margin,",
-    "ruled out": "such a loss is ruled out",
-    "undecided": "nothing is shown either way",
-}
-
-
-def _design_table(studies: Sequence[Results]) -> Block:
-    rows = []
-    for study in studies:
-        sequential = study.results_at(Place("", SEQUENTIAL, "epochs", 1))
-        first = sequential[0] if sequential else next(iter(study.runs.values()))
-        sizes = sorted({c.place.world_size for c in study.judgement.comparisons})
-        margin, metric = f"{study.rules.margin:g}", study.study.metric
-        row = [name_of(study), f"{first['samples']:,}", f"{first['global_batch_size']:,}", f"{first['epochs']:,}"]
-        row += [f"{first['steps']:,}", listed(sizes), str(len(study.study.seeds)), f"{margin} of {metric}"]
-        rows.append([*row, str(study.judgement.tests), f"{len(study.runs):,}"])
-    header = ["study", "training samples", "batch of one rank", "epochs", "updates", "W", "seeds", "margin"]
-    return Block("table", [*header, "comparisons", "runs"], rows)
+            yield Block("p", [f"Of {name_of(study)} these differ:"])
+            yield Block("list", own)
 
 
 def _results_of(study: Results) -> Iterable[Block]:
@@ -228,48 +156,6 @@ def cell_of(c: Comparison) -> str:
     return text + (f", {unconverged} of {runs} not converged{often}" if unconverged else "")
 
 
-def _weighed(studies: Sequence[Results]) -> Iterable[Block]:
-    """What speaks for the claim that weak scaling loses, what against it, and what is open."""
-    sections: tuple[tuple[str, tuple[Verdict, ...]], ...] = (
-        ("What speaks for the claim", ("material loss",)),
-        ("What speaks against the claim", ("ruled out", "small loss")),
-        ("What is undecided", ("undecided",)),
-    )
-    for title, verdicts in sections:
-        yield Block("h2", [title])
-        lines = []
-        for study in studies:
-            own = [c for c in study.weak if c.verdicts["loses"] in verdicts]
-            by_arm: dict[str, list[str]] = {}
-            for c in own:
-                words = "" if len(verdicts) == 1 else f" ({c.verdicts['loses']})"
-                by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size}{words}")
-            if "material loss" in verdicts:
-                # The claim is about convergence, too, whatever the typical run loses.
-                for c in study.weak:
-                    if c.verdicts["unconverged"] == "more often" and c not in own:
-                        by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size} (converges less often)")
-            said = "; ".join(f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items())
-            lines.append(f"{name_of(study)}: {said or 'nothing'}.")
-        yield Block("list", lines)
-
-
-def _arm_of(study: Results, c: Comparison) -> str:
-    place = c.place
-    extra = [own] if (own := study.named(place.variant, "", "")) else []
-    return ", ".join([title_of(place.arm, place.budget), *extra, *(["equal updates"] * (place.budget == "updates"))])
-
-
-def _cost(studies: Sequence[Results]) -> str:
-    runs = [run for study in studies for run in study.runs.values()]
-    hours = math.fsum(run["wall_time_s"] or 0.0 for run in runs) / 3600
-    models = sorted({str(run["device_model"]) for run in runs})
-    return (
-        f"{len(runs):,} runs, {hours:,.1f} hours of runs on one rank each, on {' and '.join(models)}. A study "
-        "that is interrupted goes on where it was."
-    )
-
-
 class Picture(NamedTuple):
     """A figure: its SVG and its caption."""
 
@@ -277,9 +163,20 @@ class Picture(NamedTuple):
     caption: str
 
 
-def _picture(study: Results, folder: Path) -> Picture:
-    figure, caption = metric_figure(study, *study.blocks()[0])
-    return Picture(figures.save(figure, folder, study.folder.name), f"{name_of(study)}: {caption}")
+# A study with more blocks than this shows the first alone: its page has them all.
+_BLOCKS = 4
+
+
+def _pictures(study: Results, folder: Path) -> list[Picture]:
+    """The metric over W of each variant and budget, or over what the study varies instead."""
+    blocks, name = study.blocks(), study.folder.name
+    drawn = [*size_figures(study), *budget_figures(study)]
+    shown = blocks[:1] if drawn or len(blocks) > _BLOCKS else blocks
+    found = [(name if i == 0 else f"{name}-{i}", *metric_figure(study, *block)) for i, block in enumerate(shown)]
+    found += [(f"{name}-{what}", figure, caption) for what, figure, caption in drawn]
+    return [
+        Picture(figures.save(figure, folder, file), f"{name_of(study)}: {caption}") for file, figure, caption in found
+    ]
 
 
 # ---- how it looks ----------------------------------------------------------------------------------------------------

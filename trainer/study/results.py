@@ -66,12 +66,35 @@ def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def outcome_of(result: Mapping[str, Any], metric: str) -> Outcome:
-    """How a run ended: its metric, and its training loss in the first logged window and in the last tenth of them."""
+def outcome_of(result: Mapping[str, Any], metric: str, start: float | None = None) -> Outcome:
+    """How a run ended: its metric, and its training loss before the first update (see `starts`) and at the end."""
     losses = result["curves"].get("train/loss", {"value": []})["value"]
     tenth = -(-len(losses) // 10)
-    first, last = (statistics.fmean(part) if part else None for part in (losses[:1], losses[-tenth:] if tenth else []))
-    return Outcome(metric_of(result, metric), first, last)
+    return Outcome(metric_of(result, metric), start, statistics.fmean(losses[-tenth:]) if tenth else None)
+
+
+def starts(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The training loss of each run before its first update, as far as it is known: id -> loss.
+
+    Runs of one seed and one model start from the same parameters. A run logs means over windows of updates, which are
+    longer in a longer run; so the start is the first window of those runs of this seed and model that have the shortest
+    one, whose median is taken. Otherwise a run would start lower only because it is longer.
+    """
+    windows: dict[str, list[tuple[int, float]]] = {}
+    keys = {}
+    for this, run in runs.items():
+        trainer = run["config"].get("trainer", {})
+        options = trainer.get("task_options")
+        keys[this] = key = json.dumps([trainer.get("seed"), trainer.get("task"), options], sort_keys=True)
+        curve = run["curves"].get("train/loss")
+        if curve and curve["value"] and math.isfinite(curve["value"][0]):
+            windows.setdefault(key, []).append((curve["step"][0], curve["value"][0]))
+    shortest = {key: min(length for length, _ in found) for key, found in windows.items()}
+    first = {
+        key: statistics.median(loss for length, loss in found if length == shortest[key])
+        for key, found in windows.items()
+    }
+    return {this: first[key] for this, key in keys.items() if key in first}
 
 
 class Results:
@@ -103,6 +126,7 @@ class Results:
         self.cells: list[dict[str, Any]] = []
         sequential: dict[Place, dict[int, Outcome]] = {}
         weak: dict[Place, dict[int, Outcome]] = {}
+        start = starts(self.runs)
         self._declared_runs: set[str] = set()
         self.planned: dict[Place, int] = {}
         for cell in self.declared["cells"]:
@@ -115,7 +139,7 @@ class Results:
                 self.planned[place] = self.planned.get(place, 0) + 1
             if this in self.runs:
                 self.cells.append({**cell, "id": this})
-                values[seed] = outcome_of(self.runs[this], self.study.metric)
+                values[seed] = outcome_of(self.runs[this], self.study.metric, start.get(this))
         self.repeats: list[dict[str, Any]] = [r for r in self.declared.get("repeats", []) if r["id"] in self.runs]
         self._declared_runs |= {repeat["id"] for repeat in self.declared.get("repeats", [])}
         if not self.cells:

@@ -17,7 +17,7 @@ from .results import Results, epochs_of, sizes_of
 from .timing import check_bits
 from .to_target import target_sentences
 from .trend import trend_sentences
-from .tuning import at_edge
+from .tuning import edges_of
 from .variance import variance_sentences
 
 CLAIMS = {
@@ -93,8 +93,10 @@ def headline(results: Results) -> list[str]:
         )
         if verdict in at
     ]
-    if "undecided" in at:
-        said.append(f"{len(at['undecided'])} are undecided, so a loss there is neither shown nor ruled out")
+    if sized := sum(c.size_open for c in comparisons):
+        said.append(f"it loses in {sized}, and whether by more than {margin} is undecided")
+    if rest := len(at.get("undecided", ())) - sized:
+        said.append(f"{rest} are undecided, so a loss there is neither shown nor ruled out")
     if not comparisons:
         return [strong, "Nothing is known of weak scaling yet."]
     joined = said[0] if len(said) == 1 else f"{'; '.join(said[:-1])}; and {said[-1]}"
@@ -177,18 +179,22 @@ def strong_sentences(results: Results) -> list[str]:
 
 
 def search_sentences(results: Results) -> list[str]:
-    """Searches that failed, and how many ended at the edge of their range, where a better rate may lie beyond."""
+    """Searches that failed, and how many ended at the edge of what they tried: something better may lie beyond."""
     lines = [
         f"{c.place}: a failed search. {c.search_failed}." for c in results.judgement.comparisons if c.search_failed
     ]
-    ends: dict[str, list[bool]] = {}
+    ends: dict[tuple[str, str], int] = {}
+    counts: dict[str, int] = {}
     for search in results.searches.values():
         if search["best"] is not None:
-            ends.setdefault(str(Place(**search["place"])), []).append(at_edge(search["trials"], search["best"]))
+            place = str(Place(**search["place"]))
+            counts[place] = counts.get(place, 0) + 1
+            for edge in edges_of(search["trials"], search["best"]):
+                ends[place, edge] = ends.get((place, edge), 0) + 1
     return lines + [
-        f"{place}: {sum(edges)} of {len(edges)} searches ended at the edge of their range of rates."
-        for place, edges in ends.items()
-        if any(edges)
+        f"{place}: {count} of {counts[place]} searches found the {edge} that they tried, so something better may lie "
+        "beyond."
+        for (place, edge), count in sorted(ends.items())
     ]
 
 
@@ -266,14 +272,14 @@ def noise_sentences(results: Results) -> list[str]:
     )
     groups = results.groups("", "epochs")
     if not groups:
-        return [line + "That is at equal epochs, at which this study compares nothing."]
+        return [line + "This study compares nothing at equal epochs."]
     # They are of the base, as the noise scale is: a variant, a size or a budget has another.
     own = results.named("", "", "")
     alone = f" of {own}" if own else " of the base" if len(results.variants) > 1 else ""
-    lost = [f"{arm} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
+    lost = [f"{title_of(arm, 'epochs')} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
     weak = [c for arm, comparisons in groups.items() if arm in WEAK for c in comparisons]
     open_ones = sum(c.verdicts["loses"] == "undecided" for c in weak)
     line += f"Among the {len(weak)} weak comparisons{alone}, "
-    line += f"a material loss is shown of {'; '.join(lost)}." if lost else "no material loss is shown"
+    line += f"a material loss is shown of: {'; '.join(lost)}." if lost else "no material loss is shown"
     line += "" if lost else f", but {open_ones} of them are undecided." if open_ones else "."
     return [line]

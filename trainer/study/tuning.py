@@ -182,7 +182,12 @@ class Search:
         return worth, trial.loss, trial.settings.lr
 
 
-def at_edge(trials: Sequence[dict[str, Any]], best: dict[str, Any]) -> bool:
-    """Whether the best rate of a search is the lowest or the highest that it tried: a better one may lie beyond."""
-    rates = [trial["lr"] for trial in trials]
-    return best["lr"] in (min(rates), max(rates))
+def edges_of(trials: Sequence[dict[str, Any]], best: dict[str, Any]) -> list[str]:
+    """At which edges of what it tried a search ended, in words. Something better may lie beyond each."""
+    found = []
+    for key, name in (("lr", "rate"), ("warmup_epochs", "warm-up"), ("momentum", "momentum")):
+        tried = {trial[key] for trial in trials} - {None}
+        if len(tried) > 1:
+            short, long = ("shortest", "longest") if key == "warmup_epochs" else ("lowest", "highest")
+            found += [f"{word} {name}" for word, end in ((short, min(tried)), (long, max(tried))) if best[key] == end]
+    return found
