@@ -183,18 +183,21 @@ def search_sentences(results: Results) -> list[str]:
     lines = [
         f"{c.place}: a failed search. {c.search_failed}." for c in results.judgement.comparisons if c.search_failed
     ]
-    ends: dict[tuple[str, str], int] = {}
+    ends: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     for search in results.searches.values():
         if search["best"] is not None:
             place = str(Place(**search["place"]))
             counts[place] = counts.get(place, 0) + 1
+            own = ends.setdefault(place, {})
             for edge in edges_of(search["trials"], search["best"]):
-                ends[place, edge] = ends.get((place, edge), 0) + 1
+                own[edge] = own.get(edge, 0) + 1
     return lines + [
-        f"{place}: {count} of {counts[place]} searches found the {edge} that they tried, so something better may lie "
-        "beyond."
-        for (place, edge), count in sorted(ends.items())
+        f"searches of {place}: "
+        + ", ".join(f"{n} of {counts[place]} found the {edge}" for edge, n in sorted(own.items()))
+        + " that they tried, so something better may lie beyond."
+        for place, own in ends.items()
+        if own
     ]
 
 
