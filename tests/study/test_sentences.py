@@ -135,6 +135,6 @@ def test_searches_that_end_at_the_edge_are_counted(tmp_path: Path) -> None:
     (folder / "tuning").mkdir()
     (folder / "tuning" / "found.json").write_text(json.dumps(found))
     assert search_sentences(Results(folder)) == [
-        "searches of weak_tuned, W = 8: 1 of 5 found the highest rate, 2 of 5 found the lowest rate that they tried, so "
-        "something better may lie beyond."
+        "searches of weak_tuned, W = 8: 1 of 5 found the highest rate, 2 of 5 found the lowest rate that they tried, "
+        "so something better may lie beyond."
     ]
