@@ -21,7 +21,7 @@ from trainer.config.task_options import check_options
 from trainer.errors import UserError
 from trainer.folds.declaration import load as load_folds
 from trainer.search.declaration import load_search
-from trainer.study.declaration import load_study
+from trainer.study.load import load_study
 from trainer.tasks.first_look import BUILT_IN
 from trainer.tasks.protocol import load_task
 

@@ -28,6 +28,11 @@ def check_words(message: str, words: tuple[str, ...]) -> None:
 # Files
 
 
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    """Some editors write one."""
+    assert read_json(write(tmp_path, '\ufeff{"a": 1}')) == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -21,7 +21,8 @@ from trainer.config.keys import parse
 from trainer.errors import UserError
 from trainer.ranks.workers import run_ranks
 from trainer.study.arms import Settings, values_of
-from trainer.study.declaration import expand, load_study
+from trainer.study.declaration import expand
+from trainer.study.load import load_study
 from trainer.study.results import Results, finished
 from trainer.study.runner import study
 
@@ -171,6 +172,28 @@ def test_a_metric_that_the_task_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'does not measure. Did you mean "test/accuracy"'):
         study(str(path))
     assert finished(tmp_path / "study") == {}
+
+
+def test_a_task_that_is_changed_between_runs(tmp_path: Path) -> None:
+    """Runs of two models in one study would be compared as if they differed in W alone."""
+    task = tmp_path / "task.py"
+    task.write_text((ROOT / "tests" / "user_tasks" / "my_task.py").read_text())
+    few = {"arms": ["sequential", "weak"], "world_sizes": [2], "metric": "test/acuracy"}
+    write(tmp_path, few, task=f"{task}:MyTask", task_options={}, epochs=1)
+    with pytest.raises(UserError, match="does not measure"):
+        study(str(tmp_path / "study.json"))
+    # What was declared before any run may be mended in its own folder.
+    path = write(tmp_path, few | {"metric": "test/accuracy"}, task=f"{task}:MyTask", task_options={}, epochs=1)
+    assert study(str(path)) == 0
+    assert len(finished(tmp_path / "study")) == 4
+    task.write_text(task.read_text().replace("F.gelu", "F.relu"))
+    with pytest.raises(UserError, match=r"holds runs of another version of .*task\.py:MyTask"):
+        study(str(path))
+
+
+def test_a_metric_of_a_split_that_is_not_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='"train/accuracy", but the splits that are evaluated are validation, test'):
+        study(str(write(tmp_path, {"metric": "train/accuracy"})), dry_run=True)
 
 
 def test_runs_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,14 @@ def test_the_page_has_all_of_it(whole: Path) -> None:
 def test_another_search_is_not_mixed_in(whole: Path) -> None:
     with pytest.raises(UserError, match=r"holds another search: base differs in trainer"):
         search(str(whole / "search.json"), {"trainer.epochs": 3})
+    task = whole / "task.py"
+    before = task.read_text()
+    try:
+        task.write_text(before + "\nCHANGED = True\n")
+        with pytest.raises(UserError, match="holds trials of another version of the task"):
+            search(str(whole / "search.json"))
+    finally:
+        task.write_text(before)
 
 
 def test_a_search_that_is_stopped_goes_on_to_the_same_trials(

@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.distributed.jobs import ROOT
 from trainer.study.cells import Cell
-from trainer.study.declaration import Plan, Study, expand, load_study
+from trainer.study.declaration import Plan, Study, expand
+from trainer.study.load import load_study
 from trainer.study.runner import declaration
 
 SHIPPED = ROOT / "ds_configs" / "study.json"

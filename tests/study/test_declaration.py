@@ -14,7 +14,7 @@ from tests.study.made_up import SHIPPED, planned, write
 from trainer.commands.cli import main
 from trainer.errors import UserError
 from trainer.study.arms import SEQUENTIAL, SEQUENTIALS, WEAK
-from trainer.study.declaration import load_study
+from trainer.study.load import load_study
 
 
 def test_the_shipped_studies_of_the_digits() -> None:
@@ -105,6 +105,14 @@ def test_variants_are_studies_of_their_own(tmp_path: Path) -> None:
         ({"world_sizes": [1]}, "One rank is the sequential run itself"),
         ({"budgets": ["steps"]}, "holds 'steps'"),
         ({"metric": "accuracy"}, "<split>/<metric>"),
+        ({"metric": "test/"}, "<split>/<metric>"),
+        ({"metric": "test/loss"}, "but a loss is better when it is low"),
+        ({"seeds": 20_000}, "asks for more than 1,000 seeds"),
+        ({"collapse": 0.005}, "a collapse is more than a loss that matters"),
+        ({"variants": {"one": {"study.margin": 3}}}, 'study.variants "one" sets study.margin, and no variant can'),
+        ({"variants": {"one": {"trainer.seed": 3}}}, "every arm sets it"),
+        ({"variants": {"one": {"trainer.epochs": 20}}}, "changes nothing"),
+        ({"dataset_sizes": [150], "variants": {"150 samples": {"trainer.epochs": 2}}}, "the name of one in"),
         ({"alpha": 2}, "must be below 0.5"),
         ({"margn": 0.1}, 'Did you mean "margin"'),
         ({"output_dir": ""}, '"study.output_dir" is missing'),
@@ -218,3 +226,8 @@ def test_an_optimizer_without_momentum_has_none_to_search(tmp_path: Path) -> Non
     values["study"]["tuning"]["momentum"] = []
     path.write_text(json.dumps(values))
     assert load_study(str(path))[0].tuning.momentum == []
+
+
+def test_a_size_that_is_the_whole_is_no_size(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds 1,200, which is all of the base's training samples"):
+        planned(write(tmp_path, {"dataset_sizes": [150, 1200]}))

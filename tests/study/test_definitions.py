@@ -25,7 +25,7 @@ def test_the_rules_that_were_declared(tmp_path: Path) -> None:
     changed = results(tmp_path / "min", seeds=2, direction="min", metric="test/loss", target=0.4, collapse=0.3)
     lines = "\n".join(definitions(Results(changed)))
     assert "Metric: test/loss of the model that a run keeps; less is better." in lines
-    assert "Below the target: 0.4, as given." in lines
+    assert "Target: 0.4, as given. A run that is worse misses it." in lines
     assert "a loss of 0.3 or more" in lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.study.many_runs import begin, duration
+from trainer.study.many_runs import begin, duration, locked
 
 
 def test_durations() -> None:
@@ -25,3 +25,11 @@ def test_it_begins_with_a_line_and_never_in_a_folder_of_the_users(
         begin(tmp_path, "study.json", "digits")
     (tmp_path / "study.json").write_text("{}")
     begin(tmp_path, "study.json", "digits")
+
+
+def test_a_folder_that_cannot_be_made_is_named_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be made or used: it is, or lies in, .*file, which is no folder"):
+        begin(tmp_path / "file" / "study", "study.json", "digits")
+    with pytest.raises(UserError, match="cannot be made: No such file"), locked(Path("/proc/study")):
+        pass

@@ -42,7 +42,11 @@ def test_the_page(tmp_path: Path) -> None:
     page = Page()
     page.feed(source)
     assert page.open == []
-    assert page.text.index("Verdicts") < page.text.index("Share of runs that end below") < page.text.index("Every run")
+    assert (
+        page.text.index("Verdicts")
+        < page.text.index("Share of runs that miss the target")
+        < page.text.index("Every run")
+    )
     for needed in ("Declared before the runs", "Clopper-Pearson", "Holm", "What could not be run", "seed 9"):
         assert needed in page.text
     # everything of a user's is text
@@ -156,9 +160,9 @@ def test_both_tables_of_a_block(tmp_path: Path) -> None:
     """The typical run with its verdict and collapses; and the runs that fail, with the sequential ones in brackets."""
     text = page_of(results(tmp_path)).text
     assert "material loss 10 collapsed" in text
-    assert "below 10 of 10 (0) not converged 1 of 10 (0)" in text
+    assert "miss it 10 of 10 (0) not converged 1 of 10 (0)" in text
     source = (tmp_path / "out" / "report.html").read_text()
-    assert "<b>below 10 of 10 (0)</b> <span>not converged 1 of 10 (0)</span>" in source
+    assert "<b>miss it 10 of 10 (0)</b> <span>not converged 1 of 10 (0)</span>" in source
     assert '<span class="verdict material-loss">material loss</span>' in source
 
 

@@ -78,6 +78,9 @@ def test_what_cannot_be_a_paper_is_refused_first(tmp_path: Path, capsys: pytest.
     assert main(["report", study, "--paper", str(tmp_path / "paper.pdf")]) == 2
     assert "has to end in .html" in capsys.readouterr().err
     assert main(["report", study, study, "--paper", str(tmp_path / "paper.html")]) == 2
+    assert f"The folder {study} is given twice" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    assert main(["report", study, str(results(tmp_path / "other", seeds=4)), "--paper", str(tmp_path / "p.html")]) == 2
     assert "Two of the folders are called out" in capsys.readouterr().err
     assert not (Path(study) / "report.html").exists()
 

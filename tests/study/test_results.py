@@ -112,6 +112,52 @@ def test_a_declaration_that_was_changed_after_the_runs_is_noticed(tmp_path: Path
     assert doubt.startswith("study.json has been changed: 2 runs of 10 had another declaration.")
 
 
+def test_declared_comparisons_cannot_be_taken_out(tmp_path: Path) -> None:
+    folder = results(tmp_path, seeds=2)
+    file = folder / "study.json"
+    declared = json.loads(file.read_text())
+    run = next((folder / "runs").iterdir())
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"declaration_sha256": digest_of(declared)}))
+    assert Results(folder).doubts() == []
+    fewer = [cell for cell in declared["cells"] if cell["arm"] != "weak"]
+    file.write_text(json.dumps(declared | {"cells": fewer}))
+    assert any(line.startswith("study.json has been changed") for line in Results(folder).doubts())
+
+
+def test_sequential_runs_that_fail_are_pointed_out(tmp_path: Path) -> None:
+    folder = results(tmp_path, seeds=4, lost=lambda cell: cell.arm == "sequential" and cell.seed < 2)
+    for file in (folder / "runs").iterdir():
+        run = json.loads(file.read_text())
+        if run["arm"] == "sequential" and run["seed"] < 2:
+            file.write_text(json.dumps(run | {"status": "not finite", "metrics": {}}))
+    (doubt,) = Results(folder).doubts()
+    assert doubt == "sequential: of its 4 runs 2 are not finite. What is compared with them says little."
+
+
+@pytest.mark.parametrize("damage", [{}, {"cells": None}, {"study": {"metric": "zzz"}}, {"base": {}}])
+def test_a_damaged_declaration_is_named(tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = results(tmp_path, seeds=2)
+    file = folder / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage if damage else {}))
+    with pytest.raises(UserError, match=r"study\.json"):
+        Results(folder)
+
+
+@pytest.mark.parametrize("damage", [{"metrics": None}, {"metrics": {"test": {"accuracy": "x"}}}, {"facts": None}])
+def test_a_damaged_run_is_passed_over(tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = results(tmp_path, seeds=2)
+    run = next((folder / "runs").iterdir())
+    run.write_text(json.dumps(json.loads(run.read_text()) | damage))
+    assert Results(folder).missing() == 1
+
+
+def test_rows_have_the_rate_that_was_used(tmp_path: Path) -> None:
+    """A rule changes the base's rate: who checks the rule looks for the rate of the run."""
+    curves = {"train/learning_rate": {"epoch": [1, 2], "step": [1, 2], "value": [0.2, 0.1]}}
+    row = rows_of(Results(results(tmp_path, seeds=2, curves=curves)))[0]
+    assert (row["learning_rate"], row["base_learning_rate"]) == (0.2, 0.003)
+
+
 # Runs that are missing
 
 

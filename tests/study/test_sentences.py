@@ -17,7 +17,7 @@ def test_verdicts_of_a_folder(tmp_path: Path) -> None:
     lines = verdicts(results(tmp_path))
     text = "\n".join(lines)
     assert text.startswith("sequential: test/accuracy 0.95")
-    assert "10 seeds; 0 of 10 not finite, 0 not converged, 0 below the target (0.93" in lines[0]
+    assert "10 seeds; 0 of 10 not finite, 0 not converged, 0 missed the target (0.93" in lines[0]
     assert "strong scaling has the accuracy of the sequential runs: supported at W = 2, 4, by construction" in text
     assert "strong scaling at W = 8: impossible here" in text
     at = lines.index(
@@ -27,7 +27,7 @@ def test_verdicts_of_a_folder(tmp_path: Path) -> None:
     assert lines[at + 2].startswith("  W = 8: material loss. 0.2")
     assert "10 of 10 collapsed" in lines[at + 2]
     at = lines.index(
-        "weak, learning rate unchanged, equal epochs: do runs end below the target more often than sequential runs?"
+        "weak, learning rate unchanged, equal epochs: do runs miss the target more often than sequential runs?"
     )
     assert lines[at + 1].startswith("  W = 2: not shown. 0 of 10 runs")
     assert lines[at + 2].startswith(
@@ -50,7 +50,7 @@ def test_the_noise_scale_speaks_of_equal_epochs(tmp_path: Path) -> None:
     assert "146 samples over whole runs (95 % interval 146 to 146); 50 in epoch 1 (50 to 50), 200 in epoch 2" in said
     assert "146 about twice as many: W = 4.56 times the batch of 32" in said
     assert said.endswith(
-        "Among the 4 weak comparisons, a material loss is shown of: weak, learning rate unchanged at W = 8."
+        "Among 4 weak comparisons, a material loss is shown of: weak, learning rate unchanged at W = 8."
     )
     (tmp_path / "small").mkdir()
     said = verdicts(results(tmp_path / "small", noise=noise(10.0, 1.0)))[-1]

@@ -13,7 +13,7 @@ from trainer.config.keys import parse
 from trainer.errors import UserError
 from trainer.study.agenda import Agenda
 from trainer.study.arms import SEQUENTIAL, Place
-from trainer.study.declaration import load_study
+from trainer.study.load import load_study
 from trainer.study.runner import _probed
 from trainer.study.splits import Splits, check_probes, more_seeds, on_split
 

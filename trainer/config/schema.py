@@ -66,7 +66,7 @@ def _deeper_than(value: Any, depth: int) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, with line and column where it is malformed."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except FileNotFoundError:
         near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
         hint = f" In {path.parent} there are: {', '.join(p.name for p in near)}." if near else ""

@@ -97,6 +97,9 @@ def _declare(declared: Declared, known: dict[str, Any]) -> None:
         cuts = zip(before["known"]["fold_of"], known["fold_of"])
         if before["known"]["data_sha256"] != known["data_sha256"] or any(a != b for a, b in cuts):
             names.append("the data, or how they are cut")
+        code = known["task_code_sha256"]
+        if before["known"].get("task_code_sha256", code) != code:
+            names.append("the code of the task")
         if names:
             raise UserError(
                 f"{declared.folder} holds another cross-validation. These differ: {', '.join(names)}.\n"

@@ -40,6 +40,7 @@ def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, A
     from ..engine import device as devices
     from ..engine.optimizers import check_optimizer
     from ..run.build import splits_of
+    from ..tasks.own_code import task_code_sha256
 
     config = declared.config
     device, _ = devices.choose(config, ranks)
@@ -66,6 +67,7 @@ def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, A
         "metrics": list(metrics),
         "best_metric": None if own is None else own[0],
         "data_sha256": {name: split.data_hash() for name, split in splits.items()},
+        "task_code_sha256": task_code_sha256(task, config.trainer.task),
         "facts": devices.facts(device, engine.VERSION),
         "lines": list(getattr(task, "data_lines", ())),
         "notes": list(getattr(task, "notes", ())) + _own_note(task, declared),

@@ -136,6 +136,7 @@ def _declare(plan: Plan, told: Mapping[str, Any], metric: str, mode: str) -> Non
         "mode": mode,
         "samples": told["samples"],
         "data_sha256": told["data_sha256"],
+        "task_code_sha256": told["task_code_sha256"],
         "facts": told["facts"],
         "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
         "declared_at_s": time.time(),
@@ -159,6 +160,12 @@ def _declare(plan: Plan, told: Mapping[str, Any], metric: str, mode: str) -> Non
                 f"{plan.folder} holds another search: {part} differs in {', '.join(keys)}. Its trials cannot be "
                 "compared with those of this one.\nChoose another search.output_dir."
             )
+    if before.get("task_code_sha256", values["task_code_sha256"]) != values["task_code_sha256"]:
+        raise UserError(
+            f"{plan.folder} holds trials of another version of the task: its file, or what it imports, has changed. "
+            "They cannot be compared with new ones.\nPut back what it was to continue, or choose another "
+            "search.output_dir."
+        )
 
 
 def _make(plan: Plan, told: Mapping[str, Any], metric: str, mode: str, places: Places) -> int:

@@ -48,6 +48,7 @@ def look(ranks: Ranks, config: Config, space: Space, values: Mapping[str, Any], 
     from ..engine.optimizers import check_optimizer
     from ..exact.order import key, seed_python
     from ..run.build import splits_of
+    from ..tasks.own_code import task_code_sha256
     from ..tasks.protocol import load_task
 
     device, _ = devices.choose(config, ranks)
@@ -78,6 +79,7 @@ def look(ranks: Ranks, config: Config, space: Space, values: Mapping[str, Any], 
     return {
         "samples": {name: len(split) for name, split in splits.items()},
         "data_sha256": {name: split.data_hash() for name, split in splits.items()},
+        "task_code_sha256": task_code_sha256(task, config.trainer.task),
         "facts": devices.facts(device, engine.VERSION),
         "metrics": list(untrained_metrics(task, config, splits["validation"], device)),
         "best_metric": None if best is None else list(best),

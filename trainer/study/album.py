@@ -87,7 +87,7 @@ def _draw_block(results: Results, album: Album, variant: str, budget: str, name:
     """The metric and the failures over W, and the losses over time, of one variant and budget."""
     groups, level, what = results.groups(variant, budget), _level(results), _what(results, variant, budget)
     album.add(f"metric-{name}", *metric_figure(results, variant, budget))
-    for failing, said in zip(FAILINGS, ("end below the target", "do not converge")):
+    for failing, said in zip(FAILINGS, ("miss the target", "do not converge")):
         rates = [
             Series(
                 arm,

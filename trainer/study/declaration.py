@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ..config import loggers
-from ..config.keys import SCHEMA_KEY, Config, parse
-from ..config.schema import build, lay_over, near, option, read_json
+from ..config.keys import Config, parse
+from ..config.schema import lay_over, option
 from ..errors import UserError
 from .arms import (
     COMPARED,
     DEFAULTS,
-    NAMES,
     SEQUENTIAL,
     STRONG,
     WEAK,
@@ -29,16 +25,14 @@ from .arms import (
     centre_of,
     compared_arms,
     contrasted,
-    momentum_key,
     run_id,
     values_of,
 )
-from .base import check_base, check_strong
-from .budgets import budget_variants, check_budgets
+from .base import check_strong
 from .cells import Cell, Repeat, SearchPlan
 from .judgement import Rules
-from .splits import KEY, Splits, check_base_splits, check_splits, more_seeds, split_of
-from .tuning import FIRST_SEED, Tuning, runs_of_search
+from .splits import KEY, Splits, more_seeds, split_of
+from .tuning import Tuning, runs_of_search
 
 # Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
 # exact run on one rank equals the run on W ranks.
@@ -221,126 +215,15 @@ class Plan:
         return parse(values)
 
 
-def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[Study, list[Variant]]:
-    """The study in a file, and its base configs, checked: the first is the base itself.
-
-    Args:
-        path: the JSON file.
-        overrides: dotted key -> value, of the base config or of the study ("study.seeds" -> 5); they override the file.
-
-    Raises:
-        UserError: anything in it is wrong.
-    """
-    values = read_json(Path(path))
-    for key, value in (overrides or {}).items():
-        lay_over(values, key, value)
-    block = values.pop("study", None)
-    values.pop(SCHEMA_KEY, None)  # so that it is no part of the declaration
-    if not isinstance(block, dict):
-        raise UserError(f'{path}: a study needs a "study" block {{...}} beside the config that it varies.')
-    try:
-        study = _checked(block)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    base = check_base(values, path)
-    epochs = base.trainer.epochs
-    check_budgets(path, study.arms, study.budgets, study.epochs, epochs, study.max_epochs, study.variants)
-    if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
-        raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
-    if "weak_tuned" in study.arms and study.tuning.momentum and momentum_key(base.optimizer.type) is None:
-        raise UserError(
-            f'{path}: the arm weak_tuned tries "study.tuning.momentum", and {base.optimizer.type} has no momentum. '
-            'Set "study.tuning.momentum" to [].'
-        )
-    for world_size in study.timing.world_sizes if study.timing is not None else []:
-        try:
-            base.plan(world_size)
-        except UserError as error:
-            raise UserError(f'{path}: "study.timing.world_sizes" holds {world_size}: {error}') from None
-    changes: dict[str, dict[str, Any]] = {"": {}}
-    changes |= {f"{n:,} samples": {"trainer.train_samples": n} for n in study.dataset_sizes}
-    changes |= budget_variants(study.epochs, epochs) | study.variants
-    variants = []
-    for name, change in changes.items():
-        own, source = copy.deepcopy(values), f'{path}: study.variants "{name}"' if name else path
-        for key, value in change.items():
-            if key != SYNCHRONISED:
-                lay_over(own, key, value)
-        config = check_base(own, source)
-        check_base_splits(study.splits, config, source)
-        for key, value in OPERATION.items():
-            lay_over(own, key, value)
-        variants.append(Variant(name, own, config, bool(change.get(SYNCHRONISED, False))))
-    return study, variants
-
-
-def _checked(block: Mapping[str, Any]) -> Study:
-    count = block.get("seeds")
-    if isinstance(count, int) and not isinstance(count, bool):
-        block = {**block, "seeds": list(range(min(count, 10_000)))}
-    study: Study = build(Study, dict(block), "study.")
-    if len(study.seeds) < 2:
-        raise UserError('"study.seeds" must be at least 2: one seed tells nothing about the variation over seeds.')
-    for name, given, known in (("arms", study.arms, NAMES), ("budgets", study.budgets, ("epochs", "updates"))):
-        for value in given:
-            if value not in known:
-                raise UserError(f'"study.{name}" holds {value!r}. {near(str(value), known)}')
-    lists = [
-        ("seeds", study.seeds, 0),
-        ("world_sizes", study.world_sizes, 1),
-        ("dataset_sizes", study.dataset_sizes, 1),
-        ("epochs", study.epochs, 1),
-    ]
-    lists += [("timing.world_sizes", study.timing.world_sizes, 1)] if study.timing is not None else []
-    for name, numbers, least in lists:
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 1 << 63:
-                raise UserError(f'"study.{name}" holds {number!r}. It must hold whole numbers of at least {least}.')
-        if len(set(numbers)) < len(numbers):
-            raise UserError(f'"study.{name}" is {numbers}. It must name each of them once.')
-    for name in ("arms", "budgets", "seeds", "world_sizes"):
-        values = getattr(study, name)
-        if not values or len(set(values)) < len(values):
-            raise UserError(f'"study.{name}" is {values}. It must name at least one, and each of them once.')
-    if study.world_sizes == [1]:
-        raise UserError('"study.world_sizes" is [1]. One rank is the sequential run itself: name at least one above 1.')
-    for name, change in study.variants.items():
-        if not name or not isinstance(change, dict) or not change:
-            raise UserError(
-                f'"study.variants" holds {name!r}: {change!r}. It must be a name and a block of dotted config keys, '
-                f'such as {{"trainer.task_options.model": "cnn"}}, or "{SYNCHRONISED}": true.'
-            )
-        if not isinstance(change.get(SYNCHRONISED, False), bool):
-            raise UserError(f'"study.variants.{name}.{SYNCHRONISED}" must be true or false.')
-    check_splits(study.splits, study.seeds)
-    if max(study.seeds) >= FIRST_SEED:
-        raise UserError(f'"study.seeds" holds {max(study.seeds)}. Seeds from {FIRST_SEED} on belong to searches.')
-    for name, tried, most in (
-        ("warmup_epochs", study.tuning.warmup_epochs, math.inf),
-        ("momentum", study.tuning.momentum, 1),
-    ):
-        if not all(0 <= number < most for number in tried) or len(set(tried)) < len(tried):
-            rule = "at least 0" + (" and below 1" if most == 1 else "")
-            raise UserError(f'"study.tuning.{name}" is {tried}. It must hold different numbers of {rule}.')
-    for name, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
-        if metric.count("/") != 1 and (metric or name == "metric"):
-            raise UserError(f'"study.{name}" is "{metric}". It must be <split>/<metric>, such as test/accuracy.')
-    if study.tuning.metric.startswith("test/"):
-        raise UserError(
-            f'"study.tuning.metric" is "{study.tuning.metric}". A rate that was chosen on the test set would make the '
-            "test meaningless. Use validation."
-        )
-    if not study.output_dir:
-        raise UserError(
-            '"study.output_dir" is missing: the folder for the results, in which a stopped study continues.'
-        )
-    return study
-
-
 def expand(study: Study, variants: Sequence[Variant]) -> Plan:
     """All runs of a study; its variants know their samples. Raises UserError where an arm makes no sense."""
     plan = Plan(study, {variant.name: variant for variant in variants})
     base = variants[0]
+    if base.samples in study.dataset_sizes:
+        raise UserError(
+            f'"study.dataset_sizes" holds {base.samples:,}, which is all of the base\'s training samples. The base is '
+            "studied anyway: leave this size out."
+        )
     if STRONG in study.arms:
         # Also on as many ranks as there are micro-batches: a base with few of them says how far it goes.
         for world_size in sorted({*study.world_sizes, base.config.plan(1).micro_batches} - {1}):

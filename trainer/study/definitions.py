@@ -34,7 +34,7 @@ def definitions(results: Results) -> list[str]:
         f"Collapsed: not finite, or a loss of {rules.collapse:g} or more. The typical run says nothing of the few runs "
         f"that collapse, so their number is given, with the rate that is not ruled out at level {1 - rules.alpha:g} "
         "(Clopper and Pearson; for this comparison alone).",
-        f"Below the target: {_target(results)}.",
+        f"Target: {_target(results)}. A run that is worse misses it.",
         f"Not converged: the training loss at the end (over the last tenth of the logged windows) is above a bound, or "
         f"stopped being finite. The bound lies {100 * rules.converged_share:g} % of the way from the loss before the "
         "first update to that at the end of the typical sequential run. A run above it was trained less far, which "

@@ -1,7 +1,7 @@
 """The verdicts of a study: what its runs say, and how sure that is. Numbers in, verdicts and sentences out.
 
 Every weak arm, budget and W is one comparison with sequential runs of the same variant and optimizer, paired by seed.
-Three questions are asked of it: does the typical run lose, do runs fall below the target more often than sequential
+Three questions are asked of it: does the typical run lose, do runs miss the target more often than sequential
 runs do, and do they fail to converge more often. A run that stopped being finite has the worst possible value
 everywhere, on both sides.
 

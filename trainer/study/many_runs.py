@@ -25,8 +25,12 @@ def begin(folder: Path, declaration: str, task: str) -> None:
         task: `trainer.task`.
 
     Raises:
-        UserError: the folder holds files of the user's.
+        UserError: the folder holds files of the user's, or cannot be made.
     """
+    above = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "which cannot be written to" if above.is_dir() else "which is no folder"
+        raise UserError(f"The output folder {folder} cannot be made or used: it is, or lies in, {above}, {why}.")
     if not (folder / declaration).exists():
         refuse_foreign(folder)
     say(f"looking at the data and the model of {task}; no run is started yet")
@@ -66,6 +70,9 @@ def locked(folder: Path, what: str = "study") -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The output folder {folder} cannot be made: {error.strerror}.") from None
+    try:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:

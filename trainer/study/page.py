@@ -179,7 +179,7 @@ def _block(results: Results, variant: str, budget: str) -> str:
         "any."
     )
     failing = (
-        "Runs that end below the target, and runs that do not converge; in brackets the sequential runs of the same "
+        "Runs that miss the target, and runs that do not converge; in brackets the sequential runs of the same "
         "seeds that do. Bold where it is shown that these runs do so more often."
     )
     return (
@@ -211,7 +211,7 @@ def _verdict_cell(c: Comparison) -> str:
     low, high = c.difference_interval
     if c.verdicts["loses"] == "undecided":  # a small difference alone would read as if nothing were lost
         known = math.isfinite(low) or math.isfinite(high)
-        lines.append(f"{low:+.3f} to {high:+.3f}" if known else "too few runs")
+        lines.append(f"{low:+.3f} to {high:+.3f}" if known else "too few runs" if c.unable else "no interval")
     if c.collapsed:
         lines.append(f"{c.collapsed} collapsed")
     return " ".join([lines[0], *(f'<span class="more">{line}</span>' for line in lines[1:])])
@@ -219,7 +219,7 @@ def _verdict_cell(c: Comparison) -> str:
 
 def _failing_cell(c: Comparison) -> str:
     shown = []
-    for failing, word in zip(FAILINGS, ("below", "not converged")):
+    for failing, word in zip(FAILINGS, ("miss it", "not converged")):
         count = c.counts[failing]
         text = f"{word} {count.failed} of {count.runs} ({count.of_reference})"
         shown.append(f"<b>{text}</b>" if c.verdicts[failing] == "more often" else f"<span>{text}</span>")
@@ -240,7 +240,14 @@ def _comparison_table(results: Results) -> str:
             rows[-1] += [c.counts[failing].failed, c.counts[failing].adjusted]
         rows[-1] += [c.values.get(seed) for seed in seeds]
     header = ["variant", "arm", "equal", "W", "median", "from", "to", "difference", "from", "to", "collapsed"]
-    header += ["not finite", "below", "adjusted p", "not converged", "adjusted p", *(f"seed {seed}" for seed in seeds)]
+    header += [
+        "not finite",
+        "miss the target",
+        "adjusted p",
+        "not converged",
+        "adjusted p",
+        *(f"seed {seed}" for seed in seeds),
+    ]
     return f"<h2>Every comparison: {escape(results.study.metric)}</h2>" + table(rows, header)
 
 

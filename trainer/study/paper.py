@@ -55,6 +55,10 @@ def check_paper(folders: Sequence[str], file: str) -> None:
     """Raises UserError if a paper cannot be written: before anything else is."""
     if Path(file).suffix != ".html":
         raise UserError(f"--paper names the page to write. It has to end in .html, and is {file}.")
+    paths = [Path(folder).resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"The folder {path} is given twice.")
     names = [Path(folder).resolve().name for folder in folders]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

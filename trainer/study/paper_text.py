@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..wording import counted
 from .arms import SEQUENTIAL, Place, title_of
 from .judgement import Comparison
 from .results import Results, speed_ups
@@ -71,20 +72,20 @@ def abstract(studies: Sequence[Results]) -> str:
         said = ", ".join(f"{words} in {counts[kind]}" for kind, words in _KINDS.items() if counts[kind])
         if own:
             parts.append(
-                f"At equal {budget}, {len(own)} comparisons: {said}. Runs fail to converge, by their training loss, "
-                f"more often than sequential runs in {more or 'none'} of them."
+                f"At equal {budget}, {counted(len(own), 'comparison')}: {said}. Runs fail to converge, by their "
+                f"training loss, more often than sequential runs in {more or 'none'} of them."
             )
     asked = [[W for W, answer in study.declared["strong"] if isinstance(answer, int)] for study in studies]
     most = max((W for sizes in asked for W in sizes), default=0)
     strong = (
         f" Strong scaling gives the sequential run's bits, by construction, at every W that its micro-batches allow: "
-        f"up to {most} in the {sum(map(bool, asked))} studies that asked for it."
+        f"up to {most} in {counted(sum(map(bool, asked)), 'study', 'studies')} that asked for it."
     )
     speeds = [f"{speed:.2f} ({name_of(study)})" for study in studies for W, speed in _speeds(study).items() if W == 2]
     strong += f" At two real ranks it was {', '.join(speeds)} times as fast as at one." if speeds else ""
     shared = _shared_runs(studies)
     return (
-        f"{len(studies)} stud{'ies' if len(studies) > 1 else 'y'} of weak scaling, each comparison with sequential "
+        f"{counted(len(studies), 'study', 'studies')} of weak scaling, each comparison with sequential "
         f"runs of the same seeds. {' '.join(parts)}"
         + (strong if most else "")
         + (f" {shared:,} runs are the same in several studies, so these are not independent." if shared else "")
@@ -196,7 +197,8 @@ def weighed(studies: Sequence[Results]) -> Iterable[Block]:
                 # The claim is about convergence, too, whatever the typical run loses.
                 for c in study.weak:
                     if c.verdicts["unconverged"] == "more often" and c not in own:
-                        by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size} (converges less often)")
+                        less_often = f"{_arm_of(study, c)} converges less often"
+                        by_arm.setdefault(less_often, []).append(str(c.place.world_size))
             said = [f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items()]
             for W, speed in _speeds(study).items():
                 if kinds == (("material loss",) if speed > 1 else ("ruled out", "small loss")):

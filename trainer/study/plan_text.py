@@ -27,7 +27,25 @@ def plan_text(plan: Plan) -> str:
         else:
             lines.append(f"strong, W = {W}: impossible, {answer}")
     lines += [f"{place}: impossible, {why}" for place, why in plan.impossible]
+    lines += [_judged(plan.study), *_timing(plan.study)]
     return "\n".join([*lines, *_runs(plan), *_repeats(plan), *power_lines(plan), *question_lines(plan)])
+
+
+def _judged(study: Study) -> str:
+    """By what runs are judged: whoever reads it sees a wrong direction or unit before the runs."""
+    better = "more" if study.direction == "max" else "less"
+    target = "a bound from the sequential runs" if study.target is None else f"{study.target:g}"
+    return (
+        f"judged by {study.metric}, of which {better} is better; a loss of {study.margin:g} matters; target: {target}"
+    )
+
+
+def _timing(study: Study) -> list[str]:
+    if study.timing is None:
+        return []
+    sizes = study.timing.world_sizes
+    at = f"W = {', '.join(map(str, sizes))}" if sizes else "W = 1, 2, 4 and so on, as far as there are devices"
+    return [f"timed at the end on real ranks, {at}: strong scaling, {study.timing.repeats} runs each"]
 
 
 def _table(plan: Plan) -> str:

@@ -23,8 +23,10 @@ from .prediction import speed_up
 from .splits import REPEATED, split_of
 from .timing import Timings, read_timings
 
-# The parts of study.json that are fixed before the runs.
-DECLARED = ("study", "base", "data_sha256")
+# What study.json has to hold, and as what.
+_PARTS = {"study": dict, "base": dict, "cells": list, "searches": dict, "strong": list}
+# The parts of study.json that say how it came about, and declare nothing.
+_ORIGIN = ("command", "declared_at_s")
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -36,12 +38,23 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
         except UserError:
             result = {}
         # A copy has another name than its content says, and a changed run another config or end.
-        known = {"metrics", "facts", "config"} <= result.keys() and result.get("status") in ("finished", "not finite")
-        if known and result.get("id") == file.stem == id_of_values(result["config"]):
+        if _is_result(result) and result.get("id") == file.stem == id_of_values(result["config"]):
             results[file.stem] = result
         else:
             say(f"note: {file} is not the result of a run, and is passed over")
     return results
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    if result.get("status") not in ("finished", "not finite"):
+        return False
+    if not all(isinstance(result.get(part), dict) for part in ("metrics", "facts", "config", "curves")):
+        return False
+    splits = result["metrics"].values()
+    return isinstance(result["config"].get("trainer"), dict) and all(
+        isinstance(split, dict) and all(value is None or isinstance(value, (int, float)) for value in split.values())
+        for split in splits
+    )
 
 
 def digest_of(declared: Mapping[str, Any]) -> str:
@@ -50,7 +63,7 @@ def digest_of(declared: Mapping[str, Any]) -> str:
     Args:
         declared: what study.json holds.
     """
-    values = {part: declared.get(part) for part in DECLARED}
+    values = {part: value for part, value in declared.items() if part not in _ORIGIN}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -118,7 +131,15 @@ class Results:
             raise UserError(f"{folder} is not a study's folder: it has no study.json.")
         self.folder = folder
         self.declared = read_json(folder / "study.json")
+        damaged = sorted(part for part, kind in _PARTS.items() if not isinstance(self.declared.get(part), kind))
+        if damaged or not isinstance(self.declared["base"].get("trainer"), dict):
+            what = ", ".join(damaged) or "base.trainer"
+            raise UserError(
+                f"{folder / 'study.json'} is damaged, or not a study's: {what} is missing or of another kind."
+            )
         self.study: Study = build(Study, self.declared["study"], "study.")
+        if self.study.metric.count("/") != 1:
+            raise UserError(f'{folder / "study.json"}: "study.metric" is "{self.study.metric}", not <split>/<metric>.')
         self.runs = finished(folder)
         found = folder / "tuning" / "found.json"
         self.searches: dict[str, dict[str, Any]] = read_json(found) if found.is_file() else {}
@@ -199,6 +220,11 @@ class Results:
             found = {run[key] for run in self.runs.values()}
             if len(found) > 1:
                 lines.append(f"The runs come from {len(found)} {what}, which give different bits.")
+        for place, reference in self.judgement.references.items():
+            n, lost, stuck = len(reference.outcomes), reference.not_finite, reference.failed.get("unconverged", 0)
+            if n and max(lost, stuck) > n / 4:
+                what = f"{lost} are not finite" if lost > n / 4 else f"{stuck} did not converge"
+                lines.append(f"{place}: of its {counted(n, 'run')} {what}. What is compared with them says little.")
         return lines
 
     def results_at(self, place: Place) -> list[dict[str, Any]]:
@@ -246,7 +272,7 @@ def epochs_of(results: Results) -> dict[str, int]:
 def rows_of(results: Results) -> list[dict[str, Any]]:
     """One row for each cell that has a result, and for each repeat that is none: plain values, the same keys in all."""
     names = sorted({f"{s}/{m}" for run in results.runs.values() for s, ms in run["metrics"].items() for m in ms})
-    kept = ["status", "global_batch_size", "micro_batch_size", "learning_rate", "samples", "epochs", "steps"]
+    kept = ["status", "global_batch_size", "micro_batch_size", "samples", "epochs", "steps"]
     kept += ["exactness", "parameters_sha256", "started_at_s", "wall_time_s", "step_time_s", "samples_per_s"]
     kept += ["code_sha256", "device_model"]
     rows = []
@@ -257,6 +283,7 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         for repeat in results.repeats
         if repeat["id"] not in known
     ]
+    start = starts(results.runs)
     cells = [{**cell, "split": split_of(study.splits, study.seeds, cell["seed"])} for cell in results.cells]
     for cell in cells + more:
         run = results.runs[cell["id"]]
@@ -264,9 +291,18 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         noise = run.get("gradient_noise") or {}
         row = {k: cell[k] for k in ("variant", "arm", "budget", "world_size", "seed")}
         row |= {"split_seed": cell["split"], "config_sha256": cell["id"]}
+        row |= {"learning_rate": _peak_rate(run), "base_learning_rate": run.get("learning_rate")}
+        outcome = outcome_of(run, study.metric, start.get(cell["id"]))
         row |= {k: run.get(k) for k in kept} | {"noise_scale_samples": noise.get("scale_samples")}
+        row |= {"first_train_loss": outcome.first_loss, "last_train_loss": outcome.last_loss}
         rows.append(row | facts | {name: metric_of(run, name) for name in names})
     return rows
+
+
+def _peak_rate(run: Mapping[str, Any]) -> float | None:
+    """The highest learning rate that a run logged, with its rule's factor; of Adam and SGD alike."""
+    values = run["curves"].get("train/learning_rate", {"value": []})["value"]
+    return max(values) if values else None
 
 
 def speed_ups(results: Results) -> tuple[dict[int, float], dict[int, float]]:

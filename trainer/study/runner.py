@@ -29,10 +29,11 @@ from .agenda import Agenda
 from .arms import WEAK
 from .budgets import work
 from .cells import Cell
-from .declaration import Plan, Study, Variant, expand, load_study
+from .declaration import Plan, Study, Variant, expand
+from .load import load_study
 from .many_runs import begin, devices_for, duration, interruptible, locked
 from .plan_text import plan_text
-from .results import DECLARED, declared_otherwise, digest_of, finished, metric_of
+from .results import declared_otherwise, digest_of, finished, metric_of
 from .sentences import verdicts
 from .slots import Slots
 from .splits import check_probes, on_split, splits_of
@@ -64,7 +65,7 @@ class _Display:
 
 
 def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None = None) -> int:
-    """Plans and runs a study, or continues it, and writes its report. Overrides as in `declaration.load_study`.
+    """Plans and runs a study, or continues it, and writes its report. Overrides as in `load.load_study`.
 
     Returns:
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.
@@ -83,6 +84,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
         with interruptible():
             slots.grow(1)
             probe, variants = _probed(slots, declared, variants)
+            _check_split(declared, probe)
             plan = expand(declared, variants)
             say(plan_text(plan), "")
             total = plan.runs()
@@ -168,6 +170,7 @@ def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
         "samples": probe["samples"],
         "variant_samples": {name: variant.samples for name, variant in plan.variants.items()},
         "data_sha256": probe["data_sha256"],
+        "task_code_sha256": probe.get("task_code_sha256"),
         "cells": [dataclasses.asdict(cell) for cell in plan.cells],
         "searches": {name: dataclasses.asdict(search) for name, search in plan.searches.items()},
         "tuned": [[*dataclasses.astuple(place), seed, name] for (place, seed), name in plan.tuned.items()],
@@ -189,14 +192,24 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
         write_json(file, values)
         return
     before = read_json(file)
-    for part in DECLARED:
+    if not any((folder / "runs").glob("*.json")):
+        write_json(file, values)  # nothing has been made of the older declaration
+        return
+    for part in ("study", "base", "data_sha256"):
         if before.get(part) != values[part]:
             was = before.get(part) or {}
             keys = [k for k in values[part] if k not in was or was[k] != values[part][k]]
             raise UserError(
                 f"{folder} holds a study with another declaration: {part} differs in {', '.join(keys)}.\n"
-                "What is judged, and how, is declared before the runs. Choose another study.output_dir."
+                "What is judged, and how, is declared before the runs. Put back what it was to continue, or choose "
+                "another study.output_dir."
             )
+    if before.get("task_code_sha256", values["task_code_sha256"]) != values["task_code_sha256"]:
+        raise UserError(
+            f"{folder} holds runs of another version of {plan.variants[''].config.trainer.task}: its file, or what it "
+            "imports, has changed.\nRuns of two versions cannot be compared. Put back what it was to continue, or "
+            "choose another study.output_dir."
+        )
     if before.get("cells") != values["cells"]:
         raise UserError(
             f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or "
@@ -313,6 +326,15 @@ def _result(
         "facts": facts,
         "config": config.as_dict(),
     }
+
+
+def _check_split(study: Study, probe: Mapping[str, Any]) -> None:
+    """Raises UserError where a metric belongs to a split that is not there, or that is not evaluated."""
+    known = [name for name in probe["samples"] if name != "train"]
+    for key, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
+        split = metric.split("/")[0]
+        if metric and split not in known:
+            raise UserError(f'"study.{key}" is "{metric}", but the splits that are evaluated are {", ".join(known)}.')
 
 
 def _check_metrics(study: Study, result: Mapping[str, Any]) -> None:

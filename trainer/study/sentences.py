@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..wording import counted
 from .arms import CONTROLS, SEQUENTIAL, WEAK, Place, title_of
 from .causes import cause_headline, cause_sentences
 from .interaction import interaction_sentences
@@ -22,7 +23,7 @@ from .variance import variance_sentences
 
 CLAIMS = {
     "loses": "does the typical run lose against its sequential run",
-    "below": "do runs end below the target more often than sequential runs",
+    "below": "do runs miss the target more often than sequential runs",
     "unconverged": "do runs fail to converge more often than sequential runs",
 }
 _LOSSES: tuple[Verdict, ...] = ("material loss", "small loss", "ruled out", "undecided")
@@ -127,7 +128,7 @@ def reference_sentence(results: Results, place: Place, reference: Reference) -> 
         f"{place}: {results.study.metric} {reference.centre:.4f} in the typical run ({percent} "
         f"interval {reference.interval[0]:.4f} to {reference.interval[1]:.4f}), standard deviation "
         f"{reference.deviation:.4f}, {runs} seeds; {reference.not_finite} of {runs} not finite, "
-        f"{reference.failed['unconverged']} not converged, {reference.failed['below']} below the target ({target})"
+        f"{reference.failed['unconverged']} not converged, {reference.failed['below']} missed the target ({target})"
     )
 
 
@@ -282,7 +283,8 @@ def noise_sentences(results: Results) -> list[str]:
     lost = [f"{title_of(arm, 'epochs')} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]
     weak = [c for arm, comparisons in groups.items() if arm in WEAK for c in comparisons]
     open_ones = sum(c.verdicts["loses"] == "undecided" for c in weak)
-    line += f"Among the {len(weak)} weak comparisons{alone}, "
+    line += f"Among {counted(len(weak), 'weak comparison')}{alone}, "
     line += f"a material loss is shown of: {'; '.join(lost)}." if lost else "no material loss is shown"
-    line += "" if lost else f", but {open_ones} of them are undecided." if open_ones else "."
+    undecided = f", but {open_ones} of them {'is' if open_ones == 1 else 'are'} undecided." if open_ones else "."
+    line += "" if lost else undecided
     return [line]

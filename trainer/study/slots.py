@@ -62,6 +62,7 @@ def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
     from ..engine.optimizers import check_optimizer
     from ..exact.splits import as_splits
     from ..run.build import chosen_samples
+    from ..tasks.own_code import task_code_sha256
     from ..tasks.protocol import load_task
 
     device, _ = devices.choose(config, ranks)
@@ -74,6 +75,7 @@ def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
         "samples": {name: len(split) for name, split in splits.items()},
         "data_sha256": {name: split.data_hash() for name, split in splits.items()},
         "facts": devices.facts(device, engine.VERSION),
+        "task_code_sha256": task_code_sha256(task, config.trainer.task),
     }
 
 
