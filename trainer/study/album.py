@@ -40,9 +40,8 @@ def figures_of(results: Results, folder: Path) -> list[str]:
     album = Album(folder)
     for i, (variant, budget) in enumerate(results.blocks()):
         _draw_block(results, album, variant, budget, f"{i}-{budget}" if variant else budget)
-    for figure in [*size_figures(results), *budget_figures(results)]:
+    for figure in [*size_figures(results), *budget_figures(results), *target_figures(results)]:
         album.add(*figure)
-    _draw_to_target(results, album)
     _draw_noise(results, album)
     _draw_times(results, album)
     return ["<h2>Figures</h2>", *album.parts] if album.parts else []
@@ -192,7 +191,9 @@ def budget_figures(results: Results) -> list[tuple[str, Any, str]]:
     return [("budgets", figure, caption)]
 
 
-def _draw_to_target(results: Results, album: Album) -> None:
+def target_figures(results: Results) -> list[tuple[str, Any, str]]:
+    """Updates and epochs to the target: name, figure and caption for each variant and budget; none without a target."""
+    drawn = []
     level, scale = results.rules.alpha / 2, noise_scale(results)
     for i, (variant, budget) in enumerate(results.blocks()):
         found = ways(results, variant, budget)
@@ -214,12 +215,13 @@ def _draw_to_target(results: Results, album: Album) -> None:
         what = _what(results, variant, budget)
         title = f"to {metric_name(results)} {results.study.target:g}, {what}"
         noise = ", and the gradient noise scale of the sequential runs" if scale is not None else ""
-        album.add(
-            f"to-target-{i}-{budget}" if variant else f"to-target-{budget}",
-            figures.to_target(title, panels, perfect, mark),
+        name = f"to-target-{i}-{budget}" if variant else f"to-target-{budget}"
+        caption = (
             f"Updates and epochs {title}: medians over seeds with {100 * (1 - 2 * level):g} % intervals where they "
-            f"are finite; the line of perfect scaling through W = 1{noise}. A description, and no verdict.",
+            f"are finite; the line of perfect scaling through W = 1{noise}. A description, and no verdict."
         )
+        drawn.append((name, figures.to_target(title, panels, perfect, mark), caption))
+    return drawn
 
 
 def _draw_noise(results: Results, album: Album) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..files import whole_file
 from . import figures
-from .album import budget_figures, metric_figure, size_figures
+from .album import budget_figures, metric_figure, size_figures, target_figures
 from .arms import title_of
 from .causes import cause_sentences
 from .definitions import definitions
@@ -174,7 +174,7 @@ _BLOCKS = 4
 def _pictures(study: Results, folder: Path) -> list[Picture]:
     """The metric over W of each variant and budget, or over what the study varies instead."""
     blocks, name = study.blocks(), study.folder.name
-    drawn = [*size_figures(study), *budget_figures(study)]
+    drawn = [*size_figures(study), *budget_figures(study), *target_figures(study)[-1:]]
     shown = blocks[:1] if drawn or len(blocks) > _BLOCKS else blocks
     found = [(name if i == 0 else f"{name}-{i}", *metric_figure(study, *block)) for i, block in enumerate(shown)]
     found += [(f"{name}-{what}", figure, caption) for what, figure, caption in drawn]
