@@ -186,8 +186,17 @@ def test_a_task_that_is_changed_between_runs(tmp_path: Path) -> None:
     path = write(tmp_path, few | {"metric": "test/accuracy"}, task=f"{task}:MyTask", task_options={}, epochs=1)
     assert study(str(path)) == 0
     assert len(finished(tmp_path / "study")) == 4
-    task.write_text(task.read_text().replace("F.gelu", "F.relu"))
+    before = task.read_text()
+    task.write_text(before.replace("F.gelu", "F.relu"))
     with pytest.raises(UserError, match=r"holds runs of another version of .*task\.py:MyTask"):
+        study(str(path))
+    # Each run loads the task anew, so it can change between two runs of one command, too.
+    task.write_text(before.replace("def model(self):", "def model(self):\n        _edit()"))
+    editing = "def _edit():\n    with open(__file__, 'a') as file:\n        file.write('X = 1\\n')\n\n\n"
+    task.write_text(task.read_text().replace("class Net", editing + "class Net", 1))
+    path = write(tmp_path, few | {"metric": "test/accuracy", "output_dir": str(tmp_path / "edited")},
+                 task=f"{task}:MyTask", task_options={}, epochs=1)  # fmt: skip
+    with pytest.raises(UserError, match=r"was changed while the study ran\. \d of 4 runs are finished and kept"):
         study(str(path))
 
 

@@ -252,6 +252,12 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                 if kind != "done":
                     failed[this] = f"{place}, seed {seed}: {value}"
                     continue
+                if value["task_code_sha256"] != probe.get("task_code_sha256"):
+                    raise UserError(
+                        f"{agenda.configs[this].trainer.task}, or what it imports, was changed while the study ran. "
+                        f"{agenda.done():,} of {total:,} runs are finished and kept. Put back what it was, and the "
+                        "same command continues from there."
+                    )
                 cell = Cell(place.arm, place.budget, place.world_size, seed, place.variant, this)
                 result = _result(cell, agenda.configs[this], value, probe, plan.variants[place.variant].samples)
                 result["declaration_sha256"] = digest

@@ -93,10 +93,10 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
         summary = {"status": "not finite", "steps": error.good_steps, "metrics": {}, "reason": str(error)}
         summary |= {"started_at_s": began_at_s, "wall_time_s": time.monotonic() - began_s}
     finally:
-        curves = _curves(Path(folder) / "metrics.jsonl")
+        curves, code = _curves(Path(folder) / "metrics.jsonl"), _code(Path(folder) / "manifest.json")
         shutil.rmtree(folder, ignore_errors=True)
         gc.collect()  # engines refer to themselves
-    return summary | {"curves": curves}
+    return summary | {"curves": curves, "task_code_sha256": code}
 
 
 # What of a run's log a study keeps, besides validations.
@@ -116,6 +116,14 @@ def _curves(file: Path) -> dict[str, dict[str, list[float]]]:
                 curve["step"].append(record["step"])
                 curve["value"].append(value)
     return curves
+
+
+def _code(file: Path) -> str | None:
+    """The hash of the code of a user's task that a run has used: each run loads it anew."""
+    if not file.exists():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
+    return None if facts.get("task_code_sha256") is None else str(facts["task_code_sha256"])
 
 
 class Slots:
