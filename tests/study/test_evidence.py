@@ -12,10 +12,14 @@ from trainer.study.results import Results
 from trainer.study.sentences import verdicts
 
 ROOT = Path(__file__).parents[2]
-EVIDENCE = sorted((ROOT / "trainer" / "study" / "evidence").glob("*.tar.xz"))
+# The larger ones take half a minute together.
+EVIDENCE = [
+    pytest.param(file, marks=pytest.mark.slow if file.stat().st_size > 1_000_000 else (), id=file.name.split(".")[0])
+    for file in sorted((ROOT / "trainer" / "study" / "evidence").glob("*.tar.xz"))
+]
 
 
-@pytest.fixture(scope="module", params=EVIDENCE, ids=lambda file: file.name.split(".")[0])
+@pytest.fixture(scope="module", params=EVIDENCE)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     subprocess.run(["tar", "-C", str(folder), "-xf", str(request.param)], check=True)  # as the README says
