@@ -38,6 +38,7 @@ def test_a_paper_of_two_studies(folder: Path) -> None:
         *("Abstract", "Question", "Design, declared before the runs", "Results", "Strong scaling"),
         *("What speaks for the claim", "What speaks against the claim", "What is undecided"),
         *("Threats to validity", "In short", "Cost", "Appendix: rules and words, declared before the runs"),
+        "Appendix: further numbers",
     ]
     assert "Only the abstract of that paper was at hand" in page.text
     assert NASTY in page.text  # as text

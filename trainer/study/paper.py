@@ -123,6 +123,11 @@ def _blocks(studies: Sequence[Results]) -> Iterable[Block]:
         if own:
             yield Block("p", [f"Of {name_of(study)} these differ:"])
             yield Block("list", own)
+    yield Block("h2", ["Appendix: further numbers"])
+    for study in studies:
+        if more := _further(study):
+            yield Block("p", [f"{name_of(study)}:"])
+            yield Block("list", more)
 
 
 def _results_of(study: Results) -> Iterable[Block]:
@@ -139,11 +144,14 @@ def _results_of(study: Results) -> Iterable[Block]:
         what = study.named(variant, study.budget(budget), ", ")
         yield Block("p", [f"Difference of {study.study.metric} to the sequential run of the same seed, {what}:"])
         yield Block("table", ["arm", *(f"W = {W}" for W in sizes)], rows)
-    more = [*size_sentences(study), *budget_sentences(study), *cause_sentences(study), *target_sentences(study)]
-    more += [*trend_sentences(study), *interaction_sentences(study), *variance_sentences(study)]
-    more += [*search_sentences(study), *noise_sentences(study)]
-    if more:
+    if more := [*cause_sentences(study), *trend_sentences(study)]:
         yield Block("list", more)
+
+
+def _further(study: Results) -> list[str]:
+    """What is not needed to follow the paper."""
+    more = [*size_sentences(study), *budget_sentences(study), *target_sentences(study), *interaction_sentences(study)]
+    return [*more, *variance_sentences(study), *search_sentences(study), *noise_sentences(study)]
 
 
 def cell_of(c: Comparison) -> str:
