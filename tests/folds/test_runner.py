@@ -89,6 +89,14 @@ def test_another_declaration_is_refused(made: Path) -> None:
         cross_validate(STRONG, overrides(made, **{"trainer.epochs": 2}))
     with pytest.raises(UserError, match=r"cross_validation\.seed"):
         cross_validate(STRONG, overrides(made, **{"cross_validation.seed": 2}))
+    # Folds of two versions of a task would be one mean.
+    state = made / "cross_validation.json"
+    before = state.read_text()
+    known = json.loads(before)["known"] | {"task_code_sha256": "of another version"}
+    state.write_text(json.dumps(json.loads(before) | {"known": known}))
+    with pytest.raises(UserError, match="These differ: the code of the task"):
+        cross_validate(STRONG, overrides(made))
+    state.write_text(before)
 
 
 @pytest.mark.parametrize(
