@@ -123,11 +123,14 @@ def reference_sentence(results: Results, place: Place, reference: Reference) -> 
     """The numbers of one set of sequential runs, those of its own failures among them."""
     runs = len(reference.outcomes)
     target = "unknown" if math.isnan(reference.target) else f"{reference.target:.4f}"
-    percent = f"{100 * (1 - results.rules.alpha):g} %"
+    low, high = reference.interval
+    interval = "too few for an interval"
+    if math.isfinite(low) or math.isfinite(high):
+        interval = f"{100 * (1 - results.rules.alpha):g} % interval {low:.4f} to {high:.4f}"
+    deviation = "unknown" if math.isnan(reference.deviation) else f"{reference.deviation:.4f}"
     return (
-        f"{place}: {results.study.metric} {reference.centre:.4f} in the typical run ({percent} "
-        f"interval {reference.interval[0]:.4f} to {reference.interval[1]:.4f}), standard deviation "
-        f"{reference.deviation:.4f}, {runs} seeds; {reference.not_finite} of {runs} not finite, "
+        f"{place}: {results.study.metric} {reference.centre:.4f} in the typical run ({interval}), standard deviation "
+        f"{deviation}, {runs} seeds; {reference.not_finite} of {runs} not finite, "
         f"{reference.failed['unconverged']} not converged, {reference.failed['below']} missed the target ({target})"
     )
 
