@@ -183,20 +183,23 @@ def test_a_task_that_is_changed_between_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not measure"):
         study(str(tmp_path / "study.json"))
     # What was declared before any run may be mended in its own folder.
-    path = write(tmp_path, few | {"metric": "test/accuracy"}, task=f"{task}:MyTask", task_options={}, epochs=1)
+    (tmp_path / "other.py").write_text(task.read_text().replace("F.gelu", "F.relu"))
+    variants = {"relu": {"trainer.task": f"{tmp_path}/other.py:MyTask"}}  # whose code is another one from the start
+    few |= {"metric": "test/accuracy", "variants": variants}
+    path = write(tmp_path, few, task=f"{task}:MyTask", task_options={}, epochs=1)
     assert study(str(path)) == 0
-    assert len(finished(tmp_path / "study")) == 4
+    assert len(finished(tmp_path / "study")) == 8
     before = task.read_text()
     task.write_text(before.replace("F.gelu", "F.relu"))
-    with pytest.raises(UserError, match=r"holds runs of another version of .*task\.py:MyTask"):
+    with pytest.raises(UserError, match=r"holds runs of another version of the task"):
         study(str(path))
     # Each run loads the task anew, so it can change between two runs of one command, too.
     task.write_text(before.replace("def model(self):", "def model(self):\n        _edit()"))
     editing = "def _edit():\n    with open(__file__, 'a') as file:\n        file.write('X = 1\\n')\n\n\n"
     task.write_text(task.read_text().replace("class Net", editing + "class Net", 1))
-    path = write(tmp_path, few | {"metric": "test/accuracy", "output_dir": str(tmp_path / "edited")},
-                 task=f"{task}:MyTask", task_options={}, epochs=1)  # fmt: skip
-    with pytest.raises(UserError, match=r"was changed while the study ran\. \d of 4 runs are finished and kept"):
+    few |= {"output_dir": str(tmp_path / "edited")}
+    path = write(tmp_path, few, task=f"{task}:MyTask", task_options={}, epochs=1)
+    with pytest.raises(UserError, match=r"was changed while the study ran\. \d of 8 runs are finished and kept"):
         study(str(path))
 
 

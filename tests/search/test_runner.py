@@ -84,7 +84,7 @@ def test_another_search_is_not_mixed_in(whole: Path) -> None:
     before = task.read_text()
     try:
         task.write_text(before + "\nCHANGED = True\n")
-        with pytest.raises(UserError, match="holds trials of another version of the task"):
+        with pytest.raises(UserError, match="holds runs of another version of the task"):
             search(str(whole / "search.json"))
     finally:
         task.write_text(before)

@@ -22,7 +22,7 @@ from ..errors import Stopped, TrainerError, UserError
 from ..files import to_json, write_json
 from ..ranks.workers import WorkerError
 from ..record.console import say
-from ..study.many_runs import begin, devices_for, interruptible, locked
+from ..study.many_runs import begin, check_code, devices_for, interruptible, locked
 from ..study.slots import Slots
 from ..tasks.first_look import look as look_first
 from .declaration import Plan, load_search
@@ -160,12 +160,7 @@ def _declare(plan: Plan, told: Mapping[str, Any], metric: str, mode: str) -> Non
                 f"{plan.folder} holds another search: {part} differs in {', '.join(keys)}. Its trials cannot be "
                 "compared with those of this one.\nChoose another search.output_dir."
             )
-    if before.get("task_code_sha256", values["task_code_sha256"]) != values["task_code_sha256"]:
-        raise UserError(
-            f"{plan.folder} holds trials of another version of the task: its file, or what it imports, has changed. "
-            "They cannot be compared with new ones.\nPut back what it was to continue, or choose another "
-            "search.output_dir."
-        )
+    check_code(plan.folder, before, values, "search.output_dir")
 
 
 def _make(plan: Plan, told: Mapping[str, Any], metric: str, mode: str, places: Places) -> int:

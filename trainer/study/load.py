@@ -11,10 +11,7 @@ from typing import Any
 from ..config.keys import SCHEMA_KEY
 from ..config.schema import build, lay_over, near, read_json
 from ..errors import UserError
-from .arms import (
-    NAMES,
-    momentum_key,
-)
+from .arms import NAMES, momentum_key
 from .base import check_base
 from .budgets import budget_variants, check_budgets
 from .declaration import OPERATION, SYNCHRONISED, Study, Variant

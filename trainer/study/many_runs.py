@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..config.keys import Config
 from ..engine.gpus import usable_gpus
@@ -34,6 +35,21 @@ def begin(folder: Path, declaration: str, task: str) -> None:
     if not (folder / declaration).exists():
         refuse_foreign(folder)
     say(f"looking at the data and the model of {task}; no run is started yet")
+
+
+def check_code(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> None:
+    """Raises UserError if a task's code has changed since runs were made in a folder.
+
+    Args:
+        folder: the output folder.
+        before, now: declarations with "task_code_sha256"; earlier ones have none, and are not compared.
+        key: of the output folder, for the message.
+    """
+    if before.get("task_code_sha256", now["task_code_sha256"]) != now["task_code_sha256"]:
+        raise UserError(
+            f"{folder} holds runs of another version of the task: its file, or what it imports, has changed.\nRuns of "
+            f"two versions cannot be compared. Put back what it was to continue, or choose another {key}."
+        )
 
 
 def duration(seconds: float) -> str:

@@ -118,6 +118,7 @@ class Results:
         declared: study.json.
         study: the declaration in it.
         runs: id -> result.
+        starts: id -> its training loss before the first update, where it is known.
         cells: those with a result, each with its id.
         planned: place -> declared seeds, of all places that are compared with sequential runs.
         repeats: the finished sequential runs of splits that have several seeds (see `splits`).
@@ -147,7 +148,7 @@ class Results:
         self.cells: list[dict[str, Any]] = []
         sequential: dict[Place, dict[int, Outcome]] = {}
         weak: dict[Place, dict[int, Outcome]] = {}
-        start = starts(self.runs)
+        self.starts = starts(self.runs)
         self._declared_runs: set[str] = set()
         self.planned: dict[Place, int] = {}
         for cell in self.declared["cells"]:
@@ -160,7 +161,7 @@ class Results:
                 self.planned[place] = self.planned.get(place, 0) + 1
             if this in self.runs:
                 self.cells.append({**cell, "id": this})
-                values[seed] = outcome_of(self.runs[this], self.study.metric, start.get(this))
+                values[seed] = outcome_of(self.runs[this], self.study.metric, self.starts.get(this))
         self.repeats: list[dict[str, Any]] = [r for r in self.declared.get("repeats", []) if r["id"] in self.runs]
         self._declared_runs |= {repeat["id"] for repeat in self.declared.get("repeats", [])}
         if not self.cells:
@@ -283,7 +284,6 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         for repeat in results.repeats
         if repeat["id"] not in known
     ]
-    start = starts(results.runs)
     cells = [{**cell, "split": split_of(study.splits, study.seeds, cell["seed"])} for cell in results.cells]
     for cell in cells + more:
         run = results.runs[cell["id"]]
@@ -292,7 +292,7 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         row = {k: cell[k] for k in ("variant", "arm", "budget", "world_size", "seed")}
         row |= {"split_seed": cell["split"], "config_sha256": cell["id"]}
         row |= {"learning_rate": _peak_rate(run), "base_learning_rate": run.get("learning_rate")}
-        outcome = outcome_of(run, study.metric, start.get(cell["id"]))
+        outcome = outcome_of(run, study.metric, results.starts.get(cell["id"]))
         row |= {k: run.get(k) for k in kept} | {"noise_scale_samples": noise.get("scale_samples")}
         row |= {"first_train_loss": outcome.first_loss, "last_train_loss": outcome.last_loss}
         rows.append(row | facts | {name: metric_of(run, name) for name in names})

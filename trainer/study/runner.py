@@ -31,7 +31,7 @@ from .budgets import work
 from .cells import Cell
 from .declaration import Plan, Study, Variant, expand
 from .load import load_study
-from .many_runs import begin, devices_for, duration, interruptible, locked
+from .many_runs import begin, check_code, devices_for, duration, interruptible, locked
 from .plan_text import plan_text
 from .results import declared_otherwise, digest_of, finished, metric_of
 from .sentences import verdicts
@@ -150,8 +150,10 @@ def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple
         if declared.splits is not None:
             check_probes(by_split, declared.metric, variant.name)
         probes.append(next(iter(by_split.values())))
+    # By task, as a variant may train another one than the base.
+    codes = {v.config.trainer.task: found["task_code_sha256"] for v, found in zip(variants, probes)}
     known = [dataclasses.replace(v, samples=found["samples"]["train"]) for v, found in zip(variants, probes)]
-    return probes[0], known
+    return probes[0] | {"task_code_sha256": codes}, known
 
 
 def declaration(plan: Plan, probe: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,12 +206,7 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
                 "What is judged, and how, is declared before the runs. Put back what it was to continue, or choose "
                 "another study.output_dir."
             )
-    if before.get("task_code_sha256", values["task_code_sha256"]) != values["task_code_sha256"]:
-        raise UserError(
-            f"{folder} holds runs of another version of {plan.variants[''].config.trainer.task}: its file, or what it "
-            "imports, has changed.\nRuns of two versions cannot be compared. Put back what it was to continue, or "
-            "choose another study.output_dir."
-        )
+    check_code(folder, before, values, "study.output_dir")
     if before.get("cells") != values["cells"]:
         raise UserError(
             f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or "
@@ -252,9 +249,10 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                 if kind != "done":
                     failed[this] = f"{place}, seed {seed}: {value}"
                     continue
-                if value["task_code_sha256"] != probe.get("task_code_sha256"):
+                task, code = agenda.configs[this].trainer.task, value["task_code_sha256"]
+                if code is not None and code != probe["task_code_sha256"][task]:
                     raise UserError(
-                        f"{agenda.configs[this].trainer.task}, or what it imports, was changed while the study ran. "
+                        f"{task}, or what it imports, was changed while the study ran. "
                         f"{agenda.done():,} of {total:,} runs are finished and kept. Put back what it was, and the "
                         "same command continues from there."
                     )
