@@ -39,7 +39,7 @@ def small_config(output_dir: Path | str, **trainer: Any) -> Config:
 
 def train(ranks: Ranks, config: Config) -> dict[str, Any]:
     """A whole run; its summary, with the digests of every step as "trace"."""
-    from trainer.exact.hashes import digest
+    from trainer.exact.checks.hashes import digest
     from trainer.run.run import run
 
     trace: list[dict[str, str]] = []
@@ -66,7 +66,7 @@ def train_interrupted(ranks: Ranks, config: Config, stops: dict[int, int], resum
     import signal
 
     from trainer.errors import Stopped
-    from trainer.exact.hashes import digest
+    from trainer.exact.checks.hashes import digest
     from trainer.run.claim import Resume
     from trainer.run.run import run
 
@@ -152,7 +152,7 @@ def sent_early(ranks: Ranks, config: Config) -> tuple[dict[str, int], str]:
     size = config.trainer.pack
     assert isinstance(size, int)
     parameters, model = pieces.engine.parameters, pieces.engine.model
-    step.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, size, 1000)
+    step.block.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, size, 1000)
     for batch in batches[:4]:  # three steps of trials
         step(batch)
     found |= {"singly": sent[0], "in packs": sent[-1]}
@@ -217,7 +217,7 @@ def kept_state(ranks: Ranks, config: Config) -> list[str]:
 @fresh
 def rehearsed_state(ranks: Ranks, config: Config) -> tuple[Any, Any]:
     """Everything that a next step could depend on, before a rehearsal and after it, as comparable values."""
-    from trainer.exact.hashes import digest
+    from trainer.exact.checks.hashes import digest
     from trainer.rehearsal.python_state import PythonState
     from trainer.rehearsal.rehearse import rehearse
     from trainer.run.course import subject_of

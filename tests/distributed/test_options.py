@@ -18,7 +18,7 @@ from tests.distributed.test_exactness import BF16, digits, same_everywhere
 from tests.standing import run_ranks
 from trainer.commands.cli import main as command_line
 from trainer.errors import UserError
-from trainer.exact.hashes import state_sha256
+from trainer.exact.checks.hashes import state_sha256
 from trainer.exact.order import by_length, epoch_order, key
 from trainer.exact.plan import micro_batch_bounds
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import NonFiniteError, RanksDifferError, UserError
-from trainer.exact.audit import Audit
 from trainer.exact.batch_norm import RunningStatistics
+from trainer.exact.checks.audit import Audit
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
+from trainer.exact.own_block import OwnBlock
 from trainer.exact.splits import Split
 from trainer.exact.step import ExactStep, StepResult
 from trainer.ranks.place import Ranks
@@ -237,7 +238,7 @@ def test_a_gradient_alone_may_be_the_bad_one() -> None:
         step(parts["batches"].at(0))
 
 
-class Wrong(ExactStep):
+class Wrong(OwnBlock):
     """Every gradient that is summed is wrong, from a step on."""
 
     calls = 0
@@ -251,10 +252,10 @@ class Wrong(ExactStep):
 
 def test_an_audited_step_is_compared_before_it_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     step, parts = made()
-    step.__class__ = Wrong
+    step.block.__class__ = Wrong
     names = [name for name, _ in parts["model"].named_parameters()]
     step.audit = Audit(Ranks(), ["here"], names, every_steps=2, total_steps=9, seed=0, alike=True)
-    wrong: Any = step
+    wrong: Any = step.block
     step(parts["batches"].at(0))
     assert wrong.calls == 3  # not audited
     step(parts["batches"].at(1))

@@ -47,7 +47,7 @@ def _make_run(ranks: Any, values: dict[str, Any], folder: str) -> Outcome:
 
     from trainer.config.keys import parse
     from trainer.errors import TrainerError
-    from trainer.exact.hashes import digest
+    from trainer.exact.checks.hashes import digest
     from trainer.exact.packs import packs
     from trainer.run.run import run
 

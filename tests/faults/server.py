@@ -138,9 +138,9 @@ def flip_bits(chance: random.Random) -> None:
     """From now on, one bit of the gradient of every micro-batch of this rank is wrong: a device that fails."""
     import torch
 
-    from trainer.exact.step import ExactStep
+    from trainer.exact.own_block import OwnBlock
 
-    original = ExactStep._gradients
+    original = OwnBlock._gradients
 
     def flipped(self: Any, loss: Any) -> Any:
         gradients = original(self, loss)
@@ -149,7 +149,7 @@ def flip_bits(chance: random.Random) -> None:
         words[chance.randrange(len(words))] ^= (1 << chance.randrange(31)) if chance.random() < 0.9 else -(1 << 31)
         return gradients
 
-    ExactStep._gradients = flipped  # type: ignore[method-assign]
+    OwnBlock._gradients = flipped  # type: ignore[method-assign]
 
 
 def _rank(session: dict[str, Any], rank: int) -> None:

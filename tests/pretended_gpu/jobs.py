@@ -96,15 +96,15 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
         size, engine = config.trainer.pack, pieces.engine
         assert isinstance(size, int)
         engine.model.train()
-        step.packs = packs.Packs(
+        step.block.packs = packs.Packs(
             step.micro_batches, engine.parameters, engine.model, step.statistics, pieces.device, size, 1000
         )
-        step.packs._findings.sites = _Chosen(last=singly)
+        step.block.packs._findings.sites = _Chosen(last=singly)
         batch = pieces.batches.at(0)
         for number in (0, 1):  # the first step has more to do
             gpu.reset()
             step(replace(batch, progress=replace(batch.progress, step=number)))
-        assert not step.packs.refusals(), step.packs.refusals()
+        assert not step.block.packs.refusals(), step.block.packs.refusals()
         ours = dict(+gpu.launches)
         optimizer = torch.optim.AdamW(engine.parameters, fused=True)
         for _ in range(2):  # likewise: it makes the optimizer's state

@@ -85,7 +85,7 @@ def test_a_ready_task_has_the_cpus_bits_and_waits_for_no_micro_batch(tmp_path: P
     for waits in others:
         (((what, place), count),) = waits.items()
         assert (what, count) == ("Event.synchronize", 1) and place.startswith("trainer/exact/flags.py:")
-    assert any(place.startswith("trainer/exact/audit.py:") for _, place in last)
+    assert any(place.startswith("exact/checks/audit.py:") for _, place in last)
 
 
 @pytest.mark.parametrize("name", ["strong", "text_classification"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.rehearsal.staged import SAMPLES, Task, m, net, staged
-from trainer.exact.hashes import state_sha256
+from trainer.exact.checks.hashes import state_sha256
 from trainer.rehearsal.flops import ModelFlops, count
 from trainer.rehearsal.stage import generators_kept
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.record.board import tab, value
 from tests.run.small import Task, course_of, records
 from trainer.errors import NonFiniteError, TrainerError
-from trainer.exact.hashes import state_sha256
+from trainer.exact.checks.hashes import state_sha256
 from trainer.run.course import Course
 from trainer.run.finish import finish, rescue
 from trainer.run.loop import train

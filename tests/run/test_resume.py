@@ -19,7 +19,7 @@ from tests.distributed.test_options import ADAMW, overfits, words
 from tests.standing import run_ranks
 from trainer.config.keys import Config
 from trainer.errors import UserError
-from trainer.exact.hashes import state_sha256
+from trainer.exact.checks.hashes import state_sha256
 from trainer.exact.splits import Split
 from trainer.record.checkpoints import list_checkpoints, way_on
 from trainer.run.banner import banner

@@ -70,7 +70,7 @@ class Traced:
 
 def run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     """One rank of one run; rank 0 writes a line of digests after every step. Returns the run's summary."""
-    from ..exact.hashes import digest
+    from ..exact.checks.hashes import digest
     from ..run.run import run
 
     with contextlib.ExitStack() as files:

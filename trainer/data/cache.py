@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..exact.hashes import tensors_sha256
+from ..exact.checks.hashes import tensors_sha256
 from ..files import remove_leftovers, whole_file
 
 Cached = tuple[dict[str, Tensor], dict[str, Any]]

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..exact.audit import Audit
 from ..exact.batch_norm import RunningStatistics
+from ..exact.checks.audit import Audit
+from ..exact.checks.non_finite import non_finite
 from ..exact.micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from ..exact.non_finite import non_finite
 from ..exact.plan import rank_block
 from ..exact.record import RecordLayout, Records
 from ..exact.step import StepResult

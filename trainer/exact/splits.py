@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .hashes import tensors_sha256
+from .checks.hashes import tensors_sha256
 
 Batch = dict[str, Tensor]
 

@@ -5,35 +5,26 @@ Read `__call__` from top to bottom: this rank's micro-batches, the exchange, the
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import TrainerError
 from ..ranks.collectives import meetings, message_device
 from ..ranks.place import Ranks
-from .audit import Audit
 from .batch_norm import RunningStatistics
-from .early_exchange import EarlyExchange
+from .checks.audit import Audit
+from .checks.foreign_draws import ForeignDraws
+from .checks.non_finite import non_finite
 from .exchange import Exchange, most_local
 from .flags import Flags
-from .foreign_draws import ForeignDraws
-from .gradient_sum import GradientSum, norm_of
-from .graphs import Computed, Graphs, OneStream, Work
-from .hashes import hash64
+from .gradient_sum import GradientSum
 from .micro_batches import GlobalBatch, MicroBatches, ignore_phase
-from .non_finite import non_finite
-from .packs.leaves import Kept
-from .packs.pack_sum import PackSum, given_up, taking
-from .packs.packs import Packs
-from .packs.streams import Streams
-from .packs.verdicts import Packed, RefusedError, Single, out_of_memory
+from .optional.early_exchange import EarlyExchange
+from .own_block import OwnBlock
 from .record import OwnRecords, RecordLayout
-from .splits import Batch
 from .updates import Updates
 
 
@@ -62,8 +53,7 @@ class ExactStep:
         audit: set in a bitwise run: in an audited step, a micro-batch is computed a second time.
         broken: () on the device; not 0 after a step whose loss or gradient was not finite. Used if `deferred`.
         deferred: whether the host learns of such a step only later, as on a GPU.
-        packs: set where several micro-batches may be computed in one forward; None to compute them one by one.
-        graphs: set where CUDA graphs may be used.
+        block: computes this rank's micro-batches. Packs and CUDA graphs are set there.
 
     Args:
         optimizer: applies the gradient.
@@ -94,7 +84,7 @@ class ExactStep:
         mark: Callable[[str], None] = ignore_phase,
     ) -> None:
         self._optimizer, self.micro_batches, self.statistics = optimizer, micro_batches, statistics
-        self._device, self._max_norm, self._measures_norms, self._mark = device, max_norm, measures_norms, mark
+        self._device, self._max_norm, self._mark = device, max_norm, mark
         self.audit: Audit | None = None
         layout = RecordLayout(statistics.size, measures_norms)
         rank, W = ranks.rank, ranks.world_size
@@ -115,12 +105,20 @@ class ExactStep:
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = Flags(device)
-        self.packs: Packs | None = None
-        self.graphs: Graphs | None = None
         self._foreign = ForeignDraws(device)
-        self._one_stream = OneStream(device)
-        self._streams: dict[int, Streams] = {}
-        self._look: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], None] | None = None
+        self.block = OwnBlock(
+            micro_batches,
+            statistics,
+            optimizer.parameters,
+            scale=self._scale,
+            added=self._sum,
+            records=self._own,
+            early=self._early,
+            foreign=self._foreign,
+            device=device,
+            measures_norms=measures_norms,
+            mark=mark,
+        )
         self._look_for_unused = True
         # On the CPU the host reads each loss, and finds a bad one before the update. On a GPU it does not wait: from
         # the bad step on, a flag on the device makes the optimizer skip every update. The host reads it with the log.
@@ -154,22 +152,12 @@ class ExactStep:
         if audit is not None:
             audit.choose(batch.step, M)
         statistics.begin()
-        if self.graphs is not None:
-            self.graphs.begin()
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
-            packs = self.packs
-            if packs is None or packs.begin(batch, block) == 1:
-                self._add_singly(batch, block, block, audit)
-            else:
-                for part in packs.parts(batch, block):
-                    if len(part) == 1 or not self._add_pack(packs, batch, block, part, audit):
-                        self._add_singly(batch, block, part, audit)
-            if packs is not None:
-                packs.end()
+            self.block.add(batch, block, audit)
             # After this rank's own block: what the second computation leaves in random generators changes nothing.
             if audit is not None and audit.other is not None:
-                self._compute_again(batch, audit, audit.other)
+                self.block.compute_again(batch, audit, audit.other)
             statistics.check(batch.step)
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
@@ -204,187 +192,10 @@ class ExactStep:
         self._mark("optimizer")
         return StepResult(records.losses, norm, rate, records.norms, stop)
 
-    def _add_singly(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> None:
-        """Computes and adds some of this rank's micro-batches one by one."""
-        own = self._own
-        for j, arrays in self.micro_batches.loaded(batch, part):
-            sender, number, last = self._sender(1), j - block.start, None
-            if sender is not None:
-                last = PackSum(self._sum, len(batch.bounds), (j,), self._measures_norms, None, sender)
-            collected = own.statistics(number)
-            loss, gradients = self._single(batch, j, arrays, collected, last)
-            # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
-            if audit is not None and j == audit.own:
-                audit.note_summed(loss, collected, gradients)
-            if self._look is not None:
-                self._look(j, loss, collected, gradients)
-            if last is None:
-                added = self._sum.add(j, gradients)
-                norm = norm_of(added) if self._measures_norms else None
-            else:
-                last.close()
-                norm = last.norms[0] if self._measures_norms else None
-            own.add(number, loss, norm)
-            self._mark("compute")
-
-    def _single(
-        self, batch: GlobalBatch, j: int, arrays: Batch, collected: Tensor, last: PackSum | None
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Loss and gradients of one micro-batch. Its statistics go to `collected`.
-
-        If `last` is given, it takes each gradient as soon as it is there, so that what is complete can be sent.
-        """
-        statistics, parameters = self.statistics, self._optimizer.parameters
-        if self.graphs is not None and self._look is None:
-            found = self.graphs.compute(self._one(batch, j), arrays)
-            gradients: list[Tensor | None] = [None] * len(parameters)
-            for place, gradient, _ in found.gradients:
-                gradients[place] = gradient
-                if last is not None:
-                    last.take(place, gradient[None], None)
-            if statistics.size:
-                collected.copy_(found.statistics)
-            return found.losses, gradients
-        loss: Tensor = self.micro_batches.forward(batch, j, arrays).result[0]
-        self._foreign.after_one(self.micro_batches.forward_key(batch, j))
-        with contextlib.nullcontext() if last is None else taking(parameters, last):
-            own = self._gradients(loss)
-        if last is not None:
-            last.check(own)
-        if statistics.size:
-            statistics.collect(collected)
-        return loss, own
-
-    def _one(self, batch: GlobalBatch, j: int) -> Work:
-        """A micro-batch as work that may have a CUDA graph."""
-
-        def compute(arrays: Batch) -> Computed:
-            loss: Tensor = self.micro_batches.seeded_forward(batch, arrays).result[0]
-            gradients = self._gradients(loss)
-            row = torch.empty(self.statistics.size, device=self._device)
-            if self.statistics.size:
-                self.statistics.collect(row)
-            return Computed(loss.detach(), row, [(i, g, None) for i, g in enumerate(gradients) if g is not None])
-
-        keys = [self.micro_batches.forward_key(batch, j)]
-        return Work(("one",), compute, self._one_stream, keys, batch.step)
-
-    def _several(self, packs: Packs, batch: GlobalBatch, part: Sequence[int]) -> Work:
-        """A pack likewise."""
-        streams = self._streams.setdefault(len(part), Streams(len(part), self._device))
-
-        def compute(arrays: Batch) -> Computed:
-            kept = Kept()
-            packed = packs.compute_samples(batch, part, self._scale, kept, arrays, streams)
-            return Computed(packed.losses, packed.statistics, kept.taken)
-
-        return Work(("pack", len(part)), compute, streams, packs.keys(batch, part), batch.step)
-
-    def _add_pack(
-        self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
-    ) -> bool:
-        """Computes and adds micro-batches as a pack. False if that cannot be done: then nothing has changed."""
-        known = packs.known(batch, part)
-        if known is None:
-            packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
-            return True
-        if not known:
-            return False
-        try:
-            self._add_known_pack(packs, batch, block, part, audit)
-            packs.packed += len(part)
-            return True
-        except RefusedError as error:  # of these values; others may do
-            if self._early is not None and self._early.sent:
-                raise given_up(batch.step, error) from error
-            if error.untried and packs.may_try_more():
-                packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
-                return True
-            packs.refuse(batch, part, error)
-        except Exception as error:  # whatever a task's code does with more samples than in a trial
-            if out_of_memory(error):
-                packs.shrink(len(part))  # what has been sent is complete, and it is not sent again
-            else:
-                if self._early is not None and self._early.sent:
-                    raise given_up(batch.step, error) from error
-                packs.refuse(batch, part, error)
-        return False
-
-    def _add_known_pack(
-        self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
-    ) -> None:
-        audited = part.index(audit.own) if audit is not None and audit.own is not None and audit.own in part else None
-        sender = self._sender(len(part))
-        added = PackSum(self._sum, len(batch.bounds), part, self._measures_norms, audited, sender)
-        packed: Packed | Computed
-        if self.graphs is None:
-            packed = packs.compute(batch, part, self._scale, added)
-        else:
-            arrays = self.micro_batches.pack_samples(batch, part)
-            packed = self.graphs.compute(self._several(packs, batch, part), arrays)
-            for place, rows, present in packed.gradients:
-                added.take(place, rows, present)
-        added.close()
-        if audit is not None and audited is not None:
-            audit.note_summed(packed.losses[audited], packed.statistics[audited], added.audited)
-        self._own.add_pack([j - block.start for j in part], packed.losses, packed.statistics, added.norms)
-        self._mark("compute")
-
-    def _sender(self, count: int) -> EarlyExchange | None:
-        """Sends buckets while the next `count` micro-batches are computed, if they are this rank's last ones."""
-        return self._early if self._sum.left == count and self._look is None else None
-
-    def _add_noted(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> list[Single]:
-        """As `_add_singly`; returns hashes of what was computed."""
-        found: list[Single] = []
-        generator = torch.default_generator
-
-        def look(j: int, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
-            drawn = generator.get_state()
-            generator.manual_seed(self.micro_batches.forward_key(batch, j))
-            found.append(
-                Single(
-                    hash64([loss.float()]),
-                    hash64([statistics]) if statistics.numel() else None,
-                    [None if g is None else hash64([g]) for g in gradients],
-                    not torch.equal(drawn, generator.get_state()),
-                )
-            )
-
-        self._look = look
-        try:
-            self._add_singly(batch, block, part, audit)
-        finally:
-            self._look = None
-        return found
-
     @property
     def gradient_views(self) -> list[Tensor]:
         """The reduced gradient of the last step, one tensor a parameter."""
         return self._sum.gradient_views
-
-    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the loss times the scale, one tensor a parameter; None if the loss does not use it."""
-        # Not backward(): it would add to `parameter.grad`, in an order that depends on the rank's own block.
-        return torch.autograd.grad(loss, self._optimizer.parameters, self._scale, allow_unused=True)
-
-    def _compute_again(self, batch: GlobalBatch, audit: Audit, j: int) -> None:
-        try:
-            audit.note_again(*self._again(batch, j))
-        except Exception as error:
-            if isinstance(error, TrainerError) or out_of_memory(error):
-                raise
-            raise audit.failed(error) from error
-
-    def _again(self, batch: GlobalBatch, j: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """Loss, statistics and gradients of any micro-batch, between `begin` and `settle` of the statistics."""
-        loss: Tensor = self.micro_batches.compute(batch, j).result[0]
-        gradients = self._gradients(loss)
-        row = torch.empty(self.statistics.size, device=self._device)
-        if self.statistics.size:
-            self.statistics.collect(row)
-        self._mark("compute")
-        return loss, row, gradients
 
     def _unused(self) -> list[int]:
         """Positions of the parameters that no micro-batch of this step used. The optimizer leaves them alone.

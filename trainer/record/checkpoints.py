@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainerError, UserError, readable
-from ..exact.hashes import bytes_of
+from ..exact.checks.hashes import bytes_of
 from ..files import sync, whole_folder
 
 _FORMAT = 1

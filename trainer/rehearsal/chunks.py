@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..exact.hashes import bytes_of
+from ..exact.checks.hashes import bytes_of
 
 _VIEWS = """
     alias as_strided detach diagonal expand lift_fresh movedim narrow permute select slice split split_with_sizes

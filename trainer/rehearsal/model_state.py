@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..exact.hashes import hash_each
+from ..exact.checks.hashes import hash_each
 
 if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine

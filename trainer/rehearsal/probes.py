@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UserError
-from ..exact.hashes import hash_each
+from ..exact.checks.hashes import hash_each
 from ..exact.micro_batches import Computed
 from .causes import finding_of
 from .python_state import Key, State, is_generator, is_number

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..exact.hashes import bytes_of
+from ..exact.checks.hashes import bytes_of
 
 # Limits, so that looking stays cheap. Larger tensors and arrays (elements), such as a task's dataset, are not copied.
 # Longer lists and dictionaries, and what is nested deeper, are not searched. All values together have a limit, too.

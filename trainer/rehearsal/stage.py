@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
 from ..exact.batch_norm import RunningStatistics
-from ..exact.hashes import hash_each
+from ..exact.checks.hashes import hash_each
 from ..exact.micro_batches import Computed, GlobalBatch, GlobalBatches, MicroBatches
 from ..exact.plan import BatchPlan
 from ..exact.splits import Batch, Split

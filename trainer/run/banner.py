@@ -10,7 +10,7 @@ from typing import Any
 from ..colours import painted
 from ..data.report import array_lines
 from ..engine.adapt import frozen_share
-from ..exact.audit import Audit
+from ..exact.checks.audit import Audit
 from ..record import earlier
 from ..record.console import table
 from .build import Pieces

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..engine.zero_step import ZeroStep
 from ..errors import UserError
-from ..exact import audit
 from ..exact.batch_norm import RunningStatistics
+from ..exact.checks import audit
+from ..exact.checks.guard import compare_ranks
+from ..exact.checks.non_finite import non_finite
 from ..exact.gradient_noise import NoiseScale
-from ..exact.graphs import Graphs
-from ..exact.guard import compare_ranks
 from ..exact.micro_batches import MicroBatches, ignore_phase
-from ..exact.non_finite import non_finite
+from ..exact.optional.graphs import Graphs
 from ..exact.packs.packs import Packs
 from ..exact.step import ExactStep
 from ..ranks.collectives import message_device
@@ -102,8 +102,8 @@ class Course:
 
     def tell(self) -> None:
         """Prints what packs have to say, such as that memory ran out. Rank 0."""
-        if isinstance(self.step, ExactStep) and self.step.packs is not None and self.pieces.ranks.first:
-            notes, self.step.packs.notes = self.step.packs.notes, []
+        if isinstance(self.step, ExactStep) and self.step.block.packs is not None and self.pieces.ranks.first:
+            notes, self.step.block.packs.notes = self.step.block.packs.notes, []
             say(*[f"note: {note}" for note in notes])
 
     def compare_ranks(self) -> None:
@@ -332,7 +332,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and pack != 1:
         size = None if pack == "auto" else int(pack)
         assert isinstance(step, ExactStep)
-        step.packs = Packs(
+        step.block.packs = Packs(
             step.micro_batches,
             p.engine.parameters,
             p.engine.model,
@@ -344,7 +344,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     if p.config.trainer.cuda_graph is not None and p.device.type == "cuda" and not p.inexact:
         assert isinstance(step, ExactStep)
         tensors = [*p.engine.model.parameters(), *p.engine.model.buffers()]
-        step.graphs = Graphs(tensors, step.micro_batches.follows_progress)
+        step.block.graphs = Graphs(tensors, step.micro_batches.follows_progress)
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NonFiniteError, TrainerError
-from ..exact.hashes import state_sha256
+from ..exact.checks.hashes import state_sha256
 from ..exact.step import ExactStep
 from ..ranks.collectives import broadcast_object, raise_together
 from ..record import earlier
@@ -72,10 +72,10 @@ def finish(c: Course) -> dict[str, Any]:
         "time_to_first_step_s": c.time_to_first_step_s,
         "rehearsal_s": c.rehearsal_s,
     }
-    if isinstance(c.step, ExactStep) and c.step.packs is not None:
-        summary["pack"] = c.step.packs.summary()
-    if isinstance(c.step, ExactStep) and c.step.graphs is not None:
-        summary["cuda_graph"] = c.step.graphs.summary()
+    if isinstance(c.step, ExactStep) and c.step.block.packs is not None:
+        summary["pack"] = c.step.block.packs.summary()
+    if isinstance(c.step, ExactStep) and c.step.block.graphs is not None:
+        summary["cuda_graph"] = c.step.block.graphs.summary()
     summary |= _work(c) | _scaling(c, summary)
     c.record.conclude(_results(summary), done)
     _leave(c, summary)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainerError, UserError
-from ..exact.guard import compare_ranks
+from ..exact.checks.guard import compare_ranks
 from ..ranks.collectives import broadcast_object, broadcast_tensor, raise_together
 from ..record.checkpoints import (
     Checkpoints,

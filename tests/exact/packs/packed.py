@@ -67,7 +67,7 @@ def made(
         optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, measures_norms=True
     )
     if size != 0:
-        step.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
+        step.block.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
     return step, batches
 
 
@@ -80,7 +80,7 @@ def trained(model: nn.Module, x: Tensor, size: int | None, **options: Any) -> tu
         result = step(batch)
         found += [result.losses.tolist(), float(result.norm), result.norms.tolist()]
         found += [view.tolist() for view in step.gradient_views]
-    return found + [tensor.tolist() for tensor in model.state_dict().values()], step.packs
+    return found + [tensor.tolist() for tensor in model.state_dict().values()], step.block.packs
 
 
 def floats(*shape: int) -> Tensor:

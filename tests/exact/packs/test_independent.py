@@ -49,8 +49,10 @@ def test_a_parameter_with_a_hook_has_no_packs() -> None:
     step, batches = made(model, floats(8), 4)
     for batch in batches.starting_at(0):
         step(batch)
-    assert step.packs is not None
-    assert all("has a hook" in refusal for refusal in step.packs.refusals().values()) and step.packs.refusals()
+    assert step.block.packs is not None
+    assert (
+        all("has a hook" in refusal for refusal in step.block.packs.refusals().values()) and step.block.packs.refusals()
+    )
 
 
 class Grows(Own):

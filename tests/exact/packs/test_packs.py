@@ -128,8 +128,8 @@ def test_texts_of_many_lengths_are_not_tried_for_ever(monkeypatch: pytest.Monkey
 
 def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
     step, batches = made(dense(), floats(3), None)
-    assert step.packs is not None
-    old = step.packs
+    assert step.block.packs is not None
+    old = step.block.packs
     packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=59)
     assert packs.begin(batches.at(0), range(8)) == 1
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.exact.hashes import hash64
+from trainer.exact.checks.hashes import hash64
 from trainer.exact.packs.verdicts import HashedSums, Packed, Single, difference, out_of_memory, told
 
 OWNERS = {0: ["head"]}

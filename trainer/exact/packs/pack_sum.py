@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import TrainerError
-from ..buckets import LastPart, Sender
 from ..gradient_sum import GradientSum
+from ..optional.buckets import LastPart, Sender
 from ..tree import pack_program
 
 # Gradients of a pack are added up for many parameters at once, up to so many bytes; then their memory is free.

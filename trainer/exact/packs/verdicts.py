@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..hashes import hash64
+from ..checks.hashes import hash64
 
 
 class RefusedError(Exception):

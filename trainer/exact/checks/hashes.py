@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .order import mixed
+from ..order import mixed
 
 # Tensors are hashed in pieces of this many words: it bounds the weights and the int64 copies that are held at a time.
 _CHUNK = 1 << 20

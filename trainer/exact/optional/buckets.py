@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .gradient_sum import GradientSum
-from .tree import Node
+from ..gradient_sum import GradientSum
+from ..tree import Node
 
 
 class Bucket(NamedTuple):

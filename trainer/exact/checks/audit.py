@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import RanksDifferError
-from ..ranks.collectives import gather_rows
-from ..ranks.place import Ranks
+from ...errors import RanksDifferError
+from ...ranks.collectives import gather_rows
+from ...ranks.place import Ranks
+from ..order import key
+from ..plan import rank_block
 from .hashes import hash64
-from .order import key
-from .plan import rank_block
 
 # With the default interval, at most this fraction of a rank's micro-batches is computed again.
 LARGEST_SHARE = 0.005

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.exact.test_tree import same_bits
-from trainer.exact.buckets import Bucket, LastPart, in_buckets
 from trainer.exact.gradient_sum import GradientSum
+from trainer.exact.optional.buckets import Bucket, LastPart, in_buckets
 
 
 def made(sizes: Sequence[int], W: int = 1, rank: int = 0, M: int = 8) -> GradientSum:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.pretended_gpu.device import PretendedGpu
-from trainer.exact import graphs
-from trainer.exact.graphs import TRIALS, Computed, Graphs, OneStream, Work
+from trainer.exact.optional import graphs
+from trainer.exact.optional.graphs import TRIALS, Computed, Graphs, OneStream, Work
 
 GPU = torch.device("cuda", 0)
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranks.collectives import begin_all_to_all, begin_gather, wait_for
+from ...ranks.collectives import begin_all_to_all, begin_gather, wait_for
+from ..exchange import Exchange, is_direct
+from ..gradient_sum import GradientSum
+from ..record import RecordLayout, Records
+from ..tree import cover, exchange_program, run_rounds
 from .buckets import Bucket, in_buckets
-from .exchange import Exchange, is_direct
-from .gradient_sum import GradientSum
-from .record import RecordLayout, Records
-from .tree import cover, exchange_program, run_rounds
 
 
 @dataclass

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from trainer.errors import RanksDifferError
-from trainer.exact import guard
-from trainer.exact.guard import compare_ranks
-from trainer.exact.hashes import hash64
+from trainer.exact.checks import guard
+from trainer.exact.checks.guard import compare_ranks
+from trainer.exact.checks.hashes import hash64
 
 
 def compare_with(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Tensor]]) -> None:

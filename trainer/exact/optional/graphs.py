@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .order import seed_generators
-from .packs.values import same_bits
-from .splits import Batch
+from ..order import seed_generators
+from ..packs.values import same_bits
+from ..splits import Batch
 
 # Steps in which a graph is compared before it is used, as for packs.
 TRIALS = 3

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..errors import RanksDifferError
-from ..ranks.collectives import common_value, gather_int64, gather_objects
+from ...errors import RanksDifferError
+from ...ranks.collectives import common_value, gather_int64, gather_objects
 from .hashes import hash64, hash_each
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..errors import NonFiniteError
+from ...errors import NonFiniteError
 
 _STATISTICS = (
     "\nOr the task's forward begins to read a BatchNorm's running statistics, as a layer in evaluation mode does: "

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer.exact.non_finite import non_finite
+from trainer.exact.checks.non_finite import non_finite
 
 
 @pytest.mark.parametrize(

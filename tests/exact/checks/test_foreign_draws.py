@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.errors import RanksDifferError
-from trainer.exact.foreign_draws import ForeignDraws
+from trainer.exact.checks.foreign_draws import ForeignDraws
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.exact import hashes
-from trainer.exact.hashes import digest, hash64, hash_each, state_sha256
+from trainer.exact.checks import hashes
+from trainer.exact.checks.hashes import digest, hash64, hash_each, state_sha256
 
 # Without a deadline: on a busy machine any example can take long.
 checked = settings(deadline=None, max_examples=150)

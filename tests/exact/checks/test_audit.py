@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from trainer.errors import RanksDifferError
-from trainer.exact import audit as audit_module
-from trainer.exact.audit import LARGEST_SHARE, Audit, interval
-from trainer.exact.hashes import hash64
+from trainer.exact.checks import audit as audit_module
+from trainer.exact.checks.audit import LARGEST_SHARE, Audit, interval
+from trainer.exact.checks.hashes import hash64
 from trainer.exact.plan import rank_block
 from trainer.ranks.place import Ranks
 

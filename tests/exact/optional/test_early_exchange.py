@@ -11,10 +11,11 @@ import torch
 
 from tests.exact.test_exchange import ThreadedCollectives, check_step, record_of
 from tests.exact.test_tree import SHAPES, random_gradients
-from trainer.exact import early_exchange, exchange
-from trainer.exact.early_exchange import EarlyExchange
+from trainer.exact import exchange
 from trainer.exact.exchange import most_local
 from trainer.exact.gradient_sum import GradientSum
+from trainer.exact.optional import early_exchange
+from trainer.exact.optional.early_exchange import EarlyExchange
 from trainer.exact.packs.pack_sum import PackSum
 from trainer.exact.record import OwnRecords, RecordLayout
 
