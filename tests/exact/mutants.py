@@ -61,9 +61,9 @@ RANKS = [
 # Why no test can see them -> names of mutants, as --list prints them.
 EQUIVALENT: dict[str, tuple[str, ...]] = {
     "choose() sets it before anyone reads it": (
-        "audit Audit.__init__: self._leaves = 0  ->  self._leaves = 1",
-        "audit Audit.__init__: self._shift = 0  ->  self._shift = 1",
-        "audit Audit.__init__: self._step = 0  ->  self._step = 1",
+        "checks/audit Audit.__init__: self._leaves = 0  ->  self._leaves = 1",
+        "checks/audit Audit.__init__: self._shift = 0  ->  self._shift = 1",
+        "checks/audit Audit.__init__: self._step = 0  ->  self._step = 1",
     ),
     "any negative number says that a layer was not called": (
         "batch_norm : _NOT_CALLED = -3e+38  ->  _NOT_CALLED = -3e+38",
@@ -76,17 +76,17 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "exchange : DIRECT_LIMIT_BYTES = 6 << 20  ->  DIRECT_LIMIT_BYTES = 6 << 21",
     ),
     "how many weights are made ahead changes none of them": (
-        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count  ->  length = max(_CHUNK, max(1 << 12, 1 << (count",
-        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 >> 12, 1 << (count - 1).bit_length",
-        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(2 << 12, 1 << (count - 1).bit_length",
-        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 << 13, 1 << (count - 1).bit_length",
-        "hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length()  ->  length = min(_CHUNK, max(1 << 12, 2 << (count - 1).bit_length()",
-        "hashes _first_weights: _CHUNK, max(1 << 12, 1 << (count - 1).bit_length()))  ->  _CHUNK, max(1 << 12, 1 << (count + 1).bit_length()))",
-        "hashes _first_weights: mixed(torch.arange(1, length + 1, device=device)) | 1  ->  mixed(torch.arange(1, length + 2, device=device)) | 1",
-        "hashes _first_weights: weights is None or len(weights) < count:  ->  weights is None or len(weights) <= count:",
+        "checks/hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count  ->  length = max(_CHUNK, max(1 << 12, 1 << (count",
+        "checks/hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 >> 12, 1 << (count - 1).bit_length",
+        "checks/hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(2 << 12, 1 << (count - 1).bit_length",
+        "checks/hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length  ->  length = min(_CHUNK, max(1 << 13, 1 << (count - 1).bit_length",
+        "checks/hashes _first_weights: length = min(_CHUNK, max(1 << 12, 1 << (count - 1).bit_length()  ->  length = min(_CHUNK, max(1 << 12, 2 << (count - 1).bit_length()",
+        "checks/hashes _first_weights: _CHUNK, max(1 << 12, 1 << (count - 1).bit_length()))  ->  _CHUNK, max(1 << 12, 1 << (count + 1).bit_length()))",
+        "checks/hashes _first_weights: mixed(torch.arange(1, length + 1, device=device)) | 1  ->  mixed(torch.arange(1, length + 2, device=device)) | 1",
+        "checks/hashes _first_weights: weights is None or len(weights) < count:  ->  weights is None or len(weights) <= count:",
     ),
     "both give one round for a tensor of at most one word": (
-        "hashes hash64: for start in range(0, max(1, len(words)), _CHUNK):  ->  for start in range(0, max(2, len(words)), _CHUNK):",
+        "checks/hashes hash64: for start in range(0, max(1, len(words)), _CHUNK):  ->  for start in range(0, max(2, len(words)), _CHUNK):",
     ),
     "how many micro-batches are gathered at once changes no bit: it bounds the memory": (
         "micro_batches : CHUNK_BYTES = 64 << 20  ->  CHUNK_BYTES = 64 >> 20",
