@@ -120,6 +120,9 @@ class CudaGraph:
 
     def replay(self) -> None:
         self._gpu.launches["graph"] += 1
+        # Torch writes the seed and the offset of each generator that the graph draws from, by a kernel each
+        # (CUDAGeneratorState::replay_prologue in aten/src/ATen/cuda/CUDAGeneratorImpl.cpp).
+        self._gpu.launches["seeds of a graph"] += 2 * len({id(state) for *_, state in self._operations if state})
         for func, args, kwargs, out, state in self._operations:
             with self._gpu.drawing_from(state):
                 again = func(*args, **kwargs)

@@ -75,7 +75,7 @@ class _Chosen(dict[Any, int]):
 
 
 @fresh
-def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int], dict[str, int]]:
+def launches(ranks: Ranks, config: Config, singly: bool, graph: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """The kernels, by operation, of a step with packs of `trainer.pack` micro-batches and of a plain loop's step.
 
     A trial notes the calls of the first step. What it would find depends on the CPU, so all rules hold.
@@ -83,7 +83,9 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
     Args:
         ranks, config: of the run.
         singly: whether a convolution's weight has its gradient made one micro-batch at a time.
+        graph: whether a pack is a CUDA graph.
     """
+    from trainer.exact.optional.graphs import TRIALS, Graphs
     from trainer.exact.packs import packs, sites, together
 
     use_caches_beside(config)
@@ -101,10 +103,13 @@ def launches(ranks: Ranks, config: Config, singly: bool) -> tuple[dict[str, int]
         )
         step.block.packs._findings.sites = _Chosen(last=singly)
         batch = pieces.batches.at(0)
-        for number in (0, 1):  # the first step has more to do
+        if graph:
+            step.block.graphs = Graphs([*engine.model.parameters(), *engine.model.buffers()], follows_progress=False)
+        for number in range(2 + (TRIALS if graph else 0)):  # the first steps have more to do
             gpu.reset()
             step(replace(batch, progress=replace(batch.progress, step=number)))
         assert not step.block.packs.refusals(), step.block.packs.refusals()
+        assert not graph or step.block.graphs.summary() == {"shapes": 1}, step.block.graphs.summary()
         ours = dict(+gpu.launches)
         optimizer = torch.optim.AdamW(engine.parameters, fused=True)
         for _ in range(2):  # likewise: it makes the optimizer's state

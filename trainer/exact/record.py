@@ -80,11 +80,14 @@ class OwnRecords:
 
     def add_pack(self, numbers: Sequence[int], losses: Tensor, statistics: Tensor, norms: Sequence[Tensor]) -> None:
         """Notes some of the block's micro-batches: losses (g,), statistics (g, size), and norms where measured."""
-        torch._foreach_copy_([self._losses[n] for n in numbers], list(losses.unbind()))
+        to, what = [self._losses[n] for n in numbers], list(losses.unbind())
         if statistics.numel():
-            torch._foreach_copy_([self._statistics[n] for n in numbers], list(statistics.unbind()))
+            to += [self._statistics[n] for n in numbers]
+            what += statistics.unbind()
         if self._norms is not None:
-            torch._foreach_copy_([self._norms[n] for n in numbers], list(norms))
+            to += [self._norms[n] for n in numbers]
+            what += norms
+        torch._foreach_copy_(to, what)  # one call: on a GPU one kernel for some hundred tensors
 
     def raise_flag(self) -> None:
         """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""
