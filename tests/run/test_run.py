@@ -28,6 +28,7 @@ from trainer.ranks.stopping import EndedBySignal
 from trainer.record import checkpoints
 from trainer.record.checkpoints import list_checkpoints
 from trainer.run import build as build_module
+from trainer.run import facts as facts_module
 from trainer.run.claim import Resume
 from trainer.run.run import run
 
@@ -190,9 +191,9 @@ def test_an_edited_task_is_labelled_when_its_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str | None, now: str, label: str
 ) -> None:
     """A checkpoint of an earlier version does not say what the code was."""
-    monkeypatch.setattr(build_module, "task_code_sha256", lambda task, name: then)
+    monkeypatch.setattr(facts_module, "task_code_sha256", lambda task, name: then)
     make(monkeypatch, tmp_path / "run", max_steps=7)
-    monkeypatch.setattr(build_module, "task_code_sha256", lambda task, name: now)
+    monkeypatch.setattr(facts_module, "task_code_sha256", lambda task, name: now)
     summary = make(monkeypatch, tmp_path / "run", resume="auto")
     assert summary["exactness"] == label
     assert summary["inexact"] == (["the code of the task has changed since the checkpoint"] * (label == "tolerance"))
