@@ -211,9 +211,9 @@ def tamper(checkpoint: Path, part: str, value: Any) -> None:
     ("part", "value", "said"),
     [
         ("history", [], "was not written by a run: it has no history"),
-        ("window", {}, "is whole, but no run has written it so"),
-        ("window", {"filled": "many"}, "is whole, but no run has written it so"),
-        ("best", [], "is whole, but no run has written it so"),
+        ("window", {}, "is undamaged, but no run writes such a content"),
+        ("window", {"filled": "many"}, "is undamaged, but no run writes such a content"),
+        ("best", [], "is undamaged, but no run writes such a content"),
         ("dtype", ("model", torch.float64), r"of another model: .* is torch\.float64 in it, torch\.float32 here"),
         ("dtype", ("optimizer", torch.float64), r"of another optimizer: 0\.bias\.momentum_buffer is torch\.float64"),
         ("dtype", ("optimizer", torch.int32), r"of another optimizer: 0\.bias\.momentum_buffer is torch\.int32"),

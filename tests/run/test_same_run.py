@@ -27,7 +27,7 @@ COSINE = {"schedule": "cosine"}
     [
         ({}, {"seed": 1}, r"has finished, and these settings differ(.|\n)*trainer\.seed: 0 before, 1 now"),
         ({}, {"gradient_clipping": 0.5}, r"gradient_clipping: 1\.0 before, 0\.5 now"),
-        ({}, {"max_steps": 6}, r"has made 8 steps already, but now it is to have only 6"),
+        ({}, {"max_steps": 6}, r"has made 8 steps already, but trainer.epochs and trainer.max_steps now give only 6"),
         ({}, {"max_steps": 10, "seed": 1}, r"The checkpoint is of another run(.|\n)*trainer\.seed: 0 before, 1 now"),
         ({"learning_rate": COSINE}, {"max_steps": 10}, r"steps, on which the learning rate depends: 8 before, 10 now"),
         (
@@ -102,7 +102,9 @@ def test_an_interrupted_run_cannot_have_fewer_steps_than_it_has_made(
 ) -> None:
     make(monkeypatch, tmp_path / "run", max_steps=7)
     (tmp_path / "run" / "summary.json").unlink()  # killed at its very end
-    with pytest.raises(UserError, match="has made 7 steps already, but now it is to have only 5"):
+    with pytest.raises(
+        UserError, match=r"has made 7 steps already, but trainer\.epochs and trainer\.max_steps now give only 5"
+    ):
         make(monkeypatch, tmp_path / "run", resume="auto", max_steps=5)
     assert make(monkeypatch, tmp_path / "run", resume="auto", max_steps=7)["steps"] == 7
 

@@ -50,7 +50,7 @@ class Pieces:
         facts: what the bits depend on besides config and data.
         hosts: the host and device of each rank.
         alike: whether all ranks have the same device model.
-        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them. The
+        changing: parameters and buffers that the task's forward changes by itself. So the ranks differ in them. The
             rehearsal finds them.
         cut: which samples are train, validation and test, in a fold of a cross-validation.
     """
@@ -89,7 +89,7 @@ class Pieces:
         return "tolerance" if self.inexact else "bitwise"
 
     def common_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name that must be the same on every rank."""
+        """The parameters and buffers that must be the same on every rank: name -> tensor."""
         state = self.engine.model_state()
         return {name: tensor for name, tensor in state.items() if name not in self.changing}
 
@@ -136,7 +136,7 @@ def build(
         config, ranks, plan: of the run.
         log: takes DeepSpeed's messages.
         met: called when the ranks have joined the process group, before anything slow.
-        failed: this rank's error so far. All ranks leave with it when they meet.
+        failed: this rank's error so far. All ranks leave with it when they meet, so this rank must come, too.
 
     Raises:
         UserError: something must change first. Nothing has been computed then.
@@ -251,7 +251,7 @@ def train_split(config: Config) -> Split:
 def splits_of(task: Task, config: Config, cut: Cut | None = None) -> dict[str, Split]:
     """A task's splits, on the CPU: name -> split; those of `trainer.fold` if it is set. Raises UserError.
 
-    `cut` may be given to learn afterwards which samples went where.
+    Pass a `cut` to learn from it afterwards which samples went where.
     """
     if cut is None and config.trainer.fold is not None:
         cut = Cut(config.trainer.fold)

@@ -64,11 +64,11 @@ def evaluate(
 
     Args:
         task: gives forward, loss and metrics.
-        engine: holds the model, which is put into evaluation mode meanwhile.
+        engine: holds the model. It is in evaluation mode meanwhile, and in training mode afterwards.
         split, host_split: the same data on the device and on the CPU.
         ranks: decides which micro-batches this rank computes.
         micro_batch_size: samples of one forward.
-        seed: for models that draw random numbers in evaluation too.
+        seed: for models that draw random numbers in evaluation, too.
         progress: of the run, for tasks that ask for it.
         look: called on rank 0 with the outputs and the arrays of the whole split, on the CPU.
         tick: called after every forward with how many this rank has made, and how many it has to make.

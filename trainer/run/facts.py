@@ -53,7 +53,7 @@ def compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Split
     everyone = gather_objects((socket.gethostname(), own))
     unlike: list[str] = []
     for name in sorted({name for _, facts_of in everyone for name in facts_of}):
-        if name == "cpu_model":  # rank 0's weights are sent to all
+        if name == "cpu_model":  # may differ: rank 0 draws the first weights, and sends them to all
             continue
         values = [facts_of.get(name) for _, facts_of in everyone]
         usual = common_value(values)
