@@ -6,8 +6,8 @@
 #
 # When a machine joins or leaves, the ranks stop and continue with the new number of ranks, to the same bits. If they were
 # asked to stop, they write a checkpoint first. If a machine is lost, they continue from the last regular checkpoint
-# (trainer.checkpoint.every_steps). The machine of the address (here node1) keeps the list of all machines and must
-# stay. More ranks than micro-batches are not possible, and end the run.
+# (trainer.checkpoint.every_steps). The machine of the address (here node1) keeps the list of all machines, so it must
+# stay. There cannot be more ranks than micro-batches: that ends the run.
 #
 # NODES=1:4        the least and the most machines
 # RANKS=4          ranks on this machine; default: one a GPU, or 1
@@ -39,9 +39,9 @@ done
 
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU ' || true)
 if [ "$gpus" = 0 ]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} gpus=1; fi
-# One thread a rank, as trainer.cpu_threads says; without it torchrun prints a warning.
+# One thread per rank, the default of trainer.cpu_threads. Without this, torchrun prints a warning.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Each start gets a store of its own. In the agent's store, ranks would find the addresses of earlier ranks.
+# Each start gets a store of its own. In the agent's store, ranks would find the addresses of ranks of earlier starts.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec python -m torch.distributed.run \

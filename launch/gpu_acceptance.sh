@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Accepts a machine with NVIDIA GPUs: `python -m trainer doctor` and the tests for GPUs; prints a block for the README.
 #   bash launch/gpu_acceptance.sh           sets up as launch/test.sh does
-#   bash launch/gpu_acceptance.sh WHEELS    takes python3 with its own torch, and the other packages from the wheels in the
-#                                           folder WHEELS: for machines without a network
-# The figures of the doctor go to $OUT/doctor.json, or doctor.json.
+#   bash launch/gpu_acceptance.sh WHEELS    for machines without a network: uses python3 with its own torch, and installs
+#                                           the other packages from the wheels in the folder WHEELS
+# The numbers of the doctor go to $OUT/doctor.json; without OUT to doctor.json in the project's folder.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, which then call `set_up` or `set_up test`: it installs the project, once, into the
-# active virtual environment, else into .venv, and puts that environment's programs first on PATH.
-# Moves to the project's root, from wherever the script was called.
+# The scripts beside this one source it, and then call `set_up` or `set_up test`. That installs the project, once, into
+# the active virtual environment or, if none is active, into .venv. It puts that environment's programs first on PATH.
+# The working folder is the project's root afterwards, from wherever the script was called.
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." > /dev/null || exit
 root=$(pwd -P)
@@ -30,10 +30,10 @@ find_python() {
     fail "Python 3.10 or newer is needed, but python3 is $(python3 -V 2>&1 || true). Install one and run this again."
 }
 
-# The environment to install into: the active one, else .venv.
+# The environment to install into: the active one or, if there is none, .venv.
 choose_environment() {
     local active=${VIRTUAL_ENV:-}
-    # conda's "base" holds conda itself: not a place for a project's packages.
+    # conda's "base" holds conda itself. A project's packages must not go there.
     if [ -z "$active" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
         active=${CONDA_PREFIX:-}
     fi
@@ -53,7 +53,8 @@ modules venv and ensurepip are missing. On Debian and Ubuntu: sudo apt install p
     "$base" -m venv --clear "$1" || fail "The virtual environment $1 could not be made, for the reason above."
 }
 
-# The index of the torch build for this machine's driver and first GPU; nothing where that on PyPI fits, or none does.
+# The pip index of the torch build for this machine's driver and first GPU. Empty if the build on PyPI fits, or if no
+# build does.
 torch_index() {
     local gpu
     gpu=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
@@ -86,25 +87,25 @@ delete it and run this again."
         fail "The installation failed, for the reason above. Run this again to continue."
     problem=$("$python" -m trainer.engine.gpus)
     if [ -n "$problem" ]; then say "WARNING: $problem"; fi
-    # Into DeepSpeed's programs pip writes the path of Python as it is, and one with a space cannot be run so.
+    # pip writes the path of Python into the first line of DeepSpeed's programs. With a space in it they cannot be run.
     case $1 in *" "*) sed -i '1s|^#!/.* .*/bin/python.*|#!/usr/bin/env python|' "$1"/bin/deepspeed "$1"/bin/ds* ;; esac
 }
 
-# set_up [test]: afterwards `python`, `deepspeed` and the others are those of the environment.
+# set_up [test]: afterwards `python`, `deepspeed` and other programs are those of the environment.
 set_up() {
     local extra=${1:-} environment files stamp stamped=()
     [ "$(uname -s)" = Linux ] || fail "This project runs only on Linux, but this is $(uname -s)."
     environment=$(choose_environment)
     stamp=$environment/strong-scaling-trainer.stamp
     files=$(cat pyproject.toml launch/constraints.txt | sha256sum)
-    # What is installed there: from which folder, by which files, with which extra.
+    # The stamp says what is installed there: from which folder, by which files, with which extra.
     if [ -f "$stamp" ]; then mapfile -t stamped < "$stamp"; fi
 
     if [ "${stamped[0]:-}" != "$root" ] || [ "${stamped[1]:-}" != "$files" ] ||
         ! [[ "${stamped[2]:-}" == "$extra" || -z "$extra" ]] || ! [ -x "$environment/bin/deepspeed" ]; then
         rm -f "$stamp"
         if [ "$environment" = "$root/.venv" ]; then
-            # Programs in an environment contain its path. So one that was moved or copied with the project is made again.
+            # Programs in an environment contain its path. So it is made again if the project was moved or copied.
             if [ -n "${stamped[0]:-}" ] && [ "${stamped[0]}" != "$root" ]; then rm -rf "$environment"; fi
             make_venv "$environment"
         fi

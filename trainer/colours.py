@@ -12,7 +12,7 @@ _OF_SIGNAL = {"note": "yellow", "error": "red", "WARNING": "red"}
 
 
 def has_colours(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal with colours, and the user has not switched them off (https://no-color.org)."""
+    """Whether a stream is a terminal with colours that the user has not switched off (https://no-color.org)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     try:
@@ -27,6 +27,6 @@ def painted(text: str, colour: str, stream: TextIO | None) -> str:
 
 
 def signalled(line: str, stream: TextIO | None) -> str:
-    """A line whose first word is coloured if it is a note, a warning or an error."""
+    """The line. If it is a note, a warning or an error, its first word is coloured."""
     found = _SIGNAL.match(line)
     return line if found is None else painted(found[0], _OF_SIGNAL[found[1]], stream) + line[found.end() :]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-# The most characters of a message: enough for a list of ten files, and not too long to read.
+# The most characters of a message. They are enough for a list of ten files, and still short enough to read.
 _LONGEST = 4000
 
 
 def readable(text: str) -> str:
-    """A message that any console can print: long texts from files are shortened, control characters are escaped."""
+    """A message that any console can print. Long texts are shortened, and control characters are escaped.
+
+    Messages quote files and libraries. A control character in them could change what is on the terminal.
+    """
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 1000]} [... {len(text) - _LONGEST:,} characters ...] {text[-1000:]}"
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
@@ -18,7 +21,7 @@ class TrainerError(Exception):
 
     Attributes:
         exit_code: the exit code of the process.
-        agreed: every rank raises this same error, so only rank 0 prints it.
+        agreed: whether every rank raises this same error. Then only rank 0 prints it.
         speaks: whether this rank prints it; None if that is not decided yet.
     """
 
@@ -31,7 +34,10 @@ class TrainerError(Exception):
 
 
 class UserError(TrainerError, ValueError):
-    """The user must change something first: in the config, the command line, the task or on the machine."""
+    """The user must change something first: the config, the command line, the task or the machine.
+
+    It is a ValueError as well, so that a program that uses the trainer can catch it as one.
+    """
 
     exit_code = 2
 
@@ -60,7 +66,9 @@ class LostRankError(TrainerError):
 
 
 class Stopped(TrainerError):
-    """The run was asked to stop, and wrote a checkpoint: nothing is lost (75 is EX_TEMPFAIL: try again).
+    """The run was asked to stop, and has written a checkpoint: nothing is lost.
+
+    The exit code 75 is EX_TEMPFAIL of sysexits.h, "try again".
 
     Attributes:
         reason: who or what asked: the name of a signal such as SIGINT, or a clause.

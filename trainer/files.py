@@ -24,8 +24,9 @@ def sync(path: Path) -> None:
 
 
 def _share(file: Path) -> None:
-    """Gives a file the permissions of any new file. The library of safetensors makes its files private."""
+    """Gives a file the usual permissions of a new file. The library safetensors makes its files private."""
     with contextlib.suppress(OSError, StopIteration):
+        # Read from /proc: os.umask() can only read the mask by setting it, which would disturb other threads.
         lines = Path("/proc/self/status").read_text().splitlines()
         umask = next(line.split()[1] for line in lines if line.startswith("Umask:"))
         file.chmod(0o666 & ~int(umask, 8))
@@ -37,16 +38,16 @@ def whole_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
     Args:
         path: of the file.
-        synced: wait until the content is on disk before it is moved, so that not even a power cut leaves half a file.
+        synced: wait until the content is on disk before it is moved. Then not even a power cut leaves half a file.
     """
-    # In the same folder, since a file can be replaced at one stroke only within one file system.
+    # In the same folder: a file can be replaced in one step only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         _share(temporary)
         if synced:
             sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # one step: others see the old file or the new one
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -78,7 +79,7 @@ _DAY_S = 86400.0
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Removes files with these names that nobody has written to for a day: those of processes that were killed."""
+    """Removes files with these names that are older than a day. Processes that were killed have left them."""
     with contextlib.suppress(OSError):
         for file in folder.iterdir():
             with contextlib.suppress(OSError):  # another process may remove it, too

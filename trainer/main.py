@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+# Before all other imports: they take seconds, and count for the time to the first step and for the wall-time budget.
 _STARTED_AT_S, _BEGAN_S = time.time(), time.monotonic()
 
 import os  # noqa: E402
@@ -13,12 +14,13 @@ import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 if __package__ in (None, ""):
-    # `deepspeed trainer/main.py` puts this folder on the path, but its parent is needed there.
+    # `deepspeed trainer/main.py` puts this folder on the path, but the package is found from its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.ranks.stopping import EndedBySignal, end_at_once  # noqa: E402
 from trainer.ranks.streams import open_streams  # noqa: E402
 
+# Before the slow imports: a Ctrl-C during them would otherwise end in a traceback.
 if __name__ == "__main__":
     open_streams()
     signal.signal(signal.SIGINT, end_at_once)
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a config on this rank. Returns the exit code (see trainer/commands/README.md)."""
     ranks = Ranks()
     try:
-        remember_launchers()
+        remember_launchers()  # at once, because a launcher may end while this rank starts
         ranks = Ranks.from_environment()  # first, so that even a wrong flag is reported by one rank
         flags = run_parser().parse_args(arguments)
         ranks = Ranks.from_environment(flags.local_rank)

@@ -412,7 +412,10 @@ KINDS: dict[str, tuple[Callable[[int, int, random.Random, Path], Plan], int]] = 
     "a child that outlives the run": (leaves_a_child, 3),
     STALE: (stale_notice, 3),
     "foreign files and checkpoints": (foreign_files, 4),
-    "fewer steps": (changed(["--max_steps", "2"], "steps already, but now it is to have only 2"), 3),
+    "fewer steps": (
+        changed(["--max_steps", "2"], "steps already, but trainer.epochs and trainer.max_steps now give only 2"),
+        3,
+    ),
     "another seed": (changed(["--seed", "9"], "trainer.seed: 0 before, 9 now"), 2),
     "bits flipped in the gradients of a rank": (flipped_bits, 6),
     "disk full": (full_disk, 6),

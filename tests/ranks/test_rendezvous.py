@@ -214,11 +214,11 @@ def test_a_rank_that_is_long_in_coming_is_told_of(
     lines = capsys.readouterr().err.split()
     said = " ".join(lines)
     assert said.count("note:") in (3, 4)
-    assert "the other ranks have waited for ranks 1, 2, 3, 4, 5, 6, 7, 8, ...: still starting, or hanging" in said
+    assert "the other ranks have been waiting for ranks 1, 2, 3, 4, 5, 6, 7, 8, ...: still starting, or hanging" in said
     for place in (Ranks(1, 3, 1, 3), Ranks(2, 3, 2, 3)):
         with pytest.raises(UserError):
             start(place, "gloo", 0.5)
-    assert capsys.readouterr().err.count("have waited for rank 0: still starting") in (2, 3)
+    assert capsys.readouterr().err.count("have been waiting for rank 0: still starting") in (2, 3)
 
 
 def test_launches_do_not_meet_one_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,13 +328,16 @@ def test_before_the_first_step_ranks_may_work_for_long(
         assert said == ""
         return
     assert said.count("note:") in (2, 3)
-    assert "the other ranks have waited for ranks 2 on node2, 3 on node3 in splits() (my_task.py, line 12)." in said
+    assert (
+        "the other ranks have been waiting for ranks 2 on node2, 3 on node3 in splits() (my_task.py, line 12)." in said
+    )
     assert "They wait for up to 1799.6 s." in said
     run.heart.entered = dict.fromkeys(range(4), 2)  # on one machine, they wait in the cache
     until(lambda: "note" in (text := capsys.readouterr().err) and print(text) is None)
     said = capsys.readouterr().out
     assert (
-        "the ranks have prepared the first step: ranks 0 on node0, 1 on node1 in cached() (cache.py, line 9); " in said
+        "the ranks have been preparing the first step: ranks 0 on node0, 1 on node1 in cached() (cache.py, line 9); "
+        in said
     )
 
 

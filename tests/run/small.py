@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,8 +24,11 @@ from trainer.ranks.place import Ranks
 from trainer.record.checkpoints import Snapshot
 from trainer.record.console import DeepSpeedLog
 from trainer.record.folder import OutputFolder
+from trainer.run import build as build_module
 from trainer.run.build import Pieces, measures_norms
+from trainer.run.claim import Resume
 from trainer.run.course import Course, set_out
+from trainer.run.run import run
 
 CPU = torch.device("cpu")
 
@@ -185,6 +189,23 @@ def course_of(
     course = set_out(pieces, claimed, log, watch, snapshot, trace, time.time(), time.monotonic())
     _open.append((course, log))
     return course
+
+
+def make(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    task: Any = None,
+    trace: Any = None,
+    resume: str = "none",
+    allow: bool = False,
+    **trainer: Any,
+) -> dict[str, Any]:
+    """A whole run in `folder`; its summary. It needs the fixture `plain_engine`."""
+    monkeypatch.setattr(build_module, "load_task", lambda name, options: Task() if task is None else task)
+    # A run holds its folder until its process ends, and here all runs are of one process.
+    monkeypatch.setattr("trainer.record.folder._lock", lambda path: None)
+    config = config_of(output_dir=str(folder), **trainer)
+    return run(config, Ranks(), config_name="test", started_at_s=time.time(), trace=trace, resume=Resume(resume, allow))
 
 
 def records(folder: Path) -> list[dict[str, float]]:

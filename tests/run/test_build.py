@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.run.small import Task, config_of, pieces_of
-from trainer.config.keys import Config
 from trainer.errors import UserError
 from trainer.ranks.place import Ranks
 from trainer.record.console import DeepSpeedLog
@@ -151,49 +150,13 @@ def test_a_refusal_gives_all_reasons_and_what_to_do() -> None:
     refuse_inexact(config_of(), ["a differs"])
 
 
-def ranks_say(monkeypatch: pytest.MonkeyPatch, changes: list[dict[str, str]]) -> Config:
-    """As if there were as many ranks as changes, each with facts of its own."""
-
-    def gather(value: Any) -> list[Any]:
-        if not isinstance(value, tuple):
-            return [value] * len(changes)
-        return [(f"host{rank}", value[1] | change) for rank, change in enumerate(changes)]
-
-    monkeypatch.setattr(build_module, "gather_objects", gather)
-    return config_of()
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ([{}, {"torch": "1.0"}, {}], r"rank 1 on host1 has another torch than the other ranks: 1\.0, others "),
-        ([{"config": "x"}, {}, {}], r"rank 0 on host0 has another config than the other ranks\.$"),
-        ([{}, {}, {"data of train": "x"}], "rank 2 on host2 has another data of train"),
-        # The worse difference is the one that is reported.
-        ([{}, {"device_model": "old"}, {"torch": "1.0"}], "rank 2 on host2 has another torch"),
-    ],
-)
-def test_ranks_that_would_train_something_else_are_refused(
-    monkeypatch: pytest.MonkeyPatch, changes: list[dict[str, str]], said: str
-) -> None:
-    ranks_say(monkeypatch, changes)
-    with pytest.raises(UserError, match=said) as caught:
-        built(monkeypatch)
-    assert caught.value.agreed
-
-
-def test_ranks_on_other_device_models_are_labelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks_say(monkeypatch, [{}, {"device_model": "old"}, {}, {"device_model": "older", "cpu_capability": "none"}])
+def test_ranks_on_other_device_models_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "compare_facts", lambda facts, config, splits: ["rank 1 runs on another"])
     pieces = built(monkeypatch)
     assert not pieces.alike
-    (reason,) = pieces.inexact
-    assert reason.startswith("rank 3 on host3 runs on none, others on ")
-
-
-def test_ranks_with_other_settings_of_math_libraries_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks_say(monkeypatch, [{}, {"math_settings": "MKL_CBWR=COMPATIBLE"}, {}])
-    (reason,) = built(monkeypatch).inexact
-    assert reason == "rank 1 on host1 runs on MKL_CBWR=COMPATIBLE, others on default settings of math libraries"
+    assert (pieces.exactness, pieces.inexact) == ("tolerance", ["rank 1 runs on another"])
+    with pytest.raises(UserError, match="rank 1 runs on another"):
+        built(monkeypatch, exactness="bitwise")
 
 
 def test_norms_are_measured_only_where_something_needs_them() -> None:

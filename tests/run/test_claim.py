@@ -48,7 +48,7 @@ def test_what_lies_around_a_copied_checkpoint_is_not_its_run(tmp_path: Path, mon
     other = a_run(tmp_path / "other", 8, 9)
     copy = other / "keep" / "step-000000018"
     copy.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"outside of a run's folder checkpoints\. Say with --output_dir"):
+    with pytest.raises(UserError, match=r"outside of a run's folder checkpoints\. Add --output_dir"):
         claim(Resume(str(copy)), config_of(output_dir=None), "small")
     folder, source = claim(Resume(str(copy)), config_of(output_dir=str(tmp_path / "new")), "small")
     folder.unlock()

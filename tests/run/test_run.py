@@ -21,33 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.run.small import Task, config_of, records
+from tests.run.small import Task, make, records
 from trainer.errors import NonFiniteError, Stopped, TrainerError, UserError
-from trainer.ranks.place import Ranks
 from trainer.ranks.stopping import EndedBySignal
 from trainer.record import checkpoints
 from trainer.record.checkpoints import list_checkpoints
-from trainer.run import build as build_module
-from trainer.run.claim import Resume
-from trainer.run.run import run
 
 pytestmark = pytest.mark.usefixtures("plain_engine")
-
-
-def make(
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    task: Any = None,
-    trace: Any = None,
-    resume: str = "none",
-    allow: bool = False,
-    **trainer: Any,
-) -> dict[str, Any]:
-    monkeypatch.setattr(build_module, "load_task", lambda name, options: Task() if task is None else task)
-    # A run holds its folder until its process ends, and here all runs are of one process.
-    monkeypatch.setattr("trainer.record.folder._lock", lambda path: None)
-    config = config_of(output_dir=str(folder), **trainer)
-    return run(config, Ranks(), config_name="test", started_at_s=time.time(), trace=trace, resume=Resume(resume, allow))
 
 
 @pytest.fixture(autouse=True)
@@ -133,94 +113,6 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(
     assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
     times_s = [record["time_s"] for record in records(tmp_path / "run")]
     assert times_s == sorted(times_s), "the clock of the training goes on"
-
-
-COSINE = {"schedule": "cosine"}
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "said"),
-    [
-        ({}, {"seed": 1}, r"has finished, and these settings differ(.|\n)*trainer\.seed: 0 before, 1 now"),
-        ({}, {"gradient_clipping": 0.5}, r"gradient_clipping: 1\.0 before, 0\.5 now"),
-        ({}, {"max_steps": 6}, r"has made 8 steps already, but now it is to have only 6"),
-        ({}, {"max_steps": 10, "seed": 1}, r"The checkpoint is of another run(.|\n)*trainer\.seed: 0 before, 1 now"),
-        ({"learning_rate": COSINE}, {"max_steps": 10}, r"steps, on which the learning rate depends: 8 before, 10 now"),
-        (
-            {"checkpoint": {"every_steps": 0}},
-            {"max_steps": 10},
-            r"finished without a checkpoint, so it cannot go on to 10",
-        ),
-    ],
-    ids=["another seed", "another clip", "fewer steps", "longer with another seed", "longer schedule", "no checkpoint"],
-)
-def test_a_finished_run_is_compared_before_anything_is_said_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any], now: dict[str, Any], said: str
-) -> None:
-    make(monkeypatch, tmp_path / "run", max_steps=8, **before)
-    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=said):
-        make(monkeypatch, tmp_path / "run", resume="auto", **{"max_steps": 8} | before | now)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
-
-
-def test_a_key_that_the_version_before_did_not_have_had_its_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    summary = make(monkeypatch, tmp_path / "run", max_steps=4)
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    del manifest["config"]["trainer"]["tf32"]
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    assert make(monkeypatch, tmp_path / "run", resume="auto", max_steps=4) == summary
-    with pytest.raises(UserError, match=r"trainer\.tf32: False before, True now"):
-        make(monkeypatch, tmp_path / "run", resume="auto", max_steps=4, tf32=True)
-
-
-def test_a_longer_schedule_is_another_run_that_may_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(monkeypatch, tmp_path / "run", max_steps=8, learning_rate=COSINE)
-    longer = make(monkeypatch, tmp_path / "run", resume="auto", allow=True, max_steps=10, learning_rate=COSINE)
-    assert (longer["steps"], longer["exactness"]) == (10, "tolerance")
-    assert "steps, on which the learning rate depends: 8 before, 10 now" in longer["inexact"][0]
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "label"), [("a", "a", "bitwise"), ("a", "b", "tolerance"), (None, "b", "bitwise")]
-)
-def test_an_edited_task_is_labelled_when_its_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str | None, now: str, label: str
-) -> None:
-    """A checkpoint of an earlier version does not say what the code was."""
-    monkeypatch.setattr(build_module, "task_code_sha256", lambda task, name: then)
-    make(monkeypatch, tmp_path / "run", max_steps=7)
-    monkeypatch.setattr(build_module, "task_code_sha256", lambda task, name: now)
-    summary = make(monkeypatch, tmp_path / "run", resume="auto")
-    assert summary["exactness"] == label
-    assert summary["inexact"] == (["the code of the task has changed since the checkpoint"] * (label == "tolerance"))
-    if label == "tolerance":
-        (tmp_path / "run" / "summary.json").unlink()
-        with pytest.raises(UserError, match="but the code of the task has changed since the checkpoint"):
-            make(monkeypatch, tmp_path / "run", resume="auto", exactness="bitwise")
-
-
-def test_a_run_that_stopped_early_does_not_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its patience is used up, however many epochs it may have."""
-    slow = {"optimizer": {"type": "SGD", "params": {"lr": 1e-9}}, "best": {"patience_evaluations": 1}}
-    summary = make(monkeypatch, tmp_path / "run", epochs=9, **slow)
-    assert summary["status"] == "stopped early"
-    assert make(monkeypatch, tmp_path / "run", resume="auto", epochs=12, **slow) == summary
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_an_interrupted_run_cannot_have_fewer_steps_than_it_has_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(monkeypatch, tmp_path / "run", max_steps=7)
-    (tmp_path / "run" / "summary.json").unlink()  # killed at its very end
-    with pytest.raises(UserError, match="has made 7 steps already, but now it is to have only 5"):
-        make(monkeypatch, tmp_path / "run", resume="auto", max_steps=5)
-    assert make(monkeypatch, tmp_path / "run", resume="auto", max_steps=7)["steps"] == 7
 
 
 def test_another_run_that_ended_here_meanwhile_is_not_overwritten(
@@ -319,9 +211,9 @@ def tamper(checkpoint: Path, part: str, value: Any) -> None:
     ("part", "value", "said"),
     [
         ("history", [], "was not written by a run: it has no history"),
-        ("window", {}, "is whole, but no run has written it so"),
-        ("window", {"filled": "many"}, "is whole, but no run has written it so"),
-        ("best", [], "is whole, but no run has written it so"),
+        ("window", {}, "is undamaged, but no run writes such a content"),
+        ("window", {"filled": "many"}, "is undamaged, but no run writes such a content"),
+        ("best", [], "is undamaged, but no run writes such a content"),
         ("dtype", ("model", torch.float64), r"of another model: .* is torch\.float64 in it, torch\.float32 here"),
         ("dtype", ("optimizer", torch.float64), r"of another optimizer: 0\.bias\.momentum_buffer is torch\.float64"),
         ("dtype", ("optimizer", torch.int32), r"of another optimizer: 0\.bias\.momentum_buffer is torch\.int32"),

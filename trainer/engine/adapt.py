@@ -1,6 +1,6 @@
 """What a config can ask for with any model: frozen parameters, LoRA, gradient checkpointing, groups, compilation.
 
-All of it is applied after the task has made its model. The task's code does not take part in it.
+All of it is applied after the task has made its model. The task's code need not know of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..config.keys import Config, LoraOptions
 from ..config.schema import near
 from ..errors import UserError
 
-# More shapes than any plan has. Beyond it, compilation raises an error. torch would fall back on eager mode instead, on
-# some ranks only, and those would compute other bits.
+# More shapes than any plan has. At this limit compilation raises an error. Without the error torch would use eager mode
+# instead, perhaps on some ranks only, and those would compute other bits.
 _MOST_SHAPES = 64
 
 
@@ -39,21 +39,21 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
     if options.lora is not None:
         model = _with_lora(model, options.lora)
     if options.freeze or options.lora is not None:
-        # With LoRA all is frozen but the updates, and what peft keeps whole copies of.
+        # With LoRA everything is frozen, except the updates and the modules of which peft trains whole copies.
         _freeze_statistics(model, options.freeze, "" if options.lora is None else "modules_to_save")
     return model
 
 
 def _freeze_statistics(model: nn.Module, patterns: list[str], all_but: str) -> None:
-    """Keeps BatchNorm layers in evaluation mode whose parameters are frozen: frozen means unchanged.
+    """Keeps BatchNorm layers in evaluation mode if their parameters are frozen: frozen means unchanged.
 
-    Otherwise their running statistics would follow the new data. An adapter of LoRA does not hold them, so it would
-    give another model on its base than the one that was trained.
+    Otherwise their running statistics would follow the new data. LoRA's adapter does not hold them. Loaded on its base,
+    it would then give another model than the one that was trained.
 
     Args:
         model: with its frozen parameters.
         patterns: `trainer.freeze`.
-        all_but: the part of a name with which a layer without weights is not frozen, where all others are; else "".
+        all_but: "" or a part of a name. Layers without weights are then frozen unless their name contains it.
     """
     for name, module in model.named_modules():
         if not isinstance(module, _NormBase) or module.running_mean is None:
@@ -64,8 +64,8 @@ def _freeze_statistics(model: nn.Module, patterns: list[str], all_but: str) -> N
         named = named or bool(all_but and all_but not in name)
         if named if not own else not any(parameter.requires_grad for parameter in own):
             module.eval()
-            # `train()` of the whole model, which follows each evaluation, must not reach it. A partial is copied
-            # together with the module; a lambda would go on naming the old one.
+            # After each evaluation the whole model's `train()` is called. It must not change this layer. A partial is
+            # copied together with the module. A lambda in a copy would still refer to the old module.
             module.train = functools.partial(_stay, module)  # type: ignore[method-assign,assignment]
 
 
@@ -82,7 +82,7 @@ def _matching(pattern: str, names: list[str], option: str) -> list[str]:
     found = [n for n in names if _covers(pattern, n)]
     if not found:
         hint = near(pattern, names)
-        if hint.startswith("Known"):  # as near as any other: then a few
+        if hint.startswith("Known"):  # no name is near, so the first few are shown
             hint = f"It has {', '.join(names[:8])}{', ...' if len(names) > 8 else '.'}"
         raise UserError(f'{option}: "{pattern}" matches no parameter of the model. {hint}')
     return found
@@ -110,9 +110,9 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
         raise UserError('"trainer.lora" needs the package peft: pip install "strong-scaling-trainer[lora]"') from error
     kind = type(model).__name__
     task_type = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-    # The last layer of a classifier is new: it has no pretrained weights to adapt, so all of it is trained.
+    # The last layer of a classifier is new. It has no pretrained weights to adapt, so it is trained as a whole.
     heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
-    # Copies: peft adds to these lists, and the config's are compared and recorded.
+    # Copies, because peft adds to these lists, and those of the config are compared and recorded.
     also = list(lora.also_train) or (heads if "Classification" in kind else [])
     targets: Any = list(lora.target_modules) or "all-linear"
     try:
@@ -149,10 +149,10 @@ def _with_lora(model: nn.Module, lora: LoraOptions) -> nn.Module:
 
 
 def _trouble(layer: nn.Module) -> str | None:
-    """Why peft's update of a layer would be wrong, or could not be saved; None if it is fine."""
+    """Why peft's update of a layer would be wrong, or could not be saved; None if there is no problem."""
     if getattr(layer, "groups", 1) > 1:
         return "peft cannot merge the update of a grouped convolution, so the trained model could not be saved"
-    # peft's update is a convolution with the layer's kernel, stride and padding, and nothing else of it.
+    # peft's update takes over only kernel, stride and padding of a convolution. It ignores everything else.
     if set(getattr(layer, "dilation", ())) - {1} and max(layer.kernel_size) > 1:  # type: ignore[arg-type]
         return "peft's update of a dilated convolution is not dilated"
     if getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -165,8 +165,8 @@ def _trouble(layer: nn.Module) -> str | None:
 def merged(model: nn.Module) -> nn.Module:
     """A model without adapters: a copy with LoRA's updates added to its weights, or the model itself if it has none.
 
-    An update belongs to one layer. Where the layer shares its weight with another one, as an output layer often does
-    with the embedding, it gets a weight of its own in the copy.
+    An update belongs to one layer. The layer may share its weight with another one, as an output layer often does with
+    the embedding. Then it gets a weight of its own in the copy.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
@@ -222,8 +222,8 @@ def parameter_groups(model: nn.Module, config: Config, vectors: dict[str, Any]) 
 def compile_in_place(model: nn.Module) -> None:
     """Compiles a model's forward with torch.compile, the same kernels on every rank. Raises UserError.
 
-    Each shape is compiled separately. With kernels for unknown sizes, torch would choose them in the order in which a
-    rank meets its micro-batches, and this order depends on the number of ranks.
+    Each shape is compiled separately (dynamic=False). Otherwise torch would choose kernels by the order in which a rank
+    meets its micro-batches, and this order depends on the number of ranks.
     """
     if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
         raise UserError('"trainer.compile": torch.compile needs a C and C++ compiler (gcc or clang); none was found.')

@@ -1,4 +1,4 @@
-"""AdaScale: a learning rate for large batches. It follows how many small steps a large one is worth at the moment.
+"""AdaScale: a learning rate for large batches. It follows how many small steps one large step is worth at the moment.
 
 Johnson et al. 2020 (arXiv 2007.05105) made it for SGD. Averaging S times more samples divides the gradient's variance
 by S and leaves its mean unchanged. If the variance dominates, a step of the large batch is worth S small ones; if the
@@ -36,10 +36,12 @@ class AdaScale:
     Before a step, `gain` and `factor` are those of this step. `observe` takes the noise in its gradient. After that,
     `gain` and `factor` are those of the next step. As in the paper's appendix B.3, the gain of a step comes from the
     steps before it. During the first 1000 / S steps it comes from the mean of their estimates, later from a moving
-    average that keeps theta = max(1 - S / 1000, 0) of itself. The first step has gain 1. Two things differ from
-    the paper. sigma^2 is estimated from all M micro-batches instead of S gradients of the base batch. This has the same
-    expectation and less variance. And an average below 0 counts as 0, not each estimate: mu^2 of one step is mostly
-    noise and often negative, so without its negative values its average is too large, and the gain too small.
+    average that keeps theta = max(1 - S / 1000, 0) of itself. The first step has gain 1.
+
+    Two things differ from the paper. First, sigma^2 is estimated from all M micro-batches instead of S gradients of the
+    base batch. This has the same expectation and less variance. Second, an average below 0 counts as 0, but a single
+    estimate below 0 does not: mu^2 of one step is mostly noise and often negative. Without the negative values its
+    average would be too large, and the gain too small.
 
     In an epoch's last, smaller batch, S is still that of a full global batch, as for the other scaling rules.
 

@@ -1,8 +1,8 @@
 """The internals of DeepSpeed that the trainer uses, in one table, checked before any of them is used or replaced.
 
-DeepSpeed promises none of these names. If one of them is renamed, Python lets us set the old name, which nobody reads
-any more. DeepSpeed would then sum the gradient a second time, without an error. So each name is looked up and checked
-for its type or its arguments. If DeepSpeed itself has to read a name, the code that reads it is checked, too.
+DeepSpeed promises none of these names. If it renames one, Python still lets us set the old name, which nobody reads any
+more. DeepSpeed could then sum the gradient a second time, without an error. So each name is looked up, and its type or
+its arguments are checked. If DeepSpeed itself has to read a name, the code that reads it is checked, too.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _refusal(version: str, problem: str) -> UserError:
 
 
 def _problem(need: Need, owner: Any) -> str | None:
-    """What is wrong, as the end of a sentence that begins with the name; None if nothing is."""
+    """What is wrong, as the end of a sentence that begins with the name; None if all is well."""
     value = owner
     for part in need.name.split("."):
         value = getattr(value, part, _MISSING)

@@ -33,7 +33,7 @@ from .optimizers import client_optimizer, for_vectors
 from .undo import Undo
 
 VERSION: str = deepspeed.__version__
-# `deepspeed.comm.torch` as an attribute is torch itself.
+# By import_module, because the attribute `deepspeed.comm.torch` is torch itself.
 _COMMUNICATION = importlib.import_module("deepspeed.comm.torch")
 # The state that optimizers keep on the host. All other state lies on the parameter's device. Names decide, as "step"
 # does in torch's Optimizer.load_state_dict. Shapes cannot: for a parameter of shape (), the moments have shape (), too.
@@ -47,10 +47,10 @@ def builds_an_op(config: Config) -> bool:
 
 
 def use_accelerator(device: torch.device) -> None:
-    """Has DeepSpeed work on the device that we chose.
+    """Makes DeepSpeed use the device that we chose.
 
-    It made its own choice when it was imported: by what is installed, or by DS_ACCELERATOR, which a user or another
-    program may have set.
+    DeepSpeed makes its own choice when it is imported: by the installed packages, or by DS_ACCELERATOR, which a user or
+    another program may have set.
     """
     if get_accelerator().device_name() != device.type:
         set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
@@ -96,9 +96,9 @@ class Engine:
         self.device = self.parameters[0].device
         use_accelerator(self.device)
         engine_contract.check(VERSION, self.zero_stage, deepspeed=deepspeed, communication=_COMMUNICATION)
-        # DeepSpeed asks this list whether it can compile a kernel for its own all-reduce on CPUs, which we don't use.
-        # Otherwise it would first try all kernels that it knows (23 for GPUs, in 1 to 3 s on every rank) to make the
-        # list, and then compile that one, in half a minute.
+        # An empty list, so that DeepSpeed does not compile a kernel for its own all-reduce on CPUs, which we don't use.
+        # To make the list, it would try all kernels that it knows (23 for GPUs, in 1 to 3 s on every rank). Then it
+        # would compile that one, in half a minute.
         deepspeed.ops.__compatible_ops__ = {}
         groups = parameter_groups(model, config, for_vectors(config))
         odd = self._send_odd_parameters()
@@ -142,9 +142,9 @@ class Engine:
     def _send_odd_parameters(self) -> list[Any]:
         """Sends rank 0's parameters that DeepSpeed cannot send, and marks them. Collective: every rank.
 
-        DeepSpeed sends the model as bytes: its `view(torch.uint8)` needs a last dimension whose elements lie side by
-        side. Parameters of shape () and those in the memory format channels_last have none. DeepSpeed skips parameters
-        that have the mark. It uses the mark itself, for parameters that the ranks do not share.
+        DeepSpeed sends the model as bytes. Its `view(torch.uint8)` needs a last dimension with its elements side by
+        side in memory. Parameters of shape () and those in the memory format channels_last have none. DeepSpeed skips
+        parameters with the mark ds_optim_param. Its own use of the mark is for parameters that the ranks do not share.
         """
         odd: list[Any] = []
         for name, parameter in self.model.named_parameters():
@@ -155,7 +155,8 @@ class Engine:
                     f"The parameter {name} has no dimension (its shape is ()), and ZeRO stage 3 cannot cut it into "
                     "parts.\nUse ZeRO stage 0, 1 or 2, or give it a dimension: torch.ones(1), not torch.ones(())."
                 )
-            # A copy in any case: one that is contiguous with strides such as (9, 1, 3, 1) would overlap its message.
+            # clone always copies. contiguous() would not copy a tensor with strides such as (9, 1, 3, 1), and the
+            # message would share its memory.
             message = parameter.detach().clone(memory_format=torch.contiguous_format).view(-1)
             torch.distributed.broadcast(message, src=0)
             parameter.detach().copy_(message.view(parameter.shape))
@@ -169,15 +170,15 @@ class Engine:
         # Gradients are views of one buffer that every step overwrites. zero_grad would set them to None, and each
         # step would have to set them again.
         self._engine.zero_grad = lambda: None
-        # DeepSpeed's hooks on the forward serve its timers, its profiler and ZeRO, none of which is used here. With a
-        # tiny model they take several per cent of a micro-step. Of what we use, only the memory report needs them.
+        # DeepSpeed's hooks on the forward are for its timers, its profiler and ZeRO. None of them is used here. With a
+        # tiny model the hooks take several per cent of a micro-step. Only the memory report needs them.
         if not memory_breakdown:
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 getattr(self._engine, hook).remove()
                 setattr(self._engine, hook, None)
 
     def use_gradient(self, flat: Tensor, views: list[Tensor]) -> None:
-        """Tells `update` where to read gradients: in a flat buffer, with one view a parameter, in order."""
+        """Tells `update` where the gradients are: in the flat buffer, with one view for each parameter, in order."""
         self._views = views
         for parameter, view in zip(self.parameters, views):
             parameter.grad = view
@@ -197,7 +198,7 @@ class Engine:
         """From now on an update leaves the parameters alone if `flag` () is not 0. Returns False if it cannot.
 
         This keeps the last good parameters, and the host need not wait for the loss. Kernels of torch's fused
-        optimizers skip the update. Others make it, and it is taken back; their momenta are no longer good then.
+        optimizers skip the update. Other optimizers make it, and it is taken back. Their momenta are not taken back.
         """
         if self.zero_stage > 0:
             return False
@@ -251,7 +252,7 @@ class Engine:
     def _used_late(self) -> list[int]:
         """Positions of parameters that are used for the first time, later than others.
 
-        Torch's fused SGD makes all momentum buffers in its first step, and fails where some are there already. So these
+        Torch's fused SGD makes all momentum buffers in its first step. It fails if some exist already. So these
         parameters get a first step of their own.
         """
         if not self._lacks_momentum:
@@ -368,7 +369,8 @@ class Engine:
         if self.zero_stage == 3:
             partitions = self.optimizer.fp32_partitioned_groups_flat  # stage 3 keeps them in a list of its own
         fused = any(group.get("fused") for group in inner.param_groups)
-        for partition in partitions:  # normally the optimizer makes these in its first step
+        # Normally the optimizer makes this state in its first step. DeepSpeed's setters below need it to exist.
+        for partition in partitions:
             inner.state[partition] = {kind: torch.zeros_like(partition) for kind in sorted(of_optimizer)} | {
                 kind: torch.tensor(value, device=partition.device if fused else "cpu")
                 for kind, value in values.get("odd", {}).items()

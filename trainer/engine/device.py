@@ -33,7 +33,7 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
     if gpus == 0:
         if shared > 1:
             raise UserError(f"trainer.ranks_per_gpu is {shared}, but this run is on the CPU. Leave it out.")
-        # Otherwise DeepSpeed picks its accelerator by the packages that are installed.
+        # Without this, DeepSpeed chooses its accelerator by the packages that are installed.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu"), "gloo"
     own = _has_gpus_of_its_own(gpus, ranks)
@@ -52,7 +52,7 @@ def choose(config: Config, ranks: Ranks) -> tuple[torch.device, str]:
 def _has_gpus_of_its_own(gpus: int, ranks: Ranks) -> bool:
     """Whether a rank sees only its own GPUs, as SLURM's tasks do with --gpus-per-task.
 
-    Ranks that a launcher starts inside one task all have that task's number, and share its GPUs.
+    A launcher may start several ranks inside one task. They all have that task's number, and share its GPUs.
     """
     a_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "2", or with the model: "a100:2"
     return a_task == str(gpus) and os.environ.get("SLURM_LOCALID") == str(ranks.local_rank)
@@ -64,20 +64,20 @@ def settle(config: Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(config.trainer.cpu_threads)
     torch.use_deterministic_algorithms(True)
-    # The setting above would also fill every torch.empty, to find reads of uninitialised memory. That costs time, so
-    # only the tests do it.
+    # The setting above also makes torch fill every torch.empty, which shows reads of uninitialised memory. That costs
+    # time, so only the tests do it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # The benchmark chooses a kernel by timing, so two ranks could choose differently.
+    # With benchmark=True cuDNN chooses kernels by their speed, so two ranks could choose differently.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    # By default torch's convolutions take TF32, whose products have 10 bits, where float32 is meant.
+    # By default torch's convolutions use TF32, whose products have 10 bits, also for float32 tensors.
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32
     torch.backends.cuda.matmul.allow_tf32 = config.trainer.tf32
 
 
 @contextlib.contextmanager
 def linear_kept() -> Iterator[None]:
-    """Gives `F.linear` back: ZeRO stage 3 replaces it for the whole process, whose later runs would have other bits."""
+    """Restores `F.linear` at the end. ZeRO stage 3 replaces it, and later runs of the process would have other bits."""
     linear = F.linear
     try:
         yield
@@ -87,9 +87,9 @@ def linear_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_local_rank(device: torch.device) -> Iterator[None]:
-    """LOCAL_RANK is the index of the device meanwhile: DeepSpeed takes the GPU that it names.
+    """A context in which LOCAL_RANK is the index of the device: DeepSpeed uses the GPU with this number.
 
-    Ranks that share a GPU, or that see only their own, have another local rank than their GPU's index.
+    If ranks share a GPU, or see only their own, a rank's local rank is not the index of its GPU.
     """
     if device.type != "cuda":
         yield
@@ -127,7 +127,7 @@ def cpu_model() -> str:
     return f"{fields.get('model name', platform.processor() or platform.machine())} ({numbers})"
 
 
-# With these, libraries of mathematics take other kernels, which give other bits.
+# With these variables, math libraries choose other kernels, which give other bits.
 _SETTINGS = (
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",

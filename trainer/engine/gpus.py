@@ -30,7 +30,7 @@ def usable_gpus(wanted: str) -> int:
         wanted: as trainer.device. With "cpu" there are none.
 
     Raises:
-        UserError: the machine has GPUs, but torch cannot use them. A run on its CPU would surprise.
+        UserError: the machine has GPUs, but torch cannot use them. Nobody would expect a run on the CPU then.
     """
     if wanted == "cpu":
         return 0
@@ -45,7 +45,7 @@ def usable_gpus(wanted: str) -> int:
 
 
 def sharing(config: Config, world_size: int, gpus: int) -> Config:
-    """The config with as many ranks on each GPU as so many ranks of one machine need. It changes no bit."""
+    """The config, with `ranks_per_gpu` large enough for `world_size` ranks on one machine. It changes no bit."""
     if gpus == 0:
         return config
     each = max(config.trainer.ranks_per_gpu, -(-world_size // gpus))

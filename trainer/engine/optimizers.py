@@ -1,15 +1,15 @@
 """Optimizers that DeepSpeed does not build itself: torch.optim's by their signature, and LARS and LAMB.
 
 In LARS and LAMB the step of each tensor is a fraction of the tensor's own norm. DeepSpeed has no LARS, and its
-FusedLamb needs fp16. So both come from the package pytorch-optimizer, and DeepSpeed's engine is given the object.
+FusedLamb needs fp16. So both come from the package pytorch-optimizer, and DeepSpeed's engine gets the finished object.
 
 LARS (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1) is SGD with momentum. In each tensor the gradient,
 weight decay included, is scaled by trust_coefficient |w| / (|g| + weight_decay |w|), or by 1 if a norm is 0. As in
 torch's SGD the learning rate multiplies the momentum. In the paper it is part of the momentum, which is the same at a
 constant rate. Parameters of one dimension (biases, the gains of norms) are not scaled by their norms and not decayed,
-and their rate is the learning rate times trust_coefficient. Their norms say nothing: a bias starts at 0. The package
-gives them the plain learning rate. As LARS takes rates that are 1 / trust_coefficient times as large as SGD's, that is
-a thousand times too much at the usual coefficient of 0.001, and runs with large batches fall apart.
+and their rate is the learning rate times trust_coefficient. Their norms mean nothing: a bias starts at 0. The package
+gives them the plain learning rate. That is far too much: LARS has rates that are 1 / trust_coefficient times as large
+as SGD's, a thousand times at the usual coefficient of 0.001. Runs with large batches then diverge.
 
 LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2) takes Adam's quotient u = m / (sqrt(v) + eps) plus
 weight_decay w, and scales it in each tensor to the length min(|w|, 10). If a norm is 0, it is not scaled. m and v are
@@ -17,8 +17,9 @@ used without Adam's bias correction: the paper's appendix finds that the correct
 package differs from the paper in two places, and we set its options to follow the paper. Its weight decay would act on
 the weights beside the scaling. Its first steps would be 1 / (1 - beta1^t) times as long: ten times in the first step.
 As in the authors' code, parameters of one dimension are not decayed (`trainer.decay_biases_and_norms` changes that) and
-not scaled: they get Adam's step. This one does have Adam's bias correction, other than in the authors' code. Scaling
-makes up for it in matrices; in vectors nothing does, and their step would be up to 6.6 times as long (at step 12).
+not scaled: they get Adam's step. Unlike in the authors' code, this step has Adam's bias correction. In matrices the
+scaling makes up for a missing correction. In vectors nothing does: without it their step would be up to 6.6 times as
+long (at step 12).
 
 Both are exact: each rank makes the whole step, with elementwise arithmetic and norms of whole tensors. The state
 consists of momenta, which checkpoints hold by parameter, and a count of steps in each group. LAMB also keeps its last
@@ -49,7 +50,7 @@ _VECTORS = "vectors"
 
 
 def _vector_rate(name: str, group: dict[str, Any]) -> float:
-    """By what the learning rate of a group of vectors is multiplied in its next step."""
+    """The factor of the learning rate of a group of vectors, for its next step."""
     if name == "lars":
         return float(group["trust_coefficient"])
     beta1, beta2 = group["betas"]

@@ -1,4 +1,4 @@
-"""How many floating-point operations a second a GPU can do at most, by its name and the precision of the products."""
+"""The peak of a GPU: the most floating-point operations per second, by its name and the precision of the products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config.keys import Config
 class Peak(NamedTuple):
     """TFLOP/s of one GPU, of dense products (data sheets often print twice as many, for sparse ones).
 
-    None where the GPU cannot, or where no source is known.
+    None if the GPU cannot compute in this precision, or if no source is known.
     """
 
     bfloat16: float | None
@@ -19,8 +19,8 @@ class Peak(NamedTuple):
     float32: float | None
 
 
-# torch's name of a GPU, whole -> its peak. A part of a GPU (MIG) has another name, and so has a card for laptops.
-# The line in front says where the numbers are from.
+# torch's whole name of a GPU -> its peak. A part of a GPU (MIG) has another name, and so has a card for laptops.
+# The comment above an entry is the source of its numbers.
 _PEAKS = {
     # https://www.nvidia.com/en-us/data-center/v100/ and https://www.nvidia.com/en-us/data-center/tesla-t4/
     r"Tesla V100-SXM2-(16|32)GB": Peak(None, None, 15.7),
@@ -47,7 +47,7 @@ _PEAKS = {
 
 
 def precision(config: Config, device_type: str) -> str:
-    """In which type a run's matrix products take their factors: bfloat16, tf32 or float32."""
+    """The type of the factors in a run's matrix products: bfloat16, tf32 or float32."""
     if config.torch_autocast.enabled:
         return "bfloat16"
     return "tf32" if config.trainer.tf32 and device_type == "cuda" else "float32"

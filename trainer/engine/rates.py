@@ -26,6 +26,7 @@ class Rates:
         rate = config.trainer.learning_rate
         self._left_to_deepspeed = config.scheduler is not None
         self.adascale: AdaScale | None = None
+        # AdaScale has no fixed scale: it multiplies each step's rate by that step's gain.
         scale, length = 1.0, total_steps
         if rate.scaling_rule == "adascale":
             length = rate.adascale_steps or total_steps

@@ -44,7 +44,7 @@ class ZeroStep:
     ) -> None:
         self._engine, self.micro_batches, self.statistics = engine, micro_batches, statistics
         self._ranks, self._device, self._mark = ranks, device, mark
-        self.audit: Audit | None = None  # never set: no rank holds a whole gradient to compare
+        self.audit: Audit | None = None  # stays None: no rank holds a whole gradient to compare
         self.deferred = False
 
     def __call__(self, batch: GlobalBatch, rate_factor: float | None = 1.0, asks_to_stop: bool = False) -> StepResult:
@@ -59,7 +59,7 @@ class ZeroStep:
 
         def losses_of_block() -> Iterator[Tensor]:
             # DeepSpeed's reduction is collective, at stages 2 and 3 in every micro-step. So all ranks must make the
-            # same number of micro-steps: a rank with fewer micro-batches adds some with weight 0.
+            # same number of micro-steps. A rank with fewer micro-batches adds some with weight 0.
             statistics.begin()
             try:
                 for i, loss in enumerate(self.micro_batches.losses(batch, block)):

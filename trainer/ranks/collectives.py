@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Ranks wait this long for one another before giving up; the first step may compile kernels.
+# Ranks wait this long for one another before they give up. It is long because the first step may compile kernels.
 COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 class _Meetings:
     """Counts the collectives that this rank has entered, and notes when.
 
-    Ranks that wait for one another have the same count. On a GPU, a rank may be ahead of one that it waits for: the
-    host leaves a collective at once and goes on, until so much is queued on the device that it has to wait there.
+    Ranks that wait for one another have the same count. On a GPU a rank may be ahead of the rank that it waits for.
+    There the host leaves a collective at once and goes on, until the device can queue no more work.
 
     Attributes:
         count: of collectives; one inside another does not count.
@@ -60,9 +60,10 @@ class _Meetings:
             self._entered.pop()
 
     def since_s(self, count: int) -> float | None:
-        """Since when this rank, or its device, waits for one that has entered `count` collectives; None: it does not.
+        """Since when this rank, or its device, has been waiting for a rank that has entered `count` collectives.
 
-        A time of time.monotonic().
+        Returns:
+            A time of time.monotonic(); None if it does not wait.
         """
         return next((at_s for entered, at_s in list(self._entered) if entered > count), None)
 
@@ -84,7 +85,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def message_device(device: torch.device) -> torch.device:
-    """Where tensors of a device have to lie when they are sent: NCCL sends from the GPU, gloo from the CPU's memory."""
+    """The device on which a tensor must be to be sent: NCCL sends from the GPU, gloo from the CPU's memory."""
     import torch
     import torch.distributed as dist
 
@@ -102,14 +103,14 @@ def all_gather_flat(out: Tensor, piece: Tensor) -> None:
 
 
 def begin_gather(out: Tensor, piece: Tensor, tag: int = 0) -> list[Any]:
-    """Begins an `all_gather_flat`, which `meetings` do not count. Collective: every rank.
+    """Begins an `all_gather_flat` without waiting for its end. `meetings` does not count it. Collective: every rank.
 
     Args:
-        out, piece: as there. On the CPU, leave both alone until the end of the collective.
-        tag: another one for each that is under way.
+        out, piece: as in `all_gather_flat`. On the CPU, do not touch them before the collective has ended.
+        tag: a number. Collectives that are under way at the same time need different ones.
 
     Returns:
-        What `wait_for` takes. Empty for a GPU, whose present stream waits by itself.
+        What `wait_for` takes. Empty for a GPU: there the current stream waits by itself.
     """
     import torch.distributed as dist
 
@@ -139,7 +140,7 @@ def begin_all_to_all(out: Tensor, piece: Tensor, out_sizes: list[int], sizes: li
 
 def wait_for(works: Sequence[Any]) -> None:
     """Waits until collectives that have begun have ended. Raises RuntimeError if another rank is gone."""
-    # In this module, as an error from here is known to be of a collective: see `run.failures`.
+    # This loop must stay in this module: `run.failures` knows by the module that an error is of a collective.
     for work in works:
         work.wait()
 
@@ -187,7 +188,7 @@ def broadcast_tensor(value: Tensor | None, dtype: torch.dtype, shape: tuple[int,
     if result.numel() == 0:
         return result
     with meetings.from_first():
-        dist.broadcast(result.view(-1).view(torch.uint8), src=0)  # as bytes: gloo does not know all types
+        dist.broadcast(result.view(-1).view(torch.uint8), src=0)  # as bytes, because gloo does not know all types
     return result.view(shape)
 
 

@@ -1,4 +1,4 @@
-"""The ranks that this process has started: waits for what they say, passes signals on to them, and ends them."""
+"""The ranks that this process has started: it reads their messages, passes signals on to them, and ends them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .messages import Died, WorkerError
 
 # After a rank has failed, the others have this time to end by themselves.
 _GRACE_S = 10.0
-# And this one after a SIGTERM.
+# After a SIGTERM they have this time.
 _LEAVING_S = 2.0
 
 
 class Group:
-    """The processes of one start, and what comes from them.
+    """The processes of one start, and their results.
 
     Args:
-        timeout_s: the ranks that are left after this time are ended.
+        timeout_s: after this time, the ranks that are left are ended.
 
     Attributes:
         results, failures: what ranks have returned and raised so far, by rank.
@@ -48,7 +48,7 @@ class Group:
         self._pipes.append(pipe)
 
     def _read(self) -> None:
-        """Takes messages as they come, so that no rank ever waits for what this process does with them."""
+        """Reads messages as they come. Otherwise a rank would wait until this process has handled earlier ones."""
         ranks = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while ranks:
             for pipe in multiprocessing.connection.wait(list(ranks)):
@@ -96,7 +96,7 @@ class Group:
         return Died(f"rank {rank} died without a message")
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals: the ranks get each one, too. A second one means "at once", as in a run of its own."""
+        """A handler of signals: passes each one on to the ranks. A second one means "at once", as for one rank."""
         now_s = time.monotonic()
         if self._signals and now_s - self._signals[0][1] > stopping.SAME_SIGNAL_S:
             self._deadline_s = min(self._deadline_s, now_s + stopping.SAME_SIGNAL_S)
@@ -106,10 +106,10 @@ class Group:
                 os.kill(process.pid, number)
 
     def end(self, *, gently: bool = False) -> None:
-        """Ends the processes that are left, unless all have brought a result and are ending by themselves.
+        """Ends the processes that are left. If all have brought a result, it only waits: they end by themselves.
 
         Args:
-            gently: by SIGTERM first: a run that has not begun removes its output folder then.
+            gently: send SIGTERM first. A run that has not begun then removes its output folder.
         """
         if len(self.results) < len(self._processes):
             left = [process for process in self._processes if process.is_alive()]
@@ -130,7 +130,8 @@ class Group:
         missing = sorted(set(range(len(self._processes))) - set(self.results) - set(self.failures))
         if first is None and not missing:
             return None
-        # A rank that is ended before it heeds signals has no error of its own. Others then lose it.
+        # A signal ends a rank that does not handle signals yet. This rank has no error of its own, and the others
+        # report it as lost. The signal is the cause, so it is what the person sees.
         if self._signals and (not isinstance(first, TrainerError) or isinstance(first, LostRankError)):
             number = self._signals[0][0]
             return KeyboardInterrupt() if number == signal.SIGINT else stopping.EndedBySignal(number)
@@ -142,7 +143,7 @@ def handled_by(handler: Callable[[int, FrameType | None], None] | None) -> Itera
     """Signals call the handler in this context. Only the main thread can have one: a rule of Python."""
     before: dict[signal.Signals, Any] = {}
     if handler is not None and threading.current_thread() is threading.main_thread():
-        # nohup has a run ignore that its terminal goes.
+        # Under nohup SIGHUP is ignored: the run must survive its terminal.
         wanted = [n for n in stopping.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, handler) for number in wanted}
     try:

@@ -19,7 +19,7 @@ from .rendezvous import side_store
 from .whereabouts import whereabouts
 
 BEAT_S = 1.0
-# How long to wait for the store when there is another way to go on.
+# How long to wait for the store. It is short, because the callers have another way if the store does not answer.
 _STORE_TIMEOUT_S = 2.0
 
 
@@ -57,15 +57,15 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._count += 1
-        # Reading another thread's stack is not without risk. One that comes from collective to collective need not be
-        # looked for.
+        # Reading another thread's stack is not without risk. If the thread has entered a new collective since the last
+        # beat, it does not hang, so its place is not needed.
         entered, before = meetings.count, self._entered
         self._entered = entered
         place = whereabouts() if entered == before else ""
         self._store.set(self._names[self._ranks.rank], json.dumps([self._count, entered, place]))
 
     def _talk(self) -> None:
-        """The thread: beats, and notes the others' messages. Its reads have no limit: cut off, it waits forever."""
+        """The thread: sends beats, and notes the others' messages. It has no time limit: cut off, it waits forever."""
         while not self._closing.is_set():
             try:
                 self._beat()
@@ -121,13 +121,13 @@ class Heartbeat:
             _within(_STORE_TIMEOUT_S, lambda: self._store.set("failed", json.dumps([self._ranks.rank, exit_code])))
 
     def say_lost(self, sentence: str) -> None:
-        """Tells the others that a rank is lost, unless one has said so. Raises if the store is gone."""
+        """Tells the others that a rank is lost, unless another rank has said so. Raises if the store is gone."""
         if self.broken:
             raise ConnectionError
         _within(_STORE_TIMEOUT_S, lambda: self._store.compare_set("lost", "", sentence))
 
     def first_to_report(self) -> bool:
-        """Whether this rank asks first and so reports the loss. Raises if the store is gone."""
+        """Whether this rank is the first to ask, and so reports the loss. Raises if the store is gone."""
         return bool(_within(_STORE_TIMEOUT_S, lambda: self._store.add("spoken", 1)) == 1)
 
 

@@ -16,10 +16,10 @@ _at_start: Launchers | None = None
 
 
 class Launchers:
-    """The launcher of this rank, and DeepSpeed's runner above it, as they are when this object is made.
+    """The launcher of this rank, and DeepSpeed's runner above it. They are looked up when this object is made.
 
-    On SIGTERM, DeepSpeed's runner ends without ending its ranks. A process whose parent has ended gets another parent:
-    that is how a lost launcher is noticed.
+    On SIGTERM, DeepSpeed's runner ends without ending its ranks. When a process ends, its children get another parent.
+    So a changed parent shows that a launcher is gone.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class Launchers:
                 break
             self._chain.append((process, parent))
             process = parent
+        # The runner may have ended before this object was made. Then its launcher has another parent already.
         self._too_late = len(self._chain) == 1 and _needs_runner(_command(process))
 
     def gone(self) -> bool:
@@ -39,9 +40,10 @@ class Launchers:
 
 
 def _needs_runner(command: bytes) -> bool:
-    """Whether a command is that of a DeepSpeed launcher which its runner starts: that of this machine alone.
+    """Whether this is the command of a DeepSpeed launcher that the runner itself starts.
 
-    On several machines something else starts it, as ssh does.
+    It starts the launcher itself if the run is on this machine alone. On several machines something else does, such as
+    ssh.
     """
     found = re.search(rb"deepspeed\.launcher\.launch\0(?:.*\0)?--world_info=([\w=-]+)", command, re.DOTALL)
     try:
@@ -51,7 +53,7 @@ def _needs_runner(command: bytes) -> bool:
 
 
 def remember_launchers() -> None:
-    """Notes which process started this rank. Call it early, so that a launcher that ends soon is noticed, too."""
+    """Notes which process started this rank. Call it early: a launcher may end before the run has begun."""
     global _at_start
     _at_start = Launchers()
 
@@ -76,7 +78,7 @@ def launcher() -> int | None:
 
 
 def began(process: int) -> str:
-    """When a process began; "" if there is none. Process numbers are reused: with this, one is unique."""
+    """When a process began; "" if there is none. The system reuses process numbers, but not with the same beginning."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):

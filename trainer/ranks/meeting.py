@@ -17,12 +17,13 @@ from .launchers import began
 from .place import Ranks
 from .stopping import heed
 
-# The time between two looks whether all ranks have come.
+# Every so often a rank looks whether all ranks have come.
 _LOOK_S = 0.1
-# Ranks come within seconds of one another, or minutes where machines start late. After this time, and after twice as
-# long, and so on, one that has come says for whom it waits.
+# Ranks come within seconds of one another, or within minutes if machines start late. After this time, and after twice,
+# four times ... as long, a rank that has come says for whom it waits.
 _TELL_S = 120.0
-# Rank 0 holds the store in which the others read that a rank has failed. They may still be loading torch.
+# If a rank has failed, rank 0 waits up to this long before it leaves. It holds the store in which the others read of
+# the failure, and they may still be loading torch.
 _TELLING_S = 30.0
 
 
@@ -60,8 +61,8 @@ class Waiting:
         self._told += 1
         waited_s = time.monotonic() - self._began_s
         print(
-            f"\nnote: for {waited_s:.0f} s the other ranks have waited for {who}: still starting, or hanging where the "
-            f"task is loaded. They wait for up to {self._timeout_s:g} s.",
+            f"\nnote: for {waited_s:.0f} s the other ranks have been waiting for {who}: still starting, or hanging "
+            f"while loading the task. They wait for up to {self._timeout_s:g} s.",
             file=sys.stderr,
             flush=True,
         )
@@ -111,7 +112,14 @@ def _say_failed(store: Any, ranks: Ranks, said: TrainerError) -> None:
 def _leave(
     store: Any, ranks: Ranks, failed: BaseException | None = None, gone: Callable[[], list[int]] = lambda: []
 ) -> NoReturn:
-    """Raises what is in the store, once the others have read it, too. gone: the ranks that never will."""
+    """Raises the error that is in the store. Rank 0 first waits until the others have read it.
+
+    Args:
+        store: holds the error.
+        ranks: this rank, and how many.
+        failed: this rank's own error.
+        gone: gives the ranks that have ended, and will never read it.
+    """
     rank, code, message = json.loads(store.get("failed"))
     store.add("left", 1)
     deadline_s = time.monotonic() + _TELLING_S
@@ -157,13 +165,14 @@ def join(store: Any, ranks: Ranks, backend: str, timeout: timedelta, failed: Bas
     def look() -> None:
         gone = processes.gone()
         if gone:
-            gone = [0] if 0 in gone else gone  # who notices that leaves, and was not killed
+            # A rank that notices the loss of rank 0 leaves at once. It is gone as well, but it was not killed.
+            gone = [0] if 0 in gone else gone
             which = f"Rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
             lost = LostRankError(
                 f"{which} ended without a message while the ranks connected, before the first step. It was killed, "
-                "perhaps for want of memory: the system's log may say why."
+                "perhaps because memory ran out. The system's log may say why."
             )
-            if 0 in gone:  # and with it the store in which the others could read this
+            if 0 in gone:  # its store is gone as well, so this rank cannot tell the others
                 raise lost
             _say_failed(side, ranks, lost)
         if side.check(["failed"]):
@@ -171,7 +180,7 @@ def join(store: Any, ranks: Ranks, backend: str, timeout: timedelta, failed: Bas
 
     try:
         in_a_thread(connect, look)
-    except RuntimeError:  # torch's: a connection is broken; why may show a moment later
+    except RuntimeError:  # torch's: a connection is broken. The reason may show a moment later
         for _ in range(10):
             if processes.gone():
                 look()
@@ -180,7 +189,7 @@ def join(store: Any, ranks: Ranks, backend: str, timeout: timedelta, failed: Bas
 
 
 class _Processes:
-    """The processes of the ranks on this machine, by which one that is killed before the watch begins is noticed.
+    """The processes of the ranks on this machine. They show whether a rank is killed before the watch begins.
 
     Args:
         store: takes this rank's process.
@@ -192,7 +201,7 @@ class _Processes:
         store.set(f"process/{ranks.rank}", json.dumps([_where(), os.getpid(), began(os.getpid())]))
 
     def read(self, store: Any) -> None:
-        """All ranks have come: notes the processes that can be seen from here."""
+        """Notes the processes that can be seen from here. Call it when all ranks have come."""
         for rank in range(self._ranks.world_size):
             where, process, began_then = json.loads(store.get(f"process/{rank}"))
             if where and where == _where():
@@ -204,7 +213,7 @@ class _Processes:
 
 
 def _where() -> str:
-    """Names this machine and the container in which process numbers hold; "" if that is unknown."""
+    """A name for this machine and this container, within which process numbers are valid; "" if it is unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -214,7 +223,8 @@ def _where() -> str:
 def in_a_thread(connect: Callable[[], object], look: Callable[[], None] = lambda: None) -> None:
     """Calls a function that waits inside torch's C++ code for other ranks, in a thread of its own.
 
-    Python's handlers of signals run in the main thread, and not while that is inside C++ code. So it waits out here.
+    Python runs signal handlers in the main thread, but not while that thread is inside C++ code. So the main thread
+    waits in Python.
 
     Args:
         connect: the function.

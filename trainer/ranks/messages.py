@@ -20,8 +20,9 @@ from ..errors import BY_EXIT_CODE, TrainerError
 from . import speech
 from .stopping import EndedBySignal
 
-# What becomes of a rank's console. "dropped": what it prints, but not its errors. "shown" by the process that started
-# it: all of rank 0 and the errors of others; "errors": only the errors.
+# What becomes of a rank's output. "inherited": it goes where the output of the starting process goes. "dropped": stdout
+# is dropped, stderr is inherited. "shown": the starting process prints all of rank 0, and stderr of the others.
+# "errors": it prints only stderr.
 Console = Literal["inherited", "dropped", "shown", "errors"]
 
 
@@ -60,7 +61,7 @@ class Line:
             self._lost()
 
     def send(self, kind: str, value: Any) -> None:
-        """Sends a message. If the other process is gone, nobody needs it."""
+        """Sends a message. If the other process is gone, the message is dropped."""
         with self._lock, contextlib.suppress(OSError):
             self._pipe.send((kind, value))
 
@@ -80,12 +81,12 @@ class Line:
 
 
 def stop_this_process() -> None:
-    """For a run whose starting process is gone: it stops as on SIGTERM, with a checkpoint."""
+    """Stops the run in this process as on SIGTERM, with a checkpoint. Called if its starting process is gone."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Stream(io.TextIOBase):
-    """A stream of a rank, which is written by the process that started it."""
+    """A stream of a rank. The process that started the rank prints what is written to it."""
 
     encoding = "utf-8"
 
@@ -111,7 +112,7 @@ class _Stream(io.TextIOBase):
         return self._terminal
 
     def fileno(self) -> int:
-        """A rank has inherited the terminal: a progress bar asks it for its width."""
+        """The number of the terminal, which the rank has inherited: a progress bar asks it for its width."""
         return self._descriptor
 
 
@@ -138,7 +139,7 @@ def console(kind: Console, line: Line, first: bool, terminal: bool) -> Iterator[
             stack.callback(errors.flush)
             stack.enter_context(warnings.catch_warnings())
             if not first:
-                warnings.simplefilter("ignore")  # rank 0 has them as well
+                warnings.simplefilter("ignore")  # rank 0 shows the same ones
         yield
 
 
@@ -198,7 +199,7 @@ def failure(rank: int, kind: str, value: Any) -> Exception:
 
 
 def silence(error: Exception) -> int:
-    """How little a rank's error says of why the ranks have failed, compared with those of other ranks."""
+    """How little an error says about the cause: 0 for the most. The error with the lowest value is shown."""
     if isinstance(error, TrainerError):
         # True: it reports for all. None: its own error. False: it left because of another rank, whose error says more.
         return {True: 0, None: 1, False: 3}[error.speaks]

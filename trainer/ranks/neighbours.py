@@ -1,6 +1,6 @@
-"""The ranks whose processes this rank can see: those of its machine, or of its container. A killed one shows at once.
+"""The ranks whose processes this rank can see: those of its machine, or of its container. It sees at once if one ends.
 
-A rank that leaves by itself says so before its process ends. One that ends without a word was killed, or has crashed.
+A rank that leaves by itself says so before its process ends. If a process ends without this, it was killed or crashed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Neighbours:
     """Watches the processes of the ranks that are near. Collective: every rank makes one.
 
     Each rank has a file in memory that holds two bytes: whether it has left by itself, and whether it has told the user
-    that a rank is lost. The others open it through /proc. As long as one of them has it open, it outlives the rank.
+    that a rank is lost. The others open the file through /proc. It outlives the rank while another rank has it open.
 
-    Where a process cannot be seen (another machine or container, no Linux or an old one), it is not watched, and only
-    its silence tells that it is gone.
+    Some processes cannot be seen: on another machine, in another container, without Linux or on an old one. They are
+    not watched. Only their silence shows that they are gone.
 
     Args:
         ranks: this rank, and how many.
@@ -52,9 +52,9 @@ class Neighbours:
         return [process for process, _ in self._seen.values() if process not in ended]
 
     def killed(self) -> list[int]:
-        """The ranks whose process has ended without a word."""
+        """The ranks whose process has ended, but that have not said that they leave."""
         ended = self._ended()
-        # Read after the process has ended: what it has said, it said before.
+        # Read after the process has ended. So nothing that it has written can be missed.
         return [r for r, (process, file) in self._seen.items() if process in ended and os.pread(file, 1, 0) == _HERE]
 
     def stopped(self) -> list[int]:
@@ -68,7 +68,7 @@ class Neighbours:
         return {process for process, _ in poll.poll(0)}
 
     def leave(self) -> None:
-        """Says that this rank leaves by itself: the others need not wonder when its process ends."""
+        """Says that this rank leaves by itself. So the others do not take the end of its process for a loss."""
         if self._own is not None:
             os.pwrite(self._own, _LEFT, 0)
 
@@ -105,7 +105,8 @@ def _state(process: int) -> str:
 def _opened(process: int, file: int, name: str) -> tuple[int, int]:
     """Descriptors of a process and of its file in memory. Raises OSError if it is not the process of that file.
 
-    Each container counts its processes anew, so a number may be that of another one here. The file's name tells.
+    Each container numbers its processes anew, so the number may belong to another process here. The name of the file
+    shows whether it is the right one.
     """
     watched = os.pidfd_open(process)
     try:

@@ -24,7 +24,7 @@ class Ranks:
         return self.rank == 0
 
     def variables(self) -> dict[str, str]:
-        """As launchers set it: for a task, or a library, that reads the environment."""
+        """The variables that launchers set: a task, or a library, may read the environment."""
         values = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": self.local_rank}
         return {name: str(value) for name, value in values.items()}
 
@@ -70,8 +70,8 @@ def _checked(rank: int, world_size: int, local: int, local_size: int) -> Ranks:
 
 
 # Rank, world size, and the same within the machine, as these launchers call them: Open MPI, MVAPICH, Intel MPI and
-# MPICH. Their mpirun may itself be started by srun, so SLURM's variables come last. Those are of a step: in a batch
-# script, SLURM_PROCID and SLURM_NTASKS are set as well, although it runs once.
+# MPICH. srun may have started their mpirun, so SLURM's variables come last. The names with STEP are set only inside
+# srun. SLURM_PROCID and SLURM_NTASKS do not tell: a batch script has them as well, although it runs once.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
@@ -90,7 +90,7 @@ def _from_mpi_or_slurm() -> Ranks | None:
         if _read(size, 1) > 1:
             raise UserError(
                 f"{rank} and {size} say that this is one of {os.environ[size]} processes, but "
-                f"{' and '.join(local_names)} are not set, so nobody can say which run on this machine.\n"
+                f"{' and '.join(local_names)} are not set, so it is unknown which of them run on this machine.\n"
                 "Set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE for each, or use deepspeed or torchrun."
             )
     return None

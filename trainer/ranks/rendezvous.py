@@ -34,7 +34,7 @@ GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
 def start(ranks: Ranks, backend: str, timeout_s: float, failed: BaseException | None = None) -> None:
     """Joins the process group. Collective: every rank, also one that has failed already.
 
-    A rank that fails before the ranks have met comes here with its error. Else the others would wait for it.
+    A rank that fails before the ranks have met comes here with its error. Otherwise the others would wait for it.
 
     Args:
         ranks: this rank, and how many.
@@ -118,8 +118,8 @@ def _has_own_address() -> bool:
 def _on_one_machine(ranks: Ranks) -> bool:
     """Whether all ranks are known to be on this machine.
 
-    Launchers say how many are on each. Of ranks that are started by hand, only an address that no other machine can
-    reach tells.
+    Launchers say how many ranks each machine has. If ranks are started by hand, the only sign is an address that no
+    other machine can reach.
     """
     if ranks.local_world_size < ranks.world_size:
         return False
@@ -135,10 +135,10 @@ def _has_agent_store() -> bool:
 
 
 def _agent_store(timeout: timedelta) -> Any:
-    """The store of torchrun's agent. Each restart has keys of its own: it would find the addresses of killed ranks.
+    """The store of torchrun's agent, with keys of its own for each restart.
 
-    With env:// torch takes the keys as they are, though the agent may use one store for all restarts
-    (`_create_c10d_store` in torch/distributed/rendezvous.py).
+    The agent may use one store for all restarts, which then holds the addresses of killed ranks. With env:// torch does
+    not separate the restarts (`_create_c10d_store` in torch/distributed/rendezvous.py).
     """
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
@@ -183,11 +183,12 @@ def _interface_to(host: str) -> str | None:
 
 
 _address: tuple[str, int] | None = None
+# Keeps rank 0's store alive: when the object is deleted, the server ends.
 _server: Any = None
 
 
 def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed: BaseException | None) -> None:
-    """The ranks meet at a loopback port that rank 0 chooses, so a MASTER_PORT that is in use does not matter."""
+    """The ranks meet at a loopback port that rank 0 chooses. So it does not matter if MASTER_PORT is in use."""
     from torch._C._distributed_c10d import TCPStore
 
     global _address, _server
@@ -196,8 +197,8 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
         other = _read_notice(notice)
         if other is not None:
             raise UserError(
-                f"Another start from this shell waits for its ranks with the same MASTER_PORT (process {other[1]}).\n"
-                "End it, or choose another MASTER_PORT."
+                f"Another run from this shell is still waiting for its ranks, with the same MASTER_PORT (process "
+                f"{other[1]}).\nEnd it, or choose another MASTER_PORT."
             )
         remove_leftovers(notice.parent, re.compile(r"ranks-.+|\.ranks-.+\.\d+"))
         listener = socket.socket()
@@ -228,7 +229,7 @@ def _start_on_one_machine(ranks: Ranks, backend: str, timeout: timedelta, failed
 
 
 def _read_notice(notice: Path) -> tuple[int, int] | None:
-    """(port, process) that rank 0 has left; None if it has not, or if that process was killed since."""
+    """(port, process) that rank 0 has written; None if there is no such file yet, or if that process is gone."""
     try:
         port, process, began_then = notice.read_text().split(" ")
         return (int(port), int(process)) if began(int(process)) == began_then else None
@@ -239,6 +240,7 @@ def _read_notice(notice: Path) -> tuple[int, int] | None:
 def _notice_path() -> Path:
     """The file in which rank 0 leaves the port. Only the ranks of one launch share its name. The folder is private."""
     folder = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}"
+    # The temporary folder is open to everybody. In it, another user could write the file and name any port.
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"The folder {folder} belongs to someone else. Set TMPDIR to a folder of your own.")

@@ -1,6 +1,6 @@
-"""Imported first by the server from which ranks are forked: gives it the environment that its ranks are to have.
+"""The server from which ranks are forked imports this first. It restores the environment for the ranks.
 
-The server is started with variables of its own, so that it finds this very trainer.
+The server is started with changed variables, so that it finds this very trainer. Its ranks must not inherit them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RESTORED = "TRAINER_SERVER_RESTORES"
 
 
 def restore() -> None:
-    """Gives the variables back that were changed for the server's start."""
+    """Restores the variables that were changed for the server's start."""
     for name, value in json.loads(os.environ.pop(RESTORED, "{}")).items():
         if value is None:
             os.environ.pop(name, None)

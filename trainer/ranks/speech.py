@@ -31,8 +31,9 @@ speak: Callable[[TrainerError], None] = print_error
 def first_to_speak(ranks: Ranks) -> bool:
     """Whether this process is the first of its launch, on this machine, to report an error.
 
-    This is for errors before there is a process group: every rank finds the same error, and one should report it.
-    The claim is a name in Linux's abstract socket namespace: it is atomic, and disappears with the process.
+    It is for errors before there is a process group. Every rank then finds the same error, and only one should report
+    it. The claim is a name in Linux's abstract socket namespace: only one process can have it, and it disappears with
+    the process.
     """
     global _claim
     if ranks.world_size == 1 or not sys.platform.startswith("linux"):
@@ -48,10 +49,10 @@ def first_to_speak(ranks: Ranks) -> bool:
 
 
 def report(error: TrainerError, ranks: Ranks) -> None:
-    """Prints an error on one rank only, and keeps the process that printed it alive for a moment.
+    """Prints an error on one rank only. Then waits some seconds before it returns.
 
     A launcher ends all ranks as soon as one has ended. So the rank that prints waits until the others have found the
-    error, too. They do within moments, and then the launcher ends this rank.
+    error, too. That takes moments.
     """
     speaks = error.speaks
     if speaks is None:

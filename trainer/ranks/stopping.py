@@ -44,9 +44,10 @@ class StopWish:
             self._asked = reason
 
     def signalled(self, name: str) -> bool:
-        """Notes a signal, and says whether it is a second one, which ends the process at once.
+        """Notes a signal. Returns whether it is a second one, which ends the process at once.
 
-        The first signal is the first, even if the run stops already: the budget is used up, or the launcher is gone.
+        The first signal counts as the first even if the run is already stopping for another reason: the budget is used
+        up, or the launcher is gone.
         """
         self.ask(name)
         if self._signalled_at_s is None:
@@ -55,7 +56,7 @@ class StopWish:
 
 
 class EndedBySignal(BaseException):
-    """A signal has come before the run reacts to signals by itself, so it ends here, as with Ctrl-C."""
+    """A signal came before the run handles signals itself. So it ends the run at once, as Ctrl-C does."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -63,9 +64,9 @@ class EndedBySignal(BaseException):
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """A handler of SIGINT while there is nothing to remove yet: a KeyboardInterrupt inside an import is an ImportError.
+    """A handler of SIGINT for the time of the imports: ends the process at once, as there is nothing to clean up yet.
 
-    Its message comes from one rank.
+    A KeyboardInterrupt inside an import can turn into an ImportError. Only rank 0 prints the message.
     """
     if os.environ.get("RANK", "0") == "0":
         os.write(2, b"\nstopped from the keyboard before the first step\n")
@@ -121,7 +122,7 @@ def raised(wanted: bool) -> Iterator[None]:
 def heed() -> None:
     """Raises once more what a signal has raised before the first step.
 
-    Somebody's code may have caught it: an `except:` without a type, an import, or C++ code that was called from Python.
+    Other code may have caught it: an `except:` without a type, an import, or C++ code that was called from Python.
     """
     if _ended_by == signal.SIGINT:
         raise KeyboardInterrupt
@@ -143,7 +144,7 @@ class SignalPipe:
         os.set_blocking(self._write_end, False)
 
     def install(self, handler: Callable[[int, FrameType | None], None] = _ignore) -> None:
-        """From now on, signals no longer end the process. Works only in the main thread (a rule of Python).
+        """From now on, signals no longer end the process. It works only in the main thread: a rule of Python.
 
         Args:
             handler: called in the main thread with each signal that comes.
@@ -151,7 +152,7 @@ class SignalPipe:
         if threading.current_thread() is threading.main_thread():
             # Python writes the number of each signal into this pipe at once.
             self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-            # nohup has a run ignore that its terminal goes.
+            # Under nohup SIGHUP is ignored: the run must survive its terminal.
             wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, handler) for number in wanted}
 
@@ -160,7 +161,7 @@ class SignalPipe:
 
         Args:
             wait_s: how long.
-            also: descriptors of which one that becomes readable ends the wait, too.
+            also: more descriptors. If one becomes readable, the wait ends, too.
         """
         poll = select.poll()
         for descriptor in (self._read_end, *also):

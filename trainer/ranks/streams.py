@@ -7,9 +7,10 @@ import sys
 
 
 def open_streams() -> None:
-    """Opens the standard streams that are closed on /dev/null, for this process and those that it starts.
+    """Opens closed standard streams on /dev/null, for this process and those that it starts.
 
-    Otherwise the next file that is opened gets a stream's number, and whatever a C library prints goes into that file.
+    Otherwise the next file that is opened gets the number of a stream. A C library that prints would then write into
+    that file.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)

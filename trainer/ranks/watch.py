@@ -1,8 +1,8 @@
 """Watches everything outside that can end a run: signals, time, a lost launcher, ranks that no longer answer.
 
 One thread of each rank watches beside the step. A request to stop is noted here and travels with the next gradient
-exchange, so that all ranks stop after the same step. A rank that is killed, no longer answers, or for which all others
-wait, is named, and the others leave.
+exchange, so that all ranks stop after the same step. If a rank is killed, no longer answers, or keeps all others
+waiting, the others name it and leave.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .place import Ranks
 from .speech import first_to_speak
 from .stopping import SignalPipe, StopWish
 
-# The time for the run's own thread to notice a failure that this thread has noticed.
+# This thread has noticed a failure: the run's own thread has this time to notice it as well.
 _MOMENT_S = 1.5
-# From the moment that a rank is given up until all have left.
+# All ranks have left this long after one was given up.
 _LEAVING_S = 12.0
 # After a broken connection, a rank that is silent for this long is lost.
 _SILENT_S = 3.5 * BEAT_S
@@ -49,8 +49,8 @@ class Watch:
         ranks: this rank, and how many.
         hang_timeout_s: how long a rank may not answer.
         deadline_s: time.monotonic() at which the run stops by itself; None for never.
-        guest: the process belongs to somebody's program, and goes on after the run. So a second signal does not end
-            it, but raises KeyboardInterrupt in the run.
+        guest: the process belongs to a user's program, which goes on after the run. So a second signal does not end
+            the process, but raises KeyboardInterrupt in the run.
     """
 
     def __init__(self, ranks: Ranks, hang_timeout_s: float, deadline_s: float | None, *, guest: bool = False) -> None:
@@ -108,7 +108,7 @@ class Watch:
             self._closing.wait(2 * BEAT_S)
 
     def explain(self, error: BaseException) -> TrainerError | None:
-        """Why a collective failed: another rank's error, which that rank reports, or a lost rank; else None."""
+        """Why a collective failed: another rank's error, which that rank reports, or a lost rank. None if unknown."""
         if self._heartbeat.alone:
             return None
         deadline_s = time.monotonic() + 3 * _SILENT_S
@@ -148,7 +148,7 @@ class Watch:
             self._looked_at_s = now_s
             if self._launchers.gone():
                 self._wish.ask("the launcher is gone")  # before the first step, the request counts from that step on
-            # A rank that fails is about to end. A signal that ends it may have killed others, and is no loss of them.
+            # A rank that fails is about to end. If a signal ends it, the same signal may end others: they are not lost.
             if not self._heartbeat.alone and not self._failing:
                 self._look_after_ranks()
 
@@ -170,8 +170,8 @@ class Watch:
             return
         if lost is not None:
             self._lost = lost
-        # The run's own thread may be stuck in a collective. Give it a moment to notice by itself. A second signal ends
-        # this rank at once, as it may have ended the one that is lost.
+        # The run's own thread may be stuck in a collective. It gets a moment to notice by itself. A second signal ends
+        # this rank at once: the same signal may have ended the rank that is lost.
         until_s = time.monotonic() + _MOMENT_S
         while not self._closing.is_set() and (wait_s := until_s - time.monotonic()) > 0:
             self._heed_signals(wait_s)
@@ -199,11 +199,11 @@ class Watch:
         lost = self._killed() or self._unreachable(limit_s)
         if lost is not None:
             return lost
-        # All ranks answer, but one of them may hang while the others wait for it: in a collective, or, on a GPU, in any
-        # call after one, as soon as the device can queue no more. Where a rank waits does not matter, only that it has
-        # come to a collective long ago which another one has not. Ranks that have all come as far may be computing.
-        # Before the first step, a wait is no sign of a hang: a rank may build a cache or compile DeepSpeed's kernel. So
-        # it is told of, and they wait on.
+        # All ranks answer, but one of them may hang while the others wait for it. They wait in a collective, or, on a
+        # GPU, in any later call, when the device can queue no more. Where they wait does not matter. What counts is
+        # that they came to a collective long ago, and another rank has not. If all have come to the same collective,
+        # they may be computing. Before the first step, a long wait is no sign of a hang: a rank may build a cache or
+        # compile DeepSpeed's kernel. Then rank 0 only says who is waited for.
         if not self._begun:
             limit_s = COLLECTIVE_TIMEOUT_S - _LEAVING_S
             if self._ranks.first:
@@ -213,13 +213,13 @@ class Watch:
         since_s = meetings.since_s(least)
         if since_s is None or time.monotonic() - max(since_s, self._woke_at_s) <= limit_s:
             return None
-        # A rank between them and this one waits for them as well.
+        # Only the ranks with the lowest count: a rank between them and this one waits for them as well.
         behind = [rank for rank, entered in counts.items() if entered == least]
-        # On a machine with too much to do, a rank may be late beside one that is stopped. It still answers.
+        # On a busy machine a rank may be late, while another one is stopped. The late rank still answers.
         silent = self._heartbeat.silent(_SILENT_S)
         behind = [rank for rank in behind if rank in silent] or behind
         what = f"did not come to the {'exchange' if self._begun else 'others'} within {limit_s:g} s"
-        stopped = self._neighbours.stopped()  # it holds up the others, even if one of these is late for now
+        stopped = self._neighbours.stopped()  # a stopped rank is the cause, even if another one is late as well
         if stopped:
             return self._sentence(stopped, what, "its process is stopped (SIGSTOP, a suspended job, a debugger)")
         where = self._where(behind)
@@ -232,7 +232,7 @@ class Watch:
         return self._sentence(killed, "ended without a message", why) if killed else None
 
     def _tell_of_waiting(self, limit_s: float) -> None:
-        """Says which ranks prepare the first step for long, and where they are: once, and again after twice the time.
+        """Says which ranks take long to prepare the first step, and where they are. Says it again after twice the time.
 
         Args:
             limit_s: how long ranks wait for others.
@@ -247,9 +247,12 @@ class Watch:
         behind = [rank for rank, entered in counts.items() if entered < max(counts.values())]
         if behind:
             who = self._where(behind) or self._names(behind)
-            text = f"the other ranks have waited for {who}. They wait for up to {limit_s:g} s"
+            text = f"the other ranks have been waiting for {who}. They wait for up to {limit_s:g} s"
         else:
-            text = f"the ranks have prepared the first step: {self._where(list(counts)) or self._names(list(counts))}"
+            text = (
+                "the ranks have been preparing the first step: "
+                f"{self._where(list(counts)) or self._names(list(counts))}"
+            )
         print(f"\nnote: for {waited_s:.0f} s {text}.", file=sys.stderr, flush=True)
 
     def _unreachable(self, silent_s: float) -> str | None:
@@ -289,12 +292,12 @@ class Watch:
     def _lost_error(self, sentence: str) -> LostRankError:
         """The error for a lost rank; `speaks` is true on one rank only."""
         error = LostRankError(sentence)
-        # A rank that was stopped for a while finds that the others have left. They have already reported the reason.
+        # If this rank was stopped for a while, it finds that the others have left. They have reported the reason.
         asleep = time.monotonic() - self._woke_at_s < 2 * self._timeout_s
-        # So has one that this rank comes too late to meet, on a busy machine.
+        # On a busy machine this rank may be the last to notice. Another one may have reported the loss and left.
         silent = asleep or self._neighbours.spoken()
         try:
-            # Told now, the others leave together with this rank, and do not report the ranks that left first.
+            # The others must hear of it now: then they leave with this rank, and do not report it as lost, too.
             self._heartbeat.say_lost(sentence)
             speaks = not silent and self._heartbeat.first_to_report()
             if speaks:

@@ -1,4 +1,4 @@
-"""Where a rank's own thread is, for messages about ranks for which others wait."""
+"""Where a rank's own thread is: for messages about a rank that keeps the others waiting."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 _OF_OTHERS = ("site-packages", "dist-packages")
 _LIBRARY = sysconfig.get_paths()["stdlib"]
-# Time for which no other thread may run while frames are read, which takes some microseconds.
+# No other thread runs for up to this long while frames are read. Reading takes some microseconds.
 _ALONE_S = 0.1
 
 
 def whereabouts() -> str:
-    """The innermost function of the main thread that is no library's: "splits() (/home/me/my_task.py, line 12)"."""
+    """The innermost function of the main thread that is not a library's: "splits() (/home/me/my_task.py, line 12)"."""
     frames: list[tuple[str, str, int]] = []
     with _nothing_else_runs():
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -38,11 +38,11 @@ def _is_own(file: str) -> bool:
 
 @contextlib.contextmanager
 def _nothing_else_runs() -> Iterator[None]:
-    """Keeps Python from changing threads: CPython 3.11.7 has crashed on frames whose thread went on meanwhile."""
+    """Keeps Python from switching threads. CPython 3.11.7 crashed when the thread of a frame ran on meanwhile."""
     interval_s, collects = sys.getswitchinterval(), gc.isenabled()
     sys.setswitchinterval(_ALONE_S)
-    time.sleep(interval_s)  # what already waits for its turn asks for it by the old interval
-    gc.disable()  # what it finds may run, and wait, in the middle
+    time.sleep(interval_s)  # a thread that waits already still uses the old interval
+    gc.disable()  # a collection may run finalizers in the middle, and they may wait
     try:
         yield
     finally:

@@ -1,8 +1,7 @@
 """Starts the ranks of a run as processes of this program, for `train`, `verify` and the tests.
 
-On the CPU they are forked from a server that has already imported torch and DeepSpeed. So a run starts
-in tenths of a second, without W imports. On a GPU they are new processes, because CUDA does not
-survive a fork.
+On the CPU they are forked from a server that has already imported torch and DeepSpeed. So a run starts in tenths of a
+second, because the ranks need not import them. On a GPU they are new processes, because CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def jobs_from(pipe: multiprocessing.connection.Connection) -> queue.SimpleQueue[
 
 
 def worker_context(cuda: bool) -> BaseContext:
-    """How to start processes: forked from a server that has imported everything, or, for CUDA, new ones."""
+    """How processes are started: forked from a server that has imported everything; for CUDA as new ones."""
     if cuda:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -74,7 +73,7 @@ def worker_context(cuda: bool) -> BaseContext:
     # The ranks have the environment that the server starts with. This process keeps its own: it may start ranks on
     # GPUs later. When a rank dies, torch's stores would print C++ stack traces beside our message.
     more = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    multiprocessing.resource_tracker.ensure_running()  # its start would lift the mask
+    multiprocessing.resource_tracker.ensure_running()  # must be first: its start would lift the mask below
     # A Ctrl-C in the terminal reaches the server, too, and would end it while it imports. It inherits this mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -86,9 +85,9 @@ def worker_context(cuda: bool) -> BaseContext:
 
 
 def _path() -> dict[str, str]:
-    """Variables with which the server finds this very trainer, and not one that is installed or in the working folder.
+    """Variables with which the server imports this very trainer, not an installed one or one in the working folder.
 
-    Until Python 3.13 it does not get the path of the process that starts it.
+    Before Python 3.13 the server does not get the import path of the process that starts it.
     """
     folder, own = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
     restored = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
@@ -114,8 +113,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _without_the_program(function: Callable[..., Any]) -> Iterator[None]:
     """New processes do not import the program that starts them, unless the function is in it.
 
-    They need nothing of it. And a script that does not guard its code with `if __name__ == "__main__"` would start
-    ranks again in each rank.
+    They need nothing of it. A script may lack the guard `if __name__ == "__main__"`: imported in a rank, it would start
+    ranks again.
     """
     program = sys.modules["__main__"]
     if function.__module__ == "__main__":
@@ -141,10 +140,10 @@ def _rank_main(
     from tqdm import tqdm
 
     if heard:
-        # Signals of the terminal are for the process that started the ranks, which passes them on.
+        # A new session, so that signals of the terminal reach only the starting process. It passes them on.
         os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the server has blocked it
-    # When the process that started this rank is gone, even by SIGKILL, the rank ends, too.
+    # If the starting process is gone, even after SIGKILL, this rank ends as well.
     line = Line(pipe, messages.stop_this_process if heard else lambda: os._exit(0))
     messages.speak_over(line)
     os.environ.update(environment)
@@ -154,7 +153,7 @@ def _rank_main(
         os.environ.update(
             {name: str(value) for name, value in (places | {"LOCAL_SIZE": ranks.local_world_size}).items()}
         )
-    # tqdm's own lock is a semaphore between processes. It would be left behind, because these processes end at once.
+    # tqdm's own lock is a semaphore of the system. It would be left behind, because this process ends with os._exit.
     tqdm.set_lock(threading.RLock())
     more = (line.tell,) if heard else ()
     with messages.console(console, line, ranks.first, terminal):
@@ -184,10 +183,10 @@ def run_ranks(
         quiet: whether to drop what they print.
         environment: variables set in every rank.
         timeout_s: after this time they are ended.
-        hear: for runs, which react to signals by themselves. `function` gets one more argument, `tell`. What a rank
-            tells is heard here, in this thread. If that returns a reason to stop, the rank's next `tell` returns it.
-            Signals that this process gets are passed on to the ranks. If this process is gone, they stop as well. What
-            they print is printed here: all of rank 0, and the errors of the others.
+        hear: for runs, which handle signals themselves. `function` gets one more argument, `tell`. `hear` is called in
+            this thread with what a rank tells. If it returns a reason to stop, the rank's next `tell` returns it.
+            Signals are passed on to the ranks. If this process ends, they stop as well. This process prints their
+            output: all of rank 0, and stderr of the others.
 
     Returns:
         The results, by rank.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# A spreadsheet takes a cell that begins so for a formula. The last four are their wide forms, as in Japanese.
+# If a cell begins with one of these, a spreadsheet takes it for a formula. The last four are the wide forms, as in
+# Japanese.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def no_formula(value: Any) -> Any:
     """A csv value that no spreadsheet runs: a text that begins like a formula gets a quote mark in front.
 
-    Such a text may come from anybody, as part of the data, and a formula can send away the cells beside it. The rule
-    is OWASP's, https://owasp.org/www-community/attacks/CSV_Injection. Numbers stay, and so does a sign alone.
+    Such a text may be part of the data, which may come from anybody. A formula can send the cells beside it away. The
+    rule is OWASP's, https://owasp.org/www-community/attacks/CSV_Injection. Numbers and a sign alone stay unchanged.
     """
     if not isinstance(value, str):
         return value

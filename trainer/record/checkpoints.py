@@ -1,9 +1,9 @@
 """Checkpoints: a run continues from one on any number of ranks, to the same bits.
 
 A checkpoint does not depend on the world size. It holds parameters, buffers, optimizer state, the step, the logging
-window and the best model. It is a folder of safetensors files and one JSON manifest, each with a checksum; nothing is
-unpickled. It is written under another name, synced and renamed. So if a run is killed at any moment, the previous
-checkpoint is still there.
+window and the best model. It is a folder of safetensors files and one JSON manifest, each with a checksum. Nothing is
+unpickled. It is written under another name, synced and renamed. So the previous checkpoint is still there, at whatever
+moment the run is killed.
 
 Training continues while rank 0 writes: the state is copied, and a thread does the rest.
 """
@@ -82,7 +82,7 @@ class Checkpoints:
     Args:
         folder: <output_dir>/checkpoints.
         keep: the number of newest checkpoints to keep.
-        whole: the step of the checkpoint that the run continues from, which was read and is not damaged.
+        whole: the step of the checkpoint from which the run continues. It was read, and is not damaged.
         fault: called with a name at each moment of writing, for tests that end the process there.
     """
 
@@ -146,9 +146,10 @@ class Checkpoints:
             self._fault("before rename")
         sync(self._folder)
         self._whole.add(snapshot.step)
-        # Those of later steps are damaged ones, which the run went past when it continued. They are written again.
+        # Checkpoints of later steps are damaged: the run did not continue from them. It will write them again.
         earlier = [path for path in list_checkpoints(self._folder) if step_of(path) < snapshot.step]
-        # Those that are known to be whole come first. The others were written before this process, and may be damaged.
+        # Those that are known to be whole come first, so they are kept. An earlier process wrote the others: they may
+        # be damaged.
         earlier.sort(key=lambda path: step_of(path) not in self._whole)
         for old in earlier[self._keep - 1 :]:
             self._fault("before deleting")
@@ -156,7 +157,7 @@ class Checkpoints:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint. What a user has put into it stays, in a folder that is no checkpoint any more."""
+    """Removes a checkpoint. If a user has put files into it, these stay, in a folder with another name."""
     ours = {MANIFEST, *(path.name for path in checkpoint.glob("*.safetensors"))}
     with contextlib.suppress(DamagedError):
         ours |= set(read_manifest(checkpoint)["files"])

@@ -17,12 +17,12 @@ from typing import Any, TextIO
 
 from ..colours import has_colours, painted, signalled
 
-# The bars that stand on the terminal now.
+# The bars that are on the terminal now.
 _bars: list[Any] = []
 
 
 def say(*lines: str) -> None:
-    """Prints lines at once, above a bar. If the pipe or terminal has been closed, the run continues without output."""
+    """Prints lines at once, above a bar. If the pipe or terminal is closed, the run continues without output."""
     bars = list(_bars)
     for bar in bars:
         bar.clear()
@@ -112,13 +112,13 @@ def _close(bar: Any) -> None:
         _bars.remove(bar)
 
 
-# An evaluation that takes longer says how far it is.
+# An evaluation that takes longer than this prints how far it is.
 _QUIET_S = 30.0
-# On a terminal it shows a bar after this time: one that goes at once would only flicker.
+# On a terminal it shows a bar after this time. A bar that disappears at once would only flicker.
 _FLICKER_S = 0.5
-# How the bar of a run is written. Its rate is in samples, beside the loss.
+# The format of a run's bar. tqdm's own rate is left out: it counts steps, and the bar shows samples beside the loss.
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-# Columns of a bar itself, at least; and of what stands around it besides the count of steps.
+# The fewest columns of the bar itself; and the columns around it, without those of the count of steps.
 _BAR_COLUMNS, _OTHER_COLUMNS = 6, 22
 
 
@@ -141,7 +141,7 @@ class ProgressBar:
         self._validation: list[str] = []
 
     def begin(self) -> None:
-        """Shows the bar. Call it when everything that belongs above it has been said."""
+        """Shows the bar. Call it after the lines that belong above it have been printed."""
         if self._terminal and self._bar is None:
             self._bar = _bar(total=self._total, initial=self._done, unit="step", bar_format=_FORMAT)
 
@@ -163,7 +163,7 @@ class ProgressBar:
             self._next_line = step + max(1, self._total // 10)
 
     def _beside(self) -> str:
-        """What stands beside the bar, as far as there is room: loss, a metric of validation, speed, other metrics."""
+        """The text beside the bar, while there is room: loss, a metric of validation, speed, other metrics."""
         room = (self._bar.format_dict["ncols"] or 80) - _BAR_COLUMNS - _OTHER_COLUMNS - 2 * len(str(self._total))
         shown = ""
         for part in filter(None, (self._loss, *self._validation[:1], self._rate, *self._validation[1:])):

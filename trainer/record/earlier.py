@@ -15,8 +15,9 @@ from .made_by import without_secrets
 
 # Keys that do not change the speed of a step.
 _LOGGERS = {name.partition(".")[0] for name in OFF}
-# Among so many of the newest runs in a folder, a run looks for the one that it is compared with.
+# A run looks for the run to compare itself with among this many of the newest ones in its folder.
 _CANDIDATES = 200
+# A larger file of the name that we look for was not written by a run.
 _LARGEST_BYTES = 16 << 20
 _NO_SPEED = ("output_dir", "epochs", "max_steps", "seed", "learning_rate", "checkpoint", "best")
 
@@ -49,7 +50,7 @@ def of_this_config(config: Mapping[str, Any], base: Path) -> dict[int, Earlier]:
 
 
 def at_another_size(manifest: Mapping[str, Any], world_size: int, folder: Path) -> tuple[int, Earlier] | None:
-    """The last run beside `folder`, with its world size, that differs from a run in nothing but that and the folder.
+    """The last run beside `folder` that differs from a run only in the world size and the folder: (world size, run).
 
     Args:
         manifest: of the run: its config, and facts of its device.
@@ -69,7 +70,7 @@ def at_another_size(manifest: Mapping[str, Any], world_size: int, folder: Path) 
 
 
 def efficiency(world_size: int, samples_per_s: float, other_size: int, other: Earlier) -> float:
-    """Samples a second and rank, as a share of those at another world size.
+    """Samples per second and rank, as a fraction of those at another world size.
 
     With strong scaling this is the strong efficiency, W0 T0 / (W T) of the times of a step, which is T1 / (W T) if the
     other run had one rank. With weak scaling it is the weak efficiency, T0 / T.
@@ -89,11 +90,11 @@ def compared(world_size: int, samples_per_s: float, other_size: int, other: Earl
 
 
 def _summaries(base: Path, newest: int | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The summaries of finished runs in a folder, the oldest first; what is no such file is passed over.
+    """The summaries of finished runs in a folder, the oldest first. Other files of that name are skipped.
 
     Args:
         base: the folder.
-        newest: read only so many.
+        newest: read only this many; None for all.
     """
     written = []
     for path in base.glob("*/summary.json"):
@@ -110,7 +111,7 @@ def _summaries(base: Path, newest: int | None = None) -> Iterator[tuple[Path, di
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        # A file of this name may be anybody's: a pipe would never end, and a large file is none of ours.
+        # Anybody may have made a file of this name. A pipe would never end, and a large file is not ours.
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
             return None
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """TensorBoard's event file of one process of a run, in order even if the clock is set back.
 
-TensorBoard reads the files of a folder by name, and the names that its own writer gives hold the time of day. After the
-clock was set back, the file of a run that goes on would be read first, and the curve would run backwards in time.
+TensorBoard reads the files of a folder in the order of their names. Its own writer puts the time into the name. If the
+clock is set back before a run continues, the new file would be read first, and the curve would run backwards in time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
-# TensorBoard reads this file before all others of its folder, and keeps the first that it reads about a row of the
-# HParams tab. So a run that goes on writes it anew, and has one row.
+# TensorBoard reads this file before all others of its folder. About a row of the HParams tab, it keeps what it reads
+# first. So a run that continues writes this file anew, and has one row.
 FIRST = "events.out.tfevents.0000000000.hparams"
 
 
@@ -46,7 +46,7 @@ def write_file(file: Path, at_s: float, summaries: Sequence[Any]) -> None:
 
 
 class Events:
-    """A new event file. Its name and its events come after those that are in the folder, whatever the clock says.
+    """A new event file. Its name and its events come after those in the folder, whatever the clock says.
 
     Args:
         folder: of event files; it is made.
@@ -59,7 +59,7 @@ class Events:
         last = max(folder.iterdir(), key=lambda file: (_number(file), file.name), default=None)
         before_s, number = (_last_s(last), _number(last)) if last is not None and _number(last) else (0.0, 0)
         began_s = max(time.time(), before_s, number + 1.0)
-        # From here on, time passes as the monotonic clock has it.
+        # From here on the monotonic clock counts: the other one may be set while the run goes on.
         self._ahead_s = began_s - time.monotonic()
         name = f"events.out.tfevents.{int(began_s):010d}.{socket.gethostname()}"
         self._writer: Any = RecordWriter((folder / name).open("xb"))

@@ -1,4 +1,4 @@
-"""The output folder of a run: claimed before anything is computed, never overwritten; files appear whole."""
+"""The output folder of a run: claimed before anything is computed, and never overwritten. Its files appear whole."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 ORIGIN = "trainer.json"
 # The card of a model, beside it.
 CARD = "README.md"
-# The trained weights as they are: beside the model while it is not certain that it was saved rightly.
+# The trained weights as they are. The file stays beside the model until the saved model has been checked.
 RAW = "weights.safetensors"
-# What the run of a fold says of each sample that it tests.
+# What the run of a fold predicts for each sample that it tests.
 PREDICTIONS = "fold_predictions.csv"
 # What a run writes. A folder with one of these already holds a run, or files of the user's own.
 _NAMES = (
@@ -42,17 +42,17 @@ _NAMES = (
     "tensorboard",
     "logs/deepspeed.log",
 )
-# What may lie in a folder before a run: hidden files, logs of launchers, a config and its schema, and what a new disk
-# holds.
+# What a folder may hold before a run: hidden files, logs of launchers, the schema of a config, and lost+found, which is
+# on a new disk.
 _MAY_LIE_THERE = re.compile(r"\..*|logs|lost\+found|.*\.(log|out|err)|trainer-schema\.json")
 # The names under which files and folders are written before they are whole, and the probe of `_make`.
 _UNFINISHED = re.compile(
     r"\.(model|adapter|weights\.safetensors|manifest\.json|summary\.json|metrics\.jsonl|fold_predictions\.csv)\.\d+|\.probe-\d+"
 )
-# The time in which a run that is ending must release its folder.
+# A run that has been ended has this time to release its folder.
 _LEAVING_S = 20.0
-# The locks that this process holds. A process forked by a task inherits them, and would keep the folder locked after
-# the run has ended, so it closes them.
+# The locks that this process holds. A process that a task forks inherits them. It closes them, or the folder would stay
+# locked after the run has ended.
 _locks: set[int] = set()
 
 
@@ -131,12 +131,12 @@ class OutputFolder:
         raise UserError(f"The folder {base} is full of runs of {config_name}. Choose an --output_dir.")
 
     def release(self) -> None:
-        """Removes what `claim` created, if nothing was put there since."""
+        """Removes what `claim` created, unless something has been put there since. Unlocks the folder."""
         _remove(self._created)
         self.unlock()
 
     def unlock(self) -> None:
-        """Lets other runs have the folder: this one will write nothing more to it."""
+        """Lets other runs use the folder. This run must not write to it any more."""
         _unlock(self._lock)
         self._lock = None
 
@@ -156,7 +156,7 @@ class OutputFolder:
 
     def begin(self) -> None:
         """Prepares the folder for the run's first files."""
-        # A run that has finished and now goes on has no summary until it comes to its new end.
+        # The old summary of a finished run that now continues. It has no summary until it comes to its new end.
         (self.path / "summary.json").unlink(missing_ok=True)
         lines = None if self._inherited_from is None else self._inherited_from / "metrics.jsonl"
         if lines is not None and lines.exists():
@@ -169,7 +169,7 @@ class OutputFolder:
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Calls `write` with an empty folder, which then replaces the folder `name` in one step.
 
-        What a user has put into the old one is in the new one, too.
+        Files that a user has put into the old folder are copied into the new one.
         """
         with whole_folder(self.path / name, synced=True) as temporary:
             write(temporary)
@@ -190,7 +190,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _files_of_users(folder: Path) -> list[Path]:
-    """What is in the folder of a model, or of an adapter, and was not written by a run."""
+    """The files in the folder of a model, or of an adapter, that no run has written."""
     if not folder.is_dir():
         return []
     if folder.name == "adapter":
@@ -211,7 +211,7 @@ def _make(path: Path, created: list[Path]) -> None:
             created.append(folder)
     if not path.is_dir():
         raise NotADirectoryError(None, "it is a file")
-    # Permission bits are not enough (root, read-only mounts, quotas), so a file is written to find out.
+    # Writes a file to find out. Permission bits do not tell enough: think of root, read-only mounts and quotas.
     probe = path / f".probe-{os.getpid()}"
     probe.write_bytes(b"")
     probe.unlink()
@@ -230,7 +230,7 @@ def holds_run(path: Path) -> bool:
 
 
 def refuse_foreign(folder: Path, config_name: str = "") -> None:
-    """Raises UserError if a folder holds something that is none of ours. Ask only where it holds nothing of ours.
+    """Raises UserError if a folder holds files that are not ours. Call it only if the folder holds no run.
 
     Args:
         folder: it need not exist.
@@ -244,7 +244,7 @@ def refuse_foreign(folder: Path, config_name: str = "") -> None:
     if others:
         named = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
         raise UserError(
-            f"The output folder {folder} holds files that no run has written ({named}). A run wants a folder of its "
+            f"The output folder {folder} holds files that no run has written ({named}). A run needs a folder of its "
             f"own.\nName a new one, such as {folder / 'run'}."
         )
 
@@ -309,7 +309,8 @@ def _make_and_lock(path: Path, created: list[Path]) -> int | None:
 def _lock(path: Path) -> int | None:
     """Locks a folder against other runs; None if the file system has no locks.
 
-    A run that has just been ended may need some seconds to leave: its ranks look for the lost one. So this waits.
+    It waits for some time: a run that has just been ended may need seconds to leave, while its ranks look for the one
+    that is lost.
 
     Raises:
         UserError: another process holds the lock.
@@ -335,7 +336,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _unlock(lock: int | None) -> None:
-    if lock is not None and lock in _locks:  # not in a process that was forked since
+    if lock is not None and lock in _locks:  # a forked process has closed it already, see `_forget_locks`
         _locks.remove(lock)
         os.close(lock)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.schema import flat
 
-# Settings that tell runs apart, by their keys in the config. What a config leaves out is not shown.
+# Settings in which runs often differ: column -> key in the config. A key that the config leaves out is not shown.
 _KEYS = {
     "task": "trainer.task",
     "optimizer": "optimizer.type",
@@ -25,11 +25,11 @@ _KEYS = {
 }
 # Blocks of which every number, text and switch is shown.
 _BLOCKS = {"optimizer.params.": "optimizer.", "trainer.task_options.": "task_options."}
-_LONGEST = 100  # letters of a text
+_LONGEST = 100  # letters of a text: the tab is a table
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
-    """Those of a config (as a dictionary, without secrets) that tell runs apart: name -> number, text or switch."""
+    """The settings that the tab shows, of a config as a dictionary without secrets: name -> number, text or switch."""
     values = flat(config)
     shown = {name: values.get(key) for name, key in _KEYS.items()}
     for block, prefix in _BLOCKS.items():

@@ -13,7 +13,7 @@ _STACK = "step_time_ms"
 def stacked(record: Mapping[str, float]) -> dict[str, float]:
     """The time of a step as a stack, for TensorBoard only: the phases' milliseconds, each added to those before it.
 
-    The last is the whole step, so what lies between it and the one before belongs to no phase.
+    The last line is the whole step. The time between it and the line before belongs to no phase.
     """
     whole = record.get("throughput/step_time_ms")
     if whole is None:
@@ -26,7 +26,7 @@ def stacked(record: Mapping[str, float]) -> dict[str, float]:
 
 
 def layout(*, tokens: bool, mfu: bool) -> Any:
-    """The summary with the layout. TensorBoard unites those of the runs that it shows.
+    """The summary with the layout. TensorBoard combines the layouts of the runs that it shows.
 
     Args:
         tokens: whether samples have lengths.

@@ -1,7 +1,7 @@
 """Loggers beside TensorBoard: Weights & Biases, Comet, MLflow and CSV files.
 
-They get what `metrics.jsonl` gets, from a thread of its own, so that no step waits for a server. A logger that fails is
-left out, and the run goes on. They get the config without what seems to be a secret, and nothing else of the machine.
+They get the records of `metrics.jsonl`, and the config without what seems to be a secret. They get nothing else about
+the machine. A thread writes to them, so that no step waits for a server. If a logger fails, the run goes on without it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class About(NamedTuple):
 
 
 class Logger(Protocol):
-    """Where records go. `place` says it to a person, and whether anything leaves the machine."""
+    """Where records go. `place` is a line for the user: where they go, and whether anything leaves the machine."""
 
     place: str
 
@@ -110,7 +110,7 @@ class Wandb:
             name=about.folder.name, dir=about.folder, config=dict(about.config), resume="allow",
             settings=wandb.Settings(**quiet),
         )  # fmt: skip
-        # Its own counter of steps never goes back, but records of two kinds and resumed runs may.
+        # wandb's own counter of steps never goes back. Ours may: with records of two kinds, and in resumed runs.
         self._run.define_metric("*", step_metric="step")
         where = f"{mode}, in {about.folder / 'wandb'}: nothing leaves this machine"
         if not offline:
@@ -169,7 +169,8 @@ class Mlflow:
     def __init__(self, options: MlflowOptions, about: About) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         uri = options.tracking_uri or str(about.folder / "mlflow")
-        # Unless the user has chosen, a folder is allowed: MLflow 3 prefers databases, which its small package lacks.
+        # Allows a folder as the store, unless the user has set this. MLflow 3 prefers a database, for which its small
+        # package lacks the code.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
         from mlflow.entities import Metric, Param
@@ -238,7 +239,7 @@ class Loggers:
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """Notes an error of a logger, which is then left out."""
+        """If a logger fails, notes the error, and the logger is left out from then on."""
         try:
             yield
         except Exception as error:  # of any kind: these are packages of others, and servers
@@ -272,4 +273,6 @@ class Loggers:
             self._queue.put(None)
             thread.join(_END_S)
             if thread.is_alive():
-                self._notes.append(f"note: loggers were not ready {_END_S:g} s after the run, and were left behind.")
+                self._notes.append(
+                    f"note: loggers were not ready {_END_S:g} s after the run, so it ended without them."
+                )

@@ -27,7 +27,7 @@ class Commit(NamedTuple):
 def commit() -> Commit | None:
     """The commit of this code; None if it is no git checkout, or git cannot tell.
 
-    The first call decides: a run asks when it begins, and the checkout may move on before it ends.
+    The first call decides, so a run asks when it begins: the checkout may change before it ends.
     """
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
@@ -43,7 +43,8 @@ def commit() -> Commit | None:
     return Commit(found[1], changed) if found else None
 
 
-# Flags of the launcher, and those that would make a second run go on in the first one's folder.
+# Flags that the command leaves out: the launcher's, and those with which a second run would continue in the folder of
+# the first one. Flag -> whether it has a value.
 _OF_ONE_RUN = {"--local_rank": True, "--resume": True, "--output_dir": True, "--allow_changed_config": False}
 
 
@@ -56,7 +57,7 @@ def command(arguments: Sequence[str], world_size: int) -> str:
     """
     program, *rest = arguments
     if Path(program).name == "main.py":
-        # Started with -m, it has the full path of this machine.
+        # Started with -m, the program has a full path, which holds only on this machine.
         words = ["-m", "trainer.main"] if Path(program).is_absolute() else [program]
         words = ["python", *words]
         if world_size > 1:
@@ -99,7 +100,7 @@ def without_secrets_in(arguments: Sequence[str]) -> str:
 
 
 def _without_secret(word: str) -> str:
-    """The same for a word of a command line, which may be key=value with a value in JSON."""
+    """A word of a command line without secrets. The word may be key=value, with a value in JSON."""
     key, equals, text = word.partition("=")
     if equals and _SECRET.search(key):
         return f"{key}={_MASK}"

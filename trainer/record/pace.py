@@ -16,7 +16,7 @@ PHASES = ("data", "compute", "reduce", "optimizer")
 class PhaseTimer:
     """Sums the time of each phase: call `begin` at the start of a step, and `mark(phase)` at the end of each phase.
 
-    On a GPU a mark is a CUDA event, which is read much later. On the CPU it reads the clock.
+    On a GPU a mark is a CUDA event, which is read much later, so the host need not wait. On the CPU it reads the clock.
 
     Args:
         device: the device that computes.

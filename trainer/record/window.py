@@ -1,8 +1,8 @@
 """The logging window: the numbers of the steps since the last record, kept on the device until the window ends.
 
-A logged value is a mean over the window. No step waits for it: on a GPU a window's numbers are copied when it ends, and
-read one window later. Every rank has the same losses, and math.fsum rounds only once. So the curves of several world
-sizes are identical bit for bit.
+A logged value is a mean over the window. No step waits for it: on a GPU a window's numbers are copied when the window
+ends, and read one window later. Every rank has the same losses, and math.fsum rounds only once. So the curves are
+identical at every world size, bit for bit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Window:
         self._started_at_s = clock()
         self._paused_s = 0.0
         self._before = 0  # steps of the window that were made before this process began
-        self._flops = 0.0  # of the other ones
+        self._flops = 0.0  # of the steps that this process has made
 
     def begin_step(self) -> None:
         """Starts the time of a step."""
@@ -141,7 +141,8 @@ class Window:
         if self._noise is None or self._micro_norms is None:
             return values
         micro_norms = self._micro_norms[:n].tolist()
-        # The run's noise, with the window's steps added. So they count even if a resumed run cannot use the window.
+        # The run's noise, with the window's steps added. A resumed run may be unable to use the window (if it logs at
+        # other intervals, say). Its steps count even then.
         total = self._noise.copy()
         samples = [numbers.samples for numbers in self._filled]
         for noise in estimates(micro_norms, self._counts, values["norms"], samples)[self._before :]:

@@ -32,7 +32,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def _scalars(scalars: Mapping[str, float]) -> Any:
-    # All in one event: a SummaryWriter.add_scalar for each would take four times as long.
+    # All scalars in one event: a call of SummaryWriter.add_scalar for each would take four times as long.
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
@@ -45,7 +45,8 @@ class Writer:
         folder: the run's output folder.
         tensorboard: whether to write events.
         after_step: continue the files of a run, without their records of later steps; 0 for new files.
-        records: the most lines to keep: a run that ended at `after_step` has recorded its end after its checkpoint.
+        records: the most lines to keep. A run that ended at `after_step` wrote records of its end after its checkpoint.
+            If it continues, these are dropped.
 
     Attributes:
         lines: records written so far, those of earlier processes included.

@@ -1,7 +1,7 @@
 """Why micro-batches differ, if a rehearsal has found that they do: finds the cause and names it.
 
-Each rank computes all of this by itself, and restores the same state before each attempt. Time matters little here: it
-is spent only if the run would otherwise be called exact by mistake.
+Each rank computes all of this by itself, and restores the same state before each attempt. The time matters little: it
+is spent only if something differs, and the run would otherwise be called exact by mistake.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MOST_CAUSES = 16
 
 
 def explain(stage: Stage) -> Finding | None:
-    """The cause of a difference that this rank can find alone; None if it agrees with itself."""
+    """The cause of a difference that this rank can find alone; None if its own results agree."""
     # In this order: without repeatable results, the later searches could blame anything.
     return _unseen(stage) or _state(stage) or _rank(stage)
 
@@ -41,7 +41,7 @@ def _unseen(stage: Stage) -> Finding | None:
 def _state(stage: Stage) -> Finding | None:
     """State in Python that one micro-batch changes and a later one depends on."""
     for number in stage.numbers:
-        # The others, then itself once more: it may change state that only micro-batches like itself change.
+        # The others, then this one: it may change state that only micro-batches of its kind change.
         before = [*(n for n in stage.numbers if n != number), number]
         alone, calls = stage.from_the_start(number)
         later, calls_later = stage.from_the_start(*before, number, stirred=True)
@@ -50,7 +50,8 @@ def _state(stage: Stage) -> Finding | None:
             continue
         source = _culprit(stage.model, part, calls, calls_later)
         evolved = _evolved(stage, before)
-        # One value at a time stays as the others left it. If the result then differs, this value is the cause.
+        # In each attempt one value stays as the other micro-batches left it, and all else is restored. If the result
+        # then differs, this value is the cause.
         for key in changes(stage.before, evolved)[:_MOST_CAUSES]:
             _evolved(stage, before)
             if differs(alone, stage.from_the_start(number, leave=key)[0]) is not None:

@@ -2,7 +2,7 @@
 
 On the CPU, torch's vectorised kernels compute the last elements of a tensor with different code from the rest. So in
 sigmoid, pow, gelu and others an element can have other bits in a tensor of another size. Matrix products choose their
-kernel by the number of rows. Comparing values would find this only by chance. So the operators that are called decide.
+kernel by the number of rows. A comparison of values would find this only by chance. So the called operators decide.
 Allowed are operators that move values, and elementwise arithmetic that IEEE 754 rounds correctly.
 """
 

@@ -1,9 +1,8 @@
-"""The floating-point operations of a model's forward and backward: counted once, then known of every step.
+"""The floating-point operations of a model's forward and backward: counted once, then known for every step.
 
-A micro-batch is computed once more for this, under a mode of torch's dispatcher that sees every operation. Its results
-are thrown away: torch takes other paths here and there while a mode is active, so they may have other bits. The
-rehearsal keeps the generators, and restores parameters, buffers and Python's state afterwards, as after all that it
-computes.
+For this a micro-batch is computed once more, under a mode of torch's dispatcher that sees every operation. Its results
+are thrown away. They may have other bits, because torch takes other paths in places while a mode is active. Afterwards
+the rehearsal restores generators, parameters, buffers and Python's state, as after everything that it computes.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class ModelFlops(NamedTuple):
     """The operations of a sample's forward and backward; a multiplication and an addition are two.
 
     Attributes:
-        linear: for each position of a sample; for the whole sample if samples have no lengths.
-        quadratic: for each pair of positions, as attention has them. It is found from two lengths.
+        linear: operations for each position of a sample; for the whole sample if samples have no lengths.
+        quadratic: operations for each pair of positions, as in attention. It follows from the counts at two lengths.
     """
 
     linear: float
@@ -42,7 +41,7 @@ class ModelFlops(NamedTuple):
 
 
 def count(stage: Stage) -> ModelFlops | str:
-    """Counts; or says why it cannot. The caller restores what micro-batches change."""
+    """The operations; or a text that says why they cannot be counted. The caller restores what micro-batches change."""
     if not stage.exact:
         return "with ZeRO, no rank has whole gradients"
     items, longest = stage.items[:1], stage.items[0].batch.longest
@@ -70,7 +69,7 @@ def _length(item: Item) -> int:
 
 
 def _through(found: Sequence[tuple[int, float]]) -> ModelFlops:
-    """From (length, operations for each position) of one or two lengths."""
+    """The operations as a function of the length, from (length, operations for each position) at one or two lengths."""
     (short, low), (long, high) = found[0], found[-1]
     quadratic = (high - low) / (long - short) if long > short else 0.0
     return ModelFlops(low - quadratic * short, quadratic)
@@ -102,13 +101,13 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 
 _aten = torch.ops.aten
-# Attention on the CPU, of which torch's table has only the kernels of GPUs.
+# Attention on the CPU. Torch's table has only the kernels for GPUs.
 _MORE: dict[Any, Callable[..., float]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-# Operations that multiply matrices, and that torch's table does not have: a count without them would be far too low.
-# Of all others in aten, those without a formula count nothing, as in torch's own counter.
+# Operations that multiply matrices, but are not in torch's table. A count without them would be far too low. All other
+# operations of aten without a formula count as 0, as in torch's own counter.
 _UNKNOWN = {
     "_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer",  # LSTM, GRU and RNN in one kernel
     "linear", "matmul", "einsum", "lstm", "gru",  # only seen whole in inference mode
@@ -121,7 +120,7 @@ _NAMESPACES = {"aten", "prim", "prims"}
 class _Counter(TorchDispatchMode):
     """Adds up the operations of everything that torch computes, by the formulas of its own counter.
 
-    torch's `FlopCounterMode` hooks into all modules as well, and would pass over what it does not know.
+    torch's own `FlopCounterMode` puts hooks on all modules as well, and skips what it does not know.
 
     Attributes:
         total: floating-point operations.

@@ -19,8 +19,8 @@ class ModelState:
 
     Args:
         engine: holds them.
-        whole: whether this rank holds all of them. With ZeRO it does not. Then only the model's buffers are saved,
-            without the running statistics, which are updated in the order of the micro-batches.
+        whole: whether this rank holds all of them. With ZeRO it does not. Then only the model's buffers are saved, but
+            not the running statistics: these are updated in the order of the micro-batches.
     """
 
     def __init__(self, engine: Engine, whole: bool) -> None:

@@ -1,4 +1,4 @@
-"""Probes: a rehearsal also looks for mistakes that make a run inexact, or break it, only later.
+"""Probes: they look for mistakes that would make a run inexact, or break it, only later.
 
 Each probe computes forwards of single micro-batches, without a backward, and answers one question. The probes end
 before the comparison begins, and restore the state for it.
@@ -22,8 +22,8 @@ from .python_state import Key, State, is_generator, is_number
 from .results import Finding, differs, source_of
 from .stage import Stage
 
-# The amounts that are added to a counter. 1 to 16 meet everything that happens at least every 16 calls, whatever the
-# counter's value. The others are round numbers and powers of two, as people choose them.
+# The amounts that are added to a counter. With 1 to 16, an event that comes at least every 16 calls comes, whatever the
+# counter's value. The others are round numbers and powers of two: people often choose these.
 _MOVES = (*range(1, 17), 20, 24, 25, 32, 50, 64, 100, 128, 256, 1000)
 
 
@@ -46,7 +46,7 @@ def refuse_collectives(stage: Stage) -> Computed:
     """Raises UserError if a task's forward or loss communicates with other ranks. Returns the first micro-batch."""
     with _Collectives() as heard:
         computed = stage.compute(0)
-    # A SyncBatchNorm is labelled.
+    # A SyncBatchNorm calls them, too. It is labelled, not refused.
     if heard.names and not any(isinstance(module, nn.SyncBatchNorm) for module in stage.model.modules()):
         raise UserError(
             f"{stage.name} calls torch.distributed ({heard.names[0]}) in its forward or loss. At that time, the ranks "
@@ -57,12 +57,12 @@ def refuse_collectives(stage: Stage) -> Computed:
 
 
 def refuse_use_of_running_statistics(stage: Stage) -> None:
-    """Raises UserError if a training forward reads the buffers of running statistics, which hold no average then."""
-    # If the result follows what the buffers were filled with, the forward reads them.
+    """Raises UserError if a training forward reads the running statistics. Their buffers hold no average then."""
+    # The buffers are filled with two different values. If the results differ, the forward reads them.
     if differs(stage.forward(0, 0.25), stage.forward(0, 0.5)) is None:
         return
-    # Another cause: the forward changes something itself, such as the vectors of a spectral norm. So each forward now
-    # begins from the same state.
+    # There may be another cause: the forward changes something itself, such as the vectors of a spectral norm. So each
+    # forward below begins from the same state.
     stage.put_back()
     one = stage.forward(0, 0.25)
     stage.put_back()
@@ -72,16 +72,16 @@ def refuse_use_of_running_statistics(stage: Stage) -> None:
         raise UserError(
             f"{stage.name} reads the running statistics of a normalisation layer in its training forward. During a "
             "step they are not available: each micro-batch leaves its own statistics, and all ranks apply them after "
-            "the step.\nFor frozen statistics give the layer a train() that keeps it in evaluation mode: its eval(), "
-            "called in model(), does not last, as the trainer calls the model's train()."
+            "the step.\nTo freeze the statistics, give the layer a train() that keeps it in evaluation mode. Calling "
+            "its eval() in model() is not enough, because the trainer calls the model's train() later."
         )
 
 
 def under_moved_weights(stage: Stage, numbers: Sequence[int], parameters: Mapping[str, torch.Tensor]) -> list[str]:
     """Computes micro-batches with all weights moved by about 1 %. Restores nothing.
 
-    A forward may write values that follow the weights. A converged power iteration, or an average that equals the
-    weights, does not change until the weights do.
+    A forward may write values that follow the weights, such as a power iteration or an average of the weights. Once
+    these have converged, they do not change until the weights do.
 
     Returns:
         The names of the parameters that a forward has changed.
@@ -112,7 +112,7 @@ def moved_values(stage: Stage, moved: Sequence[Key], after: State) -> Finding | 
     stage.python.put_back(stage.before)
     base = stage.forward(0)
     for amount in _MOVES:
-        # All at once first, as usually none matters. Only if the result changes, one by one.
+        # First all at once, because usually none matters. If the result changes, one by one.
         for suspects in ([*counters, *generators], *([key] for key in (*counters, *generators))):
             stage.python.put_back(stage.before)
             for key in suspects:

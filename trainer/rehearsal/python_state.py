@@ -5,7 +5,7 @@ task, of the model's modules and of their classes, globals of the user's own fil
 `random` and of numpy. The rehearsal restores all of it, so that it changes nothing, and names the values on which the
 numbers depend.
 
-It does not see closures, caches of decorators, objects of other packages, or anything outside the process.
+It cannot see closures, caches of decorators, objects of other packages, or anything outside the process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from ..exact.checks.hashes import bytes_of
 
-# Limits, so that looking stays cheap. Larger tensors and arrays (elements), such as a task's dataset, are not copied.
-# Longer lists and dictionaries, and what is nested deeper, are not searched. All values together have a limit, too.
+# Limits that keep the search cheap. Larger tensors and arrays (in elements), such as a task's dataset, are not copied.
+# Longer lists and dictionaries, and values that are nested deeper, are not searched. There is a limit for all values
+# together, too.
 _LARGEST = 1 << 16
 _LONGEST = 4096
 _DEEPEST = 4
@@ -72,7 +73,7 @@ def _save(value: Any, budget: _Budget, depth: int = 0) -> _Saved:
     if isinstance(value, (str, bytes)) and len(value) > _LONGEST:
         return _Saved(value, id(value), lambda: value)
     if isinstance(value, _ATOMS):
-        return _Saved(value, repr(value), lambda: value)  # repr: a NaN is equal to itself
+        return _Saved(value, repr(value), lambda: value)  # as text, because nan is not equal to itself
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # parameters are in `model_state`
         return _save_tensor(value, budget)
     for kind in _GENERATORS:
@@ -167,7 +168,7 @@ def _write_array(value: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> 
 
 
 def _save_container(value: Any, budget: _Budget, depth: int) -> _Saved | None:
-    """A list, tuple, set, dictionary or object of the user's own classes, with its content; None for others."""
+    """A list, tuple, set, dictionary or object of a user's class, saved with its content; None for other values."""
     if isinstance(value, (list, tuple, collections.deque)) and len(value) <= _LONGEST:
         items = [_save(item, budget, depth) for item in value]
 
@@ -249,7 +250,7 @@ State = dict[Key, _Saved]
 
 
 class PythonState:
-    """What a task's own code can change in this process besides the model's tensors.
+    """The state that a task's code can change in this process, besides the model's tensors.
 
     Args:
         task, model: of the run.
@@ -316,7 +317,7 @@ class PythonState:
                     namespace.put(key[1], restored)
 
     def add(self, key: Key, amount: int) -> None:
-        """Adds to a number, as more calls might have done. A number that does not exist yet begins at 0."""
+        """Adds to a number, as if there had been more calls. A number that does not exist yet begins at 0."""
         namespace = self._namespaces[key[0]]
         namespace.put(key[1], namespace.names.get(key[1], 0) + amount)
 
@@ -343,7 +344,7 @@ def is_generator(key: Key, *states: State) -> bool:
 
 
 def _is_state(name: str, value: Any) -> bool:
-    """Whether a name in a namespace may hold state: torch's own names and code do not."""
+    """Whether a name in a namespace may hold state. Torch's own names, functions, classes and modules do not."""
     if name in _OF_TORCH or (name.startswith("__") and name.endswith("__")):
         return False
     code = (type, ModuleType, FunctionType, BuiltinFunctionType, staticmethod, classmethod, property, nn.Module)

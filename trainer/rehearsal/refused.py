@@ -1,7 +1,7 @@
 """Operations that torch refuses on GPUs, because their kernels there add in another order each time.
 
-Torch names the operation, which is often a backward that no user has called, and advises to allow it. Here the module
-is named, too, and what computes the same without it. `check-task` finds such operations without a GPU.
+Torch's error names the operation, and advises to allow it. Often it is a backward that no user has called. Our message
+also names the module that uses it, and a substitute. `check-task` finds such operations without a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _RESIZED = _BY_MATRICES.format(
     "F.interpolate", "[None, None]", "(H, height), mode=mode", "[0, 0]", "(W, width), mode=mode"
 )
 _BY_THREE = 'torch.einsum("ncdhw,di,hj,wk->ncijk", x, *({} for n, m in zip(x.shape[2:], output_size)))'
-# How an operation's name begins -> an expression of a layer's input x that computes the same, up to rounding; behind a
-# semicolon, when it does. The tests compute both.
+# Beginning of an operation's name -> an expression of a layer's input x that computes the same, up to rounding. After a
+# semicolon: under which condition. The tests compute both.
 SUBSTITUTES = {
     "adaptive_avg_pool2d": _BY_MATRICES.format("F.adaptive_avg_pool1d", "", "height", "", "width"),
     "adaptive_avg_pool3d": _BY_THREE.format("F.adaptive_avg_pool1d(torch.eye(n).to(x), m)"),
@@ -54,9 +54,10 @@ def _takes_the_largest(values: Mapping[str, Any]) -> bool:
     return bool(values["mode"] == 2)
 
 
-# The operations that torch 2.13 refuses on GPUs under use_deterministic_algorithms, as ATen calls them, some only with
-# certain arguments: alertNotDeterministic in ATen/native/cuda, and its tests in test/test_torch.py. Not here is what
-# torch.nn.functional then computes in another way: bilinear and trilinear upsampling, MaxPool3d, replication padding.
+# The operations that torch 2.13 refuses on GPUs under use_deterministic_algorithms, by ATen's names. Some are refused
+# only with certain arguments. Source: alertNotDeterministic in ATen/native/cuda, and its tests in test/test_torch.py.
+# Left out are operations that torch.nn.functional then computes in another way: bilinear and trilinear upsampling,
+# MaxPool3d, replication padding.
 _REFUSED: dict[str, Callable[[Mapping[str, Any]], bool] | None] = dict.fromkeys(
     (
         "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",
@@ -87,13 +88,13 @@ class Operation(NamedTuple):
 
 
 class Watch(TorchDispatchMode):
-    """Notes, while it is entered, the operations that a GPU would refuse, and the last one of all.
+    """Notes the operations that a GPU would refuse, and the last operation of all, while the mode is entered.
 
     An operation of a backward belongs to the module in whose forward autograd recorded it.
 
     Attributes:
         refused: in the order of their first call.
-        last: the last operation. If torch has refused one, this is it.
+        last: the last operation. If torch has refused an operation, it is this one.
     """
 
     def __init__(self, model: nn.Module) -> None:

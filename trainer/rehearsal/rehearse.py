@@ -1,13 +1,14 @@
 """The rehearsal: before its first step, a run checks that its micro-batches do not depend on rank or order.
 
-To give the same bits at every number of ranks, a task must do one thing: a micro-batch's loss, gradient and statistics
-must depend only on its samples, its seed and the parameters. So a few micro-batches of this very run, one of each
-size, are computed twice, the second time in another order. With several ranks, each rank computes them once, and each
-begins with another one. Every bit is compared. If anything differs, the cause is looked for and named. Afterwards
-everything is restored: parameters, buffers, random numbers and Python's state.
+The same bits at every number of ranks need one thing of a task: a micro-batch's loss, gradient and statistics must
+depend only on its samples, its seed and the parameters. To check this, a few micro-batches of this very run, one of
+each size, are computed twice, the second time in another order. With several ranks, each rank computes them once, and
+each begins with another one. Every bit is compared. If anything differs, the cause is searched for and named.
+Afterwards everything is restored: parameters, buffers, random numbers and Python's state.
 
-A rehearsal cannot see what begins later, such as a penalty from step 1,000 on. With one rank, it cannot see a
-dependence on the rank other than through torch.distributed. The audit looks for both during the run.
+A rehearsal cannot see what begins later, such as a penalty from step 1,000 on. With one rank, it sees a dependence on
+the rank only through torch.distributed and the variables RANK, LOCAL_RANK and WORLD_SIZE. The audit looks for both
+during the run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Found:
         notes: messages for the person who starts the run.
         changing: parameters and buffers that the task's forward changes by itself.
         kept: values of Python's state that micro-batches change, whether or not anything depends on them.
-        counters: those of them that are numbers.
+        counters: those of `kept` that are numbers.
         flops: the operations of a step; or why they could not be counted.
     """
 
@@ -91,7 +92,7 @@ def rehearse(subject: Subject, first_step: int) -> Found:
         views = [hashes for hashes, _ in everyone] if subject.alike else [hashes]
         difference = _first_difference(views)
         if any(gather_objects(difference is not None)):
-            # Only now time is spent on causes: first on every rank by itself, then the findings are gathered.
+            # Only now time is spent on the cause: each rank searches by itself, then the findings are gathered.
             own_finding = _explain_difference(stage)
             found.findings = _agreed(gather_objects((own_finding, difference)))
     return found
@@ -189,7 +190,7 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
         for turn in turns:
             order = _order(stage, turn)
             stage.python.stir(turn)
-            # The second turn begins with other generators, so a draw from one of them changes the result.
+            # Before the second turn the generators are advanced. So a draw from one of them changes the result.
             began = stage.python.take() if turn else stage.before
             elsewhere = turn > 0 and ranks.world_size == 1
             visited = _in_turn(stage, order[:1], elsewhere)
@@ -200,12 +201,12 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
             after = stage.python.take()
             found.note_changes(stage.put_back())
             if stage.exact and ranks.world_size > 1:
-                # Each rank also computes one micro-batch while it believes to be another rank of a larger world.
+                # Each rank also computes one micro-batch as another rank of a larger world.
                 results[order[0]] += _in_turn(stage, order[:1], elsewhere=True, instead=False)
                 found.note_changes(stage.put_back())
             if turn == turns[0]:
                 moved = changes(began, after)
-                # A value that only the first micro-batch changes is no counter: it may be a table, made when needed.
+                # A value that only the first micro-batch changes is not a counter. It may be a table, made on demand.
                 kept = changes(early, after)
                 found.kept = [stage.python.name_of(key) for key in kept]
                 found.counters = [stage.python.name_of(key) for key in kept if is_number(key, began, after)]
@@ -213,7 +214,7 @@ def _perform(stage: Stage) -> tuple[dict[int, list[Hashes]], Found]:
                     finding = moved_values(stage, moved, after)
                     found.findings += [finding] if finding is not None else []
                 found.note_changes(stage.put_back())
-        if ranks.first:  # one rank's word is enough, and ranks that share a processor need not wait for one another
+        if ranks.first:  # one count is enough, and ranks that share a processor need not wait for one another
             found.flops = count(stage)
             found.note_changes(stage.put_back())
     stage.check_what_is_not_the_tasks()
@@ -224,7 +225,7 @@ def _order(stage: Stage, turn: int) -> list[int]:
     """The order in which a rank computes the micro-batches: each turn begins with another one."""
     count, items = len(stage.items), stage.items
     order = [(k + turn) % count for k in range(count)]
-    # The first two have the same size. Each other size comes twice, so that state which only this size changes shows.
+    # The first two have the same size. Every other size comes twice: it may change state that no other size changes.
     return order + [number for number in order if items[number].samples != items[0].samples]
 
 
@@ -253,7 +254,7 @@ def _probe(stage: Stage, found: Found) -> None:
 
 
 def _explain_difference(stage: Stage) -> Finding | None:
-    """The cause of a difference that this rank can find alone; None if it agrees with itself."""
+    """The cause of a difference that this rank can find alone; None if its own results agree."""
     with generators_kept(stage.subject.device):
         try:
             return explain(stage)

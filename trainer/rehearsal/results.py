@@ -14,7 +14,7 @@ class Finding(NamedTuple):
     remedy: str
 
 
-# What is compared of a micro-batch, in the order in which it is computed: name -> hash.
+# The compared parts of a micro-batch, in the order in which they are computed: name -> hash.
 Hashes = dict[str, int]
 # The calls of modules, in the order in which they end: (name, hash of the inputs, hash of the outputs).
 Calls = list[tuple[str, int, int]]

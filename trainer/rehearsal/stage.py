@@ -178,14 +178,15 @@ class Stage:
         result, summed = self.micro_batches.loss(*of), self.micro_batches.trained_loss(*of)[0]
         problem = sample_losses_problem(self.name, summed, result)
         if problem is not None:
-            # With the same seeds again: what then changes has state, which has findings of its own.
+            # Computed again with the same seeds. If a value changes now, the task keeps state: then another finding
+            # says so.
             again, summed_again = self.micro_batches.loss(*of), self.micro_batches.trained_loss(*of)[0]
             if torch.equal(again[0], result[0]) and torch.equal(summed_again, summed):
                 raise UserError(problem)
         return computed.result[0], result[1]
 
     def check_augmented(self) -> None:
-        """Raises UserError if augment() does not return a changed batch. It would fail later, less clearly."""
+        """Raises UserError if augment() does not return a batch. Later the error would be less clear."""
         item = self.items[0]
         check_augmented(self.name, self.micro_batches.augmented(item.batch, item.j), item.samples)
 

@@ -1,7 +1,7 @@
-"""Whether a task's loss is the sum over its samples that the protocol wants, or a mean.
+"""Whether a task's loss is the sum over its samples, as the protocol demands, or a mean.
 
-A mean gives the same bits at every number of ranks, but it is divided once more by the global batch's count: the
-gradient is as many times too small as a micro-batch has samples, and smaller micro-batches weigh more.
+A mean gives the same bits at every number of ranks, but the trainer divides it once more, by the count of the global
+batch. So with n samples in a micro-batch the gradient is n times too small, and smaller micro-batches weigh more.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from ..exact.micro_batches import Computed
 from ..tasks.contract import check_loss
 from .stage import Stage
 
-# Samples that are looked at, once and twice.
+# The most samples that are taken, once and twice.
 _MOST_SAMPLES = 8
-# Below, a loss may be nothing but the rounding of terms that cancel.
+# A smaller loss may be only the rounding of terms that cancel, so it is not judged.
 _SMALLEST = 1e-6
-# Of outputs at hand the sum doubles up to rounding. A second forward may draw other noise: then, nearer to 1 than to 2.
+# With the same outputs, a sum doubles up to rounding. A second forward may draw other noise, so there a wider limit
+# holds: the ratio must be nearer to 1 than to 2.
 _ROUNDING, _NOISE = 1e-3, 0.25
 
 
 def refuse_means(stage: Stage, computed: Computed | None) -> None:
-    """Raises UserError if the same samples twice give the same loss, not double. Leaves Python's state as it comes.
+    """Raises UserError if the same samples twice give the same loss, not double. Does not restore Python's state.
 
-    Asked first of the outputs at hand, which costs two calls of loss(). Whatever forward() hands to loss() in another
-    way would not double then, so only a forward in evaluation mode, where dropout and BatchNorm do not disturb, settles
-    it. A loss that cannot be computed of other samples than the micro-batch's is not accused.
+    First loss() is called with the outputs that are there already, once and twice. This is cheap, but forward() may
+    pass something to loss() in another way, and that would not double. So only a forward decides. It is in evaluation
+    mode, where dropout and BatchNorm do not disturb. If a loss cannot be computed for other samples than the
+    micro-batch's, nothing is refused.
 
     Args:
         stage: computes.
-        computed: the first micro-batch. None to ask the forward at once, which also finds a forward that averages.
+        computed: the first micro-batch. None to begin with the forward, which also finds a forward that averages.
     """
     equal = None if computed is None else _same_twice(_of_outputs(stage, computed), _ROUNDING)
     if equal is False:
         return
-    number = min(1, len(stage.items) - 1)  # another one, as a chance equality does not repeat itself
+    number = min(1, len(stage.items) - 1)  # another micro-batch: losses that are equal by chance differ there
     if _same_twice(_of_samples(stage, number), _ROUNDING if equal is None else _NOISE):
         raise UserError(
             f"{stage.name}.loss() averages over its micro-batch: the same samples twice give the same loss, not "
@@ -51,7 +53,7 @@ def refuse_means(stage: Stage, computed: Computed | None) -> None:
 
 
 def _same_twice(loss_of: Callable[[int], float], tolerance: float) -> bool | None:
-    """Whether samples taken twice have the loss that they have once; None if that cannot be computed."""
+    """Whether the samples taken twice have the same loss as once; None if it cannot be computed."""
     try:
         once, twice = loss_of(1), loss_of(2)
     except Exception:  # it is made for a fixed size, or needs a graph
@@ -90,7 +92,7 @@ def _of_samples(stage: Stage, number: int) -> Callable[[int], float]:
 
 
 def _repeated(value: Any, samples: int, chosen: int, times: int) -> Any:
-    """The first `chosen` rows of what has one row a sample, so many times over, as fresh tensors without a graph."""
+    """Of each tensor with one row per sample the first `chosen` rows, repeated `times` times, without a graph."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) != samples:
             return value

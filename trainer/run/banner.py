@@ -32,7 +32,7 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
     if trainer.tf32 and p.device.type == "cuda":
         precision += ", products in TF32"
     clipping = p.config.gradient_clipping
-    # With AdaScale, the gains decide when the run ends, and this is the most steps that it can take.
+    # With AdaScale the gains decide when the run ends. This is the largest number of steps that it can take.
     most = "at most " if trainer.learning_rate.adascale_steps is not None else ""
     begins = f"step {first_step + 1:,}" if first_step else "the first step"
     lines = [
@@ -43,7 +43,7 @@ def banner(p: Pieces, audit: Audit | None, learning_rate: float, first_step: int
         + (f"gradients clipped at norm {clipping:g}" if clipping else "no clipping")
         + f"; {precision} on {p.facts['device_model']}",
     ]
-    # A task of a user's own need not say what it read: its arrays do.
+    # A user's own task need not describe the data that it has read. Then its arrays are described.
     read = getattr(p.task, "data_lines", None) or array_lines({n: s.arrays for n, s in p.host_splits.items()})
     lines[2:2] = [f"data: {line}" for line in read]
     warmup_steps = round(trainer.learning_rate.warmup_epochs * p.steps_per_epoch)
@@ -85,7 +85,7 @@ def _pack_row(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scaling_row(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """How fast the run was, compared with the one that made the same model with the fewest ranks."""
+    """How fast the run was, compared with the run that made the same model on the fewest ranks."""
     others = earlier.of_this_model(summary, folder)
     if not others or not math.isfinite(summary["samples_per_s"]):
         return []
@@ -104,7 +104,7 @@ def _efficiency_row(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _work_row(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the model has computed a second; or, in one line, why that is not known."""
+    """The operations of the model per second; or, in one line, why they are not known."""
     if "model_flops_not_counted" in summary:
         return [("model TFLOP/s", f"not counted: {summary['model_flops_not_counted']}")]
     done, mfu = summary.get("model_tflops_per_s"), summary.get("mfu")

@@ -50,7 +50,7 @@ class BestModel:
     def check(self, metrics: Mapping[str, float], why_without: Callable[[str], str] = lambda name: "") -> None:
         """Raises UserError, on every rank, unless the metric exists and it is known whether low or high is better.
 
-        `why_without` says of a metric's name why validation does not have it; an empty text if that is not known.
+        `why_without` gets the name of a missing metric and returns why validation lacks it; "" if that is not known.
         """
         if self.metric not in metrics:
             why = why_without(self.metric)
@@ -76,9 +76,10 @@ class BestModel:
         self.check(metrics)
         value = metrics[self.metric]
         better = math.isnan(self.value) or (value < self.value if self.mode == "min" else value > self.value)
-        # A tie is no progress: it does not keep a run from stopping early.
+        # An equal value is no progress: the patience runs on.
         self._waited = 0 if better and math.isfinite(value) else self._waited + 1
         tie = value == self.value and metrics["loss"] < self.metrics["loss"]
+        # In the first validation every value counts as better, even nan. Such a model is never kept.
         if not math.isfinite(value) or not (better or tie):
             return
         self.step, self.value, self.metrics = step, value, dict(metrics)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config.deepspeed_keys import LAYERWISE
 from ..config.keys import Config
 from ..data.cut import Cut
 from ..engine import device as devices
@@ -26,16 +24,18 @@ from ..exact.order import key, nested_subset, seed_generators, seed_python
 from ..exact.plan import BatchPlan, steps_per_epoch
 from ..exact.splits import Split, as_splits
 from ..ranks import rendezvous
-from ..ranks.collectives import COLLECTIVE_TIMEOUT_S, broadcast_tensor, common_value, gather_objects, raise_together
+from ..ranks.collectives import COLLECTIVE_TIMEOUT_S, broadcast_tensor, gather_objects, raise_together
 from ..ranks.place import Ranks
 from ..record.console import DeepSpeedLog, say
 from ..record.made_by import without_secrets
 from ..tasks.folds import splits_in_fold
-from ..tasks.own_code import task_code_sha256
 from ..tasks.protocol import Task, load_task
+from .facts import compare_facts, facts_of
 
 if TYPE_CHECKING:
     from ..engine.deepspeed_engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Pieces:
         facts: what the bits depend on besides config and data.
         hosts: the host and device of each rank.
         alike: whether all ranks have the same device model.
-        changing: parameters and buffers that the task's forward changes by itself, so that ranks differ in them. The
+        changing: parameters and buffers that the task's forward changes by itself. So the ranks differ in them. The
             rehearsal finds them.
         cut: which samples are train, validation and test, in a fold of a cross-validation.
     """
@@ -89,7 +89,7 @@ class Pieces:
         return "tolerance" if self.inexact else "bitwise"
 
     def common_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name that must be the same on every rank."""
+        """The parameters and buffers that must be the same on every rank: name -> tensor."""
         state = self.engine.model_state()
         return {name: tensor for name, tensor in state.items() if name not in self.changing}
 
@@ -136,7 +136,7 @@ def build(
         config, ranks, plan: of the run.
         log: takes DeepSpeed's messages.
         met: called when the ranks have joined the process group, before anything slow.
-        failed: this rank's error so far. All ranks leave with it when they meet.
+        failed: this rank's error so far. All ranks leave with it when they meet, so this rank must come, too.
 
     Raises:
         UserError: something must change first. Nothing has been computed then.
@@ -148,8 +148,8 @@ def build(
             _check_noise(config, plan)
             device, backend = devices.choose(config, ranks)
             devices.settle(config)
-            with log.capture():
-                from ..engine import deepspeed_engine as engines
+            with log.capture():  # DeepSpeed prints when it is imported
+                from ..engine import deepspeed_engine  # noqa: F401
             check_optimizer(config)
             # A task may draw splits or weights from these generators. They then agree on every rank and in every run.
             seed_python(key(config.trainer.seed, "task"))
@@ -160,43 +160,14 @@ def build(
     met()
 
     # From here on ranks wait for one another, so an error on one rank must be raised on all of them.
-    error: TrainerError | None = None
-    host_splits: dict[str, Split] = {}
-    model, total_steps, cut = nn.Module(), 0, None
-    try:
-        cut = None if config.trainer.fold is None else Cut(config.trainer.fold)
-        host_splits = splits_of(task, config, cut)
-        total_steps = _total_steps(config, plan, len(host_splits["train"]))
-        seed_generators(key(config.trainer.seed, "model"), device)
-        model = built_model(task, config)
-    except TrainerError as own:
-        error = own
-    raise_together(error)
+    host_splits, cut, total_steps, model = _together(lambda: _data_and_model(task, config, plan, device))
 
-    facts = devices.facts(device, engines.VERSION)
-    own_code = task_code_sha256(task, config.trainer.task)
-    if own_code is not None:
-        facts["task_code_sha256"] = own_code
-    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-        facts["transformers"] = importlib.metadata.version("transformers")
-    if config.optimizer.type.lower() in LAYERWISE:
-        facts["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
-    unlike = _compare_facts(facts, config, host_splits)
+    facts = facts_of(task, config, device, model)
+    unlike = compare_facts(facts, config, host_splits)
     inexact = _zero_reason(config) + _normalisation_reason(model) + unlike
     refuse_inexact(config, inexact)
 
-    if engines.builds_an_op(config) and ranks.first:
-        say(
-            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine. This takes one "
-            'to three minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
-        )
-    model.to(device).train()
-    try:
-        with log.capture():
-            engine = engines.Engine(model, config, micro_batch_size=plan.micro_batch_size, world_size=ranks.world_size)
-    except TrainerError as own:
-        error = own
-    raise_together(error)
+    engine = _together(lambda: _engine(config, ranks, plan, log, model, device))
     batches = GlobalBatches(
         host_splits["train"],
         device,
@@ -227,6 +198,50 @@ def build(
     )
 
 
+def _together(make: Callable[[], T]) -> T:
+    """What `make` returns. If it raises a TrainerError on one rank, every rank raises it. Collective: every rank."""
+    error: TrainerError | None = None
+    made: T
+    try:
+        made = make()
+    except TrainerError as own:
+        error = own
+    raise_together(error)
+    return made
+
+
+def _data_and_model(
+    task: Task, config: Config, plan: BatchPlan, device: torch.device
+) -> tuple[dict[str, Split], Cut | None, int, nn.Module]:
+    """The splits, on the CPU, which samples went where in a fold, the length of the run in steps, and the model.
+
+    Raises:
+        UserError: the task or the config asks for something that cannot be made.
+    """
+    cut = None if config.trainer.fold is None else Cut(config.trainer.fold)
+    host_splits = splits_of(task, config, cut)
+    total_steps = _total_steps(config, plan, len(host_splits["train"]))
+    # After the splits: the first weights must not depend on how many numbers a task draws for its data.
+    seed_generators(key(config.trainer.seed, "model"), device)
+    return host_splits, cut, total_steps, built_model(task, config)
+
+
+def _engine(
+    config: Config, ranks: Ranks, plan: BatchPlan, log: DeepSpeedLog, model: nn.Module, device: torch.device
+) -> Engine:
+    """Moves the model to the device, and puts DeepSpeed's engine around it. Raises TrainerError."""
+    from ..engine.deepspeed_engine import Engine, builds_an_op
+
+    if builds_an_op(config) and ranks.first:
+        say(
+            f"DeepSpeed builds its {config.optimizer.type} kernel when it is first used on a machine. This takes one "
+            'to three minutes, once. ("torch_adam": true in optimizer.params uses a kernel that is compiled already.)'
+        )
+    model.to(device).train()
+    with log.capture():
+        return Engine(model, config, micro_batch_size=plan.micro_batch_size, world_size=ranks.world_size)
+
+
 def train_split(config: Config) -> Split:
     """The training split of a config, without a model."""
     seed_python(key(config.trainer.seed, "task"))
@@ -236,7 +251,7 @@ def train_split(config: Config) -> Split:
 def splits_of(task: Task, config: Config, cut: Cut | None = None) -> dict[str, Split]:
     """A task's splits, on the CPU: name -> split; those of `trainer.fold` if it is set. Raises UserError.
 
-    `cut` may be given to learn afterwards which samples went where.
+    Pass a `cut` to learn from it afterwards which samples went where.
     """
     if cut is None and config.trainer.fold is not None:
         cut = Cut(config.trainer.fold)
@@ -346,39 +361,3 @@ def _normalisation_reason(model: nn.Module) -> list[str]:
         ):
             return [f"{name} keeps its running statistics in {module.running_mean.dtype}"]
     return []
-
-
-def _compare_facts(facts: dict[str, Any], config: Config, splits: dict[str, Split]) -> list[str]:
-    """Compares over the ranks everything that the bits depend on. Collective: every rank.
-
-    Returns:
-        A reason against bitwise if the device models differ.
-
-    Raises:
-        UserError: on every rank, if anything else differs.
-    """
-    own: dict[str, Any] = {**facts, "config": repr(config.as_dict())}
-    own.update({f"data of {name}": split.data_hash() for name, split in splits.items()})
-    everyone = gather_objects((socket.gethostname(), own))
-    unlike: list[str] = []
-    for name in sorted({name for _, facts_of in everyone for name in facts_of}):
-        if name == "cpu_model":  # rank 0's weights are sent to all
-            continue
-        values = [facts_of.get(name) for _, facts_of in everyone]
-        usual = common_value(values)
-        for rank, value in enumerate(values):
-            if value == usual:
-                continue
-            where = f"rank {rank} on {everyone[rank][0]}"
-            if name in _OF_THE_DEVICE:
-                usually, this = (v or "default settings of math libraries" for v in (usual, value))
-                unlike.append(f"{where} runs on {this}, others on {usually}")
-                break
-            shown = "" if name == "config" else f": {value}, others {usual}"
-            raise UserError(f"{where} has another {name} than the other ranks{shown}.", agreed=True)
-    return unlike[:1]
-
-
-# Facts in which ranks may differ; the run is then labelled tolerance. Any other difference is an error: the ranks would
-# not train the same thing.
-_OF_THE_DEVICE = ("device_model", "cpu_capability", "math_settings")

@@ -16,7 +16,7 @@ from .build import Pieces
 
 
 def _plain(text: str) -> str:
-    """A text of the user's or of the data as it is shown in Markdown: no HTML, link, code or cell of a table."""
+    """A text of the user or of the data, escaped for Markdown: it cannot make HTML, a link, code or a table cell."""
     escaped = re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(text, quote=False))
     return " ".join(escaped.split())
 
@@ -83,7 +83,7 @@ _CALLS = {
 
 
 def _usage(p: Pieces, model: Path) -> list[str]:
-    """What prepares data as in training and predicts, where there is such a thing; else what loads the model."""
+    """Lines that predict, with data prepared as in training; if the task cannot do that, lines that load the model."""
     tag, options = getattr(p.task, "pipeline_tag", None), p.config.trainer.task_options
     if tag in _CALLS and _of_transformers(model):
         call = _CALLS[tag]

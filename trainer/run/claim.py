@@ -18,7 +18,7 @@ from ..record.folder import OutputFolder, refuse_nothing_to_resume
 
 @dataclass(frozen=True)
 class Resume:
-    """The command line's wish: `mode` is "none", "auto", or a run's or checkpoint's folder."""
+    """What the command line asks for: `mode` is "none", "auto", or the folder of a run or of a checkpoint."""
 
     mode: str = "none"
     allow_changed_config: bool = False
@@ -55,7 +55,7 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
         return OutputFolder.claim(wanted, config_name), None
     if resume.mode == "auto":
         path = wanted if wanted is not None else _newest_unfinished(config_name)
-        # First claimed, then looked at: another run may just be ending there.
+        # It is locked first and looked at then: another run may just be ending there.
         folder = OutputFolder.claim(path, config_name, again=True)
         if not folder.continues:
             say("--resume auto: there is no run to continue here, so a new one begins")
@@ -73,11 +73,11 @@ def claim(resume: Resume, config: Config, config_name: str) -> tuple[OutputFolde
     refuse_nothing_to_resume(resume.mode)
     source = Path(os.path.abspath(Path(resume.mode).expanduser()))
     if source.name.startswith("step-") and source.is_dir():
-        if source.parent.name != "checkpoints":  # a copy: what lies around it is nobody's run
+        if source.parent.name != "checkpoints":  # a copy, so the folders around it are not a run
             if wanted is None:
                 raise UserError(
-                    f"--resume {resume.mode} is a checkpoint outside of a run's folder checkpoints. Say with "
-                    "--output_dir where the run goes on."
+                    f"--resume {resume.mode} is a checkpoint outside of a run's folder checkpoints. Add --output_dir "
+                    "to say where the run continues."
                 )
             return OutputFolder.claim(wanted, config_name), source
         run = source.parent.parent
@@ -129,7 +129,7 @@ def finished(folder: OutputFolder) -> Finished | None:
     """The run in a claimed folder, if it has finished; else None.
 
     Raises:
-        UserError: its manifest cannot be read, so nobody can say which run it was.
+        UserError: its manifest cannot be read, so it is unknown which run it was.
     """
     summary = finished_summary(folder.path)
     if summary is None or not folder.continues:
@@ -142,7 +142,7 @@ def finished(folder: OutputFolder) -> Finished | None:
         facts |= {"plan": m["batch_plan"], "total_steps": m.get("total_steps", summary["steps"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"The run in {folder.path} has finished, but {path} cannot be read, so nobody can say whether it was this "
-            "one.\nChoose another --output_dir."
+            f"The run in {folder.path} has finished, but {path} cannot be read, so it is unknown whether it was this "
+            "run.\nChoose another --output_dir."
         ) from error
     return Finished(folder.path, summary, facts)

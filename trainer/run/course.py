@@ -64,8 +64,9 @@ class Course:
         trace: called after every step.
         started_at_s: time.time() at which this process began: a stamp.
         began_s: time.monotonic() at that moment, for durations: the clock may be set.
-        owes_validation: the checkpoint was the last of a shorter run, and its step's validation came after it.
-        time_to_first_step_s: seconds from then to the end of the first step; nan before that.
+        owes_validation: the checkpoint was the last one of a shorter run. That run made this step's validation after
+            the checkpoint, so this one has to make it now.
+        time_to_first_step_s: seconds from `began_s` to the end of the first step; nan before that.
         rehearsal_s: the seconds that the rehearsal took.
         flops: the model's operations in a step; or why they are not known.
     """
@@ -101,7 +102,7 @@ class Course:
             )
 
     def tell(self) -> None:
-        """Prints what packs have to say, such as that memory ran out. Rank 0."""
+        """Prints the notes of packs, such as that memory ran out. Rank 0."""
         if isinstance(self.step, ExactStep) and self.step.block.packs is not None and self.pieces.ranks.first:
             notes, self.step.block.packs.notes = self.step.block.packs.notes, []
             say(*[f"note: {note}" for note in notes])
@@ -115,7 +116,7 @@ class Course:
         """Starts a checkpoint; training continues while it is written. Collective: every rank.
 
         Args:
-            ended: it is the run's last one. A longer run goes on from it as if this one had never ended.
+            ended: it is the run's last one. A longer run continues from it as if this one had never ended.
         """
         self.check_window()
         self.record.flush()
@@ -207,9 +208,11 @@ def set_out(
         UserError: the task does not keep the protocol, or is not exact although the config asks for "bitwise".
     """
     options = p.config.trainer
+    # First: otherwise a model that no checkpoint can hold would show only when the first one is written.
     refuse_unstorable(p.engine.model_state())
     noise = NoiseScale(len(p.splits["train"])) if options.gradient_noise else None
-    # One more than all steps: a window that the run does not fill goes on in a longer run.
+    # If the run is shorter than a window: one step more than the run. So the window does not end with the run, and
+    # continues in a longer one.
     window = Window(
         min(options.log_every_steps, p.total_steps + 1), max(p.batches.micro_batch_counts()), p.device, noise=noise
     )
@@ -293,7 +296,7 @@ def _why_without(p: Pieces, name: str) -> str:
 
 
 def size_of_packs(options: TrainerOptions) -> int | str:
-    """`trainer.pack`, or its default. Packs are compared, not proven: code that nobody has tried must ask for them."""
+    """`trainer.pack`, or its default. Packs are compared, not proven. So tasks of users must ask for them."""
     if options.pack is not None:
         return options.pack
     return "auto" if options.task in BUILT_IN else 1

@@ -14,7 +14,7 @@ from ..record.checkpoints import way_on
 from ..record.folder import OutputFolder
 from ..rehearsal.refused import refusal
 
-# The modules from which exceptions of gloo or NCCL come. Most are plain RuntimeErrors, so their type does not tell.
+# Exceptions of gloo or NCCL come from these modules. Most are plain RuntimeErrors, so their type does not show it.
 _COLLECTIVES = ("torch.distributed.", "trainer.ranks.collectives", "deepspeed.comm.")
 
 
@@ -67,7 +67,7 @@ def _ended_by_the_task(error: SystemExit) -> TrainerError:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # Torch's allocator for the CPU raises a plain RuntimeError. Only its text tells it from others.
+    # Torch's allocator for the CPU raises a plain RuntimeError. Only its text differs from that of others.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

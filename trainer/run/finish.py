@@ -32,7 +32,7 @@ def finish(c: Course) -> dict[str, Any]:
     p, engine, best, done = c.pieces, c.pieces.engine, c.best, c.done
     summary: dict[str, Any] = {}
     with engine.whole_parameters():
-        # The hashes are of the last step, even if an earlier model is kept.
+        # The hashes are of the last step, even if an earlier model is kept: they are compared with those of other runs.
         summary["parameters_sha256"] = state_sha256({n: q.detach() for n, q in engine.model.named_parameters()})
         summary["model_sha256"] = state_sha256(engine.model_state())
     _settle_checkpoint(c)
@@ -88,7 +88,7 @@ def finish(c: Course) -> dict[str, Any]:
 
 
 def _work(c: Course) -> dict[str, Any]:
-    """How much the model has computed a second, for the summary."""
+    """The operations of the model per second, for the summary."""
     found: dict[str, Any] = {"model_tflops_per_s": c.record.pace.model_tflops_per_s, "mfu": c.record.mfu}
     return found | ({"model_flops_not_counted": c.flops} if isinstance(c.flops, str) else {})
 
@@ -98,7 +98,7 @@ def _scaling(c: Course, summary: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     W, speed, p = c.pieces.plan.world_size, summary["samples_per_s"], c.pieces
     if c.folder is not None and math.isfinite(speed):
-        with contextlib.suppress(Exception):  # whatever lies beside this run: it must not cost its results
+        with contextlib.suppress(Exception):  # bad files beside this run must not cost its results
             other = earlier.at_another_size(p.manifest(), W, c.folder.path)
             if other is not None:
                 share = earlier.efficiency(W, speed, *other)
@@ -163,11 +163,11 @@ def _save(c: Course) -> str | None:
 
 
 def _settle_checkpoint(c: Course) -> None:
-    """Waits for the checkpoint of the last step. The run has come to its end, so a failure is only told."""
+    """Waits for the checkpoint of the last step. The run has ended, so a failure only gives a note."""
     try:
         c.saver.wait()
     except TrainerError as error:
-        say(f"note: without its last checkpoint, this run cannot be made longer later. {str(error).splitlines()[0]}")
+        say(f"note: the last checkpoint is missing, so this run cannot be made longer. {str(error).splitlines()[0]}")
 
 
 def _leave(c: Course, summary: dict[str, Any]) -> None:

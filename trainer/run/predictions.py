@@ -1,4 +1,4 @@
-"""What the run of one fold says of each sample that it tests, as a file in its folder."""
+"""The predictions that the run of one fold makes for the samples that it tests, as a file in its folder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..tasks.protocol import Outputs, Task
 def write_predictions(
     folder: Path, task: Task, cut: Cut, outputs: Outputs, arrays: Batch, metrics: Mapping[str, float]
 ) -> None:
-    """Writes one line a sample of the test split: `row`, its place among all samples, and what the task says of it.
+    """Writes one line for each sample of the test split: `row`, its place among all samples, and the task's prediction.
 
-    Where samples are files, `file` stands behind `row`.
+    If samples are files, the column `file` comes after `row`.
 
     Args:
         folder: of the run.

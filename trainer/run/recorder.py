@@ -29,7 +29,7 @@ Tell = Callable[[str, dict[str, Any]], None]
 
 
 def peak_of(p: Pieces) -> float | None:
-    """The most TFLOP/s that all devices of a run can do together; None if that is not known."""
+    """The peak of all devices of a run together, in TFLOP/s; None if it is not known."""
     if p.device.type != "cuda" or not p.alike:
         return None
     one = peak_tflops_per_s(str(p.facts["device_model"]), precision(p.config, p.device.type))
@@ -106,7 +106,7 @@ class Recorder:
         """
         p = self._pieces
         self._folder = folder
-        self.write_manifest(folder)  # first: it says that the folder is a run's
+        self.write_manifest(folder)  # first, because the manifest marks the folder as a run's
         folder.begin()
         log.open(folder.path / "logs" / "deepspeed.log")
         self._writer = Writer(folder.path, p.config.tensorboard.enabled, self._first_step, records)
@@ -136,7 +136,7 @@ class Recorder:
         folder.write_json("manifest.json", self._pieces.manifest() | made_by | {"history": self._history})
 
     def window(self, step: int, last: bool = False) -> None:
-        """Ends the logging window. On a GPU it is read when the next one ends, so that the host need not wait."""
+        """Ends the logging window. On a GPU it is read when the next one ends: so the host need not wait."""
         closed = self._stamped(self._window.close(step, -(-step // self._pieces.steps_per_epoch)))
         lagging = self._pieces.device.type == "cuda" and not last
         self._write_window(self._pending)
@@ -162,7 +162,7 @@ class Recorder:
         return stamped
 
     def flush(self) -> None:
-        """Writes a window that is still pending: a checkpoint promises that everything up to its step is written."""
+        """Writes a window that is still pending. Before a checkpoint, everything up to its step must be written."""
         self._write_window(self._pending)
         self._pending = None
 
@@ -228,7 +228,7 @@ class Recorder:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation of the whole run: what was done a second as a share of the devices' peak.
+        """Model FLOPs utilisation of the whole run: the operations per second, as a fraction of the devices' peak.
 
         Chowdhery et al. (2022, arXiv 2204.02311), appendix B. None if one of the two is not known.
         """

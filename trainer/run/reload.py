@@ -1,4 +1,4 @@
-"""Loads a model that was saved again, as others will, and compares it with the one that was trained and measured."""
+"""Loads the saved model again, as a user will, and compares it with the model that was trained and measured."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .saving import load_model
 
 # Samples of the batch that is compared.
 _SAMPLES = 8
-# The largest difference of an output, as a share of the largest output. The same weights on the same device give the
-# same numbers; merging LoRA's updates into them rounds.
+# The largest allowed difference of an output, as a fraction of the largest output. The same weights on the same device
+# give the same numbers. Merging LoRA's updates into the weights rounds, so there more is allowed.
 _TOLERANCE, _MERGED_TOLERANCE = 1e-4, 1e-3
 
 
 def problems(p: Pieces, folder: Path) -> list[str]:
-    """What is wrong with <output_dir>/model and adapter, in sentences; none if they give what the trained model gives.
+    """What is wrong with <output_dir>/model and adapter, in sentences. Empty if their outputs are the trained model's.
 
-    Rank 0; parameters must be whole. The model is loaded by a new task, as `predict` does, so that what else lies in
-    the folder (the tokenizer, the image processor) takes part. At ZeRO stage 3 nothing is compared, because a
-    forward there needs every rank.
+    Rank 0; parameters must be whole. A new task loads the model, as in `predict`. So the other files of the folder (the
+    tokenizer, the image processor) are tested, too. At ZeRO stage 3 nothing is compared, because a forward there needs
+    every rank.
 
     Args:
         p: of the run.
@@ -66,15 +66,16 @@ def problems(p: Pieces, folder: Path) -> list[str]:
             return []
         return [
             f"{path} is not the model that was measured: loaded again, its outputs for {len(samples)} samples of "
-            f"{split} differ by up to {difference:.1%} of the largest"
+            f"{split} differ by up to {difference:.1%} of the largest output"
         ]
 
     found = []
-    # A task without load() or predict() may have a model() that needs its splits. Its file is the weights themselves.
+    # Without load() or predict(), the file is the weights as they are, and model() may need the splits. So nothing is
+    # loaded.
     if any(callable(getattr(p.task, name, None)) for name in ("load", "predict")):
         found += compared("model", lambda path: _loaded(p, path))
     base = p.engine.model.get_base_model() if adapted else None  # type: ignore[operator]
-    # Random weights, and those of a task's own model, lie in no folder on which an adapter could be put.
+    # An adapter needs its base model in a folder or on the hub. Random weights and models of a task's own have neither.
     if getattr(base, "name_or_path", "") and not getattr(p.task, "random_weights", False):
         found += compared("adapter", lambda path: (p.task, _on_its_base(base, path)))
     return found
@@ -130,7 +131,7 @@ def _as_evaluated(model: nn.Module) -> Iterator[None]:
 def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of floating outputs, as a share of the largest output of that name; inf for other shapes.
 
-    Whole numbers are left out: a choice may turn over by rounding.
+    Outputs of whole numbers are left out: rounding may change a choice, such as the likeliest class.
     """
     worst = 0.0
     for name, tensor in one.items():

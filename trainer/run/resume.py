@@ -109,8 +109,8 @@ class Saver:
         """What must be the same on every rank, by kind and name: `Pieces.common_state` and the optimizer's tensors.
 
         Rank 0's tensors are written. A wrong optimizer state on rank 0 would spread to all ranks with the next resume.
-        What an optimizer keeps of a parameter that the task changes by itself follows that parameter, as with weight
-        decay, so it differs as well.
+        If a task changes a parameter by itself, the ranks differ in it. The optimizer's state of that parameter can
+        depend on it, as with weight decay. So this state differs as well, and is left out.
         """
         common, changing = self._pieces.common_state(), self._pieces.changing
 
@@ -122,8 +122,8 @@ class Saver:
 
     def _facts(self, engine: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
         p = self._pieces
-        return {  # nothing that a later step changes: a thread writes it while training goes on
-            "config": p.config.as_dict() | {"comet": {}},  # its key is a secret, and no logger changes a bit
+        return {  # only values that no later step changes, because a thread writes them while training continues
+            "config": p.config.as_dict() | {"comet": {}},  # Comet's key is a secret, and no logger changes the bits
             "plan": asdict(p.plan),
             "total_steps": p.total_steps,
             "data_sha256": p.data_sha256(),
@@ -148,7 +148,7 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
     Args:
         p: freshly built.
         source: rank 0's, from `claim`: a folder of checkpoints, or a single checkpoint.
-        resume: the command line's wish.
+        resume: what the command line asks for.
 
     Returns:
         The snapshot, its tensors on every rank, or None if there is nothing to continue from.
@@ -191,15 +191,15 @@ def restore(p: Pieces, source: Path | None, resume: Resume) -> Snapshot | None:
 
 @contextlib.contextmanager
 def as_written(step: int) -> Iterator[None]:
-    """Raises UserError, on every rank, for a checkpoint that is whole but holds what no run has written."""
+    """Raises UserError, on every rank, for a checkpoint that is undamaged but has a content that no run writes."""
     try:
         yield
     except TrainerError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"The checkpoint of step {step:,} is whole, but no run has written it so: {type(error).__name__}: {error}."
-            "\nDelete it, and the one before it is used; or start a new run with another --output_dir.",
+            f"The checkpoint of step {step:,} is undamaged, but no run writes such a content: {type(error).__name__}: "
+            f"{error}.\nDelete it to use the one before it, or start a new run with another --output_dir.",
             agreed=True,
         ) from error
 
@@ -220,7 +220,7 @@ _PARTS |= {"engine": dict, "window": dict, "history": list}
 
 
 def _check_parts(source: Path, snapshot: Snapshot) -> None:
-    """Raises UserError for a checkpoint whose checksums are right, but that no run of ours has written."""
+    """Raises UserError for a checkpoint with right checksums that no run of ours has written."""
     wrong = [name for name, kind in _PARTS.items() if not isinstance(snapshot.facts.get(name), kind)]
     wrong += [name for name in ("model", "optimizer") if name not in snapshot.tensors]
     if not wrong and not (snapshot.facts["history"] and isinstance(snapshot.facts["history"][-1], dict)):

@@ -14,6 +14,7 @@ from typing import Any
 from ..config.keys import Config
 from ..engine.device import linear_kept
 from ..errors import NonFiniteError, TrainerError, UserError
+from ..exact.plan import BatchPlan
 from ..ranks.collectives import broadcast_object, raise_together
 from ..ranks.place import Ranks
 from ..ranks.stopping import heed, raised
@@ -91,20 +92,13 @@ def _run(
 ) -> dict[str, Any]:
     plan = config.plan(ranks.world_size)
     budget_s, began_s = config.trainer.max_wall_time_s, time.monotonic() if began_s is None else began_s
-    folder: OutputFolder | None = None
-    source: Path | None = None
-    failed: TrainerError | None = None
-    try:
-        if ranks.first:
-            folder, source = claim(resume, config, config_name)
-            listener("folder", {"path": str(folder.path)})
-    except TrainerError as error:
-        failed = error  # the other ranks hear of it when they meet
+    folder, source, failed = _claimed(config, ranks, config_name, resume, listener)
     log = DeepSpeedLog(keep=ranks.first)
     log.install()
     watch: Watch | None = None
 
     def met() -> None:
+        """Starts the watching. Only now: the heartbeat needs the store in which the ranks have met."""
         nonlocal watch
         deadline_s = None if budget_s is None else began_s + budget_s
         watch = Watch(ranks, config.trainer.hang_timeout_s, deadline_s, guest=guest)
@@ -126,11 +120,7 @@ def _run(
             return before.summary
         snapshot = restore(pieces, source, resume)
         if before is not None and snapshot is None:
-            raise UserError(
-                f"The run in {before.path} has finished without a checkpoint, so it cannot go on to "
-                f"{pieces.total_steps:,} steps.\nStart the longer run with another --output_dir.",
-                agreed=True,
-            )
+            raise _without_checkpoint(before, pieces.total_steps)
         heed()
         watch.begin()
         path, resumed = broadcast_object(None if folder is None else folder.path), snapshot is not None
@@ -150,11 +140,7 @@ def _run(
     except BaseException as error:
         # Removes the folder of a run that ends before its first step. Later it is not empty, and stays.
         _release(folder)
-        known = explained(error, plan, folder)
-        if known is None and watch is not None and of_a_collective(error):
-            known = watch.explain(error)
-        if watch is not None and (known is None or known.speaks is None):
-            watch.tell_failure(known or error)
+        known = _explained_and_told(error, plan, folder, watch)
         if known is not None:
             raise known from error
         raise
@@ -165,6 +151,41 @@ def _run(
         log.close()
         if folder is not None:
             folder.unlock()
+
+
+def _claimed(
+    config: Config, ranks: Ranks, config_name: str, resume: Resume, listener: Listener
+) -> tuple[OutputFolder | None, Path | None, TrainerError | None]:
+    """Rank 0's output folder, the checkpoints to go on from, and why rank 0 could not claim it; None on other ranks."""
+    folder: OutputFolder | None = None
+    source: Path | None = None
+    try:
+        if ranks.first:
+            folder, source = claim(resume, config, config_name)
+            listener("folder", {"path": str(folder.path)})
+    except TrainerError as error:
+        return folder, source, error  # raised when the ranks meet: the others must not wait for this one
+    return folder, source, None
+
+
+def _without_checkpoint(before: Finished, total_steps: int) -> UserError:
+    return UserError(
+        f"The run in {before.path} has finished without a checkpoint, so it cannot go on to "
+        f"{total_steps:,} steps.\nStart the longer run with another --output_dir.",
+        agreed=True,
+    )
+
+
+def _explained_and_told(
+    error: BaseException, plan: BatchPlan, folder: OutputFolder | None, watch: Watch | None
+) -> TrainerError | None:
+    """What an error means to the user, if that is known. Tells the other ranks, unless they know it already."""
+    known = explained(error, plan, folder)
+    if known is None and watch is not None and of_a_collective(error):
+        known = watch.explain(error)
+    if watch is not None and (known is None or known.speaks is None):
+        watch.tell_failure(known or error)
+    return known
 
 
 def _finished(folder: OutputFolder | None) -> Finished | None:

@@ -27,7 +27,7 @@ _HARMLESS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "trainer.epochs", "trainer.max_steps", "trainer.task_options.data",
 )  # fmt: skip
-# Facts of a machine that a run's bits may depend on.
+# Facts of a machine on which a run's bits may depend. If one differs, the run is labelled tolerance.
 _LABELLED: tuple[str, ...] = (
     "trainer",
     "code_sha256",
@@ -50,7 +50,7 @@ def _as_json(config: Config) -> dict[str, Any]:
 def _changes(p: Pieces, facts: Mapping[str, Any]) -> list[str]:
     """What differs from a run with these facts and changes the bits, as clauses."""
     before, now = flat(facts["config"]), flat(_as_json(p.config))
-    # A key that the version before did not have yet is as if it had had its default.
+    # An earlier version of the trainer may lack a key. Then the run had the default of today.
     defaults = flat(_as_json(parse({"train_batch_size": 1})))
     before |= {key: defaults[key] for key in now.keys() - before.keys() if key in defaults}
     changes = [
@@ -111,14 +111,14 @@ def check_same_run(p: Pieces, step: int, facts: Mapping[str, Any], resume: Resum
 def _check_length(p: Pieces, step: int) -> None:
     if step > p.total_steps:
         raise UserError(
-            f"The run has made {step:,} steps already, but now it is to have only {p.total_steps:,} (trainer.epochs, "
-            f"trainer.max_steps).\nAsk for at least {step:,}, or start the shorter run with another --output_dir.",
+            f"The run has made {step:,} steps already, but trainer.epochs and trainer.max_steps now give only "
+            f"{p.total_steps:,}.\nAsk for at least {step:,}, or start the shorter run with another --output_dir.",
             agreed=True,
         )
 
 
 def goes_on(p: Pieces, before: Finished, resume: Resume) -> bool:
-    """Whether a run that has finished goes on, because it now has more steps. Every rank comes to the same result.
+    """Whether a finished run goes on because it now has more steps. Every rank comes to the same result.
 
     Args:
         p: of the run as it is now.

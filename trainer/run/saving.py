@@ -1,4 +1,4 @@
-"""Saves the trained model in its library's own format, with all that is needed to use it; loads it again."""
+"""Saves the trained model in its library's own format, with everything that is needed to use it. Loads it again."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .failures import of_the_folder
 def save_model(p: Pieces, folder: OutputFolder) -> str | None:
     """Writes <output_dir>/model, and with LoRA <output_dir>/adapter as well. Rank 0; parameters must be whole.
 
-    The weights are first written as they are, beside it: whatever goes wrong in a library's or a task's own way of
-    saving, the training is not lost. They stay until `reload.problems` has found the saved model to be the trained one.
+    First the weights are written as they are, beside it. So the training is not lost if a library, or a task's own
+    `save`, fails. They stay until `reload.problems` has found that the saved model is the trained one.
 
     Returns:
         What went wrong, as a sentence; None if all is saved.
     """
     save = getattr(p.task, "save", None)
     adapted = hasattr(p.engine.model, "merge_and_unload")
-    # A disk may have room for one copy only. Then the model itself comes first.
+    # An error is ignored: a disk may have room for one copy only, and then the model itself matters more.
     with contextlib.suppress(Exception), whole_file(folder.path / RAW) as raw:
         if save is not None or adapted:
             write_tensors(raw, p.engine.model_state())
@@ -50,7 +50,7 @@ def save_model(p: Pieces, folder: OutputFolder) -> str | None:
                 "adapter",
                 lambda target: p.engine.model.save_pretrained(str(target), save_embedding_layers=False),  # type: ignore[operator]
             )
-    except Exception as error:  # of any kind: it is another's code
+    except Exception as error:  # of any kind: a library's or a task's code runs here
         if of_the_folder(error, folder) is not None:
             raise
         lines = str(error).strip().splitlines()
@@ -59,7 +59,7 @@ def save_model(p: Pieces, folder: OutputFolder) -> str | None:
 
 
 def _origin(p: Pieces) -> dict[str, Any]:
-    """What made a model. For a task of one's own: where its code lies, and the hash by which it is known again."""
+    """What made a model. For a user's own task also the file of its code, and the hash by which it is recognised."""
     name = p.config.trainer.task
     origin = {"task": name, "task_options": p.config.trainer.task_options}
     file = Path(name.rpartition(":")[0])
