@@ -19,7 +19,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-PAGES = [page for page in ROOT.rglob("README.md") if not {".venv", "runs", ".pytest_cache"} & set(page.parts)]
+PAGES = [page for name in ("README.md", "DATA.md") for page in ROOT.rglob(name)
+         if not {".venv", "runs", ".pytest_cache"} & set(page.parts)]  # fmt: skip
 PACKAGES = sorted(path.parent for path in (ROOT / "trainer").glob("*/__init__.py"))
 
 
