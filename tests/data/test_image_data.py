@@ -92,7 +92,7 @@ def test_grey_and_colour_together_become_colour(tmp_path: Path) -> None:
     Image.fromarray(grey).save(folder / "train" / "cat" / "1.png")
     found = read_images(str(folder))
     np.testing.assert_array_equal(found.splits["train"].image[1], np.stack([grey] * 3))
-    assert found.notes == ["1 image had to be made RGB, since others are not grey"]
+    assert found.notes == ["1 image had to be made RGB, because others are not grey"]
     assert read_images(str(folder), channels=1).splits["train"].image.shape == (6, 1, 6, 6)
 
 

@@ -125,6 +125,6 @@ def test_another_mark_may_stand_between_labels() -> None:
 
 
 def test_one_label_each_is_perhaps_another_problem() -> None:
-    hint = 'exactly one label. If that is no chance, leave "problem_type" out'
+    hint = 'exactly one label. If this is not by chance, leave "problem_type" out'
     assert hint in targets.said(["a", "b"], {"train": np.eye(2)})
     assert hint not in targets.said(["a", "b"], {"train": np.eye(2), "test": np.ones((1, 2))})

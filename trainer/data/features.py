@@ -1,7 +1,7 @@
 """Columns of a table as features: numbers or categories, distinguished by what they hold.
 
-A column holds numbers if each of its filled fields is a number. Other columns hold categories, if their values repeat. A
-column that is neither, such as names or the numbers of rows, is refused: it is not left out silently, and the message
+A column holds numbers if each of its filled fields is a number. Other columns hold categories, if their values repeat.
+A column that is neither, such as names or the numbers of rows, is refused: it is not left out silently, and the message
 says what to type.
 """
 
