@@ -87,9 +87,7 @@ class AudioOptions(TargetOptions, HubOptions):
     )
     mel_bands: int = option(64, "of log-mel features: bands of the mel scale", minimum=4, maximum=1024)
     window_seconds: float = option(0.025, "of log-mel features: the length of a frame", minimum=0.001, maximum=1)
-    hop_seconds: float = option(
-        0.01, "of log-mel features: the time from one frame to the next", minimum=0.0005, maximum=1
-    )
+    hop_seconds: float = option(0.01, "of log-mel features: the time to the next frame", minimum=0.0005, maximum=1)
     shift_seconds: float = option(
         0.0,
         "augmentation of log-mel features: a clip moves by up to this much, around its end",
