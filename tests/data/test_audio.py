@@ -57,11 +57,11 @@ def broken(folder: Path) -> dict[str, tuple[Any, str]]:
     flac = tone(folder / "half.flac", 300, seconds=4).read_bytes()
     (folder / "half.flac").write_bytes(flac[: len(flac) // 2])
     return {
-        "rate": (folder / "rate.wav", "its sample rate is 3 Hz, which is none"),
+        "rate": (folder / "rate.wav", "its sample rate is 3 Hz, which cannot be right"),
         "nonsense": (folder / "nonsense.wav", "Format not recognised"),
         "format": (folder / "song.m4a", ".m4a files are not read: convert it to wav or flac"),
         "empty": (folder / "empty.wav", "it is empty"),
-        "nan": (folder / "nan.wav", "no finite numbers"),
+        "nan": (folder / "nan.wav", "not finite numbers"),
         "half": (folder / "half.flac", ""),  # libsndfile's own words
         "none": (folder / "none.wav", "not there"),
         "missing": (None, "missing"),

@@ -145,7 +145,7 @@ def test_where_the_folder_cannot_be_written_the_folder_of_temporary_files_serves
     assert own.stat().st_mode & 0o777 == 0o700, "others cannot put files there"
     # A folder of that name may be someone else's, who could put a file of their own there.
     monkeypatch.setattr(os, "getuid", lambda: own.stat().st_uid + 1)
-    with pytest.raises(UserError, match=r"belongs to someone else\. Set TRAINER_CACHE"):
+    with pytest.raises(UserError, match=r"belongs to someone else\. Set TRAINER_CACHE to a folder of your own"):
         cached("words", {}, build)
 
 

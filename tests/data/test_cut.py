@@ -51,7 +51,7 @@ def test_only_the_seed_decides_the_cut() -> None:
     ("given", "message"),
     [
         ({"folds": 11}, "1 of the 2 classes has fewer: the smallest has 10"),
-        ({"folds": 11, "labels": None, "groups": GROUPS}, "11 folds need 11 groups, .* there are 10. Take at most 10"),
+        ({"folds": 11, "labels": None, "groups": GROUPS}, "11 folds need 11 groups .* there are 10. Take at most 10"),
         ({"folds": 31, "labels": None}, "31 folds need 31 samples"),
         ({"labels": None, "stratified": True}, '"stratified" is true, but these samples have no classes'),
     ],

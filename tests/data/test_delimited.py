@@ -63,7 +63,7 @@ def test_files_that_are_quoted_consistently(style: Any, separator: str) -> None:
 
 def test_quoted_line_breaks_are_noted() -> None:
     text = written([["two\nlines", "a"], ["one", "b"]])
-    assert notes(text) == ["4 lines of a.csv are 3 rows, since quoted texts hold line breaks"]
+    assert notes(text) == ["4 lines of a.csv are 3 rows, because quoted texts hold line breaks"]
 
 
 def test_quotes_inside_quotes_that_are_not_doubled() -> None:

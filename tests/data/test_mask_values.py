@@ -47,7 +47,7 @@ def test_named_classes_and_ignored_pixels() -> None:
         ({"train": [[0, 1, 255]]}, None, None, r"is 255 a class.*\"ignore_value\": 255"),
         ({"train": [list(range(100))]}, None, None, "more than 64 different values.*JPEG"),
         ({"train": [[0, 1], [255, 255]]}, None, 255, "train1.png holds only the ignored value 255"),
-        ({"train": [[0, 1]]}, {"a": 0, "b": 255}, 255, "is the value of a class"),
+        ({"train": [[0, 1]]}, {"a": 0, "b": 255}, 255, "is also the value of a class"),
     ],
 )
 def test_refused(masks: Any, given: Any, ignore_value: int | None, message: str) -> None:

@@ -105,7 +105,7 @@ def test_the_end_that_is_learnt_stops_generation(
     notes = checks.settle_generation(model, TOKENS)
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (in_config, in_generation)
     aligned = 1 in checks._ids(config) and 1 in checks._ids(generation)
-    assert [note[:41] for note in notes] == ([] if aligned else ["the tokenizer's end-of-text token is 1, t"])
+    assert [note[:41] for note in notes] == ([] if aligned else ["the tokenizer's end-of-text token is 1, b"])
 
 
 def test_settings_that_cannot_be_saved_at_all_are_refused_before_training() -> None:
@@ -130,7 +130,7 @@ def test_sizes_that_do_not_agree_are_found_before_the_run(model_type: str) -> No
 
 def test_any_failure_of_a_forward_names_the_sizes_that_were_not_given() -> None:
     spec = {"model_type": "gptj", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 12}
-    with pytest.raises(UserError, match=r"(?s)RuntimeError: .*Not given here, .*: rotary_dim 64\."):
+    with pytest.raises(UserError, match=r"(?s)RuntimeError: .*These are not given here, .*: rotary_dim 64\."):
         checks.tried(made(spec), spec, {"input_ids": IDS}, "some texts")
 
 
@@ -164,5 +164,5 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(spec: dict[str, Any]
     if causal:
         checks.check_causal(IDS[:1], logits_of, spec)
     else:
-        with pytest.raises(UserError, match=r"is not causal: .*depends on later tokens"):
+        with pytest.raises(UserError, match=r"is not causal: .*depend on later tokens"):
             checks.check_causal(IDS[:1], logits_of, spec)

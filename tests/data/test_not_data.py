@@ -93,7 +93,7 @@ def test_records_that_speak_of_settings_are_data(tmp_path: Path) -> None:
         ("a.csv", b"\x1f\x8b\x08 ...", "it is compressed by gzip. Add .gz to its name"),
         ("a.json", b"PAR1 ...", "it is a Parquet file. Call it .parquet"),
         ("a.txt", b"%PDF-1.7", "it is a PDF"),
-        ("a.csv", b"\n<!DOCTYPE html><html>", "it is a web page, as a link gives that asks to sign in"),
+        ("a.csv", b"\n<!DOCTYPE html><html>", "it is a web page, perhaps one that asks to sign in"),
         ("a.csv", b'{"text": "x", "label": 1}\n', "are JSON and not separated values. Call it .jsonl"),
         ("a.jsonl", b'{"text": "x"} {"text": "y"}\n', "line 1 holds several JSON values"),
     ],

@@ -55,7 +55,7 @@ def test_arrays_of_a_users_own_task() -> None:
 def test_classes_that_look_alike_are_named() -> None:
     line = report.classes_line(["pos", " pos", "neg"], {"train": [0, 1, 2, 0]})
     assert "pos 2, ' pos' 1, neg 1" in line
-    assert "'pos' and ' pos' differ only in blanks, case or accents' encoding" in line
+    assert "Check 'pos' and ' pos': they differ only in blanks, case or the encoding of accents" in line
     assert "differ" not in report.classes_line(["pos", "neg"], {"train": [0, 1]})
     assert "differ only" in report.classes_line(["caf\u00e9", "cafe\u0301"], {"train": [0, 1]})
 

@@ -84,7 +84,7 @@ def arrays(tmp_path: Path, x: np.ndarray, y: np.ndarray) -> str:
     [
         (np.zeros((2, 8, 8), np.uint8), np.eye(6, dtype=np.uint8)[None].repeat(2, 0), "is 8 x 8, but its mask 6 x 6"),
         (np.zeros((2, 8, 8), np.uint8), np.eye(8, dtype=np.uint8)[None], "has 2 images and y has 1 masks"),
-        (np.full((2, 8, 8), np.nan), np.eye(8, dtype=np.uint8)[None].repeat(2, 0), "infinite or no numbers"),
+        (np.full((2, 8, 8), np.nan), np.eye(8, dtype=np.uint8)[None].repeat(2, 0), "infinite or nan"),
         (np.zeros((2, 3, 8, 8), np.uint8), np.eye(8, dtype=np.uint8)[None].repeat(2, 0), "channels of an array come"),
     ],
 )

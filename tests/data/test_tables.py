@@ -73,7 +73,7 @@ def test_splits_from_files_folders_and_columns(tmp_path: Path) -> None:
         tmp_path / "f.csv", [row | {"split": name} for row, name in zip(ROWS, ("train", "Train", "test") * 2)]
     )
     with pytest.raises(
-        UserError, match=r"several splits of one meaning: train is given twice, once as Train \(2 rows\)"
+        UserError, match=r"two splits that mean the same: train is given twice, once as Train \(2 rows\)"
     ):
         tables.read(twice)
     other = write(tmp_path / "e.csv", [row | {"split": "north"} for row in ROWS])
@@ -171,8 +171,8 @@ def test_missing_values_and_wrong_kinds() -> None:
     ("label", "said"),
     [
         (1.5, "To predict numbers .* set .problem_type.: .regression."),
-        ([0, 1], "Several labels a sample are another problem"),
-        ({"a": 1}, "Several labels a sample"),
+        ([0, 1], "For several labels a sample, set .problem_type.: .multi_label_classification."),
+        ({"a": 1}, "several labels a sample"),
         (b"x", "Labels are whole numbers or texts"),
     ],
 )

@@ -71,7 +71,7 @@ def test_labels_that_are_refused(values: list[Any], wish: Wish, said: str) -> No
 def test_other_labels_that_are_refused() -> None:
     with pytest.raises(UserError, match=r'column "label" in train holds classes \(cat, dog\), not numbers'):
         read([0, 1], Wish(NUMBER), classes={"label": ["cat", "dog"]})
-    with pytest.raises(UserError, match=r"row 1 .* the 2 classes have the numbers from 0 on"):
+    with pytest.raises(UserError, match=r"row 1 .* The 2 classes have the numbers from 0 on"):
         read([[2]], LISTS, list_classes={"label": ["cat", "dog"]})
     with pytest.raises(UserError, match=r'"a" in train must hold 0 or 1, but row 2 .* is .-1.'):
         targets.read(Table({"a": ["0", "-1"], "b": ["0", "1"]}), ["a", "b"], Wish(SEVERAL, columns=("a", "b")), "train")
@@ -90,7 +90,7 @@ def test_other_labels_that_are_refused() -> None:
         (("regression", None, [], "|"), "label_separator.* has an effect only with"),
         ((SEVERAL, "l", ["a", "b"], None), "are both given"),
         ((SEVERAL, None, ["a", "a"], None), "names a column twice"),
-        ((SEVERAL, None, ["a"], None), "names one column only"),
+        ((SEVERAL, None, ["a"], None), "names only one column"),
     ],
 )
 def test_options_that_contradict_one_another(given: tuple[Any, ...], said: str) -> None:
@@ -125,6 +125,6 @@ def test_another_mark_may_stand_between_labels() -> None:
 
 
 def test_one_label_each_is_perhaps_another_problem() -> None:
-    hint = 'exactly one label. If that is no chance, leave "problem_type" out'
+    hint = 'exactly one label. If this is not by chance, leave "problem_type" out'
     assert hint in targets.said(["a", "b"], {"train": np.eye(2)})
     assert hint not in targets.said(["a", "b"], {"train": np.eye(2), "test": np.ones((1, 2))})

@@ -114,7 +114,7 @@ def test_the_problem_is_told_by_the_target(tmp_path: Path, values: list[Any], pr
     file = write(tmp_path / "a.csv", [{"x": i % 7 + 0.5, "target": v} for i, v in enumerate(values)])
     task, _, _ = made(data=file)
     assert task.pipeline_tag == f"tabular-{problem}"
-    assert f"this is {problem}, since" in task.notes[0] and words in task.notes[0]
+    assert f"this is {problem}, because" in task.notes[0] and words in task.notes[0]
     if isinstance(values[0], int):
         other = {"classification": "regression", "regression": "classification"}[problem]
         task, _, _ = made(data=file, problem=other)

@@ -318,7 +318,7 @@ def test_options_that_make_no_sense(data: str, options: dict[str, Any], words: s
 def test_options_that_only_show_with_the_model_and_the_data(data: str) -> None:
     with pytest.raises(UserError, match=r'max_length" is 17, but the model takes 16 tokens at most'):
         made(data=data, max_length=17)
-    for kind, words in (("xlnet", "padding to the left"), ("bart", "an encoder with a decoder")):
+    for kind, words in (("xlnet", "padding on the left"), ("bart", "an encoder with a decoder")):
         with pytest.raises(UserError, match=words):
             made(data=data, model={"model_type": kind})
     with pytest.raises(UserError, match=r'unknown model_type "bertt". Did you mean "bert"'):

@@ -19,7 +19,7 @@ from ..config.reference import table
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "ds_configs/README.md",
-    "trainer/tasks/README.md",
+    "trainer/tasks/DATA.md",
     "trainer/study/METHOD.md",
     "trainer/search/README.md",
     "trainer/folds/README.md",

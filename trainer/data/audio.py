@@ -1,8 +1,8 @@
 """Clips of sound: reading one, its log-mel features, and changing whole batches of features on the device.
 
-Files are read by soundfile, whose wheels bring libsndfile along, so nothing has to be installed in the system; it is
-what transformers reads audio with, too. Clips are resampled by scipy, which the trainer needs anyway: a polyphase
-filter in double precision, on one thread.
+Files are read by soundfile, as in transformers. Its wheels contain libsndfile, so nothing has to be installed in the
+system. Clips are resampled by scipy, which the trainer needs anyway: a polyphase filter in double precision, on one
+thread.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..errors import UserError
 # Files with these suffixes are read.
 SUFFIXES = (".wav", ".flac", ".aif", ".aifc", ".aiff", ".au", ".caf", ".mp3", ".oga", ".ogg", ".opus", ".rf64",
             ".snd", ".w64", ".wave")  # fmt: skip
-# These are sound as well, but not read: an error is better than to leave them out.
+# These are sound as well, but are not read. They are an error: to leave them out would be worse.
 OTHERS = (".3gp", ".aac", ".amr", ".m4a", ".mp4", ".pcm", ".raw", ".webm", ".wma")
-# Of others, the header is damaged. A rate beyond these would also ask for filters of many gigabytes.
+# Sample rates in Hz. With any other, the header is damaged. Such a rate would also need filters of many gigabytes.
 RATES = (1_000, 768_000)
 # Without `max_seconds`, a longer clip is an error: all clips would be padded to its length.
 LONGEST_S = 30.0
@@ -55,10 +55,10 @@ def _opened(source: bytes | str | Path | None) -> Any:
     if not isinstance(source, bytes) and (suffix := Path(source).suffix.lower()) in OTHERS:
         raise ValueError(f"{suffix} files are not read: convert it to wav or flac")
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(source)  # of which the library only says that it is a system error
+        raise FileNotFoundError(source)  # the library would only call it a system error
     file = soundfile().SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
     if not RATES[0] <= file.samplerate <= RATES[1]:
-        raise ValueError(f"its sample rate is {file.samplerate:,} Hz, which is none")
+        raise ValueError(f"its sample rate is {file.samplerate:,} Hz, which cannot be right")
     if file.frames == 0:
         raise ValueError("it is empty: it has no samples")
     return file
@@ -73,7 +73,7 @@ def length_s(source: bytes | str | Path | None) -> float:
 def read_clip(source: bytes | str | Path | None, rate: int, samples: int) -> tuple[np.ndarray, str]:
     """One clip: (n,) float64 with n <= samples, and what was done to it, in words.
 
-    Several channels become their mean. Of a longer clip, the first samples are taken.
+    Several channels become their mean. A longer clip is cut after the first samples.
 
     Args:
         source: a file's content or path; None for a missing value.
@@ -94,7 +94,7 @@ def read_clip(source: bytes | str | Path | None, rate: int, samples: int) -> tup
         if len(clip) < wanted and (len(clip) == 0 or file.format not in ("MP3", "OGG")):
             raise ValueError(f"it ends after {len(clip):,} of its {file.frames:,} samples")
     if not np.isfinite(clip).all():
-        raise ValueError("some of its samples are no finite numbers")
+        raise ValueError("some of its samples are not finite numbers")
     done = "made mono; " if clip.shape[1] > 1 else ""
     clip = clip[:, 0] if clip.shape[1] == 1 else clip.mean(axis=1)
     if own != rate:
@@ -120,14 +120,14 @@ def reason(error: Exception) -> str:
 class LogMel:
     """Log-mel features: how much power each band of a mel scale has in each frame, in decibels.
 
-    They are whole hundredths of a decibel. So they take half the memory of float32, their sums are exact, and other
-    processors, which may round the last bit of a spectrum in another way, give the same numbers.
+    They are whole hundredths of a decibel, for three reasons. They take half the memory of float32. Their sums are
+    exact. And another processor gives the same numbers, even if it rounds the last bit of a spectrum in another way.
 
     Attributes:
-        rate: of the samples, in Hz.
+        rate: samples per second, in Hz.
         samples: of a clip.
         bands: of the mel scale (O'Shaughnessy 1987), from 0 Hz to half the rate.
-        window, hop: length of a frame, and from one frame to the next, in samples.
+        window, hop: the length of a frame, and the distance from one frame to the next, in samples.
     """
 
     rate: int
@@ -138,7 +138,7 @@ class LogMel:
 
     @property
     def frames(self) -> int:
-        """Of a clip; without frames that reach beyond its end."""
+        """The number of frames of a clip. A frame that reaches beyond its end is left out."""
         return 1 + (self.samples - self.window) // self.hop
 
     @property
@@ -163,14 +163,14 @@ class LogMel:
         shape = hann(self.window, sym=False)
         spectrum = np.fft.rfft(frames * shape, n=_fft_size(self.window))  # (frames, bins)
         power = np.square(np.abs(spectrum) / shape.sum())
-        # Sparse times dense: in one order, whatever the number of threads.
+        # Sparse times dense: it adds in one order, whatever the number of threads.
         mel = _filters(self.rate, self.bands, self.window) @ power.T  # (bands, frames)
         decibels = 10 * np.log10(np.maximum(mel, _FLOOR))
         return np.rint(100 * decibels).astype(np.int16)[None]
 
 
 def _fft_size(window: int) -> int:
-    """A power of two, twice the window or more: so that the lowest bands hold a frequency."""
+    """A power of two, at least twice the window. With fewer, the lowest bands would hold no frequency."""
     return 2 ** math.ceil(math.log2(2 * window))
 
 
@@ -206,7 +206,7 @@ def roll(features: Tensor, moves: Tensor) -> Tensor:
     """
     frames = features.shape[3]
     places = torch.arange(frames, device=features.device) - moves[:, None]  # (B, frames)
-    # No remainder: that is not known to be exact in a tensor of another size.
+    # Without the remainder %: it is not known to give the same bits in a tensor of another size.
     places = torch.where(places < 0, places + frames, places)
     places = torch.where(places >= frames, places - frames, places)
     return features.gather(3, places[:, None, None].expand(features.shape))

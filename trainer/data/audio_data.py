@@ -27,7 +27,7 @@ from .table_files import Table
 
 # Increase it when the same content is read in another way.
 _VERSION = 2
-# What features depend on. Some extractors compute in another way where torchaudio is there.
+# What features depend on. Some extractors compute in another way if torchaudio is installed.
 _PACKAGES = ("datasets", "numpy", "scipy", "soundfile", "torch", "torchaudio", "transformers")
 
 FrontEnd = audio.LogMel | Extractor
@@ -39,20 +39,20 @@ class AudioSplit(LabelledSplit):
 
     Attributes:
         clip: (N, 1, bands, frames) int16 in 0.01 dB, or (N, ...) float32 from an extractor.
-        length: (N,) int64, the samples of a clip that are no padding; -1 where the model is not told.
+        length: (N,) int64, the samples of a clip that are not padding; -1 if the model does not take this length.
     """
 
     clip: Tensor
     length: Tensor
 
     def mean_and_std(self) -> tuple[float, float]:
-        """Of log-mel features, in 0.01 dB."""
+        """Mean and standard deviation of log-mel features, in 0.01 dB."""
         (mean,), (std,) = self.moments(self.clip[0].numel())
         return round(mean, 4), round(std, 4) or 1.0
 
 
 def versions() -> list[str]:
-    """Of what features depend on. Without importing it: with a warm cache, no rank needs it."""
+    """The versions of what features depend on. Nothing is imported: no rank needs it if the cache has the features."""
     found = []
     for name in _PACKAGES:
         try:
@@ -76,14 +76,14 @@ class Columns:
 def read_clips(
     data: sources.Data, front: FrontEnd, seconds: float | None, columns: Columns, wish: targets.Wish
 ) -> tuple[Labelled[AudioSplit], FrontEnd]:
-    """A dataset of labelled clips as features, from the cache where they were computed before.
+    """A dataset of labelled clips as features; from the cache if they were computed before.
 
     Args:
         data: what `tables.read` takes.
-        front: makes features. Its `samples` play no part.
-        seconds: to which clips are cut or padded; None for the longest of all splits.
+        front: makes features. Its `samples` are not used.
+        seconds: clips are cut or padded to it; None for the longest clip of all splits.
         columns: where clips are.
-        wish: what is learnt of a clip, and the columns that say it.
+        wish: what is learnt of a clip, and the columns that hold it.
 
     Returns:
         The dataset, and what makes the same features of other clips.
@@ -139,7 +139,7 @@ def read_clips(
 
 
 def fitted(front: FrontEnd, samples: int) -> FrontEnd:
-    """A front end for clips of so many samples."""
+    """The front end for clips of this number of samples."""
     if isinstance(front, Extractor):
         front.samples = samples
         return front
@@ -147,7 +147,7 @@ def fitted(front: FrontEnd, samples: int) -> FrontEnd:
 
 
 def _are_tables(data: sources.Data) -> bool:
-    """Whether data are tables, which may name clips elsewhere, and no folders of clips."""
+    """Whether data are tables, not folders of clips. Tables may name clips that lie elsewhere."""
     for part in [data] if isinstance(data, str) else data.values():
         found = sources.find(part)
         if found is not None and not found.saved and not any(map(audio_files.is_audio, found.files)):
@@ -197,7 +197,7 @@ def _computed(
             f"The longest clip, {name}, has {longest:,.1f} s, and all clips would be padded to it.\nSet max_seconds in "
             "trainer.task_options: longer clips are cut to it, and shorter ones are padded."
         )
-    # Less a little, since a length in seconds is rounded.
+    # Less a little, because a length in seconds is rounded.
     samples = math.ceil(longest * front.rate - 1e-6) if seconds is None else round(seconds * front.rate)
     front = fitted(front, max(1, samples))
     front.check()
@@ -225,7 +225,7 @@ def _computed(
 
 
 def prepared(front: FrontEnd, clip: np.ndarray) -> tuple[np.ndarray, int]:
-    """The features of a clip (n,) float64, and its length, -1 where the model is not told."""
+    """The features of a clip (n,) float64, and its length in samples; -1 if the model does not take it."""
     if isinstance(front, Extractor):
         features, length = front(clip)
         return features, -1 if length is None else length
@@ -233,7 +233,7 @@ def prepared(front: FrontEnd, clip: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _arrays(split: str, rows: list[np.ndarray], lengths: list[int], labels: np.ndarray) -> dict[str, Tensor]:
-    """What the cache holds of one split; rows are emptied, so that features are not there twice."""
+    """What the cache holds of one split. It empties `rows` while it copies: features are not in memory twice."""
     clip = torch.empty((len(rows), *rows[0].shape), dtype=torch.from_numpy(rows[0]).dtype)
     for row in range(len(rows)):
         clip[row] = torch.from_numpy(rows[row])

@@ -23,13 +23,13 @@ CLIPS = Kind("clip", "a clip", is_audio, SUFFIXES, COLUMNS)
 
 
 def base_of(part: str) -> Path:
-    """The folder that names in a table are relative to: that of the table."""
+    """The folder at which the paths in a table begin: that of the table."""
     path = Path(part).expanduser()
     return path.parent if path.is_file() else path
 
 
 def named_files(splits: Mapping[str, Table], column: str, data: sources.Data) -> list[Path]:
-    """The files that tables name, outside of the folders that are data: what a hash of the data does not cover."""
+    """The files that tables name outside of the folders of the data. A hash of the data does not cover them."""
     parts = [data] if isinstance(data, str) else list(data.values())
     covered = [os.path.abspath(Path(part).expanduser()) for part in parts]
     found: dict[str, None] = {}

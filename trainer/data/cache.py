@@ -41,7 +41,7 @@ def folder() -> Path:
 
 
 def remember(digest: str, again: Callable[[], str | None]) -> str:
-    """Notes how a hash of a user's files is computed, for `cached` to compare when it has read them. Returns it."""
+    """Returns a hash of a user's files, and notes how it is computed: `cached` compares it again after reading them."""
     _again[digest] = again
     return digest
 
@@ -82,9 +82,10 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[], Cached]) -> Ca
         # Home folders are often read-only on clusters. The folder of temporary files is not shared between machines.
         path = Path(tempfile.gettempdir()) / f"strong-scaling-trainer-{os.getuid()}" / name
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Everybody may write to the temporary folder. Another user's folder of this name must not be trusted.
         if path.parent.stat().st_uid != os.getuid():
             raise UserError(
-                f"The cache folder {path.parent} belongs to someone else. Set TRAINER_CACHE to a folder."
+                f"The cache folder {path.parent} belongs to someone else. Set TRAINER_CACHE to a folder of your own."
             ) from None
         lock = filelock.FileLock(str(path) + ".lock")
         lock.acquire()
@@ -111,7 +112,7 @@ def _check_unchanged(key: str) -> None:
             except (OSError, UserError):  # it is gone
                 changed = True
             if changed:
-                raise UserError("The data changed while it was read. Start again when nothing writes to its files.")
+                raise UserError("The data changed while it was read. Start again when no program writes to its files.")
 
 
 def _read(path: Path) -> Cached:

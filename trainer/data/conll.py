@@ -1,4 +1,4 @@
-"""Files with a word a line and a blank line between sentences, as CoNLL's shared tasks have them."""
+"""Files with a word on each line and a blank line between sentences, as in CoNLL's shared tasks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter
 
 from ..errors import UserError
 
-# Suffixes of such files. The last ones are of other kinds for other tasks.
+# Suffixes of such files. For other tasks, .txt, .tsv and .tab are files of other kinds.
 SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv", ".tab")
-# What to say of a table whose fields are texts.
+# The message for a csv file, whose fields are texts and not lists.
 NO_LISTS = (
     "A csv file has no lists, and a sentence is a list of words with a list of tags. Write a line a sentence as json "
     '(.jsonl), such as {"tokens": ["Anna", "sleeps"], "tags": ["B-person", "O"]}; or Parquet; or CoNLL, a word and its '
@@ -31,10 +31,11 @@ def read_conll(text: str, where: str) -> dict[str, list[list[str]]]:
     Raises:
         UserError: a line has another number of fields than the others.
     """
-    # Not splitlines: other ends of lines stand in words of tweets.
+    # Not splitlines(): words of tweets contain other characters at which it would break a line.
     lines = [line.rstrip("\r") for line in text.split("\n")]
     tabs = any("\t" in line.strip() for line in lines)
     rows = [line.strip(" ").split("\t") if tabs else line.split() for line in lines]
+    # The most frequent width is that of words; comments and broken lines are few.
     counts = Counter(len(row) for line, row in zip(lines, rows) if line.strip() and row[0] != _DOCUMENT)
     if not counts:
         raise UserError(f'"trainer.task_options.data": {where} has no words.')

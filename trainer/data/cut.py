@@ -1,8 +1,8 @@
 """Which samples are train, validation and test in one fold of a cross-validation.
 
-A task that learns anything of its training samples (means, categories, a vocabulary) calls a `Cut` as soon as it has
-read its data, and prepares the rest by the rows that are train in this fold. So nothing of a test row is in a model.
-What is prepared so is not cached: no fold can get another's.
+A task may compute something from its training samples: means, categories, a vocabulary. Such a task calls a `Cut` as
+soon as it has read its data, and then prepares everything by the rows that are train in this fold. So no model knows
+anything of its test rows. What is prepared in this way is not cached, so no fold can get the data of another.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Cut:
         groups: of each sample, if there are any.
         fold_of: (samples,) int64, the fold in which each sample is tested.
         rows: split -> (n,) sorted int64, the places of its samples among all of them. Empty before the call.
-        files: the file of each sample, for the table of predictions. Who calls the cut sets it, where samples are
-            files; else None.
+        files: the file of each sample, for the table of predictions; None if samples are not files. The caller of the
+            cut sets it.
     """
 
     def __init__(self, options: FoldOptions) -> None:
@@ -47,7 +47,7 @@ class Cut:
         self.files: Sequence[str] | None = None
 
     def chosen(self, splits: Mapping[str, Part]) -> dict[str, Part]:
-        """Those of the data's splits that are put together, in the order in which their samples are numbered.
+        """The splits of the data that are put together, in the order in which their samples are numbered.
 
         Raises:
             UserError: the data has none of them.
@@ -116,7 +116,7 @@ def fold_of_rows(
     state = key(seed, "folds") % 2**32
     places = np.zeros((count, 1))
     if numbers is not None:
-        # Samples without classes are all of one: their groups are then spread so that folds are of like size.
+        # Without classes, all samples are of one class: the splitter then spreads the groups over folds of like size.
         strata = np.zeros(count, np.int64) if labels is None else labels
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=state).split(places, strata, numbers)
     elif labels is not None:
@@ -132,7 +132,7 @@ def fold_of_rows(
 def _check_enough(there: int, folds: int, what: str, why: str) -> None:
     if there < folds:
         raise UserError(
-            f"{folds} folds need {folds} {what}, as {why}, and there {'are' if there != 1 else 'is'} {there:,}. Take "
+            f"{folds} folds need {folds} {what} ({why}), but there {'are' if there != 1 else 'is'} {there:,}. Take "
             + (f"at most {there} folds." if there > 1 else "other data.")
         )
 

@@ -1,8 +1,8 @@
-"""Rows of csv and tsv files, as text. Nothing is guessed of what a field means: every value is what is written.
+"""Rows of csv and tsv files, as text. The meaning of a field is never guessed: every value is what is written.
 
-Quotes are the difficulty. In csv a text with a comma or a line break stands in quotes, and a quote in it is doubled.
-Files of tweets and the like use no quoting, and a text may begin with a quote. Read with quoting, such a text takes in
-all lines up to the next quote. So both readings are made where there are quotes, and the one that fits is taken.
+Quotes are the difficulty. In csv, a text with a comma or a line break stands in quotes, and a quote in it is doubled.
+Files of tweets use no quoting, and a text may begin with a quote. If such a file is read with quoting, this text takes
+in all lines up to the next quote. So a file with quotes is read in both ways, and the reading that fits is taken.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from ..errors import UserError
 
 SEPARATORS = (",", ";", "\t", "|")
-# A first line for Excel: it says by what the others are separated.
+# A first line for Excel, such as sep=; which names the separator of the other lines.
 _SAYS_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)
 
-# Tuples, because Python's garbage collector stops looking at those of texts. It would look at lists again and again.
+# Tuples, not lists: Python's garbage collector stops tracking tuples of texts. It would visit lists again and again.
 Rows = list[tuple[str, ...]]
 
 
@@ -31,7 +31,7 @@ def read_rows(text: str, where: str, separator: str | None, tabs: bool) -> tuple
         text: of the file.
         where: its name, for messages.
         separator: between fields; None for the tab of a .tsv file, or the one in the header of a .csv file.
-        tabs: a file of tab-separated values. Without need it is read without quoting.
+        tabs: a file of tab-separated values. It is read with quoting only if it must be.
 
     Raises:
         UserError: it has no header, or its rows differ in their number of fields.
@@ -96,7 +96,7 @@ def _separator_in(header: str) -> str:
 def _chosen(
     text: str, lines: Sequence[str], where: str, short: str, separator: str, tabs: bool
 ) -> tuple[Rows, str | None]:
-    """The reading that fits, of those with and without quoting, and a note if the other one was to be expected."""
+    """The rows of the reading that fits, with or without quoting; and a note if the other one was to be expected."""
     strict = _quoted(text, separator, strict=True)
     # Of csv, the reading without quoting is not made unless it is needed: it takes as long again.
     plain = _plain(lines, separator) if tabs or isinstance(strict, str) or not _one_width(strict) else []
@@ -104,7 +104,7 @@ def _chosen(
     if isinstance(strict, list) and _one_width(strict):
         unquoted = fits and (len(strict) < len(plain) or not _consistent(plain, separator))
         if not unquoted:
-            fewer = f"{len(lines):,} lines of {short} are {len(strict):,} rows, since quoted texts hold line breaks"
+            fewer = f"{len(lines):,} lines of {short} are {len(strict):,} rows, because quoted texts hold line breaks"
             return strict, fewer if len(strict) < len(lines) else None
     if fits:
         return plain, None if tabs else f"quotes in {short} do not pair up, so they are read as they are written"
@@ -126,7 +126,7 @@ def _one_width(rows: Rows) -> bool:
 
 def _quoted(text: str, separator: str, strict: bool) -> Rows | str:
     """The rows of a reading with quoting, or what is wrong."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters: a long document is an error then
     # From bytes, because StringIO would hold four bytes a character.
     file = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogatepass")), "utf-8", "surrogatepass", newline="")
     reader = csv.reader(file, delimiter=separator, strict=strict)
@@ -137,7 +137,10 @@ def _quoted(text: str, separator: str, strict: bool) -> Rows | str:
 
 
 def _consistent(plain: Rows, separator: str) -> bool:
-    """Whether each column has quotes around all of its fields, or around those alone that need them."""
+    """Whether each column has quotes around all of its fields, or only around those that need them.
+
+    Programs that write quotes do so by one of these two rules. Quotes that people type in texts follow neither.
+    """
 
     def quoted(field: str) -> bool:
         return len(field) > 1 and field[0] == field[-1] == '"'

@@ -1,4 +1,4 @@
-"""What a pretrained model of sound is fed with: the feature extractor of transformers that comes with it."""
+"""Prepares clips for a pretrained model of sound, by the feature extractor of transformers that comes with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FILE = "preprocessor_config.json"
 
 
 class Extractor:
-    """The feature extractor in a folder or under a hub name, for clips of at most so many samples.
+    """The feature extractor in a folder or under a hub name, for clips of at most `samples`.
 
     Attributes:
-        rate: of the samples that it takes, in Hz.
-        samples: of the longest clip. Shorter ones are padded as the extractor does it.
+        rate: the sample rate that it takes, in Hz.
+        samples: the number of samples of the longest clip. The extractor pads shorter ones in its own way.
         name: what the model calls its input.
     """
 
@@ -53,9 +53,9 @@ class Extractor:
             ) from error
 
     def __call__(self, clip: np.ndarray) -> tuple[np.ndarray, int | None]:
-        """(n,) float64 -> its features, float32 of one shape, and how many samples are no padding.
+        """(n,) float64 -> its features, float32 of one shape, and how many samples are not padding.
 
-        The second is None where the extractor gives no attention mask: its model takes padding for silence.
+        The second is None if the extractor gives no attention mask: its model takes padding for silence.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # some compute with torch, and sums depend on the number of threads

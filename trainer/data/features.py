@@ -1,7 +1,8 @@
-"""Columns of a table as features: numbers or categories, told apart by what they hold.
+"""Columns of a table as features: numbers or categories, distinguished by what they hold.
 
-A column holds numbers if each of its filled fields is one. Anything else is a category, if its values repeat. What is
-neither, such as a name or a row's number, is refused with what to type, and is not left out silently.
+A column holds numbers if each of its filled fields is a number. Other columns hold categories, if their values repeat.
+A column that is neither, such as names or the numbers of rows, is refused: it is not left out silently, and the message
+says what to type.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from . import tables
 from .table_files import Table
 
 NUMBERS, CATEGORIES = "numbers", "categories"
-# A column of texts may have so many different ones, however few rows there are. Of more, each has to occur twice on
-# average, or nothing could be learnt of most of them.
+# A column of texts may always have this many different ones. If it has more, each has to occur twice on average:
+# otherwise nothing could be learnt of most of them.
 FEW = 20
 # Beyond it, sums over rows could overflow in float64.
 LARGEST = 1e300
@@ -45,7 +46,7 @@ class Wish:
     """What a user says of the columns.
 
     Attributes:
-        numeric, categorical: columns whose kind is not to be found out.
+        numeric, categorical: columns whose kind the user decides.
         ignored: columns that are no features.
         missing: texts that mark a missing value, as an empty field does.
     """
@@ -202,7 +203,7 @@ def read_numbers(
 
 
 def others_are_none(count: int) -> str:
-    """A clause on further rows that hold no number, which need not hold the same; an empty text for none."""
+    """A clause for a message on further rows that hold no number; an empty text if there are none."""
     return f"; {counted(count, 'more row holds', 'more rows hold')} no number" if count else ""
 
 
@@ -226,7 +227,7 @@ def read_names(table: Table, column: str, where: str, missing: Collection[str]) 
     """
     declared = table.classes.get(column)
     place: dict[str, int] = {}
-    # Texts repeat, so each is looked at once. Others are not looked up: true would be found as 1.
+    # Texts repeat, so each is looked at only once. Other values are not looked up, because True == 1 in a dictionary.
     known: dict[str, int] = {}
     codes = [-1] * len(table)
     for row, value in enumerate(tables.values_of(table, column, where)):
@@ -291,7 +292,7 @@ def parsed(table: Table, column: str, where: str, missing: Collection[str] = ())
     if missing:
         values = [None if isinstance(value, str) and value.strip() in missing else value for value in values]
     try:
-        # The quick way for csv. Python reads 1_000 as a number; people do not.
+        # The quick way for csv. Python reads 1_000 as a number, people do not.
         if "_" not in "".join(values):
             return np.array([float(value) if value else math.nan for value in values]), none
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Saves a model of grey images as one of colour images: pipelines of transformers turn every image into colours."""
+"""Saves a model of grey images as a model of colour images, because pipelines of transformers convert every image."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from .pretrained import quiet
 
-# The share of red, green and blue in grey (ITU-R BT.601), with which Pillow makes grey images.
+# The shares of red, green and blue in grey (ITU-R BT.601). Pillow makes grey images with them.
 _SHARES = (0.299, 0.587, 0.114)
 
 
 def save(model: nn.Module, folder: Path) -> int:
     """Writes what AutoModelForImageClassification reads. Returns the channels that the saved model takes.
 
-    A model of one channel is saved with three. Each weight of its first layer is divided among them, so that of a
-    colour image it computes what it has learnt of the grey one, up to rounding.
+    A model of one channel is saved with three. Each weight of its first layer is divided among them. So for a colour
+    image it computes what it has learnt for the grey one, up to rounding.
     """
     config: Any = model.config
     channels = int(getattr(config, "num_channels", 0) or 3)
@@ -44,6 +44,7 @@ def _of_three_channels(model: Any) -> dict[str, Tensor] | None:
     other = [name for name, tensor in wanted.items() if name not in state or state[name].shape != tensor.shape]
     if len(other) != 1 or len(wanted) != len(state) or other[0] not in state:
         return None
+    # One weight differs, in its channels: this is the first layer. Otherwise the model is saved as it is.
     one, three = state[other[0]], wanted[other[0]]
     places = [place for place in range(one.ndim) if one.shape[place] == 1 and three.shape[place] == 3]
     if len(places) != 1 or one.repeat_interleave(3, places[0]).shape != three.shape:

@@ -27,7 +27,7 @@ def held_out(
     labels: np.ndarray | None = None,
     groups: Sequence[Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The rows of each split that is made of a training set, and of what is left: sorted int64, "train" last.
+    """The rows of each split that is made from a training set, and the rows that are left: sorted int64, "train" last.
 
     Args:
         count: the number of rows.
@@ -48,6 +48,7 @@ def held_out(
         )
         if len(out):
             result[name] = places[out]
+        # The next split is drawn from the rows that are left, and its share of these is larger.
         places, left = np.delete(places, out), left - part
     return result | {"train": places}
 
@@ -63,8 +64,8 @@ def hold_out(
             that has two).
         seed: `split_seed`, the same whatever the run's seed.
         labels: (count,) int64.
-        groups: the group of each row, such as a patient. The rows of a group stay together, so that the fractions are
-            met as well as that allows.
+        groups: the group of each row, such as a patient. The rows of a group stay together, so the fractions are only
+            met as well as the groups allow.
     """
     rng = np.random.default_rng(key(seed, "hold out"))
     if groups is not None:
@@ -78,7 +79,11 @@ def hold_out(
 
 
 def _whole_groups(labels: np.ndarray, groups: Sequence[Any], fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Takes groups in random order, each if the classes' fractions then come closer to the wanted one."""
+    """The rows of the groups that are held out, (n,) sorted int64.
+
+    Groups are looked at in random order. One is taken if it brings the fractions of the classes closer to the wanted
+    one.
+    """
     rows_of: dict[Any, list[int]] = {}
     for row, group in enumerate(groups):
         rows_of.setdefault(group, []).append(row)

@@ -45,7 +45,11 @@ def npz_images(path: Path, file: Any, name: str) -> np.ndarray:
 
 
 def read_npz_images(path: Path) -> np.ndarray:
-    """The images of an .npz file to predict on, as `npz_images`: those named x, or the only ones. Raises UserError."""
+    """The images of an .npz file to predict on, as `npz_images` gives them: x, or the only array of images.
+
+    Raises:
+        UserError: there is no such array, or it holds no images.
+    """
     with npz.npz_arrays(path) as file:
         names = [n for n in file.files if set(n.lower().split("_")) & set(_NPZ_IMAGES)]
         chosen = "x" if "x" in names else names[0] if len(names) == 1 else None

@@ -40,9 +40,9 @@ class ImageSplit(LabelledSplit):
     image: Tensor
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, pixels from 0 to 1. Exact sums: the same on every machine."""
+        """Mean and standard deviation of each channel, for pixels from 0 to 1. Exact sums: alike on every machine."""
         mean, std = self.moments(self.image[0, 0].numel())
-        # A channel that is constant is only centred.
+        # A constant channel is only centred: a deviation of 0 cannot divide.
         return [round(m / 255, 6) for m in mean], [round(s / 255, 6) or 1.0 for s in std]
 
 
@@ -57,14 +57,14 @@ def read_images(
     channels: int | None = None,
     size: Size | None = None,
 ) -> Labelled[ImageSplit]:
-    """A dataset of labelled images, decoded; from the cache where it was decoded before.
+    """A dataset of labelled images, decoded; from the cache if it was decoded before.
 
     Args:
         data: what `tables.read` takes, or an .npz file.
         config_name, split_column: see `tables.read`.
         image_column: needed if the column does not have a usual name.
-        wish: what is learnt of an image, and the columns that say it.
-        group_column: of a table, whose groups are wanted.
+        wish: what is learnt of an image, and the columns that hold it.
+        group_column: the column of groups in a table; None for no groups.
         channels: 1 or 3; None for 1 if every image is grey, else 3.
         size: the size of all images; None if they all have the same size already.
 
@@ -153,7 +153,7 @@ def _decoded(
     size: Size | None,
     notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the cache holds. Labels are checked first: that takes no time."""
+    """Everything that the cache holds. Labels are checked first, because this takes no time."""
     from tqdm import tqdm
 
     numbers, classes = targets.numbered({split: part.labels for split, part in parts.items()}, wish, declared)
@@ -171,7 +171,7 @@ def _decoded(
                     raise UserError(
                         f"The images differ in size: {first[0]} is {first[1][0]} x {first[1][1]}, {name} is "
                         f"{height} x {width} (height x width).\nSet image_size in trainer.task_options, such as "
-                        f"{max(first[1])}, and all are resized to it."
+                        f"{max(first[1])}: then all are resized to it."
                     )
                 pixels[split].append(image)
                 remarks.update(filter(None, done.split("; ")))
@@ -180,7 +180,7 @@ def _decoded(
     if channels is None:
         channels = 1 if grey == sum(p.count for p in parts.values()) else 3
         if channels == 3 and grey:
-            remarks["made RGB, since others are not grey"] = grey
+            remarks["made RGB, because others are not grey"] = grey
     arrays: dict[str, Tensor] = {}
     for split, images in pixels.items():
         tensor = arrays[f"image_{split}"] = stacked(images, channels)
@@ -191,7 +191,7 @@ def _decoded(
 
 
 def stacked(images: list[np.ndarray], channels: int) -> Tensor:
-    """(N, C, H, W) uint8; empties the list, so that the images are not there twice."""
+    """(N, C, H, W) uint8. It empties the list while it copies, so the images are not in memory twice."""
     height, width = images[0].shape[:2]
     result = np.empty((len(images), channels, height, width), dtype=np.uint8)
     for row in range(len(images)):

@@ -30,8 +30,8 @@ def decode(
 ) -> tuple[np.ndarray, str]:
     """One image: its pixels, (H, W) or (H, W, 3) uint8, and what was done to it, in words.
 
-    Cameras' orientation (EXIF) is applied, 16 bits are reduced to 8, transparency is dropped, of an animation the
-    first frame is taken.
+    The orientation that cameras note (EXIF) is applied. 16 bits are reduced to 8. Transparency is dropped. The first
+    frame of an animation is taken.
 
     Args:
         source: an encoded file or its path; or pixels, (H, W) or (H, W, 3) uint8; None for a missing value.
@@ -68,6 +68,7 @@ def _fitted(picture: Image.Image, channels: int | None, size: Size | None) -> tu
     mode = "L" if channels == 1 or (channels is None and picture.mode in _GREY_MODES) else "RGB"
     if picture.mode.startswith("I;16"):
         done += "reduced from 16 bits to 8; "
+        # 65535 = 255 * 257, so this is rounding to the nearest, and white stays white.
         pixels = np.asarray(picture).astype(np.uint32)
         picture = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
     elif picture.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in picture.info:
@@ -111,9 +112,9 @@ def _reason(error: Exception) -> str:
 
 
 def shift_and_flip(images: Tensor, padding: int, moves: Tensor, flipped: Tensor | None) -> Tensor:
-    """A crop of each image out of its padded self, some of them mirrored.
+    """A crop of each image after padding; some crops are mirrored.
 
-    Rows are gathered first and columns then: two passes over the pixels, without an index for each of them.
+    Rows are gathered first, then columns. These are two passes over the pixels, without an index for each pixel.
 
     Args:
         images: (B, C, H, W).
@@ -146,7 +147,8 @@ ERASED_AREA, ERASED_RATIO = (0.02, 0.4), (0.3, 1 / 0.3)
 def erase(images: Tensor, probability: float, draws: Tensor, fill: Tensor) -> Tensor:
     """Random erasing (Zhong et al. 2017): a rectangle of some images is filled.
 
-    A rectangle that does not fit is cut to the image, where the authors draw again: draws per sample are fixed here.
+    A rectangle that does not fit is cut to the image. The authors draw again, but here the number of draws for a sample
+    is fixed.
 
     Args:
         images: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""The layouts of JSON that are read as a table: records, columns, and what pandas and others write around them."""
+"""Reads JSON as a table: records, columns, and what pandas and other programs write around them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_json(text: str, lines: bool) -> tuple[Columns, list[str]]:
 
     Args:
         text: of the file.
-        lines: the file is called json lines, so that an object in its only line is a record.
+        lines: the file is called json lines: an object on its only line is then a record, not a table.
 
     Raises:
         ValueError: it is no JSON, or its layout is another one.
@@ -34,7 +34,8 @@ def read_json(text: str, lines: bool) -> tuple[Columns, list[str]]:
         raise ValueError(f"it is nested too deeply for a table. {_LAYOUTS}") from error
     if re.search(r"\\u[dD][89a-fA-F]", text) is None:
         return columns, notes
-    # JSON may hold half of a pair of surrogates, as when a text with an emoji was cut. No UTF-8 has such a character.
+    # JSON writes an emoji as a pair of surrogates. If the text was cut between them, half a character is left, which
+    # UTF-8 cannot write.
     whole = {_whole(name): [_whole(value) for value in values] for name, values in columns.items()}
     halves = sum(a != b for name in columns for a, b in zip(columns[name], whole.get(name, columns[name])))
     if halves:
@@ -60,7 +61,7 @@ def _read(text: str, lines: bool) -> tuple[Columns, list[str]]:
 
 
 def _records_of_lines(text: str, whole: json.JSONDecodeError) -> list[Any]:
-    """The value of each line, blank ones left out. whole: what is wrong if the text is a single value."""
+    """The value of each line that is not blank. whole: why the text as a whole is no JSON, for the message."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

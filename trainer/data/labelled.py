@@ -1,4 +1,4 @@
-"""Samples with labels, such as decoded images or clips of sound: choosing rows, folds, and what is said of them."""
+"""Samples with labels, such as decoded images or clips of sound: choosing rows, folds, and what a run says of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label",
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """What each kind of samples has, in one split. All fields are tensors with a row for each sample.
+    """One split: the fields that every kind of samples has. All are tensors with a row for each sample.
 
     Attributes:
         label: (N,) int64, (N, classes) float32 of 0 and 1, or (N,) float64: see `targets.numbered`.
@@ -41,10 +41,10 @@ class LabelledSplit:
         return replace(self, **{f.name: getattr(self, f.name).index_select(0, index) for f in fields(self)})
 
     def moments(self, numbers: int) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel. Exact sums: the same on every machine.
+        """Mean and standard deviation of each channel. The sums are of whole numbers, so they agree on every machine.
 
         Args:
-            numbers: of one channel of a sample.
+            numbers: how many numbers one channel of a sample has.
         """
         totals, count = self.sums.sum(0).tolist(), len(self.label) * numbers
         mean = [total / count for total, _ in totals]
@@ -77,7 +77,7 @@ class Labelled(Generic[Part]):
     files: Callable[[], dict[str, list[str]]] | None = None
 
     def cut(self, cut: Cut | None, fractions: Mapping[str, float], seed: int) -> Labelled[Part]:
-        """The same with its splits in order, and parts of train as those that it lacks; or with those of a fold.
+        """The dataset with its splits in order; parts of train become those that it lacks. Or the splits of a fold.
 
         Args:
             cut: of a fold; None in an ordinary run.
@@ -122,6 +122,7 @@ def duplicates_note(splits: Mapping[str, LabelledSplit]) -> list[str]:
 def sums(samples: Tensor) -> Tensor:
     """(N, C, 2) int64: the sum of each sample's numbers, (N, C, ...) whole ones, and of their squares."""
     parts = []
+    # In blocks of 16 Mi numbers: as int64, all samples at once would take several times their memory.
     for block in samples.split(max(1, (16 << 20) // samples[0].numel())):
         wide = block.flatten(2).to(torch.int64)
         parts.append(torch.stack([wide.sum(2), (wide * wide).sum(2)], dim=2))
@@ -136,7 +137,7 @@ def digests(samples: Tensor) -> Tensor:
 
 @dataclass
 class Source:
-    """Where a split's samples come from, before they are decoded."""
+    """A split before its samples are decoded: where they come from, and their labels."""
 
     count: int
     named: Iterable[tuple[str, Any]]  # (name for messages, bytes or path or array)
@@ -144,7 +145,7 @@ class Source:
     groups: list[Any] | None = None
 
     def files(self) -> list[str] | None:
-        """The file of each sample; None if one is no file of its own, such as a row of an array."""
+        """The file of each sample; None if a sample has no file of its own, such as a row of an array."""
         found = []
         for _, content in self.named:
             if not isinstance(content, str):

@@ -1,6 +1,6 @@
 """Files of one kind, such as images or clips of sound, with their labels: in folders of classes, or named by a table.
 
-Training and prediction ask the same `Kind`, so that both read the same files.
+Training and prediction use the same `Kind`, so both read the same files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .reading import BLOCK
 from .sources import Found
 from .table_files import Table, read_file
 
-# The column of a metadata file that names files, from the folder of the metadata on.
+# The column of a metadata file that names files. Its paths begin at the folder of the metadata file.
 _FILE_NAME = "file_name"
 
 
@@ -28,11 +28,11 @@ class Kind:
 
     Attributes:
         word: "image", for messages.
-        one: with its article.
+        one: the word with its article, "an image".
         is_one: whether a file is meant to be of this kind.
         suffixes: the usual ones, for messages.
-        columns: names that a column of them usually has; the first is that of folders.
-        nested: makes a value of nested lists one of them; None for anything else.
+        columns: usual names of a column of such files. Tables that are made of folders have the first one.
+        nested: makes one of them from a value of nested lists; None if nested lists are an error.
     """
 
     word: str
@@ -97,8 +97,8 @@ def _none_there(found: Found, kind: Kind) -> str:
     there = sources.kinds_of(found.files) or "no files that could be data"
     left_out = "".join(f"\n{note}." for note in sources.left_out_note(found, [], ""))
     return (
-        f'"trainer.task_options.data": there is no {kind.word} in {found.given}. Looked for in it and in its folders, '
-        f"except those of runs: files that end in {', '.join(kind.suffixes)}, and tables that name such files "
+        f'"trainer.task_options.data": there is no {kind.word} in {found.given}. It and its folders were searched, '
+        f"except folders of runs, for files that end in {', '.join(kind.suffixes)}, and tables that name such files "
         f"({', '.join(sources.TABLES)}). It has: {there}.{left_out}\n"
         f"Name the folder that holds the {kind.word}s: --set trainer.task_options.data=PATH"
     )
@@ -163,16 +163,18 @@ def _described(
 
 @dataclass(frozen=True)
 class Contents:
-    """The files of a column: (name, bytes or path or nested lists made one, or None) for each row, as often as wanted.
+    """The files of a column: (name, content) for each row. It can be iterated over many times.
+
+    A content is bytes, a path, what `Kind.nested` made of nested lists, or None if there is none.
 
     Attributes:
-        table: whose column holds files as bytes, {"bytes": ..., "path": ...} as the datasets library has it, paths, or
-            nested lists.
+        table: its column holds files as bytes, as {"bytes": ..., "path": ...} (the datasets library writes this), as
+            paths, or as nested lists.
         split: for messages.
-        column: which.
-        kind: what they are.
-        folders: where files that are only named by the table may lie: what the cache knows about. None or none
-            of them for anywhere.
+        column: the name of the column.
+        kind: what the files are.
+        folders: a file that the table only names must lie in one of these folders, whose contents are part of the
+            cache's key. None or no folders: it may lie anywhere.
     """
 
     table: Table

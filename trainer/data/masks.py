@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 Result = TypeVar("Result")
-# transformers' function that finds several texts in a row by their positions: where a position does not follow the one
-# before it, another text begins. It is asked where a causal model gets no mask, and the host waits for its answer.
+# transformers' function that finds several texts in a row by their positions: another text begins where a position does
+# not follow the one before it. transformers calls it if a causal model gets no mask. The host waits for its answer.
 _ASKED = "find_packed_sequence_indices"
 
 
@@ -23,12 +23,12 @@ def for_each_head(mask: Tensor) -> Tensor:
 def may_be_prepared(model: nn.Module, tokens: int) -> bool:
     """Whether a text classifier of transformers gives the same logits for a mask with four dimensions.
 
-    A mask with two makes transformers ask whether it hides anything. The host would wait for the answer in every
-    forward, and micro-batches with different answers could not share a pack.
+    With a mask of two dimensions, transformers asks whether it hides anything. The host would wait for the answer in
+    every forward, and micro-batches with different answers could not share a pack.
 
     Args:
         model: the classifier.
-        tokens: the longest text; a model may look at near neighbours only.
+        tokens: the length of the longest text. It has to be tried: some models look only at near neighbours.
     """
     config: Any = model.config
     if getattr(config, "_attn_implementation", None) != "sdpa" or tokens < 2:
@@ -52,10 +52,10 @@ def may_be_prepared(model: nn.Module, tokens: int) -> bool:
 
 
 def whether_rows_are_texts(forward: Callable[[], Result]) -> tuple[Result, bool]:
-    """What a forward returns, and whether each row is one text for transformers, whatever its tokens.
+    """What a forward returns, and whether transformers takes each row for one text, whatever its tokens are.
 
-    It is where the model numbers the places of all rows 0, 1, 2, ... in one tensor for them all. A model that numbers
-    each row by its tokens, as RoBERTa does, has to be asked again for every batch.
+    This is so if the model numbers the places of all rows 0, 1, 2, ... in one tensor for all of them. RoBERTa numbers
+    each row by its tokens: such a model has to be asked again for every batch.
 
     Args:
         forward: of a causal model of transformers, for two rows or more, without a mask.

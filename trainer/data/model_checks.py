@@ -1,6 +1,6 @@
-"""What is checked of a transformers model before it is trained: its kind, its settings, and that it computes.
+"""Checks of a transformers model before it is trained: its kind, its settings, and that it computes.
 
-All of it would be found anyway, but later: in the first step, when the model is saved, or by whoever uses it.
+Without them, the same faults would show later: in the first step, when the model is saved, or when it is used.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def check_problem_type(spec: Spec, wanted: str) -> None:
 def settle_generation(model: nn.Module, tokens: Mapping[str, Any]) -> list[str]:
     """Makes a language model's settings for generation valid, and its special tokens those of the tokenizer.
 
-    transformers loads invalid settings, but refuses to save them. And a model that has learnt to end with the
-    tokenizer's end-of-text token never stops if its settings name another one.
+    There are two reasons. transformers loads invalid settings, but refuses to save them. And a model that has learnt to
+    end with the tokenizer's end-of-text token never stops if its settings name another one.
 
     Args:
         model: its configuration and settings are changed in place.
@@ -84,8 +84,8 @@ def settle_generation(model: nn.Module, tokens: Mapping[str, Any]) -> list[str]:
         if any(end not in ids for ids in said):
             before = " and ".join(dict.fromkeys(" or ".join(map(str, ids)) or "none" for ids in said))
             notes.append(
-                f"the tokenizer's end-of-text token is {end}, the model's settings said {before}: they say {end}, too, "
-                "so that generation stops"
+                f"the tokenizer's end-of-text token is {end}, but the model's settings said {before}. Now they say "
+                f"{end}, too, so generation stops"
             )
         config.eos_token_id = _with(end, config.eos_token_id) if isinstance(config.eos_token_id, list) else end
         if generation is not None:
@@ -109,7 +109,7 @@ def _with(first: int, others: Any) -> int | list[int]:
 
 
 def _dropped_settings(generation: Any) -> dict[str, Any]:
-    """Sets back the settings with which transformers would refuse to save, and returns them; the others stay."""
+    """Resets the settings with which transformers would refuse to save, and returns them. The others stay."""
     if _is_valid(generation):
         return {}
     usual = type(generation)().__dict__
@@ -148,18 +148,18 @@ def check_saving(model: nn.Module, spec: Spec) -> None:
             except Exception as error:  # of many kinds, by the setting
                 raise UserError(
                     f"{OPTION}: transformers cannot save the settings of {_named(spec)}: {reason(error)}\n"
-                    f"Mend its {'generation_config' if part is not model.config else 'config'}.json."
+                    f"Correct its {'generation_config' if part is not model.config else 'config'}.json."
                 ) from error
 
 
 def tried(model: nn.Module, spec: Spec, inputs: Mapping[str, Tensor], what: str, advice: str = "") -> Tensor:
-    """The logits of a few samples, so that a model that cannot compute them is not found out in the first step.
+    """The logits of a few samples. A model that cannot compute them is found here, not only in the first step.
 
     Args:
-        model: in training mode before and after.
+        model: in training mode before and afterwards.
         spec: the option `model`.
         inputs: what forward takes; on the CPU.
-        what: of the inputs, for the message.
+        what: what the inputs are, for the message.
         advice: a sentence for the message.
 
     Raises:
@@ -170,7 +170,7 @@ def tried(model: nn.Module, spec: Spec, inputs: Mapping[str, Tensor], what: str,
         # Draws of a model in its forward must not change those of training.
         with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
             return model(**inputs).logits
-    except Exception as error:  # of any kind: it is another's code
+    except Exception as error:  # of any kind: it is code of others
         shown = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
         raise UserError(
             f"{OPTION}: {_named(spec)} cannot compute {what}: {shown}\n" + (advice or _advice(spec, model.config))
@@ -187,14 +187,15 @@ def check_causal(ids: Tensor, logits_of: Callable[[Tensor], Tensor], spec: Spec)
         logits_of: ids -> (1, tokens, vocabulary).
         spec: the option `model`.
     """
+    # If only the last token changes, the outputs for all earlier ones must stay.
     other = ids.clone()
     other[0, -1] = 0 if int(ids[0, -1]) else 1
     before, after = logits_of(ids)[0, :-1], logits_of(other)[0, :-1]
     if (before - after).abs().max() > 1e-5 * before.abs().max():
         raise UserError(
-            f"{OPTION}: {_named(spec)} is not causal: what it says of a token depends on later tokens, which it is to "
-            'predict. Take a causal model such as gpt2, or, for models of the kind of bert, set "is_decoder": true in '
-            "its configuration."
+            f"{OPTION}: {_named(spec)} is not causal: its outputs for a token depend on later tokens, which it should "
+            'predict. Take a causal model such as gpt2. For models like bert, set "is_decoder": true in the '
+            "configuration."
         )
 
 
@@ -203,7 +204,7 @@ def _named(spec: Spec) -> str:
 
 
 def _advice(spec: Spec, config: Any) -> str:
-    """What to change in a configuration: the sizes that were not given are those of the type's first model."""
+    """What to change in a configuration. A size that is not given is that of the type's first model."""
     if not isinstance(spec, Mapping):
         return "Its files do not belong together, or this version of transformers cannot use them."
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
@@ -225,8 +226,8 @@ def _advice(spec: Spec, config: Any) -> str:
         and name not in ("vocab_size", "type_vocab_size")
     ]
     return (
-        "The sizes of a configuration must agree. Not given here, and so as in the first model of its type: "
-        f"{', '.join(usual[:12])}."
+        "The sizes of a configuration must agree. These are not given here, so they are those of the first model of "
+        f"its type: {', '.join(usual[:12])}."
         if usual
         else "The sizes of a configuration must agree."
     )

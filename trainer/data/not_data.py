@@ -1,4 +1,4 @@
-"""Files that lie beside data and are none: settings of runs, files of models, descriptions, and what runs write."""
+"""Files that lie beside data but are not data: settings of runs, files of models, descriptions, what runs write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = re.compile(
 )
 # Texts about a folder, at its top.
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|requirements)([._-].*)?\.txt", re.IGNORECASE)
-# How files begin that are no text, whatever their name says, and what to do with them.
+# First bytes of files that are no text, whatever their names say; what each is, and what to do.
 _OTHER_KINDS = (
     (
         b"PK\x03\x04",
@@ -77,5 +77,5 @@ def other_kind(content: bytes, table: bool) -> str | None:
         if content.startswith(start):
             return f"it is {what}. {remedy}."
     if table and content.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, as a link gives that asks to sign in. Download the file itself."
+        return "it is a web page, perhaps one that asks to sign in. Download the file itself."
     return None

@@ -1,4 +1,4 @@
-"""Parquet files, read if what they unpack to fits into the memory."""
+"""Reads Parquet files whose unpacked rows fit into the memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from ..errors import UserError
 from .memory import machine_bytes
 
-# What a value takes at least: a number, or a place in a list of Python's.
+# The fewest bytes of a value: a number, or a place in a list of Python's.
 _VALUE_BYTES = 8
-# Texts or pictures that take more bytes each, or so many together, are stored as they are, and not once for many rows:
-# no usual writer has a dictionary of so many bytes.
+# Texts or pictures of more bytes each, or of so many together, are stored once for each row. Only short ones may be
+# stored once for many rows, in a dictionary: no usual writer has a dictionary of so many bytes.
 _WHOLE_BYTES, _DICTIONARY_BYTES = 16, 4 << 20
 
 
 def read_parquet(path: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file's columns, and what the datasets library has noted about them.
+    """The columns of a file, and what the datasets library has noted about them.
 
     Args:
         path: of the file.
@@ -44,8 +44,8 @@ def read_parquet(path: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]
 def _refuse_too_large(file: Any, where: str) -> None:
     """Raises UserError if the rows would take more than the memory, from the file's own account of its columns.
 
-    That account says how many values there are, but not how long the texts are that a dictionary holds once. Those
-    are measured, a few rows at a time.
+    The account says how many values there are. It does not say how long the texts are that a dictionary holds once. So
+    these are measured, a few rows at a time.
     """
     memory = machine_bytes()
     shape = file.metadata

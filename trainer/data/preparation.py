@@ -2,10 +2,10 @@
 
 Training, validation, test and prediction are prepared by the same numbers, which only the training split determines:
 
-- Numbers are standardised, z = (x - mean) / deviation, in float64. A missing one becomes the mean, which is 0 then.
-  Where the training split lacks some, a further input is 1 for those and 0 else.
-- Categories are counted from 1. A missing one is 0, and so is one that the training split does not have.
-- A column that has one value in the whole training split teaches nothing, and is left out with a note.
+- Numbers are standardised, z = (x - mean) / deviation, in float64. A missing number becomes the mean, which is z = 0.
+  If some are missing in the training split, a further input is 1 for missing numbers and 0 for others.
+- Categories are counted from 1. A missing category is 0, and so is one that the training split does not have.
+- A column with one value in the whole training split teaches nothing. It is left out with a note.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FARTHEST = 1e30
 class Numeric:
     """A column of numbers. `marked`: whether a further input says which values are missing.
 
-    A deviation of 0 means that all filled fields of the training split are alike: then only that input teaches.
+    A deviation of 0 means that all filled fields of the training split are alike: then only the further input teaches.
     """
 
     name: str
@@ -159,7 +159,7 @@ def mean_and_deviation(values: np.ndarray) -> tuple[float, float]:
         return least, 0.0
     mean = math.fsum(values) / len(values)
     apart = values - mean
-    scale = float(np.abs(apart).max())  # squares of very large or small numbers would leave float64
+    scale = float(np.abs(apart).max())  # without it, squares of very large or small numbers would leave float64
     share = apart / scale
     return mean, scale * math.sqrt(math.fsum(share * share) / len(values))
 
@@ -190,7 +190,7 @@ def _standardised(column: Numeric, values: Any, where: str, notes: list[str]) ->
 def _numbered(column: Categorical, values: Any, where: str, notes: list[str]) -> np.ndarray:
     place = tables.places(column.categories)
     found = [place(name) for name in values.names]
-    # The last one is that of the code -1.
+    # The 0 at the end is for the code -1, a missing value: numpy reads index -1 as the last one.
     table = np.array([*(0 if p is None else p + 1 for p in found), 0], dtype=np.int64)
     codes: np.ndarray = table[values.codes]
     unknown = np.array([p is None for p in found] + [False])[values.codes]

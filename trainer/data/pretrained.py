@@ -1,7 +1,7 @@
-"""Models of the transformers library: from a folder, a hub name, or a configuration; errors that say what to do.
+"""Models of the transformers library: from a folder, a hub name, or a configuration. Errors say what to do.
 
-Weights are read only from safetensors, so no file is unpickled. A repository's own code runs only if the config allows
-it (`trust_remote_code`).
+Weights are read only from safetensors, so no file is unpickled. Code that comes with a model runs only if the config
+allows it (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_spec(spec: Any, kind: str, example: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error that is not empty; with the next line if it ends with a colon."""
+    """The first line of an error's text that is not empty; with the next line if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
@@ -143,8 +143,8 @@ def build(
         auto: the Auto class: "AutoModelForSequenceClassification", ...
         spec: the `model` option.
         config: from `configuration`, with the number of classes set.
-        pretrained: read weights, where `spec` names a folder or the hub; else only the configuration is used.
-        classes: the data's, for the messages of a classifier.
+        pretrained: read weights, if `spec` names a folder or the hub. Otherwise only the configuration is used.
+        classes: the classes of the data, for the messages of a classifier.
         new_head: replace a head that was trained for another number of classes.
         trust_remote_code: run Python code that comes with the model.
         notes: takes a sentence on weights that the folder lacks.
@@ -168,7 +168,7 @@ def build(
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # they are reported below, in our words
             output_loading_info=True,
         )
     mismatched = list(loading["mismatched_keys"])
@@ -204,13 +204,13 @@ def _check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what transformers would print on every rank, such as a report of missing weights: we print it once."""
+    """Silences what transformers prints on every rank, such as a report of missing weights: the trainer says it."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)  # each retry
+    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)  # it warns of each retry
     try:
         yield
     finally:
@@ -243,8 +243,8 @@ def load_saved(auto: str, folder: Path) -> nn.Module:
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would initialise them at random
         raise UserError(f"The model in {folder} is damaged: its weights lack {', '.join(missing[:5])}.")
-    # In memory of their own: in the file's they may begin at any address, and by that a math library may choose a
-    # kernel that rounds in another way.
+    # In memory of their own. In the file's memory they may begin at any address, and a math library may choose by the
+    # address a kernel that rounds in another way.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model.eval()

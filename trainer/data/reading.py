@@ -23,7 +23,7 @@ def read_each(
 
     Args:
         named: (name for messages, source).
-        one: reads a source; whatever it raises is a source that cannot be read. It runs in several threads.
+        one: reads a source. If it raises anything, the source cannot be read. It runs in several threads.
         word: what a source is, for messages: "image".
         reason_of: an exception in words.
 
@@ -40,7 +40,7 @@ def read_each(
             return name, None, error
 
     broken = []
-    # Decoders work outside of Python's lock.
+    # Threads are enough: decoders release Python's lock while they work.
     with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         for block in blocks(named, BLOCK):
             for name, result, error in pool.map(attempt, block):

@@ -1,4 +1,4 @@
-"""What a run says of the data that it read, so that one sees at once when something is missing."""
+"""What a run says of the data that it read. A user sees at once if something is missing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from ..wording import counted
 
-# Classes that are listed; of more, the largest ones and the smallest.
+# This many classes are listed. If there are more, the largest ones and the smallest are.
 MOST_CLASSES = 12
 SAMPLE_CHARACTERS = 80
 # Names that arrays of labels usually have.
 LABELS = ("y", "label", "labels", "target")
-# Groups of validation and test together whose names are shown, and characters of a name.
+# The names of groups are shown if validation and test have no more than this together; and characters of a name.
 MOST_GROUPS = 6
 NAME_CHARACTERS = 40
 
@@ -26,7 +26,7 @@ class Groups:
     """The groups of some splits' rows, such as patients or speakers.
 
     Attributes:
-        column: that they stand in; None where no such column is named.
+        column: the column of groups; None if none is named.
         of: split -> the group of each row. A split may lack the column.
     """
 
@@ -34,7 +34,7 @@ class Groups:
     of: Mapping[str, Sequence[Any] | None]
 
     def said(self, split: str) -> str:
-        """How many groups a split has; or which, where validation and test have few together."""
+        """How many groups a split has; or their names, if validation and test have few together."""
         groups = self.of.get(split)
         if self.column is None or groups is None:
             return ""
@@ -57,7 +57,7 @@ def rows_line(
         rows: split -> their number.
         given: the splits that the data has; the others are held out of train.
         unit: what a row is.
-        of: words behind the total.
+        of: words after the total, such as " of 28 x 28, grey".
         groups: see `Groups`.
     """
     parts = []
@@ -102,7 +102,7 @@ def classes_line(names: Sequence[str], labels: Mapping[str, Any]) -> str:
         alike.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), []).append(name)
     twins = next((group for group in alike.values() if len(group) > 1), None)
     if twins is not None:
-        line += f". Look: {' and '.join(map(repr, twins))} differ only in blanks, case or accents' encoding"
+        line += f". Check {' and '.join(map(repr, twins))}: they differ only in blanks, case or the encoding of accents"
     return line
 
 
@@ -113,7 +113,7 @@ def sample_line(text: str, label: str | None = None) -> str:
 
 
 def array_lines(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The arrays of a task of a user's own: their shapes, the classes if there are labels, and the first sample.
+    """Lines on the arrays of a user's own task: their shapes, the classes if there are labels, and the first sample.
 
     Args:
         splits: name -> tensors by name, samples in the first dimension.
@@ -139,7 +139,7 @@ def _shown(sample: Any) -> str:
 
 
 def copies_notes(splits: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """A sentence for each split some of whose rows are in train, too, with the same label.
+    """A sentence for each split that shares rows with train, label included.
 
     Args:
         splits: name -> arrays (rows, ...) of everything that is read of a row.

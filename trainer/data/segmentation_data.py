@@ -33,7 +33,7 @@ class Scenes:
     """Images and masks of one split.
 
     Attributes:
-        image: (N, C, *S) uint8, or float32 where the data is no uint8; S is (H, W) or (D, H, W).
+        image: (N, C, *S) uint8, or float32 if the data is not uint8; S is (H, W) or (D, H, W).
         mask: (N, *S) uint8, numbers of classes, or `mask_values.IGNORED`.
         sums: (N, C, 2) float64, each image's sum of pixels and of squared pixels.
         digest: (N, 16) uint8, a hash of each image.
@@ -56,7 +56,7 @@ class Scenes:
         for channel in self.sums.unbind(1):  # (N, 2)
             total, squares = (math.fsum(column.tolist()) / count for column in channel.unbind(1))
             means.append(float(f"{total:.6g}"))
-            # A channel that is constant is only centred.
+            # A constant channel is only centred: a deviation of 0 cannot divide.
             stds.append(float(f"{max(squares - total * total, 0.0) ** 0.5:.6g}") or 1.0)
         return means, stds
 
@@ -94,7 +94,7 @@ def read(
     classes: Any = None,
     ignore_value: int | None = None,
 ) -> Segmented:
-    """A dataset of images and masks; from the cache where it was read before.
+    """A dataset of images and masks; from the cache if it was read before.
 
     Args:
         data: a folder, {split: folder}, or an .npz file.
@@ -177,7 +177,7 @@ def _found(given: str) -> sources.Found:
 def _decoded(
     files: list[tuple[Path, Path]], size: Size | None, channels: int | None, remarks: Counter[str], notes: list[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Each image with its mask, as they are in the files, resized where that is asked for."""
+    """Each image with its mask, as in the files, or resized."""
     for block in reading.blocks(files, reading.BLOCK):
         pixels: dict[str, np.ndarray] = {}
         pictures = [(str(image), image) for image, _ in block if image.suffix.lower() != ".npy"]
@@ -256,11 +256,11 @@ def image_array(name: str, image: np.ndarray, dims: int) -> np.ndarray:
     """
     if image.ndim not in (dims, dims + 1) or image.dtype.kind not in "biuf" or not image.size:
         raise UserError(
-            f"{name} is {image.dtype} of shape {image.shape}. An image must hold numbers, in {dims} dimensions as its "
-            "mask, or with the channels as one more, the last one."
+            f"{name} is {image.dtype} of shape {image.shape}. An image must hold numbers, in {dims} dimensions like "
+            "its mask, or with its channels as a further, last dimension."
         )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise UserError(f"{name} holds values that are infinite or no numbers.")
+        raise UserError(f"{name} holds values that are infinite or nan. Correct the image.")
     channels_first = np.moveaxis(image, -1, 0) if image.ndim > dims else image[None]
     return channels_first.astype(np.uint8 if image.dtype in (np.uint8, np.bool_) else np.float32)
 
@@ -291,7 +291,7 @@ def _stacked(parts: dict[str, _Part], classes: Any, ignore_value: int | None, no
     plain = all(image.dtype == np.uint8 for group in read_images.values() for image in group)
     for split, group in read_images.items():
         stacked = np.stack(group).astype(np.uint8 if plain else np.float32, copy=False)
-        group.clear()  # so that the images are not there twice
+        group.clear()  # or the images would be in memory twice
         arrays[f"{split}_image"] = torch.from_numpy(stacked)
         arrays[f"{split}_mask"] = torch.from_numpy(np.stack(read_masks[split]))
         # float64 sums of uint8 are whole numbers, and exact.
@@ -318,7 +318,7 @@ def _check_alike(read: Mapping[str, list[np.ndarray]], names: Mapping[str, list[
     for split, group in read.items():
         for name, image in zip(names[split], group):
             if image.shape[1:] != first.shape[1:]:
-                remedy = "Set image_size in trainer.task_options, and all are resized to it"
+                remedy = "Set image_size in trainer.task_options: then all are resized to it"
                 raise UserError(
                     f"The images differ in size: {first_name} is {shown(first.shape[1:])}, {name} is "
                     f"{shown(image.shape[1:])}.\n"
@@ -327,7 +327,7 @@ def _check_alike(read: Mapping[str, list[np.ndarray]], names: Mapping[str, list[
             if len(image) != len(first):
                 raise UserError(
                     f"The images differ in channels: {first_name} has {len(first)}, {name} has {len(image)}.\nSet "
-                    "channels in trainer.task_options to 1 or 3, and image files are converted."
+                    "channels in trainer.task_options to 1 or 3: then image files are converted."
                 )
 
 

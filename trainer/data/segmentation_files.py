@@ -1,7 +1,7 @@
 """Folders of images and of their masks: which mask belongs to which image, and to which split.
 
-A folder is one of images or of masks by a word of its name (images, train_masks, ...), wherever it lies. A mask has the
-name of its image; its own may end in _mask, _label or the like.
+A word in a folder's name says that it holds images or masks (images, train_masks, ...), wherever the folder lies. A
+mask has the name of its image, perhaps with _mask, _label or the like at its end.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def pairs(found: Found) -> tuple[dict[str, Pairs], list[str]]:
 
 
 def images_alone(found: Found, files: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """What of some files to predict on, and sentences on what is left out: no masks.
+    """The files to predict on, and sentences on what is left out.
 
-    Of a folder as training takes it, with images and masks, they are the files in folders of images. Of any other they
-    are all.
+    If there are folders of images and of masks, as for training, these are the files in folders of images. Otherwise
+    they are all files.
     """
     roles = [_place(found, file)[0] for file in files]
     if not {"image", "mask"} <= set(roles):
@@ -117,7 +117,7 @@ def _place(found: Found, file: Path) -> tuple[str | None, _Key]:
 
 
 def _with_names_of(images: dict[_Key, list[Path]], masks: dict[_Key, list[Path]]) -> dict[_Key, list[Path]]:
-    """The masks by the keys of their images: without the end of a mask's own name, where no image has it."""
+    """The masks by the keys of their images: without _mask and the like at the end, if no image has the whole name."""
     result: dict[_Key, list[Path]] = {}
     for key, files in masks.items():
         split, rest, stem = key

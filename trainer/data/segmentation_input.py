@@ -1,4 +1,4 @@
-"""What segmentation predicts on, and the masks that it writes."""
+"""The images that segmentation predicts on, and the masks that it writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = ("x", "image", "images", "test_x")
 
 
 def inputs(source: Path, channels: int, size: tuple[int, ...], notes: list[str]) -> tuple[str, Iterator[Input]]:
-    """The word file or row, and each image, resized to what the model was trained on where it is an image file.
+    """The word file or row, and each image. Image files are resized to the size that the model was trained on.
 
     Args:
         source: an image, a .npy array, a folder of such (also with folders of images and masks), or an .npz.

@@ -1,7 +1,7 @@
 """Where data lies: a path, a pattern or a hub name as files, the split of each file, and a hash of the content.
 
-A path is a path. It is a pattern only if nothing has that very name. Links are followed. Splits come from the names of
-folders, and of files that hold tables or corpora; never from the names of classes or images.
+A path is a path. It is a pattern only if nothing has exactly that name. Links are followed. Splits come from the names
+of folders, and of files that hold tables or corpora. They never come from the names of classes or images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl"
 READERS = TABLES | {".txt": "txt"}
 # Suffixes of files, and so of no name on the dataset hub.
 _OF_FILES = (*READERS, ".npz", ".conll", ".conllu", ".iob", ".iob2", ".bio")
-# Files that the system keeps in folders. Nobody misses them.
+# Files that the system keeps in folders. They are left out without a note.
 _SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The number of a part: train-00000-of-00002.parquet, train_3.csv.
@@ -138,7 +138,7 @@ def _walk(given: str, root: Path) -> Found:
     def enter(folder: Path, above: tuple[str, ...], shown: bool) -> None:
         nonlocal hidden
         real = os.path.realpath(folder)
-        if real in above:  # a link to a folder above itself
+        if real in above:  # a link to a folder above itself: following it would never end
             return
         try:
             entries = sorted(folder.iterdir(), key=str)
@@ -180,8 +180,9 @@ def suffix_of(path: Path) -> str:
 def fingerprint(data: Data) -> str | None:
     """A hash of everything that local files and folders contain; None for a hub name, whose content is elsewhere.
 
-    It holds suffixes, since these say how a file is read, and the names of the files in a folder, since these may be
-    classes. Times and sizes that the file system tells have no part in it.
+    It covers suffixes, because they say how a file is read, and the names of the files in a folder, because they may
+    be classes. The file system's times and sizes have no part in it: `rsync -t` and `cp -p` keep them when the content
+    changes.
 
     Raises:
         UserError: it looks like a path, but nothing is there; or a file cannot be read.
@@ -242,8 +243,9 @@ def stem_of(path: Path) -> str:
 def by_file(found: Found, files: Sequence[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
     """The splits of tables or corpora, and the files that belong to none.
 
-    Files and folders that are called train, validation or test (or usual variants of these) are these splits, and all
-    other files are left out. Without such, all files whose names hold one of the words are taken; else all are train.
+    Files and folders that are called train, validation or test (or usual variants of these) are these splits. All
+    other files are left out. If there are none, such a word may be a part of the names (reviews_train.csv): if all
+    files have one, and train is among them, these are the splits. Otherwise all files are train.
 
     Raises:
         UserError: only some of the files have such a word in their names, or a split has a file in two formats.
@@ -311,8 +313,8 @@ class ClassFiles:
 def by_class(found: Found, files: Sequence[Path]) -> tuple[dict[str, ClassFiles], list[Path]]:
     """The splits and classes of files in folders, and the files that lie in no class folder.
 
-    The folders at the top are classes, as torchvision and timm have it, whatever lies below them. They are splits if
-    all are called so and folders lie in them, for instance train/cat/1.png.
+    The folders at the top are classes, as for torchvision and timm, whatever lies below them. They are splits if all
+    are called like splits and folders lie in them, for instance train/cat/1.png.
 
     Raises:
         UserError: some folders at the top are splits and others are not, or two are the same split.
@@ -351,7 +353,7 @@ def by_class(found: Found, files: Sequence[Path]) -> tuple[dict[str, ClassFiles]
             continue
         group = groups.setdefault((named[parts[0]] or "") if named else "train", ClassFiles([], []))
         group.files.append(file)
-        # macOS writes é as two characters, other systems as one.
+        # macOS writes é as two characters, other systems as one. Both must be the same class.
         group.classes.append(unicodedata.normalize("NFC", parts[depth]).encode("utf-8", "replace").decode())
     return in_order(groups), loose
 
@@ -368,7 +370,7 @@ def left_out_note(found: Found, files: Iterable[Path], why: str) -> list[str]:
     Args:
         found: where they are.
         files: these.
-        why: what each is not.
+        why: what each of them is not, for the note ("no image").
     """
     notes = []
     for some, reason in ((list(files), why), (found.aside, "settings or descriptions, not data")):

@@ -1,7 +1,7 @@
 """One file as a table: csv, tsv, json, json lines, parquet or text, as it is or compressed.
 
-Training and prediction read files by the same function. It reads the content each time; only arrays that are made of
-it are cached, under a hash of the content.
+Training and prediction read files by the same function. It reads the content each time. Only the arrays that are made
+of it are cached, under a hash of the content.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from .parquet import read_parquet
 from .sources import READERS, TABLES, suffix_of
 
 _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# What Windows and others write before a text. The longer ones come first.
+# Byte order marks, which Windows and others write before a text. The longer ones come first: UTF-32's begins with
+# UTF-16's.
 _MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xef\xbb\xbf", "utf-8-sig"),
           (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Format:
-    """How text is read: the options `separator` and `encoding`, where None is found out from the file.
+    """How text is read: the options `separator` and `encoding`. None means: as the file itself shows.
 
-    With `conll`, files with a suffix of `conll.SUFFIXES` hold a word a line.
+    With `conll`, files with a suffix of `conll.SUFFIXES` hold a word on each line.
     """
 
     separator: str | None = None
@@ -54,8 +55,8 @@ class Table:
         classes: for a column of numbers whose classes the data declares, their names.
         list_classes: the same for a column of lists of numbers.
         images: the columns that the data declares to be of images.
-        notes: what was not as usual, in sentences.
-        content: a hash, for data that only its library can tell apart.
+        notes: what was unusual, in sentences.
+        content: a hash of what the datasets library has loaded, as it gives it; empty for files.
     """
 
     columns: dict[str, Any]
@@ -172,11 +173,11 @@ def read_text(path: Path, encoding: str | None = None, where: str | None = None)
 
 
 def _content(file: BinaryIO, where: str) -> bytearray:
-    """All bytes of a file. Compressed, they may be a thousand times as many as they look."""
+    """All bytes of a file. A compressed file may unpack to a thousand times its size."""
     content, memory = bytearray(), machine_bytes()
     while part := file.read(1 << 24):
         content += part
-        if 2 * len(content) > memory:  # as bytes, and as text
+        if 2 * len(content) > memory:  # twice: as bytes, and as text
             raise UserError(
                 f'"trainer.task_options.data": {where} holds more than half of this machine\'s memory of {memory:,} '
                 "bytes.\nKeep the rows that are needed, in another file."
@@ -253,7 +254,7 @@ def joined(tables: Mapping[Path, Table], names: Mapping[Path, str]) -> Table:
 
 
 def _beginning(table: Table) -> tuple[Any, ...]:
-    """What equal tables have in common for certain, and few others."""
+    """The length and the first row of a table. Equal tables agree in them, few others do: they are compared first."""
     return len(table), *(_written(value) for name in sorted(table.columns) for value in table.values(name, 0, 1))
 
 
@@ -265,7 +266,7 @@ def _same_rows(one: Table, other: Table) -> bool:
 
 
 def _written(value: Any) -> str | bytes:
-    """A value as csv has it, where nothing is an empty field."""
+    """A value as csv writes it: a missing one (None, nan) is an empty field."""
     if isinstance(value, bytes):
         return value
     return "" if value is None or value != value else str(value)

@@ -1,7 +1,7 @@
-"""Tables of a user's own, from files, folders and hub names, as named splits; their columns, texts and labels.
+"""A user's tables, from files, folders and hub names, as named splits; their columns, texts and labels.
 
-The tasks for text and images share this file. It finds columns, and checks labels before training starts. Heavy
-packages are imported inside functions: with a warm cache no rank needs them.
+The tasks for texts and images share this file. It finds columns, and checks labels before training starts. Heavy
+packages are imported inside functions, because no rank needs them if the cache has the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import sources
 from .sources import Data, Found
 from .table_files import Format, Table, from_datasets, joined, read_file, read_text, reason_of
 
-# How a folder is read that holds no tables; None if it is none of that kind.
+# Reads a folder that holds other files than tables, such as images; returns None if the folder is not of that kind.
 FolderReader = Callable[[Found], dict[str, Table] | None]
 _PLAIN = Format()
 # Suffixes of texts in folders of classes; 20 Newsgroups has none, or a number.
@@ -90,7 +90,7 @@ def read(
         known = sources.ALIASES.get(name.lower())
         if known in named:
             raise UserError(
-                f'"trainer.task_options.data": {data} has several splits of one meaning: {known} is given twice, '
+                f'"trainer.task_options.data": {data} has two splits that mean the same: {known} is given twice, '
                 f"once as {name} ({counted(len(table), 'row')}). Give both the same name, or leave one out."
             )
         if known is not None:
@@ -106,12 +106,12 @@ def read(
         if len(table) == 0:
             raise UserError(f'"trainer.task_options.data": the split {name} of {data} is empty.')
     if unused:
-        named["train"].notes.append(f"left out of {data}, as they are no known splits: {', '.join(unused)}")
+        named["train"].notes.append(f"left out of {data}, because these are no known splits: {', '.join(unused)}")
     return sources.in_order(named)
 
 
 def content_of(data: Data, read: Callable[[], dict[str, Table]]) -> tuple[Any, dict[str, Table] | None]:
-    """What tells the content of some data apart, for the key of a cache; and the splits, if they had to be read.
+    """What identifies the content of some data, for the key of a cache; and the splits, if they had to be read.
 
     Args:
         data: the option.
@@ -126,7 +126,7 @@ def content_of(data: Data, read: Callable[[], dict[str, Table]]) -> tuple[Any, d
 
 
 def notes_of(tables: Mapping[str, Table]) -> list[str]:
-    """What was not as usual in reading the splits, each sentence once."""
+    """What was unusual when the splits were read, each sentence once."""
     return list(dict.fromkeys(note for table in tables.values() for note in table.notes))
 
 
@@ -199,7 +199,7 @@ def _hub(source: str, config_name: str | None) -> dict[str, Table]:
 
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises as well
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, from each rank
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry, on each rank
     try:
         return _tables_of(datasets.load_dataset(source, config_name))
     except Exception as error:  # of a dozen kinds
@@ -427,7 +427,7 @@ def label_name(value: Any) -> str:
 def _number(name: str) -> Fraction | None:
     """The number that a label is, if it is written as numbers usually are: 007 is a text.
 
-    It is exact: as floats, two large numbers, such as those of users, may be the same.
+    It is exact, because two different large numbers, such as the ids of users, may be the same float.
     """
     # Python refuses to read numbers of thousands of digits.
     usual = len(name) < 1000 and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", name)
@@ -435,12 +435,12 @@ def _number(name: str) -> Fraction | None:
 
 
 def _truth(name: str) -> bool | None:
-    """Of true and false, whatever writes them: json in small letters, Python's csv with a capital one."""
+    """True or False of a text that says so, in any letters: json writes true, Python's csv True. None of others."""
     return {"true": True, "false": False}.get(name.casefold())
 
 
 def _reader(names: Sequence[str]) -> Callable[[str], Any] | None:
-    """What the names of classes stand for: how to read them if all are numbers, or all are true or false."""
+    """How to read the names of classes if all are numbers, or all are true or false; None if they are texts."""
     readers: tuple[Callable[[str], Any], ...] = (_number, _truth)
     return next((read for read in readers if all(read(name) is not None for name in names)), None)
 
@@ -459,7 +459,7 @@ def places(names: Sequence[str]) -> Callable[[Any], int | None]:
 
 
 def distinct(values: Iterable[Any]) -> list[str]:
-    """The different values as they are written: numbers by value, of 1 and 1.0 the shorter; else by alphabet."""
+    """The different values as they are written, sorted: numbers by value, others by alphabet. Of 1 and 1.0 it is 1."""
     names = sorted({label_name(value) for value in values}, key=lambda name: (len(name), name))
     read = _reader(names)
     if read is None:
@@ -525,9 +525,9 @@ def _other_labels(value: Any) -> str:
     """What to do with labels that are no classes."""
     if isinstance(value, (list, tuple, set, np.ndarray, Mapping)):
         return (
-            "Several labels a sample are another problem: texts and images take them with "
-            '"problem_type": "multi_label_classification" in trainer.task_options. Here a label is one whole number or '
-            "text."
+            "Here a label is one whole number or text. For several labels a sample, set "
+            '"problem_type": "multi_label_classification" in trainer.task_options: texts and images can be learnt '
+            "in this way."
         )
     if isinstance(value, (float, np.floating)):
         return (
@@ -557,11 +557,11 @@ def duplicates_note(rows: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def rows_of(source: Path, how: Format = _PLAIN) -> Table:
-    """What to predict on, at least one row, read as in training.
+    """The table to predict on, with at least one row, read as in training.
 
     Args:
-        source: a csv, tsv, json, json lines or parquet file; a .txt file, a text a line; or a folder of single texts,
-            whose names are the column "file".
+        source: a csv, tsv, json, json lines or parquet file; a .txt file with a text on each line; or a folder with a
+            file for each text, whose names are the column "file".
         how: the options on the format of text files.
 
     Raises:

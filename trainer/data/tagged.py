@@ -19,7 +19,7 @@ from .table_files import Table
 WORD_COLUMNS = ("tokens", "words", "1")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner", "pos_tags")
 OUTSIDE = "O"
-# Tags of entities: where a word stands in its entity, and the entity's kind. L and U are other letters for E and S.
+# Tags of entities: a letter for the word's place in its entity, and the entity's kind. L means E, and U means S.
 ENTITY = re.compile(r"[BIESLU]-.+", re.DOTALL)
 
 
@@ -100,12 +100,14 @@ def read(table: Table, words: str, tags: str, split: str, group: str | None, not
 
 
 def are_entities(names: Sequence[str]) -> bool:
-    """Whether tags mark entities, as B-person and I-person do, and are not one class a word, as parts of speech are."""
+    """Whether tags mark entities (B-person, I-person), and are not simply one class a word, like parts of speech."""
     return all(name == OUTSIDE or ENTITY.fullmatch(name) for name in names)
 
 
 def tag_names(tags: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-    """The tags: "O", then by alphabet. Of entities, each kind of train has every letter that train uses.
+    """The tags: "O", then by alphabet. With entities, each kind in train gets every letter that train uses.
+
+    So B-place in test is a known tag, even if train has only I-place.
 
     Args:
         tags: split -> the tags of each sentence.
@@ -135,7 +137,7 @@ def tag_names(tags: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sentences as tokens: their numbers, and of each word the place of its first token, -1 where it is cut off."""
+    """Sentences as tokens: their numbers, and the place of each word's first token; -1 if the word is cut off."""
 
     ids: list[list[int]]
     places: list[list[int]]
@@ -144,7 +146,8 @@ class Tokens:
 def encode(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None, what: str) -> Tokens:
     """Tokenises sentences whose words are given, and cuts them at `limit` tokens; None for no limit.
 
-    A word of which the tokenizer makes nothing, such as a sign without width, becomes its unknown token.
+    If the tokenizer makes no token of a word, such as a sign without width, the word becomes its unknown token.
+    Otherwise the word would have no tag.
     """
     result = Tokens([], [])
 
@@ -160,6 +163,7 @@ def encode(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None
             places = [_places(output.word_ids(i), len(words)) for i, words in enumerate(some)]
             changed = False
             for words, own in zip(some, places):
+                # A word without a token before this one is an empty word. After it, words are cut off.
                 seen = max((i for i, place in enumerate(own) if place >= 0), default=len(own))
                 for i, place in enumerate(own):
                     if place < 0 and (i < seen or limit is None) and tokenizer.unk_token:
@@ -181,7 +185,7 @@ def _places(word_ids: Sequence[int | None], words: int) -> list[int]:
 
 
 def pieces(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None) -> list[tuple[int, int, int]]:
-    """(sentence, first word, behind the last word) of parts of at most `limit` tokens, in order."""
+    """(sentence, first word, one after the last word) of parts of at most `limit` tokens, in order."""
     every, room = encode(tokenizer, sentences, None, "Tokenising"), 0
     if limit is not None:
         room = max(1, limit - tokenizer.num_special_tokens_to_add())

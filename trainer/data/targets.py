@@ -1,4 +1,4 @@
-"""What a model is to learn of each sample: one class, several classes, or a number; read from tables and checked.
+"""What a model learns of each sample: one class, several classes, or a number. It is read from tables and checked.
 
 The names of the three problems are those of transformers.
 """
@@ -21,7 +21,7 @@ from .table_files import Table
 
 ONE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 PROBLEMS = (ONE, SEVERAL, NUMBER)
-# Of each row a label, a list of labels, or (as an array) a number.
+# For each row a label or a list of labels; or an array of numbers.
 Labels = Sequence[Any] | np.ndarray
 # Between the labels of a sample in a prediction, where no option says otherwise.
 SEPARATOR = "|"
@@ -68,7 +68,7 @@ def wish(problem: str, column: str | None, columns: Sequence[str], separator: st
         raise UserError(f'"trainer.task_options.label_columns" names a column twice: {", ".join(columns)}.')
     if len(columns) == 1:
         raise UserError(
-            f'"trainer.task_options.label_columns" names one column only, {columns[0]}. For a single label, leave '
+            f'"trainer.task_options.label_columns" names only one column, {columns[0]}. For a single label, leave '
             f'"problem_type" out and name the column in "label_column".'
         )
     return Wish(problem, column, tuple(columns), separator)
@@ -168,7 +168,7 @@ def _lists(table: Table, column: str, wanted: Wish, split: str) -> list[list[Any
             f"{'are' if len(nothing) > 1 else 'is'} missing (the first: {row_at(nothing[0])}). A sample "
             "without a label has an empty list: []."
         )
-    if nothing and wanted.separator is None:  # what is between the labels of the other rows is the first question
+    if nothing and wanted.separator is None:  # the other rows are texts, so the user has to set a separator first
         row = next(row for row, value in enumerate(values) if value and isinstance(value, str))
         where = f'The column "{column}" in {split} must hold lists of labels, but {row_at(row)} is '
         raise UserError(where + _instead(values[row]))
@@ -183,7 +183,7 @@ def _lists(table: Table, column: str, wanted: Wish, split: str) -> list[list[Any
             raise UserError(f"{where}{value!r}, and {odd!r} is no label. Labels are whole numbers or texts.")
         if names is not None:
             if not all(isinstance(label, int) and 0 <= label < len(names) for label in labels):
-                raise UserError(f"{where}{value!r}, where the {len(names)} classes have the numbers from 0 on.")
+                raise UserError(f"{where}{value!r}. The {len(names)} classes have the numbers from 0 on.")
             labels = [names[label] for label in labels]
         result.append(labels)
     return result
@@ -261,7 +261,7 @@ def numbered(
         there are no names.
 
     Raises:
-        UserError: a label is none, a split has one that train lacks, or train has fewer than two.
+        UserError: a value cannot be a label, a split has a label that train lacks, or train has fewer than two.
     """
     if wanted.problem == NUMBER:
         return {split: np.asarray(values, dtype=np.float64) for split, values in raw.items()}, []
@@ -289,9 +289,9 @@ def _matrix(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> np.ndarray:
 
 
 def strata(labels: np.ndarray) -> np.ndarray | None:
-    """What `held_out` draws from alike, (rows,) int64: the class, or of several the rarest; None for numbers.
+    """The strata for `held_out`, (rows,) int64: the class of a row, or the rarest of several; None for numbers.
 
-    So train keeps a sample of every rare label, where it has two.
+    With them, train keeps a sample of every rare label that has two.
     """
     return classes(labels) if labels.ndim == 1 else rarest(labels)
 
@@ -302,7 +302,11 @@ def classes(labels: np.ndarray) -> np.ndarray | None:
 
 
 def rarest(present: np.ndarray) -> np.ndarray:
-    """Of each row of 0 and 1, (rows, n), the column that the fewest rows have, (rows,) int64; -1 without any."""
+    """For each row of 0 and 1, (rows, n): of its columns with 1, the one that is rarest in all rows; -1 if none is 1.
+
+    Returns:
+        (rows,) int64.
+    """
     counts = present.sum(axis=0)
     order = np.argsort(counts, kind="stable")
     first = present[:, order].argmax(axis=1)
@@ -319,7 +323,7 @@ def said(names: Sequence[str], labels: Mapping[str, np.ndarray]) -> str:
         each = f"{train.sum() / len(train):.2g}"
         many = f"{each} label{'s' * (each != '1')} a sample of train, {int((~train.any(axis=1)).sum()):,} have none"
         if all((own.sum(axis=1) == 1).all() for own in labels.values()):
-            many += '. Look: each sample has exactly one label. If that is no chance, leave "problem_type" out'
+            many += '. Each sample has exactly one label. If this is not by chance, leave "problem_type" out'
         return f"{report.classes_line(names, {s: np.nonzero(own)[1] for s, own in labels.items()})}; {many}"
     if names:
         return report.classes_line(names, labels)
@@ -340,7 +344,7 @@ def shown(names: Sequence[str], label: Any) -> str:
 
 
 def notes(names: Sequence[str], labels: np.ndarray, wanted: Wish) -> list[str]:
-    """What is odd about the labels of the training set, once other splits are held out, in sentences."""
+    """Sentences on what is odd about the labels of the training set, after other splits were held out."""
     return _never_in_train(names, labels) + _other_separator(names, wanted.separator)
 
 

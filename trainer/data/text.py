@@ -1,7 +1,7 @@
 """Texts as token numbers: tokenizers of a model or built from the training texts, and tokenising with a progress bar.
 
-transformers and tokenizers are imported inside functions: with a warm cache they are not needed before the model
-is saved.
+transformers and tokenizers are imported inside functions. If the cache has the tokens, they are not needed before the
+model is saved.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from . import pretrained
 from .cache import hash_files
 from .unknown import SUBWORDS
 
-# The tokenizers that are built from the training texts, so that nothing has to be downloaded.
+# Tokenizers that are built from the training texts. Nothing has to be downloaded for them.
 WORDS, CHARACTERS = "words", "characters"
 
 # A word that occurs only once becomes [UNK]. If it were in the vocabulary, [UNK] would never be trained.
 MIN_WORD_COUNT = 2
 
-# Texts tokenised at a time, between two moves of the progress bar.
+# This many texts are tokenised at a time. Then the progress bar moves.
 CHUNK_TEXTS = 1000
 # Long texts are tokenised in parts of about this many characters, cut after a line. This bounds the memory for offsets,
 # which are Python objects.
@@ -38,7 +38,8 @@ CHUNK_CHARACTERS = 1 << 18
 
 _TOKENIZER_FILES = ("token*", "*.model", "vocab*", "merges*", "special_tokens*", "added_tokens*", "config.json")
 
-# These models count positions from the number of their padding token on, so they take fewer tokens than positions.
+# These models give a text's first token the position "number of the padding token + 1". So they take fewer tokens than
+# they have positions.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
                             "longformer", "ibert", "xmod", "data2vec-text", "luke", "esm")  # fmt: skip
 
@@ -46,10 +47,10 @@ POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-
 def check_tokenizer(
     option: str | None, spec: pretrained.Spec, from_weights: bool, default: str, built: Sequence[str]
 ) -> str:
-    """The option `tokenizer`, resolved: one of those built here, or a folder or hub name. Raises UserError.
+    """The tokenizer that the option names: one that is built here, or a folder or hub name. Raises UserError.
 
     Args:
-        option: as given; None for the model's own, or `default` where the model is a configuration.
+        option: as given; None for the model's own, or for `default` if the model is a configuration.
         spec: the option `model`.
         from_weights: whether pretrained weights are read.
         default: for a configuration.
@@ -82,7 +83,7 @@ def position_limit(config: Any) -> int | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and warnings, such as for too long texts: we print them once."""
+    """Silences transformers' progress bars and warnings, such as for too long texts: the trainer says it once."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -101,7 +102,7 @@ def quiet() -> Iterator[None]:
 
 
 def _train(tokenizer: Any, texts: Sequence[str], special: list[str], size: int | None, at_least: int) -> None:
-    """A vocabulary by frequency, then by alphabet: the same for the same texts in any order."""
+    """Trains a vocabulary: by frequency, then by alphabet. The order of the texts changes nothing."""
     from tokenizers import trainers
 
     trainer = trainers.WordLevelTrainer(
@@ -140,7 +141,7 @@ def build_for_generation(kind: str, texts: Sequence[str], size: int | None = Non
     r"""A tokenizer for language models, as JSON. Its decoder restores the text, white space included.
 
     Args:
-        kind: "characters", one token each; or "words", runs of letters and digits, and single other characters, each
+        kind: "characters": each is a token. Or "words": runs of letters and digits, and single other characters, each
             with the blank before it, as in GPT-2's first step of splitting.
         texts: of the training set only.
         size: the largest number of characters or words, the most frequent first.
@@ -158,7 +159,7 @@ def build_for_generation(kind: str, texts: Sequence[str], size: int | None = Non
 
 
 def wrap(built: str, max_length: int | None, token_types: bool = False) -> Any:
-    """A transformers tokenizer around one that was built here. Once saved, AutoTokenizer loads it."""
+    """A transformers tokenizer around one that was built here. AutoTokenizer can load it after it is saved."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -181,9 +182,10 @@ def wrap(built: str, max_length: int | None, token_types: bool = False) -> Any:
 
 
 def load_tokenizer(spec: str, trust_remote_code: bool, **options: Any) -> Any:
-    """The tokenizer in a folder or under a hub name; one without a padding token pads with its end-of-text token.
+    """The tokenizer in a folder or under a hub name. `options` go to from_pretrained. Raises UserError.
 
-    Padding is never seen: it is masked, and out of the loss. `options` go to from_pretrained. Raises UserError.
+    A tokenizer without a padding token pads with its end-of-text token. This changes nothing: padding is masked, and
+    does not count in the loss.
     """
     tokenizer = pretrained.tokenizer_of(spec, trust_remote_code, **options)
     tokenizer.padding_side = "right"
@@ -221,7 +223,7 @@ def fit_configuration(config: Any, facts: Mapping[str, Any], spec: pretrained.Sp
         config: changed in place.
         facts: from `facts_of`.
         spec: the option `model`.
-        scratch: no pretrained weights, so that vocabulary and special tokens follow the tokenizer.
+        scratch: no pretrained weights: vocabulary and special tokens follow the tokenizer.
     """
     given = spec if isinstance(spec, Mapping) else {}
     text_config = config.get_text_config()
@@ -241,7 +243,7 @@ def fit_configuration(config: Any, facts: Mapping[str, Any], spec: pretrained.Sp
 
 
 def tokenizer_limit(tokenizer: Any) -> int | None:
-    """The tokens that a tokenizer says its model takes; transformers writes 10^30 where it knows none."""
+    """The most tokens that a tokenizer says its model takes; None if it knows no limit: transformers writes 10^30."""
     limit = tokenizer.model_max_length
     return int(limit) if limit is not None and limit < 1e9 else None
 
@@ -305,7 +307,7 @@ def encode(
         tokenizer: a transformers tokenizer.
         texts, pairs: the rows.
         limit: tokens that a row may have; None for any number.
-        truncate: cut longer rows (of a pair, the longer text); else they are only counted.
+        truncate: cut longer rows (of a pair, the longer text). Otherwise they are only counted.
         what: for the progress bar.
     """
     result = Encoded([], [])
@@ -316,6 +318,7 @@ def encode(
             output = tokenizer(first, second, padding=False, truncation=False, return_attention_mask=False)
             ids, types = output["input_ids"], output.get("token_type_ids", [])
             for place, row in enumerate(ids):
+                # The row is negative: of equally long texts, max() then keeps the first.
                 result.longest = max(result.longest, (len(row), -(rows.start + place)))
             long = [place for place, row in enumerate(ids) if limit is not None and len(row) > limit]
             result.too_long += len(long)
@@ -376,7 +379,7 @@ def encode_with_bytes(tokenizer: Any, texts: Sequence[str], what: str) -> list[t
     parts = [(place, part) for place, text in enumerate(texts) for part in _parts(text)]
     found: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in texts]
     fast = bool(tokenizer.is_fast)
-    size = 1 if len(texts) < len(parts) else CHUNK_TEXTS
+    size = 1 if len(texts) < len(parts) else CHUNK_TEXTS  # parts of long texts are large: one at a time
     with quiet():
         for rows in chunks(len(parts), size, what):
             some = [part for _, part in parts[rows.start : rows.stop]]

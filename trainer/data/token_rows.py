@@ -1,4 +1,4 @@
-"""Tokens as rows of one length: a stream packed into full rows, or one padded record a row.
+"""Tokens as rows of one length: a stream that is packed into full rows, or one padded record on each row.
 
 A row holds inputs and targets. The target at each position is the next token. Both are numpy, (N, positions).
 """
@@ -28,7 +28,7 @@ def pack(sequences: Sequence[TokenSequence], length: int, padding: int) -> dict[
     ids = np.concatenate([s.ids for s in sequences])
     predicted = np.concatenate([s.predicted for s in sequences])
     sizes = np.concatenate([s.bytes for s in sequences])
-    places = len(ids) - 1
+    places = len(ids) - 1  # the last token is only a target
     rows = -(-places // length)
 
     def cut(values: np.ndarray, rest: int) -> np.ndarray:

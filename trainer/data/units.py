@@ -1,8 +1,8 @@
-"""Models of a standardised number: saved so that they give it in its units, loaded as they were.
+"""Models that predict a standardised number: saved with outputs in units, and loaded as they were trained.
 
-Such a model is trained on z = (y - mean) / deviation. Pipelines of transformers show what the last layer gives. So
-it is saved with that layer turned into units: weight x deviation, bias x deviation + mean. That rounds, and so the
-layer as it was trained lies beside it.
+Such a model is trained on z = (y - mean) / deviation. Pipelines of transformers show what the last layer gives. So the
+model is saved with this layer turned into units: weight x deviation, bias x deviation + mean. This rounds. So the layer
+as it was trained is saved beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "standardised_head.safetensors"
 
 
 def _head(model: nn.Module) -> nn.Linear | None:
-    """The last linear layer with one output; None without such, or without a bias, which the mean needs."""
+    """The last linear layer with one output; None if there is none, or it has no bias, which the mean needs."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     return layers[-1] if layers and layers[-1].bias is not None else None
 
@@ -32,12 +32,13 @@ def check(model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Non
     """Raises UserError if a model's last layer cannot be turned into units.
 
     Args:
-        model: in training mode before and after; on the CPU.
+        model: on the CPU, in training mode before and afterwards.
         inputs: what its forward takes.
         logits: what it gives for them in evaluation mode.
     """
     head, found = _head(model), False
     if head is not None:
+        # With mean 1 and deviation 2, a model that ends with this layer gives 2 z + 1.
         model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), in_units(model, Numeric("", 1.0, 2.0)):
             found = torch.allclose(model(**inputs).logits, 2 * logits + 1, rtol=1e-3, atol=1e-3)
@@ -102,5 +103,5 @@ def restore(model: nn.Module, folder: Path) -> Numeric:
         return Numeric("", float(found["mean"]), float(found["deviation"]))
     except (OSError, SafetensorError, RuntimeError, AssertionError, KeyError) as error:
         raise UserError(
-            f"{file} cannot be used with the model beside it. It says in which units the model is."
+            f"{file} cannot be used with the model beside it. It holds the last layer as it was trained, and the units."
         ) from error

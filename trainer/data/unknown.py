@@ -1,4 +1,4 @@
-"""Words that a tokenizer does not know: their share, and subwords for texts of which few words repeat."""
+"""Words that a tokenizer does not know: their share, and a tokenizer of subwords for texts with few repeated words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UserError
 
 SUBWORDS = "subwords"
-# From this share of unknown tokens on a person is told, and above the other a run is refused.
+# Above the first share of unknown tokens there is a note, and above the second one the run is refused.
 NOTED, REFUSED = 0.2, 0.5
 # A vocabulary that small data can fill.
 SUBWORDS_SIZE = 8000
@@ -51,7 +51,7 @@ def check_share(shares: dict[str, float], what: str, remedy: str) -> list[str]:
 def build_subwords(texts: Sequence[str], size: int | None = None, lowercase: bool = True) -> str:
     """A tokenizer of parts of words for classifiers, as JSON: byte-pair encoding (Sennrich et al. 2016) of characters.
 
-    It also serves for languages without blanks between words, and for texts of which few words repeat.
+    It also serves for languages without blanks between words, and for texts with few repeated words.
 
     Args:
         texts: of the training set only.

@@ -72,7 +72,7 @@ class AudioOptions(TargetOptions, HubOptions):
         "log-mel features as grey images; without it a ResNet of 0.3 million parameters",
     )
     audio_column: str | None = option(None, "the column of clips; the usual names are found")
-    audio_folder: str | None = option(None, "the folder that paths in a table begin at; without it that of the table")
+    audio_folder: str | None = option(None, "the folder at which paths in a table begin; without it that of the table")
     sample_rate: int | None = option(
         None,
         "in Hz, to which all clips are resampled; without it 16,000, or the rate of the model's feature extractor",
@@ -81,13 +81,13 @@ class AudioOptions(TargetOptions, HubOptions):
     )
     max_seconds: float | None = option(
         None,
-        "longer clips are cut to it, shorter ones are padded; without it the longest clip's",
+        "longer clips are cut to it, shorter ones are padded; without it the length of the longest clip",
         above=0,
         maximum=3600,
     )
     mel_bands: int = option(64, "of log-mel features: bands of the mel scale", minimum=4, maximum=1024)
     window_seconds: float = option(0.025, "of log-mel features: the length of a frame", minimum=0.001, maximum=1)
-    hop_seconds: float = option(0.01, "of log-mel features: from one frame to the next", minimum=0.0005, maximum=1)
+    hop_seconds: float = option(0.01, "of log-mel features: the time to the next frame", minimum=0.0005, maximum=1)
     shift_seconds: float = option(
         0.0,
         "augmentation of log-mel features: a clip moves by up to this much, around its end",
@@ -105,7 +105,7 @@ class AudioOptions(TargetOptions, HubOptions):
     new_head: bool = option(False, "replace a last layer that was trained for other classes")
     validation_fraction: float = option(
         0.1,
-        "share of each class held out of the training set where there is no validation split",
+        "share of each class held out of the training set if there is no validation split",
         minimum=0,
         below=1,
     )
@@ -258,7 +258,7 @@ class AudioClassification(problems.WithProblem):
         return _OF_FEATURES if self._log_mel else _OF_SOUND
 
     def _settled(self, config: Any) -> dict[str, Any]:
-        """Settings of a configuration that would draw numbers which belong to no sample: they are switched off."""
+        """Switches off the settings of a configuration that draw random numbers which belong to no sample."""
         off = {"apply_spec_augment": False, "layerdrop": 0.0}
         changed = {name: value for name, value in off.items() if getattr(config, name, None)}
         if changed:
@@ -269,7 +269,7 @@ class AudioClassification(problems.WithProblem):
         return changed
 
     def _try(self, model: nn.Module) -> None:
-        """One clip through the model, so that one of a wrong length is not found out in the first step."""
+        """Sends one clip through the model. A wrong length is found here, not only in the first step."""
         inputs = self._inputs(self._sample)
         advice = "Set max_seconds in trainer.task_options to what the model takes."
         logits = model_checks.tried(model, self._spec, inputs, f"clips{self._shape()}", advice)
@@ -320,7 +320,7 @@ class AudioClassification(problems.WithProblem):
         return {"pixel_values": images.normalise(clip, *self._standard(clip.device))}
 
     def _standard(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Scale and shift of log-mel features, on a device; made once for each, since a copy there waits for it."""
+        """Scale and shift of log-mel features, on a device. Made once for each, because a copy waits for the device."""
         if device not in self._constants:
             with torch.inference_mode(False):
                 values = torch.tensor([1 / self._std, -self._mean / self._std], dtype=torch.float64).float().to(device)

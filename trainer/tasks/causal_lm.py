@@ -1,11 +1,11 @@
 """Trains language models of the transformers library on plain text, or on records of a prompt and its completion.
 
-The loss is the summed negative log-likelihood divided by the valid tokens of the global batch: exactly the mean
-over its tokens. (Averaging the means of micro-batches, which have different numbers of tokens, is another loss.)
+The loss is the summed negative log-likelihood divided by the valid tokens of the global batch: exactly the mean over
+its tokens. (Micro-batches have different numbers of tokens. The average of their means would be another loss.)
 
-No attention mask is passed. Padding stands to the right, and a causal model's token sees what is left of it alone,
-so padding changes nothing where a loss is taken; models then take their fastest path. Nor do models look for the
-texts in a row: a row is one text, or several that are read as one.
+No attention mask is passed. Padding stands on the right, and a token of a causal model sees only what is left of it. So
+padding changes nothing where a loss is taken, and models take their fastest path. Models do not look for several texts
+in a row, either: a row is one text, or several that are read as one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 # The two columns of a prompt in Alpaca and Dolly: what to do, and with what. The second is often empty.
 INSTRUCTION, INPUTS = "instruction", ("input", "context")
-# Columns that belong to a prompt, and must not be left out without a word.
+# Columns that may belong to a prompt. If one is left out, the user must know it.
 _OF_PROMPTS = (*PROMPT_COLUMNS, "context", "system", "history", "passage")
 # A model that takes 100,000 tokens is trained on that many only if the config says so.
 USUAL_LENGTH = 1024
@@ -107,20 +107,20 @@ class LanguageOptions(TextModelOptions):
     )
     packed: bool | None = option(
         None,
-        "true: all texts behind one another, cut into full rows; false: one record a row; without it true for texts, "
+        "true: all texts one after another, cut into full rows; false: one record a row; without it true for texts, "
         "false for prompts",
     )
     truncate: bool = option(False, "with one record a row, cut longer ones instead of refusing them")
     validation_fraction: float = option(
         0.1,
-        "held out where the data has no such split: of a single text a part near its end, of records some, drawn; 0 "
-        "for none",
+        "share held out if the data has no such split: of a single text a part near its end, of records a random "
+        "choice; 0 for none",
         minimum=0,
         below=1,
     )
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
     max_new_tokens: int = option(
-        100, "the most that predict writes behind a prompt, and at most half of what the model takes", minimum=1
+        100, "the most that predict writes after a prompt, and at most half of what the model takes", minimum=1
     )
 
 
@@ -415,7 +415,7 @@ class CausalLM:
         """input_ids (B, tokens) -> logits (B, tokens, vocabulary)."""
         assert self._facts and self._sample is not None, "splits() comes first"
         config = self._configuration()
-        # Where a configuration has a padding token, models look for it in every batch, which on a GPU means waiting.
+        # If a configuration has a padding token, models look for it in every batch. On a GPU, the host waits for this.
         tokens = self._facts["tokens"]
         if config.model_type not in text.POSITIONS_AFTER_PADDING:  # these need it
             tokens = tokens | {"pad_token_id": None}
@@ -453,16 +453,16 @@ class CausalLM:
                 f'"trainer.task_options.model" gives logits of shape {shape} for tokens of shape {tuple(rows.shape)}. '
                 "A causal language model gives one row a token."
             )
-        # A few tokens: among many, a single one changes little.
+        # Only a few tokens: among many, one changes little.
         model_checks.check_causal(ids[:1, :8], logits_of, self._spec)
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Of each row, nll: the summed negative log-likelihood (B,); in evaluation also correct: right tokens (B,).
 
-        Sums, and no logits: those of a whole split would not fit into memory.
+        These are sums and not logits, because the logits of a whole split would not fit into memory.
         """
         targets = batch["targets"]  # (B, tokens)
-        # A compiled model is not asked: its graph has the positions in it, and other kernels.
+        # Not for a compiled model: its graph contains the positions, and has other kernels.
         known = self._rows_are_texts and getattr(model, "_compiled_call_impl", None) is None
         with masks.rows_are_texts() if known else contextlib.nullcontext():
             logits = model(input_ids=batch["input_ids"], **self._arguments).logits  # (B, tokens, vocabulary)
@@ -524,7 +524,7 @@ class CausalLM:
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
         """Continues each prompt of a file with the likeliest tokens: a prompt a line, or a column of prompts.
 
-        One at a time: padding to the left, which a batch would need, changes what a model computes.
+        One at a time, because a batch would need padding on the left, which changes what a model computes.
         """
         path = Path(source)
         table = tables.rows_of(path, self._how)

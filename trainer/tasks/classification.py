@@ -54,7 +54,7 @@ def counts(labels: Tensor, weights: Tensor | None) -> Tensor | None:
 
 
 def sample_losses(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """The cross-entropy of each sample: summed and divided by `count`, torch's weighted and smoothed mean.
+    """The cross-entropy of each sample. Their sum divided by `count` is torch's weighted and smoothed mean.
 
     Args:
         logits: (B, classes), of any floating type; the loss is float32.
@@ -102,7 +102,8 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """F1 over all labels (micro) and averaged over the classes (macro), and mean average precision (map).
 
     A label is predicted where its probability is 0.5 or more. Average precision is that of scikit-learn: the area under
-    precision against recall, without interpolation. Its mean is over the classes that occur; without any it is absent.
+    precision against recall, without interpolation. Its mean is over the classes that occur. If none occurs, there is
+    no map.
 
     Args:
         logits: (N, classes).
@@ -111,7 +112,7 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, f1_score
 
     scores, truth = logits.double().numpy(), labels.numpy() > 0.5
-    chosen = scores >= 0
+    chosen = scores >= 0  # logits: the sigmoid of 0 is 0.5
     result = {
         f"{kind}_f1": float(f1_score(truth, chosen, average=kind, zero_division=0)) for kind in ("micro", "macro")
     }
@@ -123,7 +124,7 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def why_no_auroc(name: str, names: Sequence[str], labels: Tensor) -> str:
-    """Why `metrics` gives no `auroc` for the labels (N,) of a split: the classes that it lacks. Else an empty text."""
+    """Why `metrics` gives no `auroc` for the labels (N,) of a split: the classes that it lacks; or an empty text."""
     lacking = [f'"{names[place]}"' for place in sorted(set(range(len(names))) - set(labels.tolist()))]
     if name != "auroc" or not lacking:
         return ""

@@ -54,8 +54,8 @@ def sample_losses_problem(task: str, summed: Tensor, result: object) -> str | No
     if math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6) or not math.isfinite(other):
         return None
     return (
-        f"{task}.sample_losses() adds up to {one:g} where {task}.loss() returns {other:g}. Training uses the one and "
-        "evaluation the other, so they must agree: let loss() return sample_losses(...).sum()."
+        f"{task}.sample_losses() adds up to {one:g} where {task}.loss() returns {other:g}. Training uses the first and "
+        "evaluation the second, so they must agree. Let loss() return sample_losses(...).sum()."
     )
 
 
@@ -75,10 +75,11 @@ def check_micro_batch(
     Args:
         task: its name.
         outputs, result: of forward() and loss().
-        samples, count: how many the micro-batch has, and what the data says that they count.
+        samples: how many samples the micro-batch has.
+        count: the sum of their counts in the data.
         micro_batch: its number, for messages.
-        finite: whether the loss has to be.
-        graph: whether the loss has to have one.
+        finite: whether the loss has to be finite.
+        graph: whether the loss has to have a graph, for the backward pass.
 
     Returns:
         The named tensors of the outputs.

@@ -1,7 +1,7 @@
 """Handwritten digits: 1,797 real 8x8 images that come with scikit-learn (UCI, Alpaydin and Kaynak 1998).
 
-The embedded default: no download, a few seconds of training, and with BatchNorm, dropout and
-augmentation everything that exact strong scaling has to get right.
+This is the default task, and the smallest one. It needs no download and trains in a few seconds. It has BatchNorm,
+dropout and augmentation, which exact strong scaling has to get right.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TRAIN, VALIDATION = 1200, 297  # the remaining 300 are the test set
 def read_images() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 64) with values 0..16, and labels (1797,), as scikit-learn's load_digits gives them.
 
-    Reads the file that scikit-learn ships without importing scikit-learn, which costs every rank half a
-    second or more; falls back on load_digits where a release keeps the file elsewhere.
+    Reads the file that scikit-learn ships, without importing scikit-learn: the import costs every rank half a second
+    or more. If a release keeps the file elsewhere, it calls load_digits.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:

@@ -1,6 +1,7 @@
 """Entities in tagged sentences, and the F1 of their prediction, as seqeval and the script of CoNLL-2000 count them.
 
-seqeval (version 1.2.2, its default mode) was last published in 2020, and as source alone. A test holds its numbers.
+seqeval (version 1.2.2, its default mode) was last published in 2020, and only as source. It is not
+imported here: a test compares with numbers that it gave.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def _parts(tag: str) -> tuple[str, str]:
 def entities(tags: Sequence[str]) -> set[Entity]:
     """The entities of a sentence: (kind, first word, last word).
 
-    An entity begins at B or S, behind one that ended, or where the kind changes: a lone I-person is a person. So it is
-    right for the IOB1, IOB2, IOBES and BILOU schemes.
+    An entity begins at B or S, after one that ended, or where the kind changes: a lone I-person is a person. So the
+    schemes IOB1, IOB2, IOBES and BILOU are all read right.
     """
     found: set[Entity] = set()
     start, (before, kind) = 0, ("O", "")

@@ -1,7 +1,7 @@
 """What is wrong with a task's name, its files or their columns, found before torch and DeepSpeed are imported.
 
-Only names and the beginnings of files are looked at, and only what is certainly wrong is refused: what needs a closer
-look is left to the task, which reads the data anyway.
+It looks only at names and the beginnings of files, and refuses only what is certainly wrong. What needs a closer look
+is left to the task, which reads the data anyway.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _COLUMNS = (
     "group_column",
 )
 _FILE = re.compile(r"\.(csv|tsv|json|jsonl|parquet|txt|npz|gz|zip|sqlite|conllu?|iob2?|bio)$", re.IGNORECASE)
-# In larger json files, a column is not looked for: that would take longer than importing torch.
+# Columns are not looked for in larger json files: it would take longer than importing torch.
 _MOST_BYTES = 5_000_000
 
 
@@ -105,7 +105,7 @@ def _look_at_code(task: str) -> None:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return  # said with its line when it is imported
+        return  # the import gives a message with the line
     names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     imported = any(isinstance(node, (ast.ImportFrom, ast.Assign)) for node in tree.body)
     if name not in names and not (imported and re.search(rf"\b{re.escape(name)}\b", path.read_text(errors="ignore"))):
@@ -142,7 +142,7 @@ def _look_for_rows(option: str, path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(1 << 16)
     except OSError:
-        return  # said with its reason when it is read
+        return  # the task gives a message with the reason
     if not start.strip():
         raise UserError(f'"{_OPTION}{option}": {path} is empty.')
     header_alone = len(start) < 1 << 16 and not start.strip().count(b"\n") and not start.strip().count(b"\r")

@@ -17,12 +17,12 @@ from ..errors import UserError
 from ..exact.splits import Batch, Split, as_splits
 from .protocol import Outputs, Task
 
-# Numbers of an output that are written for a sample, at most.
+# Outputs with more numbers a sample are not written to the table.
 _MOST_NUMBERS = 1000
 
 
 def takes_cut(task: Task) -> bool:
-    """Whether a task's `splits` takes the keyword `cut`, and so prepares its data by a fold's own training samples."""
+    """Whether a task's `splits` takes the keyword `cut`: it prepares its data by the training samples of a fold."""
     return "cut" in inspect.signature(task.splits).parameters
 
 
@@ -51,7 +51,7 @@ def splits_in_fold(task: Task, cut: Cut) -> dict[str, Split]:
     if type(task).__module__.startswith(f"{__package__}."):
         raise UserError(
             f"The task {type(task).__module__.rpartition('.')[2]} cannot be cut into folds: it prepares its data by "
-            "its training split, and cannot do so by a part of it. Give each fold's files as its data instead."
+            "its training split, and cannot prepare it by a part of that. Give each fold's files as its data instead."
         )
     o, whole = cut.options, _together(cut.chosen(as_splits(task.splits(), name)), name)
     groups = None if o.group_column is None else _column(whole, o.group_column, "group_column", name).tolist()
@@ -118,9 +118,9 @@ def _classes_in(arrays: Batch) -> Tensor | None:
 def columns_of(task: Task, outputs: Outputs, arrays: Batch, metrics: Mapping[str, float]) -> dict[str, Sequence[Any]]:
     """What a task says of each sample of a split: column -> (samples,) plain values.
 
-    They are the task's own `predictions`. Of a task without this method they are its outputs as they are, and the
-    values of the split that are one number a sample; and the classes, where the likeliest of the outputs are for
-    certain what its accuracy counts.
+    They are the task's own `predictions`. For a task without this method, they are its outputs as they are, and the
+    arrays of the split with one number a sample. The classes (target, prediction) are added if it is certain that the
+    accuracy counts the likeliest output: the accuracy computed here must agree with the task's own.
 
     Args:
         task: of the run.
@@ -135,6 +135,7 @@ def columns_of(task: Task, outputs: Outputs, arrays: Batch, metrics: Mapping[str
     labels, only = _classes_in(arrays), outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else None
     if labels is not None and only is not None and "accuracy" in metrics:
         likeliest = only.argmax(1)
+        # Equal up to rounding: half a sample is less than any real difference.
         if abs(float((likeliest == labels).double().mean()) - metrics["accuracy"]) < 0.5 / len(labels):
             columns |= {"target": labels.tolist(), "prediction": likeliest.tolist()}
     columns |= {name: array.tolist() for name, array in arrays.items() if array.ndim == 1}

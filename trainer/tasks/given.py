@@ -13,7 +13,7 @@ from typing import Any
 
 from .first_look import BUILT_IN
 
-# Classes that are in no file that could be loaded by itself, by the names that runs have for them.
+# Name in a run -> class. These classes lie in no file that can be loaded by itself.
 _given: dict[str, type] = {}
 
 
@@ -23,10 +23,10 @@ def find(name: str) -> type | None:
 
 
 def file_of(cls: type) -> str | None:
-    """A class as `trainer.task` names it, path/to/file.py:ClassName or a task of ours; None if no file can be loaded.
+    """A class as `trainer.task` names it: path/to/file.py:ClassName, or a ready task. None if no file can be loaded.
 
-    None for a class of the program itself (a notebook's), one inside a function, and one of a package, whose modules
-    may import one another by relative names.
+    It is None for a class of the program itself (a notebook's), for one inside a function, and for one of a package:
+    modules of a package may import one another by relative names.
     """
     module = sys.modules.get(cls.__module__)
     package, _, inner = cls.__module__.rpartition(".")
@@ -82,7 +82,7 @@ def code_sha256(cls: type) -> str:
         value = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)) or value)
         if isinstance(value, (int, float, str, bytes, bool, type(None))):
             note(value)
-        elif id(value) in seen:
+        elif id(value) in seen:  # functions may call one another in a circle
             note(value.__name__)
         elif getattr(value, "__module__", None) != cls.__module__:
             note(getattr(value, "__name__", type(value).__name__))
@@ -98,6 +98,7 @@ def code_sha256(cls: type) -> str:
             for base in value.__bases__:
                 visit(base)
             for name, inner in sorted(vars(value).items()):
+                # Python adds these names itself. They are not the user's code.
                 if name not in ("__module__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__"):
                     note(name)
                     visit(inner)

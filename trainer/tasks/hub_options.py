@@ -1,4 +1,4 @@
-"""Options shared by the tasks on a user's own data and model."""
+"""Options that the tasks on a user's own data and model share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataOptions:
     config_name: str | None = option(None, "the configuration of a hub dataset")
     split_column: str | None = option(None, "the column of a single table that names each row's split")
     group_column: str | None = option(
-        None, "the column of groups (patients, authors, ...) whose samples stay together when splits are held out"
+        None, "the column of groups (patients, authors, ...): samples of a group stay together when splits are held out"
     )
     split_seed: int = option(0, "chooses the samples that are held out, independently of the run's seed", minimum=0)
 
@@ -64,15 +64,15 @@ class TargetOptions:
     )
     label_column: str | None = option(
         None,
-        "the column of labels, whole numbers or texts, of several labels in lists, or of numbers to predict; the usual "
-        "names are found",
+        "the column of labels (whole numbers or texts), of lists of labels, or of numbers to predict; the usual names "
+        "are found",
     )
     label_columns: list[str] = option([], "of several labels a sample: a column of 0 and 1 for each label")
     label_separator: str | None = option(
-        None, 'of several labels a sample: what stands between them, where they stand in one text, such as "|"'
+        None, 'of several labels a sample in one text: what stands between them, such as "|"'
     )
     label_smoothing: float = option(
-        0.0, "of one class a sample: share of the target that goes to all classes alike", minimum=0, below=1
+        0.0, "with one class a sample: share of the target that goes to all classes alike", minimum=0, below=1
     )
     class_weights: Any = option(
         None,

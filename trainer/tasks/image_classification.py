@@ -83,7 +83,7 @@ class ImageOptions(TargetOptions, HubOptions):
     )
     validation_fraction: float = option(
         0.1,
-        "share of each class held out of the training set where there is no validation split",
+        "share of each class held out of the training set if there is no validation split",
         minimum=0,
         below=1,
     )
@@ -179,7 +179,7 @@ class ImageClassification(problems.WithProblem):
         }
 
     def _wanted(self) -> tuple[_Processor | None, int | None, Size | None]:
-        """What the model says of its images: its processor if it is pretrained, channels, and size."""
+        """What the model says of its images: its processor (None unless it is pretrained), channels, and size."""
         if isinstance(self._spec, Mapping):
             channels, size = self._spec.get("num_channels"), _as_size(self._spec.get("image_size"))
             _check_channels(channels)
@@ -273,7 +273,7 @@ class ImageClassification(problems.WithProblem):
         return model
 
     def _try(self, model: nn.Module) -> None:
-        """One image through the model, so that one of a wrong size is not found out in the first step."""
+        """Sends one image through the model. A wrong size is found here, not only in the first step."""
         where = "x".join(str(side) for side in self._size)
         logits = model_checks.tried(
             model,
@@ -300,7 +300,7 @@ class ImageClassification(problems.WithProblem):
         image = batch["image"]  # (B, C, H, W)
         padding = self._crop_padding
         if padding or self._flip:
-            # Three numbers a sample: the crop's row and column in 0..2 padding, and the coin.
+            # Three numbers a sample: the crop's row and column in 0..2 padding, and whether it is mirrored.
             draws = random.uniform(3)
             moves = (draws[:, :2] * (2 * padding + 1)).to(torch.int64)
             image = images.shift_and_flip(image, padding, moves, draws[:, 2] < 0.5 if self._flip else None)
@@ -315,7 +315,7 @@ class ImageClassification(problems.WithProblem):
         return self._problem.outputs_of(model(pixel_values=images.normalise(image, scale, shift)).logits)
 
     def _constant(self, name: str, device: torch.device) -> Tensor:
-        """What normalisation and erasing need, on a device; made once for each, since a copy there waits for it."""
+        """What normalisation and erasing need, on a device. Made once for each, because a copy waits for the device."""
         if device not in self._constants:
             mean, std = torch.tensor(self._mean, dtype=torch.float64), torch.tensor(self._std, dtype=torch.float64)
             with torch.inference_mode(False):
@@ -388,7 +388,7 @@ TASK = ImageClassification
 
 
 class _Processor:
-    """What a model's own image processor says: size (None if it says none), mean, std, and what is not done here."""
+    """What a model's own image processor says: size (or None), mean and std; and notes on what is not done here."""
 
     def __init__(self, size: Size | None, mean: list[float], std: list[float], notes: list[str]) -> None:
         # A model of grey images may come with three equal numbers.
@@ -406,7 +406,7 @@ def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
 
     try:
         with pretrained.quiet():
-            # Pillow's: the same on machines with and without torchvision.
+            # The backend of Pillow: it is the same on machines with and without torchvision.
             own = AutoImageProcessor.from_pretrained(
                 pretrained.where(spec), backend="pil", trust_remote_code=trust_remote_code
             )
@@ -437,7 +437,7 @@ def _read_processor(spec: str, trust_remote_code: bool) -> _Processor | None:
 
 
 def _side_of(size: Any, name: str) -> int:
-    """A processor's height or width; the shortest edge, where it keeps the aspect ratio; 0 where it says none."""
+    """A processor's height or width; its shortest edge if it keeps the aspect ratio; 0 if it says none."""
     values = [
         getattr(size, key, None) or (size.get(key) if isinstance(size, Mapping) else 0)
         for key in (name, "shortest_edge")
@@ -476,7 +476,7 @@ def _as_size(value: Any) -> Size | None:
 
 
 def _side(size: Size) -> int | list[int]:
-    """A size as transformers' configurations like it."""
+    """A size as transformers' configurations hold it: one number for a square."""
     return size[0] if size[0] == size[1] else list(size)
 
 

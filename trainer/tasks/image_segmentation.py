@@ -1,7 +1,7 @@
-"""Image segmentation: a class for each pixel or voxel, by MONAI's U-Net, from images and masks of one's own.
+"""Image segmentation: a class for each pixel or voxel, by MONAI's U-Net, from a user's images and masks.
 
-The network halves with strided convolutions and doubles with transposed ones (Kerfoot et al. 2018). Smooth upsampling
-and padding by reflection have no deterministic kernel on GPUs, so networks with these are not offered.
+The network halves with strided convolutions and doubles with transposed ones (Kerfoot et al. 2018). Networks with
+smooth upsampling or padding by reflection are not offered: these have no deterministic kernel on GPUs.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class SegmentationOptions:
         [16, 32, 64, 128], "channels of each resolution, from fine to coarse; each but the first halves the image"
     )
     residual_units: int = option(
-        2, "convolutions of a block, added to its input; 0 for one without that", minimum=0, maximum=8
+        2, "convolutions of a block, whose result is added to its input; 0 for plain blocks", minimum=0, maximum=8
     )
     norm: Literal["instance", "batch"] = option(
-        "instance", "instance treats every image alone; the statistics of batch are those of a micro-batch"
+        "instance", "instance normalises each image by itself; batch has the statistics of a micro-batch"
     )
     dropout: float = option(0.0, "probability of zeroing an activation", minimum=0, maximum=0.99)
     cross_entropy_weight: float = option(1.0, "of the mean cross-entropy of a sample in the loss", minimum=0, below=1e6)
     dice_weight: float = option(1.0, "of the mean Dice loss of a sample in the loss", minimum=0, below=1e6)
-    dice_background: bool = option(False, "the Dice loss and mean Dice take the first class along, the background")
+    dice_background: bool = option(False, "the Dice loss and mean Dice include the first class, the background")
     crop_size: Any = option(
         None,
-        "augmentation: a side or one number for each axis; training sees a crop of this size, drawn anew in each "
+        "augmentation: a side or one number for each axis; training sees a crop of this size, another one in each "
         "epoch; evaluation sees whole images",
     )
     flip: Literal["none", "horizontal", "all"] = option(
@@ -76,7 +76,7 @@ class SegmentationOptions:
         "augmentation: images and their masks are mirrored, left to right or along each axis, with probability 1/2",
     )
     validation_fraction: float = option(
-        0.1, "held out of the training set where there is no validation split; 0 for none", minimum=0, below=1
+        0.1, "share held out of the training set if there is no validation split; 0 for none", minimum=0, below=1
     )
     test_fraction: float = option(0.0, "the same for the test split", minimum=0, below=1)
     split_seed: int = option(0, "chooses the samples that are held out, independently of the run's seed", minimum=0)
@@ -193,7 +193,7 @@ class ImageSegmentation:
     augment_in_chunks = True
 
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
-        """Crops and mirrors, each sample by its own numbers, its mask as its image."""
+        """Crops and mirrors each sample by its own numbers. Its mask is treated like its image."""
         if self._crop is None and self._o.flip == "none":
             return batch
         image, mask = batch["image"], batch["mask"][:, None]
@@ -218,13 +218,13 @@ class ImageSegmentation:
         if image.device not in self._constants:
             mean, std = torch.tensor(self._mean, dtype=torch.float64), torch.tensor(self._std, dtype=torch.float64)
             shape = (1, -1, *(1 for _ in self._size))
-            with torch.inference_mode(False):  # once a device: a copy there waits for it
+            with torch.inference_mode(False):  # once for each device, because a copy waits for it
                 scale, shift = ((v.float().view(shape).to(image.device)) for v in (1 / std, -mean / std))
             self._constants[image.device] = (scale, shift)
         return model(images.normalise(image, *self._constants[image.device]))
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """In training the logits (B, K, *S); in evaluation what a whole split of them comes to.
+        """In training the logits (B, K, *S); in evaluation only what metrics and pictures need of them.
 
         Returns:
             `logits`. Or `loss` (B,) float32, `overlaps` (B, K, 3) int64, and `chosen` (B, H, W) uint8: the predicted
@@ -253,8 +253,9 @@ class ImageSegmentation:
     def loss(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, int]:
         """The summed losses of the samples, and their number.
 
-        Each sample's loss is the mean cross-entropy of its pixels and the mean of its classes' Dice losses. Their mean
-        over a global batch is exact for any cut into micro-batches; see `segmentation.sample_losses` for what is not.
+        A sample's loss is the mean cross-entropy of its pixels plus the mean of its classes' Dice losses, each with its
+        weight. The mean of samples over a global batch is exact for any cut into micro-batches.
+        `segmentation.sample_losses` says what would not be.
         """
         losses = self.sample_losses(outputs, batch)
         return losses.sum(), len(losses)

@@ -1,8 +1,8 @@
 """Lung nodules: a 3D convolutional variational autoencoder on 5,633 masks drawn by radiologists (LIDC-IDRI).
 
-Masks are 32 x 32 x 32 voxels of 1 mm, split by patient: up to four radiologists drew each nodule, and a mask of a
-nodule seen in training would tell nothing about others. The plain autoencoder is the same network without the
-sampling (Kingma and Welling 2014, "Auto-encoding variational Bayes").
+Masks are 32 x 32 x 32 voxels of 1 mm. They are split by patient, because up to four radiologists drew each nodule: a
+test mask of a nodule that was seen in training would say nothing about other nodules. The plain autoencoder is the same
+network without the sampling (Kingma and Welling 2014, "Auto-encoding variational Bayes").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..exact.splits import Batch
 
 SIDE = lidc.SIDE
 PICTURES = 16  # columns of a picture
-# About one voxel in 50 is nodule: a decoder that starts at these log-odds need not learn it first.
+# About one voxel in 50 is nodule. A decoder that starts at these log-odds does not have to learn this first.
 EMPTY_LOG_ODDS = -4.0
 
 
@@ -62,8 +62,8 @@ def turn(voxels: Tensor, symmetries: Tensor) -> Tensor:
 def depth_to_space(x: Tensor) -> Tensor:
     """(B, 8 C, D, H, W) -> (B, C, 2 D, 2 H, 2 W): torch's pixel_shuffle in three dimensions.
 
-    After a convolution it does what a transposed one would (Shi et al. 2016), whose gradient, like that of
-    trilinear upsampling, has no deterministic kernel on GPUs.
+    After a convolution it does what a transposed convolution would do (Shi et al. 2016). The gradients of a transposed
+    convolution and of trilinear upsampling have no deterministic kernel on GPUs.
     """
     B, C, D, H, W = x.shape
     parts = x.view(B, C // 8, 2, 2, 2, D, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -111,8 +111,8 @@ class NoduleAutoencoder(nn.Module):
         assert head.bias is not None
         nn.init.constant_(head.bias, EMPTY_LOG_ODDS)
         self.decoder = nn.Sequential(
-            # Without this hidden layer most samples from the prior were empty. It has no BatchNorm: an epoch's last
-            # micro-batch may be a single mask, whose features have no variance.
+            # Without this hidden layer, most samples from the prior were empty. It has no BatchNorm, because an epoch's
+            # last micro-batch may be a single mask: its features have no variance.
             nn.Linear(latent, hidden),
             nn.ReLU(),
             nn.Linear(hidden, 4 * w * 4**3, bias=False),
@@ -126,9 +126,9 @@ class NoduleAutoencoder(nn.Module):
         )
 
     def encode(self, voxels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 1, 32, 32, 32) -> the code's mean and log variance, (B, latent) float32; no variance where it is exact.
+        """(B, 1, 32, 32, 32) -> the code's mean and log variance, (B, latent) float32; no variance for a plain one.
 
-        Float32 under autocast, too: the KL divergence adds and subtracts numbers of about the same size.
+        It is float32 under autocast, too, because the KL divergence subtracts numbers of about the same size.
         """
         code = self.encoder(voxels).float()
         if not self.variational:
@@ -211,8 +211,8 @@ class NoduleOptions:
     )
     validation_fraction: float = option(
         0.1,
-        "share of patients, about; a patient's place follows from a hash of the patient and split_seed alone, so more "
-        "patients leave the others where they are",
+        "share of patients, about; only a hash of the patient and split_seed decides the split of a patient, so "
+        "further patients leave the others where they are",
         minimum=0,
         below=1,
     )
@@ -357,7 +357,7 @@ class Nodules:
         """Means over masks in nats; Dice; and how far sampled sizes are from real ones.
 
         The distance is the 1-Wasserstein distance between the diameters of balls of the same volumes: how many mm
-        one would have to change samples, on average, for their sizes to be distributed as those of real nodules.
+        samples would have to change, on average, until their sizes are distributed like those of real nodules.
         """
         means = ("nll", "kl", "dice") if self._variational else ("nll", "dice")
         result: dict[str, float] = {name: float(outputs[name].double().mean()) for name in means}
@@ -380,7 +380,7 @@ class Nodules:
     def pictures(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Central slices: masks above their reconstructions, and samples from the prior."""
         slices = outputs["slices"]  # (N, 2 or 3, 32, 32)
-        # Spread over the split, as neighbours are the same nodule drawn by several radiologists.
+        # Spread over the split, because neighbours are the same nodule, drawn by several radiologists.
         chosen = slices[torch.linspace(0, len(slices) - 1, min(PICTURES, len(slices))).long()]
         pictures = {"masks_and_reconstructions": _grid(chosen[:, :2])}
         if self._variational:

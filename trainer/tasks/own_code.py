@@ -14,9 +14,9 @@ from .given import code_sha256
 def task_code_sha256(task: object, name: str) -> str | None:
     """SHA-256 of the code of a task; None for a task of the trainer, whose code has a hash of its own.
 
-    It covers the task's file and every module that is imported, at any place and by any of these files, from the
-    folder of the task or of the program. Comments and layout do not count. What is installed, and what is imported by a
-    name that is computed, is left out. Imports are read, not made: so the hash depends on no rank, cache or order.
+    It covers the task's file, and every module that any of these files imports, at any place, from the folder of the
+    task or of the program. Comments and layout do not count. Installed packages are left out, and so are imports by a
+    computed name. Imports are read, not made. So the hash does not depend on a rank, a cache or an order.
 
     Args:
         task: the loaded task.
@@ -41,7 +41,7 @@ def task_code_sha256(task: object, name: str) -> str | None:
         except (SyntaxError, ValueError):  # of a file that is imported only if it can be
             total[module] = hashlib.sha256(source).hexdigest()
             continue
-        total[module] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        total[module] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()  # no comments, no layout
         package = (
             ""
             if module.startswith("/")
@@ -73,7 +73,7 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
 def _files(wanted: str, folders: list[Path]) -> Iterator[tuple[str, Path]]:
     """(module, its file) of each part of a dotted name that lies in one of the folders."""
     parts = wanted.split(".")
-    if parts[0] == "trainer":
+    if parts[0] == "trainer":  # the trainer's code has a hash of its own
         return
     for folder in folders:
         if not ((folder / parts[0]).is_dir() or (folder / f"{parts[0]}.py").is_file()):

@@ -59,7 +59,8 @@ class OneClass:
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
         if self._weights is not None and self._weights.device != device:
-            with torch.inference_mode(False):  # the first call may be an evaluation's
+            # The first call may be an evaluation's, and a tensor made in inference mode cannot be used in a backward.
+            with torch.inference_mode(False):
                 self._weights = self._weights.to(device)  # once
         return self._weights
 
@@ -98,6 +99,7 @@ class SeveralClasses(OneClass):
         self.names = list(names)
         if self._option == "balanced":
             present = train.double().sum(0)
+            # At least 1e-3: with the weight 0, the presence of a label that every sample has would cost nothing.
             self._weights = ((len(train) - present) / present.clamp(min=1)).clamp(min=1e-3).float()
         else:
             self._weights = classification.class_weights(self._option, names, np.zeros(0, np.int64))
@@ -213,7 +215,7 @@ def problem(wanted: targets.Wish, class_weights: Any, smoothing: float) -> OneCl
 
 
 class WithProblem:
-    """The methods of a task whose samples have a `label`, as its problem computes them."""
+    """The methods that a task with an array `label` leaves to its problem."""
 
     _problem: OneClass
 
@@ -252,12 +254,12 @@ def named_outputs(names: Sequence[str], wanted: targets.Wish) -> dict[str, Any]:
 
 
 def without_labels(spec: Mapping[str, Any], outputs: int, said: str) -> dict[str, Any]:
-    """A `model` option without what it says of its outputs. Raises UserError if it is for another number of them.
+    """A `model` option without its keys on labels. Raises UserError if it has another number of outputs.
 
     Args:
         spec: the option.
         outputs: how many the data asks for.
-        said: what the data has, for the message.
+        said: what the data has, for the message ("3 classes (a, b, c)").
     """
     named = spec.get("id2label", spec.get("label2id"))
     told = spec.get("num_labels", len(named) if isinstance(named, (Mapping, list)) else named)

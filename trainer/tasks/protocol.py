@@ -40,16 +40,17 @@ class Task(Protocol):
     - `forward`, `loss`, `sample_losses` and `augment` may take a keyword `progress`, an `exact.progress.Progress`
       (step, epoch, total_steps, fraction), the same on every rank: for annealing, where a counter of calls would depend
       on the rank.
-    - `splits` may take a keyword `cut`, a `data.cut.Cut`, or None in an ordinary run: for a task that computes anything
-      from its training samples (a mean, a vocabulary). In a fold of a cross-validation it calls
-      `cut(count, labels, groups)` with all its samples, gets the rows of train, validation and test, and prepares its
-      data by those of train. The splits of a task without it are put together and cut as they are.
+    - `splits` may take a keyword `cut`, a `data.cut.Cut`, which is None in an ordinary run. A task needs it if it
+      computes anything from its training samples (a mean, a vocabulary). In a fold of a cross-validation, it calls
+      `cut(count, labels, groups)` with all its samples and gets the rows of train, validation and test. It prepares
+      its data by those of train. The splits of a task without `cut` are put together and cut as they are.
     - `predictions(self, outputs, batch) -> Mapping[str, Sequence]`: column -> one plain value a sample of a whole
       split, for the predictions.csv of a fold: the columns target and prediction, and others.
     - `notes`: sentences for the person who starts the run (duplicates, truncated texts, ...), a list that
       `splits` and `model` fill; they are printed once, before the first step.
     - `data_lines`: what was read (rows, what is left out, classes, the first sample), a list of lines that `splits`
-      fills; they are printed before the notes. Without it the shapes of the arrays, their classes and first sample are.
+      fills. They are printed before the notes. Without it, the trainer prints the shapes of the arrays, their classes
+      and the first sample.
     - `best_metric`: ("accuracy", "max") or ("loss", "min"), ...: the metric on validation that chooses the
       best model; without it the loss.
     - `why_without(self, name, batch) -> str`: why `metrics` leaves a metric out for a whole split, as the end of a
@@ -88,8 +89,8 @@ class Task(Protocol):
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, float | int | Tensor]:
         """The **summed** loss of one micro-batch (a scalar tensor) and its count (samples, or valid tokens).
 
-        The trainer divides by the count of the whole global batch, which makes the result exact for
-        any cut into micro-batches; a mean could not be.
+        The trainer divides by the count of the whole global batch. So the result is exact for any cut into
+        micro-batches. With a mean instead of a sum it could not be.
         """
         ...
 
@@ -121,14 +122,17 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     declared = getattr(cls, "Options", None) if open_ended else None
     if not (inspect.isclass(declared) and dataclasses.is_dataclass(declared)):
         declared = None
-    else:  # as in the tasks of ours, see `config.task_options`
+    else:  # as in the ready tasks, see `config.task_options`
         known, open_ended = [field.name for field in dataclasses.fields(declared) if field.init], False
     for option in options:
         if option not in known and not open_ended:
             raise UserError(f'unknown key "trainer.task_options.{option}" for the task {name}. {near(option, known)}')
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            raise UserError(f"The task {name} takes {parameter.name} only by position, and options are given by name.")
+            raise UserError(
+                f"The task {name} takes {parameter.name} only by position, but options are given by name. Let it be "
+                "taken by name, too."
+            )
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
@@ -148,7 +152,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
 
 
 def _raised_by_the_constructor(error: BaseException) -> bool:
-    """Whether a constructor itself has raised an error: not what it calls, whose traceback is then of use."""
+    """Whether a constructor itself has raised an error. If what it calls has, the user needs the traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_code.co_name in ("__init__", "__post_init__")
 
@@ -168,6 +172,7 @@ def _from_file(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"The task file {path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
+    # Before the file runs, as an import does it: dataclasses look for the module of a class there.
     sys.modules[module_name] = module
     sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours
     try:

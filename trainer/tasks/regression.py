@@ -37,7 +37,10 @@ def metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """The coefficient of determination, the mean absolute error, and the root of the mean squared error.
 
     Args:
-        predicted, truth: (N,) float64, in the units of the target. Without two different true values there is no r2.
+        predicted, truth: (N,) float64, in the units of the target.
+
+    Returns:
+        r2, mae and rmse; no r2 if all true values are alike, because it divides by their spread.
     """
     errors = predicted - truth
     squares = float((errors**2).sum())

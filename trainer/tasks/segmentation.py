@@ -1,4 +1,4 @@
-"""What segmentation needs: crops and mirrors of images with masks, losses, metrics, pictures, and what it says.
+"""Parts of `image_segmentation`: crops and mirrors of images with masks, losses, metrics, pictures, lines for the user.
 
 S stands for (H, W) or (D, H, W), K for the number of classes. Masks hold numbers of classes, or `IGNORED`.
 """
@@ -58,7 +58,7 @@ def crop_and_flip(x: Tensor, starts: Tensor | None, size: Sequence[int], flipped
 def one_hot(mask: Tensor, classes: int) -> Tensor:
     """(B, *S) uint8 -> (B, K, *S) bool; all false where the mask is ignored.
 
-    Comparisons, and no scatter or lookup: those have no deterministic kernel on GPUs, or make the host wait.
+    It compares. A scatter or a lookup has no deterministic kernel on GPUs, or makes the host wait.
     """
     return torch.stack([mask == number for number in range(classes)], dim=1)
 
@@ -77,7 +77,7 @@ def sample_losses(logits: Tensor, mask: Tensor, *, cross_entropy: float, dice: f
         logits: (B, K, *S).
         mask: (B, *S) uint8.
         cross_entropy, dice: the weights of the two.
-        background: whether the Dice loss takes the first class along.
+        background: whether the Dice loss includes the first class.
 
     Returns:
         (B,) float32.
@@ -111,7 +111,7 @@ def metrics(counts: Tensor, names: Sequence[str], background: bool) -> dict[str,
     Args:
         counts: (N, K, 3) int64, see `overlaps`.
         names: the classes.
-        background: whether the mean Dice takes the first class along.
+        background: whether the mean Dice includes the first class.
     """
     right, found, true = counts.sum(dim=0).double().unbind(dim=1)  # (K,)
     there = found + true > 0
@@ -170,10 +170,10 @@ def picture(image: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
 
 
 def check_halving(size: Sequence[int], times: int, what: str, where: str) -> None:
-    """Raises UserError unless a U-Net can halve a size so many times, and more than one pixel is left."""
+    """Raises UserError unless a U-Net can halve a size this number of times, and more than one pixel is left."""
     factor = 2**times
     wrong = [side for side in size if side % factor]
-    rule = f'{_OPTION}widths" has {times + 1} numbers, so the network halves a size {times} times'
+    rule = f'{_OPTION}widths" has {times + 1} numbers, so the network halves each side {times} times'
     if wrong:
         nearest = sorted(
             {max(factor, side // factor * factor) for side in wrong} | {-(-s // factor) * factor for s in wrong}

@@ -1,6 +1,6 @@
-"""Classifies the rows of a table, or predicts a number for each: columns of numbers and categories of one's own.
+"""Classifies the rows of a table, or predicts a number for each, from columns of numbers and of categories.
 
-What the training split decides (means, deviations, categories, classes) is computed once, and is saved with the model.
+The training split decides means, deviations, categories and classes. They are computed once, and saved with the model.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class TabularOptions(DataOptions, FormatOptions):
         "without it, texts, true and false, and up to 20 different whole numbers are classes; other numbers are "
         "predicted as numbers. A note says which was chosen",
     )
-    numeric_columns: list[str] = option([], "columns of numbers, where their kind is not to be found out")
-    categorical_columns: list[str] = option([], "columns of categories: the same")
-    ignored_columns: list[str] = option([], "columns that are no features")
+    numeric_columns: list[str] = option([], "columns that are read as numbers, whatever they seem to be")
+    categorical_columns: list[str] = option([], "columns that are read as categories: the same")
+    ignored_columns: list[str] = option([], "columns that are not used as features")
     missing_values: list[str] = option([], 'texts that mark a missing value, such as "?"; an empty field always does')
     model: Literal["mlp", "resnet"] = option(
         "resnet", "a multilayer perceptron, or a residual network (Gorishniy et al. 2021)"
@@ -178,7 +178,7 @@ class Tabular:
 
         fitted = Preparation(label, *preparation.fit(read["train"], notes), classes)
         if not fitted.kinds:
-            raise UserError('"trainer.task_options.data": every column has one value in the whole of train.')
+            raise UserError('"trainer.task_options.data": each column has only one value in train. Add other columns.')
         if not classes:
             fitted = replace(fitted, target=regression.standard(label, labels["train"]))
         arrays = self._arrays(fitted, read, labels, notes)
@@ -197,7 +197,7 @@ class Tabular:
         return arrays, facts
 
     def _with_labels(self, found: dict[str, Table], label: str, notes: list[str]) -> dict[str, Table]:
-        """The splits without those that have no labels, as a test.csv of a competition."""
+        """Leaves out splits without labels, such as the test.csv of a competition. Raises UserError for a named one."""
         kept = {}
         for split, table in found.items():
             if label in table.column_names:
@@ -221,14 +221,14 @@ class Tabular:
         problem: str | None = self._o.problem
         if problem is None:
             problem, why = _problem(values, train, label)
-            notes.append(f"this is {problem}, since {why}")
+            notes.append(f"this is {problem}, because {why}")
         if problem == "regression":
             return {s: features.read_numbers(t, label, s, (), target=True) for s, t in found.items()}, []
         numbers, wrong = features.parsed(train, label, "train")
         if not len(wrong) and (numbers % 1).any() and label not in train.classes:
             raise UserError(
                 f'"trainer.task_options.problem" is "classification", but "{label}" holds fractions, such as '
-                f'{values[int(np.flatnonzero(numbers % 1)[0])]}, which are no classes. Leave "problem" out.'
+                f'{values[int(np.flatnonzero(numbers % 1)[0])]}, which are not classes. Leave "problem" out.'
             )
         by_split = {s: values if s == "train" else tables.labels(t, label, s) for s, t in found.items()}
         classes = tables.class_names(by_split, tables.declared_names(train, label))
@@ -276,7 +276,8 @@ class Tabular:
         if outputs.ndim == 1:
             return (outputs.float() - batch["label"]).square()
         if self._weights is not None and self._weights.device != outputs.device:
-            with torch.inference_mode(False):  # the first call may be an evaluation's
+            # The first call may be an evaluation's, and a tensor made in inference mode cannot be used in a backward.
+            with torch.inference_mode(False):
                 self._weights = self._weights.to(outputs.device)  # once
         return classification.sample_losses(outputs, batch["label"], self._weights, self._o.label_smoothing)
 
@@ -344,7 +345,7 @@ class Tabular:
 
 
 def _problem(values: list[Any], table: Table, label: str) -> tuple[str, str]:
-    """Which problem a training set's labels pose, and why. Raises UserError for texts of which most are different."""
+    """Classification or regression, by the labels of the training set; and why. Raises UserError if neither fits."""
     if tables.declared_names(table, label) is not None:
         return "classification", f'the data declares the classes of "{label}"'
     different = len(set(values))

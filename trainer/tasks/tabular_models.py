@@ -34,9 +34,9 @@ class Inputs(nn.Module):
 
     def __init__(self, numbers: int, categories: Sequence[int], size: int) -> None:
         super().__init__()
-        # The number 0 is a missing or unknown category.
+        # Row 0 of an embedding is the missing or unknown category, hence n + 1.
         self.embeddings = nn.ModuleList(nn.Embedding(n + 1, size or embedding_size(n + 1)) for n in categories)
-        # Where the training split lacks no value, nothing is learnt for 0. It shall add nothing then.
+        # If no value is missing in the training split, nothing is learnt for row 0. Then it must add nothing.
         for embedding in self.embeddings:
             with torch.no_grad():
                 embedding.weight[0].zero_()  # type: ignore[index]

@@ -1,7 +1,8 @@
 """Classifies texts, or predicts a number of each, with any sequence-classification model of the transformers library.
 
-A csv, json lines or parquet file, a folder or a hub name; a model's folder or hub name, or a configuration to train
-from scratch with a tokenizer made of the training texts, which needs no download at all.
+The data is a csv, json lines or parquet file, a folder or a hub name. The model is a folder, a hub name, or a
+configuration. A configuration is trained from scratch, with a tokenizer made of the training texts: this needs no
+download at all.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from .hub_options import TargetOptions, TextModelOptions
 AUTO = "AutoModelForSequenceClassification"
 # Tokenizers that are made of the training texts.
 _BUILT = (text.WORDS, unknown.SUBWORDS)
-# As many texts tell how many words are unknown.
+# This many texts are enough to estimate the share of unknown words.
 _SOME_TEXTS = 5000
-# What a model is called with, as far as it is there.
+# The arguments of the model, of which the last may be missing.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Increase it when the arrays of a cache file change their meaning.
 _VERSION = 4
@@ -198,7 +199,7 @@ class TextClassification(problems.WithProblem):
                 "row": np.arange(len(table)),
                 "group": tables.groups(table, self._group_column, split),
             }
-        # A folder that was trained on the same classes keeps their order, so that its head goes on being right.
+        # A model that was trained on the same classes keeps their order. Otherwise its head would mix them up.
         declared = targets.declared_names(found["train"], label_columns, self._wish)
         raw = {split: row["label"] for split, row in rows.items()}
         labels, names = targets.numbered(raw, self._wish, declared, known)
@@ -260,7 +261,7 @@ class TextClassification(problems.WithProblem):
         return arrays, facts
 
     def _with_labels(self, found: dict[str, Table], columns: Sequence[str], notes: list[str]) -> dict[str, Table]:
-        """The splits without those that lack labels, as a test.csv of a competition; if the user named no splits."""
+        """Leaves out splits without labels, such as the test.csv of a competition, unless the user named the splits."""
         without = [s for s, table in found.items() if s != "train" and not set(columns) <= set(table.column_names)]
         if not isinstance(self._data, str):
             return found
@@ -272,7 +273,7 @@ class TextClassification(problems.WithProblem):
     def _made_tokenizer(
         self, train: Mapping[str, Any], limit: int | None, types: bool, notes: list[str]
     ) -> tuple[Any, str | None]:
-        """The tokenizer, and as JSON if it is made of the training texts."""
+        """The tokenizer; and its JSON if it is made of the training texts, else None."""
         if self._tokenizer_name not in _BUILT:
             return text.load_tokenizer(self._tokenizer_name, self._trust), None
         texts = [*train["text"], *(train["pair"] or [])]
@@ -334,18 +335,18 @@ class TextClassification(problems.WithProblem):
         kind = config.model_type
         if kind == "xlnet":
             raise UserError(
-                f'"trainer.task_options.model": {kind} reads its answer off the last place, so it needs padding to the '
-                "left; here padding stands to the right. Take another model."
+                f'"trainer.task_options.model": {kind} reads its answer from the last position, so it needs padding on '
+                "the left, but here padding is on the right. Take another model."
             )
         if config.is_encoder_decoder and self._tokenizer_name in _BUILT:
             raise UserError(
-                f'"trainer.task_options.model": {kind}, an encoder with a decoder, reads its answer off an end-of-text '
-                f'token, which the tokenizer "{self._tokenizer_name}" lacks. Take a pretrained one, or an '
-                "encoder such as bert."
+                f'"trainer.task_options.model": {kind}, an encoder with a decoder, reads its answer from an end-of-'
+                f'text token. The tokenizer "{self._tokenizer_name}" has none. Take a pretrained one, or an encoder '
+                "such as bert."
             )
 
     def _limit(self, config: Any) -> int | None:
-        """Tokens that a text may have: of the option and what the model takes, the smaller."""
+        """The most tokens of a text: the option, which may not exceed what the model takes, or what the model takes."""
         takes = text.position_limit(config)
         if self._max_length is not None and takes is not None and self._max_length > takes:
             raise UserError(
@@ -371,7 +372,7 @@ class TextClassification(problems.WithProblem):
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={n: i for i, n in enumerate(names)},
-            # A base model may have been trained for another: pipelines would give sigmoids, or bare numbers.
+            # A base model may have been trained for another problem. Pipelines would give sigmoids or bare numbers.
             problem_type=self._wish.problem,
         )
         text.fit_configuration(config, self._facts["tokens"], self._spec, self._scratch)
@@ -448,7 +449,7 @@ class TextClassification(problems.WithProblem):
         return model
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """What is predicted of each row of a file, or text of a folder: see `problems`. Longer texts are cut."""
+        """The prediction for each row of a file, or text of a folder: see `problems`. Longer texts are cut."""
         path = Path(source)
         table = tables.rows_of(path, self._how)
         self.notes += table.notes

@@ -106,7 +106,10 @@ class TokenClassification:
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def splits(self, cut: Cut | None = None) -> dict[str, Split]:
-        """input_ids, attention_mask, labels (N, tokens) int64, labels -100 but at a word's first token; words (N,)."""
+        """input_ids, attention_mask, labels (N, tokens) int64; words (N,) int64, how many words a sentence has.
+
+        A label stands at the first token of a word. All others are -100.
+        """
         o = self._o
         limit = self._limit(self._configuration())
         content, found = tables.content_of(o.data, self._read)
@@ -216,7 +219,7 @@ class TokenClassification:
         return sources.in_order(read | {name: train.take(rows) for name, rows in chosen.items()})
 
     def _made_tokenizer(self, sentences: list[str], limit: int | None) -> tuple[Any, str | None]:
-        """The tokenizer, and as JSON if it is made of the training sentences. Capital letters stay: they mark names."""
+        """The tokenizer; and its JSON if it is made of the training sentences. Capital letters stay, for names."""
         if self._tokenizer_name not in _BUILT:
             return self._own_tokenizer(), None
         make = text.build_words if self._tokenizer_name == text.WORDS else unknown.build_subwords
@@ -229,10 +232,11 @@ class TokenClassification:
         tokenizer = text.load_tokenizer(name, trust)
         if not tokenizer.is_fast:
             raise UserError(
-                f'"trainer.task_options.tokenizer": the tokenizer in "{name}" is a slow one, which does not say which '
+                f'"trainer.task_options.tokenizer": the tokenizer in "{name}" is a slow one. It does not say which '
                 "token belongs to which word. Take one with a tokenizer.json."
             )
-        if '"ByteLevel"' in str(tokenizer.backend_tokenizer.pre_tokenizer):  # words that are given begin with a blank
+        # A tokenizer of bytes, such as roberta's, needs a blank before each word that is given by itself.
+        if '"ByteLevel"' in str(tokenizer.backend_tokenizer.pre_tokenizer):
             tokenizer = text.load_tokenizer(name, trust, add_prefix_space=True)
         return tokenizer
 
@@ -265,7 +269,7 @@ class TokenClassification:
         return config
 
     def _limit(self, config: Any) -> int | None:
-        """Tokens that a sentence may have: of the option and what the model takes, the smaller."""
+        """The most tokens of a sentence: the option, which may not exceed what the model takes, or what it takes."""
         takes, asked = text.position_limit(config), self._o.max_length
         if asked is not None and takes is not None and asked > takes:
             raise UserError(
@@ -412,7 +416,7 @@ class TokenClassification:
         return tagged.words_of(table, column, "--input")
 
     def predict(self, model: nn.Module, source: str | Path, batch_size: int) -> Iterator[dict[str, Any]]:
-        """{"sentence", "word", "tag", "score"} of each word; sentences count from 1. Longer ones are read in parts."""
+        """{"sentence", "word", "tag", "score"} of each word. Sentences count from 1; long ones are read in parts."""
         sentences = self._asked(Path(source))
         tokenizer, device = self._tokenizer(), next(model.parameters()).device
         limit = text.tokenizer_limit(tokenizer)
