@@ -110,6 +110,16 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "every place is set before it is read": (
         "order by_length: starts = [0] * len(bounds)  ->  starts = [1] * len(bounds)",
     ),
+    "of a bucket with two segments the first begins at 0": (
+        "optional/early_exchange EarlyExchange._put: place += stop - start  ->  place += stop + start",
+        "optional/early_exchange EarlyExchange._fill: place += stop - start  ->  place += stop + start",
+    ),
+    "any tags do that differ from bucket to bucket and are the same on all ranks": (
+        "optional/early_exchange EarlyExchange._begin_gather: begin_gather(gathered, piece, tag=1 + message.number))  ->  begin_gather(gathered, piece, tag=2 + message.number))",
+    ),
+    "a slice of the indices and their joined pieces are the same": (
+        "micro_batches MicroBatches._gathered: 1] - chunk[0] == len(chunk) - 1:  ->  1] - chunk[0] == len(chunk) + 1:",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
@@ -121,6 +131,10 @@ NEEDS_A_GPU: dict[str, tuple[str, ...]] = {
     "a copy that nobody waits for": (
         "flags Flags.read:  torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking  ->   torch.empty((), pin_memory=False).copy_(flags.max(), non_blocking",
         "flags Flags.read: .copy_(flags.max(), non_blocking=True)  ->  .copy_(flags.max(), non_blocking=False)",
+    ),
+    "streams, and memory of graphs": (
+        "optional/early_exchange EarlyExchange.__call__: torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)  ->  None",
+        "optional/graphs Graphs._try_out: self._pool = self._pool or torch.cuda.graph_pool_handle  ->  self._pool = self._pool and torch.cuda.graph_pool_handle",
     ),
     "the alignment of its memory": (
         "micro_batches : ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 512}  ->  ALIGNMENT_BYTES = {'cpu': 64, 'cuda': 513}",

@@ -458,3 +458,13 @@ def test_statistics_that_come_with_another_momentum_are_noticed(momentum: float 
     nn.functional.batch_norm(x, layer.running_mean, layer.running_var, training=True, momentum=own)
     assert ("running statistics of 1 and a momentum of its own" in str(statistics.lost())) == lost
     statistics.settle()
+
+
+def test_a_feature_that_is_the_same_in_all_samples_spoils_nothing() -> None:
+    """Its variance is 0, which no layer writes by mistake."""
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False))
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    model(torch.ones(4, 3))
+    assert statistics.lost() is None
+    statistics.settle()

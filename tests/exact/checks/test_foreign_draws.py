@@ -61,3 +61,12 @@ def test_draws_on_a_gpu_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.offset = 8
     with pytest.raises(RanksDifferError):
         foreign.end(1)
+
+
+def test_the_end_of_a_step_without_a_beginning_says_nothing() -> None:
+    """A step that raised before its own end, and the next one."""
+    foreign = ForeignDraws(CPU)
+    torch.manual_seed(5)
+    torch.rand(3)
+    foreign.after_one(5)
+    foreign.end(0)

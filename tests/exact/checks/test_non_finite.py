@@ -22,3 +22,10 @@ def test_what_is_not_finite_is_named(losses: list[float], norm: float, words: st
     assert f"Step 5 is not finite: {words}. The parameters may have been updated with it." in str(other)
     assert kept.good_steps == other.good_steps == 4
     assert kept.agreed and other.agreed
+
+
+def test_running_statistics_are_a_cause_where_a_model_keeps_some() -> None:
+    with_statistics, without = non_finite(0, [math.nan], 1.0, statistics=1), non_finite(0, [math.nan], 1.0)
+    assert "begins to read a BatchNorm's running statistics" in str(with_statistics)
+    assert "BatchNorm" not in str(without)
+    assert "BatchNorm" not in str(non_finite(0, [1.0], math.nan, statistics=1)), "the losses are finite"

@@ -143,3 +143,11 @@ def test_a_rank_that_is_gone_is_noticed_by_the_step_and_not_by_the_backward(monk
         rank.step(gradients)
     assert len(begun) == 1  # nothing more is sent
     assert rank.sum.left == 0  # the backward was not disturbed
+
+
+@pytest.mark.parametrize(("floats", "buckets"), [(80, 2), (81, 1)])
+def test_the_smallest_size_of_a_bucket_is_in_bytes(floats: int, buckets: int) -> None:
+    """Two parameters of 80 float32 each."""
+    added = GradientSum([torch.zeros(80), torch.zeros(80)], leaves={2}, rank=0, world_size=2, head_size=3)
+    place: dict[str, Any] = {"leaves": {2}, "rank": 0, "world_size": 2}
+    assert len(EarlyExchange(added, RecordLayout(1), bucket_bytes=4 * floats, **place).buckets) == buckets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,27 @@ def test_a_task_that_follows_progress_has_none(gpu: PretendedGpu) -> None:
     rank.settle()
     assert rank.calls == TRIALS
     assert rank.graphs.summary() == {"shapes": 0, "refused": ["the task's forward or loss takes `progress`"]}
+
+
+X, Y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({}, ""),
+        ({"losses": Y}, "the loss has other bits"),
+        ({"statistics": Y}, "statistics have other bits"),
+        ({"gradients": [(0, Y, None), (1, X, [True, False])]}, "gradients have other bits"),
+        ({"gradients": [(0, X, None), (2, X, [True, False])]}, "gradients have other bits"),
+        ({"gradients": [(0, X, None), (1, X, [True, True])]}, "gradients have other bits"),
+        ({"gradients": [(0, X, None)]}, "gradients have other bits"),
+    ],
+)
+def test_losses_statistics_and_gradients_are_compared(change: dict[str, Any], difference: str) -> None:
+    alone = Computed(X, X, [(0, X, None), (1, X, [True, False])])
+    assert graphs._difference(alone, alone._replace(**change)) == difference
+
+
+def test_three_steps_are_compared_before_a_graph_is_used() -> None:
+    assert TRIALS == 3
