@@ -110,6 +110,14 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "every place is set before it is read": (
         "order by_length: starts = [0] * len(bounds)  ->  starts = [1] * len(bounds)",
     ),
+    "names are only compared with one another: each differs from the same others": (
+        "packs/form Form.__init__: self.value = 0  ->  self.value = 1",
+        "packs/form Form._look_at: numbers else (type(value), value == self._rows))  ->  numbers else (type(value), value != self._rows))",
+    ),
+    "-1 and -2 still have two hashes, whichever of them a fraction stands for": (
+        "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -1.5 if value == -2 else value",
+        "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -2.5 if value == -1 else value",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
