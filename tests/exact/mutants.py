@@ -118,6 +118,9 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -1.5 if value == -2 else value",
         "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -2.5 if value == -1 else value",
     ),
+    "torch's function has this argument, and a pack does not use it": (
+        "packs/functions _call_dropout: training: bool=True, inplace: bool=False) -> Any:  ->  training: bool=True, inplace: bool=True) -> Any:",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
