@@ -121,6 +121,30 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "torch's function has this argument, and a pack does not use it": (
         "packs/functions _call_dropout: training: bool=True, inplace: bool=False) -> Any:  ->  training: bool=True, inplace: bool=True) -> Any:",
     ),
+    "begin() sets it before anyone reads it": (
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (2, 1.0)",
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (1, 2.0)",
+    ),
+    "times are only compared with one another: their unit does not matter": (
+        "packs/choice Choice._collect: = began.elapsed_time(ended) / 1000.0  ->  = began.elapsed_time(ended) * 1000.0",
+        "packs/choice Choice._collect: began.elapsed_time(ended) / 1000.0  ->  began.elapsed_time(ended) / 1001.0",
+    ),
+    "torch has no such call with more arguments": (
+        "packs/independent _is_turned: dims = args[1:3]  ->  dims = args[1:4]",
+    ),
+    "query and key have the same number of dimensions, and as many samples": (
+        "packs/independent _is_attention: parted(t) and t.dim() == args[0].dim() >= 3 for t in args[:3  ->  parted(t) and t.dim() == args[1].dim() >= 3 for t in args[:3",
+        "packs/independent _is_attention: == 1 and _are_aligned((args[0], *_tensors((args[3:], kwargs  ->  == 1 and _are_aligned((args[1], *_tensors((args[3:], kwargs",
+    ),
+    "how many arguments there are matters to tables only, which are not set": (
+        "packs/independent _is_set: 0]) or not _is_indexed(args[:2], {}, parted):  ->  0]) or not _is_indexed(args[:3], {}, parted):",
+    ),
+    "the second argument is a shape, and has no tensors": (
+        "packs/independent _is_normalised: others = _tensors((args[1:], kwargs))  ->  others = _tensors((args[2:], kwargs))",
+    ),
+    "any negative number says that the classes are not given": (
+        "packs/independent _is_one_hot: args[1] if len(args) > 1 else -1)  ->  args[1] if len(args) > 1 else -2)",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
