@@ -145,6 +145,16 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "any negative number says that the classes are not given": (
         "packs/independent _is_one_hot: args[1] if len(args) > 1 else -1)  ->  args[1] if len(args) > 1 else -2)",
     ),
+    "the kind is compared, and never added up as bits": (
+        "packs/tensors : PARTED, NUMBERS, SAME = (1, 2, 4)  ->  PARTED, NUMBERS, SAME = (1, 2, 5)",
+    ),
+    "the number only tells tensors apart": (
+        "packs/tensors Tensors.__init__: self._count = 0  ->  self._count = 1",
+        "packs/tensors Tensors.mark: self._count += 1  ->  self._count += 2",
+    ),
+    "any negative number says that there is no rule": (
+        "packs/findings : ALONE = -1  ->  ALONE = -2",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
