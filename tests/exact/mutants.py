@@ -155,6 +155,23 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "any negative number says that there is no rule": (
         "packs/findings : ALONE = -1  ->  ALONE = -2",
     ),
+    "only a BatchNorm has statistics to put somewhere, and its call is always told where": (
+        "packs/layer_functions _linear.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _addmm.call: Tensor, b: Tensor, place: int=0) -> Tensor:  ->  Tensor, b: Tensor, place: int=1) -> Tensor:",
+        "packs/layer_functions _convolution.both.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _embedding.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _layer_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _rms_norm.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _group_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _broadcast.rule.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _batch_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+    ),
+    "the norm matters with max_norm only, which has no rule": (
+        "packs/layer_functions _embedding: None=None, norm_type: float=2.0, scale_grad_by_freq: bool  ->  None=None, norm_type: float=3.0, scale_grad_by_freq: bool",
+    ),
+    "a number is neither samples nor a parameter, so the next condition leaves it to others": (
+        "packs/layer_functions _broadcast.rule: kwargs or len(args) != 2 or (not all((isinstance(a, Tensor) for a  ->  kwargs or len(args) != 2 or (not any((isinstance(a, Tensor) for a",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
