@@ -110,6 +110,17 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "every place is set before it is read": (
         "order by_length: starts = [0] * len(bounds)  ->  starts = [1] * len(bounds)",
     ),
+    "begin() sets it before anyone reads it": (
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (2, 1.0)",
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (1, 2.0)",
+    ),
+    "times are only compared with one another: their unit does not matter": (
+        "packs/choice Choice._collect: = began.elapsed_time(ended) / 1000.0  ->  = began.elapsed_time(ended) * 1000.0",
+        "packs/choice Choice._collect: began.elapsed_time(ended) / 1000.0  ->  began.elapsed_time(ended) / 1001.0",
+    ),
+    "any negative number says that there is no rule": (
+        "packs/findings : ALONE = -1  ->  ALONE = -2",
+    ),
     "names are only compared with one another: each differs from the same others": (
         "packs/form Form.__init__: self.value = 0  ->  self.value = 1",
         "packs/form Form._look_at: numbers else (type(value), value == self._rows))  ->  numbers else (type(value), value != self._rows))",
@@ -120,14 +131,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     ),
     "torch's function has this argument, and a pack does not use it": (
         "packs/functions _call_dropout: training: bool=True, inplace: bool=False) -> Any:  ->  training: bool=True, inplace: bool=True) -> Any:",
-    ),
-    "begin() sets it before anyone reads it": (
-        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (2, 1.0)",
-        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (1, 2.0)",
-    ),
-    "times are only compared with one another: their unit does not matter": (
-        "packs/choice Choice._collect: = began.elapsed_time(ended) / 1000.0  ->  = began.elapsed_time(ended) * 1000.0",
-        "packs/choice Choice._collect: began.elapsed_time(ended) / 1000.0  ->  began.elapsed_time(ended) / 1001.0",
     ),
     "torch has no such call with more arguments": (
         "packs/independent _is_turned: dims = args[1:3]  ->  dims = args[1:4]",
@@ -145,16 +148,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "any negative number says that the classes are not given": (
         "packs/independent _is_one_hot: args[1] if len(args) > 1 else -1)  ->  args[1] if len(args) > 1 else -2)",
     ),
-    "the kind is compared, and never added up as bits": (
-        "packs/tensors : PARTED, NUMBERS, SAME = (1, 2, 4)  ->  PARTED, NUMBERS, SAME = (1, 2, 5)",
-    ),
-    "the number only tells tensors apart": (
-        "packs/tensors Tensors.__init__: self._count = 0  ->  self._count = 1",
-        "packs/tensors Tensors.mark: self._count += 1  ->  self._count += 2",
-    ),
-    "any negative number says that there is no rule": (
-        "packs/findings : ALONE = -1  ->  ALONE = -2",
-    ),
     "only a BatchNorm has statistics to put somewhere, and its call is always told where": (
         "packs/layer_functions _linear.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
         "packs/layer_functions _addmm.call: Tensor, b: Tensor, place: int=0) -> Tensor:  ->  Tensor, b: Tensor, place: int=1) -> Tensor:",
@@ -171,6 +164,20 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     ),
     "a number is neither samples nor a parameter, so the next condition leaves it to others": (
         "packs/layer_functions _broadcast.rule: kwargs or len(args) != 2 or (not all((isinstance(a, Tensor) for a  ->  kwargs or len(args) != 2 or (not any((isinstance(a, Tensor) for a",
+    ),
+    "the kind is compared, and never added up as bits": (
+        "packs/tensors : PARTED, NUMBERS, SAME = (1, 2, 4)  ->  PARTED, NUMBERS, SAME = (1, 2, 5)",
+    ),
+    "the number only tells tensors apart": (
+        "packs/tensors Tensors.__init__: self._count = 0  ->  self._count = 1",
+        "packs/tensors Tensors.mark: self._count += 1  ->  self._count += 2",
+    ),
+    "every call that is noted says so itself": (
+        "packs/trace Call: changes: bool = False  ->  changes: bool = True",
+        "packs/trace Call: aliases: bool = False  ->  aliases: bool = True",
+    ),
+    "torch's mode has nothing to set up": (
+        "packs/trace Trace.__init__: super().__init__()  ->  None",
     ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
