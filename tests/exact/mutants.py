@@ -110,7 +110,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "every place is set before it is read": (
         "order by_length: starts = [0] * len(bounds)  ->  starts = [1] * len(bounds)",
     ),
-    "begin() sets it before anyone reads it": (
+    "Choice.begin() sets it before anyone reads it": (
         "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (2, 1.0)",
         "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (1, 2.0)",
     ),

@@ -33,11 +33,9 @@ def test_a_plain_model_has_no_compiled_part() -> None:
     assert not has_compiled_part(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
 
 
-def test_compile_is_noticed_as_torch_leaves_it() -> None:
-    """It compiles at the first call only."""
-    module = nn.Sequential(nn.Linear(2, 2))
-    module[0].compile(backend="eager")
-    assert has_compiled_part(module)
+def test_torch_still_keeps_there_what_compile_has_made() -> None:
+    """A module that is not compiled has None, as the class has it."""
+    assert nn.Module._compiled_call_impl is None
 
 
 @pytest.mark.parametrize(("frames", "was_at_work"), [({}, False), ({"total": 0}, False), ({"total": 2, "ok": 1}, True)])
