@@ -120,6 +120,75 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "a slice of the indices and their joined pieces are the same": (
         "micro_batches MicroBatches._gathered: 1] - chunk[0] == len(chunk) - 1:  ->  1] - chunk[0] == len(chunk) + 1:",
     ),
+    "Choice.begin() sets it before anyone reads it": (
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (2, 1.0)",
+        "packs/choice Choice.__init__: self._now, self._work = (1, 1.0)  ->  self._now, self._work = (1, 2.0)",
+    ),
+    "times are only compared with one another: their unit does not matter": (
+        "packs/choice Choice._collect: = began.elapsed_time(ended) / 1000.0  ->  = began.elapsed_time(ended) * 1000.0",
+        "packs/choice Choice._collect: began.elapsed_time(ended) / 1000.0  ->  began.elapsed_time(ended) / 1001.0",
+    ),
+    "any negative number says that there is no rule": (
+        "packs/findings : ALONE = -1  ->  ALONE = -2",
+    ),
+    "names are only compared with one another: each differs from the same others": (
+        "packs/form Form.__init__: self.value = 0  ->  self.value = 1",
+        "packs/form Form._look_at: numbers else (type(value), value == self._rows))  ->  numbers else (type(value), value != self._rows))",
+    ),
+    "-1 and -2 still have two hashes, whichever of them a fraction stands for": (
+        "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -1.5 if value == -2 else value",
+        "packs/form _name_of: return -1.5 if value == -1 else value  ->  return -2.5 if value == -1 else value",
+    ),
+    "torch's function has this argument, and a pack does not use it": (
+        "packs/functions _call_dropout: training: bool=True, inplace: bool=False) -> Any:  ->  training: bool=True, inplace: bool=True) -> Any:",
+    ),
+    "torch has no such call with more arguments": (
+        "packs/independent _is_turned: dims = args[1:3]  ->  dims = args[1:4]",
+    ),
+    "query and key have the same number of dimensions, and as many samples": (
+        "packs/independent _is_attention: parted(t) and t.dim() == args[0].dim() >= 3 for t in args[:3  ->  parted(t) and t.dim() == args[1].dim() >= 3 for t in args[:3",
+        "packs/independent _is_attention: == 1 and _are_aligned((args[0], *_tensors((args[3:], kwargs  ->  == 1 and _are_aligned((args[1], *_tensors((args[3:], kwargs",
+    ),
+    "how many arguments there are matters to tables only, which are not set": (
+        "packs/independent _is_set: 0]) or not _is_indexed(args[:2], {}, parted):  ->  0]) or not _is_indexed(args[:3], {}, parted):",
+    ),
+    "the second argument is a shape, and has no tensors": (
+        "packs/independent _is_normalised: others = _tensors((args[1:], kwargs))  ->  others = _tensors((args[2:], kwargs))",
+    ),
+    "any negative number says that the classes are not given": (
+        "packs/independent _is_one_hot: args[1] if len(args) > 1 else -1)  ->  args[1] if len(args) > 1 else -2)",
+    ),
+    "only a BatchNorm has statistics to put somewhere, and its call is always told where": (
+        "packs/layer_functions _linear.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _addmm.call: Tensor, b: Tensor, place: int=0) -> Tensor:  ->  Tensor, b: Tensor, place: int=1) -> Tensor:",
+        "packs/layer_functions _convolution.both.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _embedding.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _layer_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _rms_norm.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _group_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+        "packs/layer_functions _broadcast.rule.call: Tensor, b: None, place: int=0) -> Tensor:  ->  Tensor, b: None, place: int=1) -> Tensor:",
+        "packs/layer_functions _batch_norm.call: b: Tensor | None, place: int=0) -> Tensor:  ->  b: Tensor | None, place: int=1) -> Tensor:",
+    ),
+    "the norm matters with max_norm only, which has no rule": (
+        "packs/layer_functions _embedding: None=None, norm_type: float=2.0, scale_grad_by_freq: bool  ->  None=None, norm_type: float=3.0, scale_grad_by_freq: bool",
+    ),
+    "a number is neither samples nor a parameter, so the next condition leaves it to others": (
+        "packs/layer_functions _broadcast.rule: kwargs or len(args) != 2 or (not all((isinstance(a, Tensor) for a  ->  kwargs or len(args) != 2 or (not any((isinstance(a, Tensor) for a",
+    ),
+    "the kind is compared, and never added up as bits": (
+        "packs/tensors : PARTED, NUMBERS, SAME = (1, 2, 4)  ->  PARTED, NUMBERS, SAME = (1, 2, 5)",
+    ),
+    "the number only tells tensors apart": (
+        "packs/tensors Tensors.__init__: self._count = 0  ->  self._count = 1",
+        "packs/tensors Tensors.mark: self._count += 1  ->  self._count += 2",
+    ),
+    "every call that is noted says so itself": (
+        "packs/trace Call: changes: bool = False  ->  changes: bool = True",
+        "packs/trace Call: aliases: bool = False  ->  aliases: bool = True",
+    ),
+    "torch's mode has nothing to set up": (
+        "packs/trace Trace.__init__: super().__init__()  ->  None",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",

@@ -302,3 +302,60 @@ def test_what_fades_in_after_the_trials_has_the_bits_of_single_micro_batches(kin
     assert found == trained(model, x, 0, task=Fades())[0]
     assert packs is not None
     assert bool(packs.refusals()) == (kind == "several uses")
+
+
+class Clips(torch.autograd.Function):
+    """Its backward brings samples together, which has an effect in later steps only."""
+
+    limit = 1e9
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (Clips.limit / grad.norm()).clamp(max=1)
+
+
+clip = Clips.apply  # as many write it: bound before any run
+
+
+class ClipsAt:
+    """Clips the gradient of the hidden layer, of the outputs or of the losses; from a step on."""
+
+    def __init__(self, place: str, first: int = 0) -> None:
+        self.place, self.first = place, first
+
+    def forward(self, model: Any, batch: dict[str, Tensor], progress: Progress) -> Tensor:
+        Clips.limit = 1e-3 if progress.step >= 3 else 1e9
+        self.now = progress.step >= self.first
+        h = model[0](batch["x"])
+        y = model[1](clip(h) if self.place == "hidden" and self.now else h)
+        return clip(y) if self.place == "outputs" and self.now else y
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return F.mse_loss(outputs.flatten(1).sum(1), batch["y"], reduction="sum"), len(outputs)
+
+
+class ClipsLosses(ClipsAt):
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return self.sample_losses(outputs, batch).sum(), len(outputs)
+
+    def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        losses = F.mse_loss(outputs.flatten(1).sum(1), batch["y"], reduction="none")
+        return clip(losses) if self.now else losses
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("place", ["hidden", "outputs", "losses"])
+def test_a_function_of_its_own_under_a_name_of_before_is_noticed(place: str, first: int) -> None:
+    """The class's `apply` is replaced in a pack, and such a name is the old one."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), floats(3)
+    task = ClipsLosses(place, first) if place == "losses" else ClipsAt(place, first)
+    found, packs = trained(model, x, 4, task=task)
+    assert found == trained(model, x, 0, task=task)[0]
+    assert packs is not None
+    if place != "losses" and first == 0:  # losses are then computed for one micro-batch at a time
+        assert "Clips.apply is called by a name that was bound before the run" in str(packs.refusals())

@@ -31,16 +31,16 @@ from .findings import Findings, Way
 from .form import Form
 from .functions import DRAWN, FUNCTIONS
 from .independent import is_in_place
-from .layers import Cut, Join, Layer, name_of, piece
+from .layers import name_of, piece
 from .leaves import Leaves
 from .nested import flat, parts, tensors_of
-from .shares import Alias, Shares
+from .shares import Shares
 from .sites import Sites
 from .streams import Streams
 from .tensors import NUMBERS, PARTED, SAME, Tensors
 from .together import Together
 from .trace import LOOKS, Call, Trace, custom_functions, forwards_replaced, name_in, versions
-from .trial import Trial
+from .trial import OWN_FUNCTIONS, Trial
 from .verdicts import RefusedError
 
 # Functions that give a gradient a hook.
@@ -109,7 +109,7 @@ class Pack(TorchFunctionMode):
         with (
             self,
             forwards_replaced(apart, self._apart_forward),
-            custom_functions(self._seen, (Layer, Alias, Cut, Join)),
+            custom_functions(self._seen, OWN_FUNCTIONS),
         ):
             yield
 
@@ -355,6 +355,8 @@ class Pack(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if not self.tensors.has_part(losses) or losses.shape != (self._rows,):
                 raise RefusedError("sample_losses() does not return one number a sample")
+            if self._trial is not None:
+                self._trial.note_uses(losses)
             return losses.view(self.g, -1).sum(1)
 
     # ---- random numbers, values that the host reads ----------------------------------------------------------------

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from .findings import Findings
 from .functions import HAS_STATISTICS
-from .layers import name_of
+from .layers import Cut, Join, Layer, name_of
 from .nested import flat, tensors_of
-from .shares import Shares
+from .shares import Alias, Shares
 from .tensors import NUMBERS, PARTED, Tensors
 from .trace import Call, Trace, memories, name_in, same_alone, scaled_numbers
 from .verdicts import RefusedError
+
+# Functions of packs with a backward of their own.
+OWN_FUNCTIONS = (Layer, Alias, Cut, Join)
 
 
 class Trial:
@@ -125,6 +128,16 @@ class Trial:
 
     def note_uses(self, given: Any) -> None:
         """Notes one use of each tensor among the arguments of a call."""
+        for tensor in tensors_of(given):
+            # A function with a backward of its own is called for one micro-batch at a time, and what it gives is
+            # joined. So its node is met here only if `custom_functions` has not seen the call.
+            made_by = getattr(type(tensor.grad_fn), "_forward_cls", None)
+            if made_by is not None and made_by not in OWN_FUNCTIONS:
+                name = f"{made_by.__name__}.apply"
+                raise RefusedError(
+                    f"{name} is called by a name that was bound before the run, so that its backward would get the "
+                    f"gradients of all samples. Write {name} where it is called"
+                )
         self._uses.update({self._tensors.named(t) for t in tensors_of(given) if t.requires_grad})
 
     def note_several(self, func: Any, found: Any) -> None:
