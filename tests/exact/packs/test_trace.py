@@ -292,6 +292,9 @@ class Uncomparable:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return "uncomparable"
+
 
 UNCOMPARABLE = Uncomparable()
 SAME: list[tuple[Any, Any]] = [
