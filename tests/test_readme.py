@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-PAGES = [page for page in ROOT.rglob("README.md") if not {".venv", "runs", ".pytest_cache"} & set(page.parts)]
+PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "runs", ".pytest_cache"} & set(page.parts)]
 PACKAGES = sorted(path.parent for path in (ROOT / "trainer").glob("*/__init__.py"))
 
 
