@@ -91,6 +91,18 @@ def test_the_last_batch_that_is_smaller_is_a_threat(studies: list[Results]) -> N
     assert any(short in line for line in threats(studies))
 
 
+def test_batches_that_are_all_whole_are_no_threat(tmp_path: Path) -> None:
+    study = Results(results(tmp_path, seeds=2))
+    for run in study.runs.values():
+        run["samples"] = 1024 + 64  # whole batches at W = 2, and not at W = 8
+    assert any(
+        line.endswith("fewer samples: 64 of 256 at W = 8. It is an update like any other.") for line in threats([study])
+    )
+    for run in study.runs.values():
+        run["samples"] = 1024
+    assert not any("fewer samples" in line for line in threats([study]))
+
+
 def test_equal_epochs_and_equal_updates_are_counted_apart(studies: list[Results]) -> None:
     said = abstract(studies)
     assert "At equal epochs, 4 comparisons: the typical run loses more than the margin in 1, such a loss" in said

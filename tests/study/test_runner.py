@@ -97,6 +97,9 @@ def test_a_metric_must_be_of_a_split_that_is_evaluated(tmp_path: Path) -> None:
     study, _ = load_study(str(write(tmp_path, {"tuning": {"metric": "holdout/accuracy"}})))
     with pytest.raises(UserError, match=r'"study.tuning.metric" is "holdout/accuracy", but .* validation, test\.'):
         _check_split(study, PROBE)
+    study, _ = load_study(str(write(tmp_path, {"metric": "train/accuracy"})))
+    with pytest.raises(UserError, match=r'"study.metric" is "train/accuracy", but .* are validation, test\.'):
+        _check_split(study, PROBE)
 
 
 def test_a_result_tells_epochs_by_the_batch_of_its_own_arm(tmp_path: Path) -> None:

@@ -35,11 +35,11 @@ def test_a_value_as_people_read_it(value: object, shown: str) -> None:
 def test_a_table_holds_text_and_aligns_it_left() -> None:
     """Names of variants are a user's, and may hold anything."""
     page = Page()
-    page.feed(source := table([[NASTY, 0.5, None]], ["what", "value", NASTY]))
+    page.feed(source := table([[NASTY, 0.5, None, "-"]], ["what", "value", "-", NASTY]))
     assert page.open == []
     assert page.text.count(NASTY) == 2
     assert "script" not in page.tags
-    assert page.tags.count("td") == page.tags.count("th") == 3
+    assert page.tags.count("td") == page.tags.count("th") == 4
     assert source.count('<td class="text">') == 1  # numbers, and the dash of a missing one, stand at the right
 
 
