@@ -321,8 +321,7 @@ def compare(
 def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rules: Rules) -> str:
     """Which untuned rule does better than a tuned arm, in words; "" for none. It shows that the arm's search failed.
 
-    One test at level alpha for each rule. It is not corrected, because a search that may have failed is reason enough
-    to give no verdict.
+    One test at level alpha for each rule, not corrected: a doubtful search is reason enough to give no verdict.
     """
     for rival in rivals_of(place):
         if rival in values and place in values:
@@ -335,16 +334,7 @@ def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rul
 
 
 def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str, reference_failed: str) -> None:
-    """Fills in verdicts and sentences.
-
-    Args:
-        c: the comparison.
-        rules: as declared.
-        tests: comparisons of the study.
-        missing: declared seeds that are not there yet.
-        failed: which rule beats the search of this arm; "" for none.
-        reference_failed: which rule beats the search of its sequential runs; "" for none.
-    """
+    """Fills in verdicts and sentences. The last two say which rule beats the arm's search, and its reference's."""
     unable = undecidable(len(c.losses), missing, rules.alpha / tests, f"one of {tests} comparisons")
     if unable:
         unable = f"not enough evidence: {unable}"
