@@ -194,6 +194,7 @@ def budget_figures(results: Results) -> list[tuple[str, Any, str]]:
 def target_figures(results: Results) -> list[tuple[str, Any, str]]:
     """Updates and epochs to the target: name, figure and caption for each variant and budget; none without a target."""
     drawn = []
+    # Each of an interval's two bounds may be wrong with half of alpha.
     level, scale = results.rules.alpha / 2, noise_scale(results)
     for i, (variant, budget) in enumerate(results.blocks()):
         found = ways(results, variant, budget)
@@ -268,4 +269,4 @@ def _draw_times(results: Results, album: Album) -> None:
         Series("best mix", [Point(t.trials, t.mixed) for t in times], "weak", dashed),
     ]
     figure = figures.trials(f"a search for the best configuration on {W} devices", "seconds", series)
-    album.add("trials", figure, f"Time until the best of so many trials is known on {W} devices.")
+    album.add("trials", figure, f"Time until the best of this many trials is known on {W} devices.")

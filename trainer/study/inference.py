@@ -56,6 +56,7 @@ def median_bounds(values: Sequence[float], level: float) -> tuple[float, float]:
     agreeing = least_agreeing(len(values), level)
     if agreeing is None:
         return -math.inf, math.inf
+    # So it counts as the lowest value in the lower bound, and as the highest in the upper one.
     low = sorted(-math.inf if math.isnan(v) else v for v in values)
     high = sorted(math.inf if math.isnan(v) else v for v in values)
     return low[len(values) - agreeing], high[agreeing - 1]

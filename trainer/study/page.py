@@ -334,7 +334,7 @@ def _trials_table(results: Results) -> str:
     header = ["W", "trials", "one at a time on W, s", "W at once, s", "best mix, s", "which is", "speed-up"]
     whole = "" if results.timings.max_steps is None else f" of {results.timings.max_steps:,} steps"
     return (
-        "<h2>Where the devices serve a search best</h2><p>Seconds until the best of so many configurations is known, "
+        "<h2>Where the devices serve a search best</h2><p>Seconds until the best of this many configurations is known, "
         f"for runs{whole} that take {trial_s:.3g} s on one device, and do not need one another's results. W trials at "
         "once waste no device while there are W trials left. One run on W ranks shows its result sooner, and lets a "
         "search learn from it before the next.</p>" + table(rows, header)

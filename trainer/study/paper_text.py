@@ -200,6 +200,7 @@ def weighed(studies: Sequence[Results]) -> Iterable[Block]:
                         less_often = f"{_arm_of(study, c)} converges less often"
                         by_arm.setdefault(less_often, []).append(str(c.place.world_size))
             said = [f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items()]
+            # The claim says that strong scaling pays. So a run that is slower on more ranks speaks against it.
             for W, speed in _speeds(study).items():
                 if kinds == (("material loss",) if speed > 1 else ("ruled out", "small loss")):
                     said.append(f"strong scaling is {speed:.2f} times as fast as one rank at W = {W}")

@@ -35,9 +35,7 @@ def _judged(study: Study) -> str:
     """How runs are judged, in one line, so that a wrong direction or unit is seen before the runs."""
     better = "more" if study.direction == "max" else "less"
     target = "a bound from the sequential runs" if study.target is None else f"{study.target:g}"
-    return (
-        f"judged by {study.metric}, of which {better} is better; a loss of {study.margin:g} matters; target: {target}"
-    )
+    return f"judged by {study.metric} ({better} is better); a loss of {study.margin:g} matters; target: {target}"
 
 
 def _timing(study: Study) -> list[str]:

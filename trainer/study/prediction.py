@@ -52,6 +52,7 @@ def exchange(M: int, W: int, floats: int, record_floats: int = 2) -> tuple[int, 
         return 0, 0
     counts = [len(cover(M, W, rank)) for rank in range(W)]
     most, records = max(counts), -(-M // W) * record_floats
+    # An all-gather moves equal pieces, so each one counts as the longest. A float has 4 bytes.
     if is_direct(M, W, floats):
         return 1, (W - 1) * (most * floats + records) * 4
     shard = -(-floats // W)
@@ -97,7 +98,7 @@ def search_times(trial_s: float, speed_ups: dict[int, float], W: int, trials: in
 
     Args:
         trial_s: one run on one device.
-        speed_ups: of a run on so many ranks; of 1, of W, and of its divisors that are possible.
+        speed_ups: number of ranks -> speed-up of a run: for 1, W, and the divisors of W that are possible.
         W: devices.
         trials: how many.
     """

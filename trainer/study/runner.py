@@ -156,7 +156,7 @@ def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple
         if declared.splits is not None:
             check_probes(by_split, declared.metric, variant.name)
         probes.append(next(iter(by_split.values())))
-    # By task, as a variant may train another one than the base.
+    # By task, because a variant may train another task than the base.
     codes = {v.config.trainer.task: found["task_code_sha256"] for v, found in zip(variants, probes)}
     known = [dataclasses.replace(v, samples=found["samples"]["train"]) for v, found in zip(variants, probes)]
     return probes[0] | {"task_code_sha256": codes}, known

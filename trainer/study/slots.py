@@ -101,7 +101,7 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     return summary | {"curves": curves, "task_code_sha256": code}
 
 
-# What of a run's log a study keeps, besides validations.
+# The curves of a run's log that a study keeps, besides those of validation.
 _KEPT = ("train/loss", "train/learning_rate", "noise/trace", "noise/gradient_squared")
 
 

@@ -42,7 +42,7 @@ class Splits:
     seeds: int = option(3, "sequential seeds of each of them, the judged run's among them", minimum=2)
 
     def repeated_of(self, runs: int) -> int:
-        """How many of the splits of so many judged runs get more seeds."""
+        """How many splits get more seeds, in a study with this many judged runs."""
         if self.repeated is not None:
             return self.repeated
         return min(_USUAL, runs) if runs >= _FEWEST else 0

@@ -68,6 +68,7 @@ def way_of(results: Results, place: Place) -> ToTarget | None:
     # A run without a curve stopped being finite before its first validation.
     nothing: dict[str, Any] = {"step": [], "epoch": [], "value": []}
     reached = [first_reached(run["curves"].get(name, nothing), target, higher) for run in runs]
+    # The first validation comes after as many epochs as lie between two.
     between = min(curve["epoch"][0] for curve in curves)
     return ToTarget(place, runs[0]["global_batch_size"], [u for u, _ in reached], [e for _, e in reached], between)
 
@@ -79,6 +80,7 @@ def ways(results: Results, variant: str, budget: str) -> dict[str, list[ToTarget
         if arm in WEAK:
             places = [comparisons[0].place.reference, *(c.place for c in comparisons)]
             known = [way for place in places if (way := way_of(results, place)) is not None]
+            # Without the sequential runs, batches have nothing to be compared with.
             if len(known) > 1 and known[0].place == places[0]:
                 found[arm] = sorted(known, key=lambda way: way.batch)
     return found

@@ -45,7 +45,7 @@ class Tuning:
         [0.7, 0.9], "momenta (of Adam and LAMB the first beta) to try with each rate; [] for the base's own"
     )
     seeds: int = option(3, "seeds of a setting that comes to the end of its search", minimum=1)
-    reduction: int = option(3, "one of so many settings, the best, gets the next seed; 1 for no selection", minimum=1)
+    reduction: int = option(3, "one of this many settings, the best, gets the next seed; 1 for no selection", minimum=1)
     metric: str = option("", "<split>/<metric> that decides; without it, that of validation named as study.metric")
 
 
@@ -132,6 +132,7 @@ class Search:
         self.configs: dict[str, Config] = {}
         self._rungs = _rungs(len(self.trials), tuning)
         self._first_seed = FIRST_SEED + _hash(name) % _SEEDS
+        # The first climb gives every setting its first seed.
         self._rung = -1
         self._left = self.trials
         self._climb()
