@@ -22,7 +22,7 @@ EVIDENCE = [
 @pytest.fixture(scope="module", params=EVIDENCE)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    subprocess.run(["tar", "-C", str(folder), "-xf", str(request.param)], check=True)  # as the README says
+    subprocess.run(["tar", "-C", str(folder), "-xf", str(request.param)], check=True)  # as RESULTS.md says
     (study,) = folder.iterdir()
     assert study.name == request.param.name.removesuffix(".tar.xz")
     return study

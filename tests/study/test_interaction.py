@@ -170,7 +170,7 @@ def test_what_a_study_says_of_its_variants(tmp_path: Path) -> None:
         )
         for line in said
     )
-    assert any("W = 2: the loss is not shown to be another one with" in line for line in said)
+    assert any("W = 2: the loss is not shown to differ with" in line for line in said)
     (tmp_path / "few").mkdir()
     few = Results(results(tmp_path / "few", seeds=3, arms=["weak"], variants={V: {"trainer.epochs": 21}}))
     (said_once,) = interaction_sentences(few)

@@ -131,7 +131,7 @@ def test_sequential_runs_that_fail_are_pointed_out(tmp_path: Path) -> None:
         if run["arm"] == "sequential" and run["seed"] < 2:
             file.write_text(json.dumps(run | {"status": "not finite", "metrics": {}}))
     (doubt,) = Results(folder).doubts()
-    assert doubt == "sequential: of its 4 runs 2 are not finite. What is compared with them says little."
+    assert doubt == "sequential: of its 4 runs 2 are not finite. Comparisons with them say little."
 
 
 @pytest.mark.parametrize("damage", [{}, {"cells": None}, {"study": {"metric": "zzz"}}, {"base": {}}])
@@ -187,7 +187,7 @@ def test_files_of_others_are_passed_over(tmp_path: Path, capsys: pytest.CaptureF
     out = results(tmp_path)
     timed(out, 1)
     before, times = rows_of(Results(out)), Results(out).timings
-    assert "passed over" not in capsys.readouterr().out
+    assert "ignored" not in capsys.readouterr().out
     one = next((out / "runs").glob("*.json"))
     other = json.loads(one.read_text())
     other["config"]["trainer"]["seed"] += 100

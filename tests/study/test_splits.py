@@ -14,7 +14,6 @@ from trainer.errors import UserError
 from trainer.study.agenda import Agenda
 from trainer.study.arms import SEQUENTIAL, Place
 from trainer.study.load import load_study
-from trainer.study.runner import _probed
 from trainer.study.splits import Splits, check_probes, more_seeds, on_split
 
 BASE = Place("", SEQUENTIAL, "epochs", 1)
@@ -124,25 +123,3 @@ def test_a_base_on_a_split_keeps_its_other_options() -> None:
     assert on_split(config, None) is config
     assert on_split(config, 4).trainer.task_options == {"model": "mlp", "split_seed": 4}
     assert Splits().repeated_of(40) == 10
-
-
-class Probing:
-    """A process that looks at data, in a runner's place; `says` is its answer to a config."""
-
-    def __init__(self, says: Any) -> None:
-        self._says, self._config = says, None
-
-    def send(self, slot: int, kind: str, config: Any) -> None:
-        self._config = config
-
-    def wait(self, slots: list[int]) -> list[tuple[int, str, Any]]:
-        return [(0, *self._says(self._config.trainer.task_options))]
-
-
-def test_a_mistake_that_has_nothing_to_do_with_the_split_is_not_blamed_on_it(tmp_path: Path) -> None:
-    study, variants = load_study(str(write(tmp_path, {"seeds": 3, "splits": {}, "arms": ["weak"]})))
-    with pytest.raises(UserError, match=r'^unknown key "target"'):
-        _probed(Probing(lambda options: ("error", 'unknown key "target"')), study, variants)  # type: ignore[arg-type]
-    of_splits = Probing(lambda o: ("error", "no split_seed here") if "split_seed" in o else ("done", {"samples": {}}))
-    with pytest.raises(UserError, match=r"split_seed 0\. With it the task digits says: no split_seed here"):
-        _probed(of_splits, study, variants)  # type: ignore[arg-type]

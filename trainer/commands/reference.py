@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "ds_configs/README.md",
     "trainer/tasks/DATA.md",
-    "trainer/study/METHOD.md",
+    "trainer/study/README.md",
     "trainer/search/README.md",
     "trainer/folds/README.md",
 )

@@ -1,4 +1,4 @@
-"""Which run of a study comes next, as far as results tell: trials of searches, and the runs with what they find."""
+"""Which run of a study comes next: trials of searches first, then the runs with the settings that were found."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Agenda:
         self._searches = {
             name: Search(
                 name,
+                # `of=search` keeps this turn's search: without it, all would use that of the last turn.
                 lambda settings, seed, of=search: plan.config(of.place, seed, settings, of.seed),  # type: ignore[misc]
                 search.centre,
                 study.tuning,
@@ -47,10 +48,12 @@ class Agenda:
                 self._add(cell.id, plan.configs[cell.id], cell.place, cell.seed, self._fixed)
         for repeat in plan.repeats:
             self._add(repeat.id, plan.configs[repeat.id], repeat.place, repeat.seed, self._fixed)
+        # Results of earlier calls move a search on, so an interrupted study continues where it was.
         for name in list(self._searches):
             self._advance(name)
 
     def _add(self, this: str, config: Config, place: Place, seed: int, queue: collections.deque[str]) -> None:
+        # Places can share a run: where a search finds the base's own rate, for example.
         if this in self._known:
             return
         self._known.add(this)
@@ -91,7 +94,7 @@ class Agenda:
         return queue.popleft() if queue else None
 
     def take(self, this: str) -> None:
-        """Notes that a run has ended and is in the results."""
+        """Must be called when a run has ended and is in the results: its search moves on."""
         if this in self._search_of:
             self._advance(self._search_of[this])
 

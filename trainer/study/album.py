@@ -83,7 +83,7 @@ def _what(results: Results, variant: str, budget: str) -> str:
 
 
 def _draw_block(results: Results, album: Album, variant: str, budget: str, name: str) -> None:
-    """The metric and the failures over W, and the losses over time, of one variant and budget."""
+    """Draws the metric and the failures over W, and the losses over epochs, of one variant and budget."""
     groups, level, what = results.groups(variant, budget), _level(results), _what(results, variant, budget)
     album.add(f"metric-{name}", *metric_figure(results, variant, budget))
     for failing, said in zip(FAILINGS, ("miss the target", "do not converge")):
@@ -104,7 +104,7 @@ def _draw_block(results: Results, album: Album, variant: str, budget: str, name:
         caption = f"Share of runs that {said}, {what}, with {level} Clopper-Pearson intervals."
         album.add(f"{failing}-{name}", figure, caption)
     sizes = sorted({c.place.world_size for comparisons in groups.values() for c in comparisons})
-    for W in dict.fromkeys((sizes[0], sizes[-1])):
+    for W in dict.fromkeys((sizes[0], sizes[-1])):  # the smallest and the largest, once if they are the same
         places = [Place(variant, SEQUENTIAL, "epochs", 1)]
         places += [c.place for comparisons in groups.values() for c in comparisons if c.place.world_size == W]
         curves = [
@@ -147,7 +147,7 @@ def size_figures(results: Results) -> list[tuple[str, Any, str]]:
     return drawn
 
 
-# The arms whose budgets are drawn, at most as many as there are panels in a row: first those that say most.
+# The arms whose budgets are drawn, at most three: so many panels fit into a row. These come first, as they say most.
 _PANELS = ("weak", "weak_linear_warmup", "weak_tuned")
 
 
@@ -194,6 +194,7 @@ def budget_figures(results: Results) -> list[tuple[str, Any, str]]:
 def target_figures(results: Results) -> list[tuple[str, Any, str]]:
     """Updates and epochs to the target: name, figure and caption for each variant and budget; none without a target."""
     drawn = []
+    # Each of an interval's two bounds may be wrong with half of alpha.
     level, scale = results.rules.alpha / 2, noise_scale(results)
     for i, (variant, budget) in enumerate(results.blocks()):
         found = ways(results, variant, budget)
@@ -268,4 +269,4 @@ def _draw_times(results: Results, album: Album) -> None:
         Series("best mix", [Point(t.trials, t.mixed) for t in times], "weak", dashed),
     ]
     figure = figures.trials(f"a search for the best configuration on {W} devices", "seconds", series)
-    album.add("trials", figure, f"Time until the best of so many trials is known on {W} devices.")
+    album.add("trials", figure, f"Time until the best of this many trials is known on {W} devices.")

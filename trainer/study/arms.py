@@ -30,11 +30,11 @@ class Arm:
         rule: of trainer.learning_rate.scaling_rule, in the growth W of the global batch.
         warmup_epochs: of trainer.learning_rate; None for the base config's own.
         scales_adam: change Adam's betas and eps with the batch as well.
-        optimizer: takes the place of the base config's; None for that one.
+        optimizer: used instead of the base config's; None to keep that one.
         centre: the middle of the learning rates that are searched; 0 for the base config's rate.
         tuned: "" for settings that are given, "base" for those searched with the batch of one rank, whose rate is then
             scaled by the rule, "own" for those searched with the batch of W.
-        reference: the sequential arm to compare it with: of the same optimizer, and tuned alike.
+        reference: the sequential arm that it is compared with. It has the same optimizer, and is tuned alike.
     """
 
     title: str
@@ -67,7 +67,8 @@ class Settings:
 
 
 SEQUENTIAL, STRONG, SEQUENTIAL_TUNED = "sequential", "strong", "sequential_tuned"
-# An arm is compared with the sequential runs of its own optimizer: what LARS costs is no loss of the batch's.
+# An arm is compared with the sequential runs of its own optimizer. Otherwise what LARS costs by itself would count as a
+# loss of the larger batch.
 SEQUENTIALS = {
     SEQUENTIAL: Arm("sequential"),
     SEQUENTIAL_TUNED: Arm("sequential, tuned", tuned="own"),
@@ -103,9 +104,9 @@ WEAK = {
     # Shallue et al. 2019, arXiv 1811.03600: a fair comparison gives each batch size its own best rate.
     "weak_tuned": Arm("weak, tuned at each W", tuned="own", reference=SEQUENTIAL_TUNED),
 }
-# Runs with the batch of one rank and as few updates as a weak run at W makes in its epochs. What they lose is lost by
-# fewer updates, and what a weak run loses against them by its batch. Short runs may have another best rate, so those
-# that a tuned arm is compared with are tuned at each W, too.
+# Runs with the batch of one rank, and with as few updates as a weak run at W makes in its epochs. What they lose is
+# lost by fewer updates. What a weak run loses against them is lost by its batch. A short run may have another best
+# rate, so the controls of a tuned arm are tuned at each W, too.
 EQUAL_UPDATES = "sequential_equal_updates"
 CONTROLS = {
     EQUAL_UPDATES: Arm("sequential, as few updates"),
@@ -179,7 +180,10 @@ def centre_of(place: Place, base: Config) -> float:
 
 
 def rivals_of(place: Place) -> list[Place]:
-    """The untuned places that no well-tuned one can lose against: those with its batch and budget; else none."""
+    """The untuned places that a well-tuned place does not lose against: those with its batch and budget.
+
+    Empty unless the settings of the place are searched with its own batch.
+    """
     if place.arm == SEQUENTIAL_TUNED:
         return [Place(place.variant, SEQUENTIAL, "epochs", 1)]
     if place.arm in CONTROLS and CONTROLS[place.arm].tuned:
@@ -199,7 +203,7 @@ def compared_arms(arms: Collection[str], budget: Budget) -> list[str]:
 
 
 def contrasted(places: Collection[Place]) -> list[Place]:
-    """Of places, the weak ones that are compared with a control among them as well."""
+    """The weak places whose control is among the given places: they are compared with it, too."""
     return [place for place in places if place.control in places]
 
 
@@ -210,8 +214,8 @@ class ImpossibleError(UserError):
 def adam_for(params: Mapping[str, Any], k: int) -> dict[str, Any]:
     """Adam's betas and eps for a k times larger batch; the rate is scaled by sqrt(k) elsewhere.
 
-    Malladi et al. 2022: beta -> 1 - k (1 - beta) for both, eps -> eps / sqrt(k). Weight decay is left as it is, on
-    which the paper is silent.
+    Malladi et al. 2022: beta -> 1 - k (1 - beta) for both, eps -> eps / sqrt(k). Weight decay stays as it is, because
+    the paper says nothing about it.
 
     Raises:
         ImpossibleError: a beta would be negative, beyond k = 1 / (1 - beta).
@@ -239,11 +243,14 @@ def values_of(
 ) -> dict[str, Any]:
     """The config values of one run, on one rank.
 
-    Equal epochs keep `trainer.epochs`. Equal updates (Hoffer et al. 2017: large batches generalise worse because they
-    make fewer updates) give exactly the sequential run's number of optimizer steps; warm-up and the time between
-    validations are stretched alike, so that every run makes about as many validations to choose its model from.
-    AdaScale counts scale-invariant steps: with equal updates it makes as many of them as the sequential run makes
-    steps, as its authors do; with equal epochs its gain stands in the place of a rule's constant.
+    Equal epochs keep `trainer.epochs`.
+
+    Equal updates (Hoffer et al. 2017: large batches generalise worse because they make fewer updates) give exactly the
+    sequential run's number of optimizer steps. Warm-up and the time between validations are stretched alike. So every
+    run chooses its model from about as many validations.
+
+    AdaScale counts scale-invariant steps. With equal updates it makes as many of them as the sequential run makes
+    steps, as its authors do. With equal epochs its gain is used instead of a rule's constant factor.
 
     Args:
         base: config values that `base.check_base` has passed.
@@ -252,8 +259,9 @@ def values_of(
         budget: what this run has in common with the sequential one.
         seed: of the run.
         samples: of the training set.
-        max_epochs: the most epochs that equal updates may take; beyond, the run is as long as this allows.
-        settings: for the batch of one rank, or for arms that are tuned at each W, for theirs; None for the base's own.
+        max_epochs: the most epochs that equal updates may take; a run that would need more ends there.
+        settings: what a search found, with the batch of one rank, or with that of W for arms that are tuned at each W;
+            None for the base's own.
 
     Raises:
         ImpossibleError: the global batch is larger than the training set, or the arm's rule ends before W.
@@ -261,6 +269,7 @@ def values_of(
     config = parse(dict(base))
     B, trainer = config.plan(1).global_batch_size, config.trainer
     values = copy.deepcopy(dict(base))
+    # It was made for the base's batch, and the three batch keys have to agree. Without it, it follows from the others.
     values.pop("gradient_accumulation_steps", None)
     values["train_batch_size"] = B if arm in CONTROLS else B * world_size
     block: dict[str, Any] = values.setdefault("trainer", {})
@@ -286,6 +295,7 @@ def values_of(
     warmup_epochs = rate.get("warmup_epochs", 0.0) if this.warmup_epochs is None else this.warmup_epochs
     if budget == "updates":
         every = steps_per_epoch(samples, B, trainer.drop_last)
+        # -(-a // b) rounds up. `max_steps` then ends the run within its last epoch.
         stretch, epochs = every / own, -(-every * trainer.epochs // own)
         if max_epochs is not None and epochs > max_epochs:
             epochs, stretch = max_epochs, max_epochs / trainer.epochs
@@ -294,6 +304,7 @@ def values_of(
         block["epochs"] = epochs
         if trainer.evaluate_every_epochs:
             block["evaluate_every_epochs"] = max(1, round(trainer.evaluate_every_epochs * stretch))
+        # AdaScale ends by its own count, so it has no `max_steps`.
         if this.rule == "adascale":
             rate["adascale_steps"] = every * trainer.epochs
         warmup_epochs *= stretch
@@ -301,11 +312,15 @@ def values_of(
         rate["warmup_epochs"] = warmup_epochs
     if this.rule != "none" and world_size > 1:
         if "lr" not in values["optimizer"]["params"]:
-            raise UserError(f'The arm {arm} scales "optimizer.params.lr", which is not given.')
+            raise UserError(
+                f'The arm {arm} scales "optimizer.params.lr", which is not given. Give it, or leave the arm out.'
+            )
         rate |= {"scaling_rule": this.rule, "base_global_batch_size": B}
     if this.scales_adam:
         if config.optimizer.type.lower() not in ("adam", "adamw"):
-            raise UserError(f"The arm {arm} is a rule for Adam and AdamW; this optimizer is {config.optimizer.type}.")
+            raise UserError(
+                f"The arm {arm} is for Adam and AdamW; this optimizer is {config.optimizer.type}. Leave it out."
+            )
         values["optimizer"]["params"] = adam_for(config.optimizer.params, world_size)
     block["log_every_steps"] = _window(block.get("max_steps") or own * block.get("epochs", trainer.epochs))
     return values
@@ -348,7 +363,7 @@ def momentum_key(optimizer: str) -> str | None:
     return "betas" if name in ("adam", "adamw", "fusedadam", "lamb", "nadam", "radam", "adamax", "lion") else None
 
 
-# Points of a loss curve.
+# Points of a loss curve, about as many for a long run as for a short one.
 _CURVE_POINTS = 60
 
 
@@ -377,5 +392,6 @@ def run_id(config: Config) -> str:
 
 def id_of_values(config: Mapping[str, Any]) -> str:
     """As `run_id`, of a config's values."""
+    # Where a run writes changes none of its numbers.
     values = {**config, "trainer": {k: v for k, v in config["trainer"].items() if k != "output_dir"}}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

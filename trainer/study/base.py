@@ -1,4 +1,4 @@
-"""What the base config of a study must be: what the arms leave to it, and how far strong scaling of it goes."""
+"""Checks the base config of a study: it must not set what the arms set. And how far strong scaling of it goes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def check_strong(config: Config, world_size: int, samples: int) -> int:
     """Checks that strong scaling on W ranks computes what one rank does; returns M.
 
     The micro-batches of a step and the tree that adds their gradients follow from the global batch and the micro-batch
-    size alone; W only deals them out. So it is left to check that every micro-batch of every kind of step (an
-    epoch's last one may be smaller) is dealt to exactly one rank, in order.
+    size alone; W only deals them out. So one thing is left to check: every micro-batch is dealt to exactly one rank, in
+    order. This is checked for every kind of step, because an epoch's last one may be smaller.
 
     Raises:
         ImpossibleError: there are more ranks than micro-batches.
@@ -46,6 +46,7 @@ def check_strong(config: Config, world_size: int, samples: int) -> int:
     try:
         plan = config.plan(world_size)
     except UserError as error:
+        # Its other lines advise other batches, and a study keeps its base's.
         raise ImpossibleError(str(error).splitlines()[0]) from None
     B, m = plan.global_batch_size, plan.micro_batch_size
     rest = 0 if config.trainer.drop_last else samples % B

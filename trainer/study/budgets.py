@@ -1,4 +1,4 @@
-"""Budgets of a study's runs: in epochs, of all arms alike, and what a weak run shares with the sequential run."""
+"""The budgets of a study: how many epochs its runs have, and what a weak run shares with the sequential run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arms import EQUAL_UPDATES
 
 
 def budget_variants(epochs: Sequence[int], own: int) -> dict[str, dict[str, Any]]:
-    """Name -> changes of the base config, for budgets in epochs; the base's own is no variant of its own."""
+    """Name -> changes of the base config, for budgets in epochs. The base's own budget is no variant."""
     return {variant_of(n, own): {"trainer.epochs": n} for n in sorted(epochs) if n != own}
 
 
@@ -39,13 +39,15 @@ def check_budgets(
     """
     longest = max(own, *epochs) if epochs else own
     if max_epochs is not None and "updates" not in budgets:
-        raise UserError(f'{source}: "study.max_epochs" has no effect without the budget "updates".')
+        raise UserError(f'{source}: "study.max_epochs" has no effect without the budget "updates". Leave it out.')
     if max_epochs is not None and max_epochs < longest:
         what = "trainer.epochs" if longest == own else f'{longest} in "study.epochs"'
-        raise UserError(f'{source}: "study.max_epochs" ({max_epochs}) is less than {what}.')
+        raise UserError(
+            f'{source}: "study.max_epochs" ({max_epochs}) is less than {what}. It must be at least as large.'
+        )
     if EQUAL_UPDATES in arms and "epochs" not in budgets:
         raise UserError(
-            f'{source}: "study.arms" holds {EQUAL_UPDATES}, which has the updates of a weak run at equal epochs, but '
+            f'{source}: "study.arms" holds {EQUAL_UPDATES}. It has the updates of a weak run at equal epochs, but '
             f'"study.budgets" is {list(budgets)}. Add "epochs" to it, or leave the arm out.'
         )
     for name in budget_variants(epochs, own):

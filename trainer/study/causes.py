@@ -1,12 +1,15 @@
 """Why a weak run loses: because it makes fewer updates, or because of its batch.
 
-At equal epochs a weak run on W ranks differs from the sequential run in two things: it makes about W times fewer
-updates, and each of them has a W times larger batch. The control has the batch of one rank and makes as few updates. So
-it also sees W times fewer samples: whether these or the updates are missed, no study here can tell. What the control
-loses against sequential runs is called lost by fewer updates, and what the weak run loses against the control, lost by
-its batch. Each of the two is a comparison of its own, paired by seed and
-judged at the level of all others of the study. A cause is read from the three verdicts and from nothing else, so all
-causes of a study are right together with probability 1 - alpha.
+At equal epochs a weak run on W ranks differs from the sequential run in two things. It makes about W times fewer
+updates, and each of them has a W times larger batch. The control has the batch of one rank and makes as few updates.
+What the control loses against sequential runs is called lost by fewer updates. What the weak run loses against the
+control is called lost by its batch.
+
+The control also sees W times fewer samples. So no study here can tell whether the updates or the samples are missing.
+
+Each of the two losses is a comparison of its own, paired by seed and judged at the level of all others of the study. A
+cause is read from the three verdicts and from nothing else, so all causes of a study are right together with
+probability 1 - alpha.
 
 The control processes W times fewer samples than the weak run. So a batch that loses against it makes less of an update
 although more samples went into it.
@@ -39,7 +42,7 @@ _NOT_LOST: tuple[Cause, ...] = ("no material loss", "undecided whether it loses"
 def contrasts(results: Results) -> dict[Place, Comparison]:
     """Weak place -> its comparison with the sequential runs that make as few updates, where there are such runs.
 
-    Their "loses" is judged, and nothing else.
+    Of the three claims only "loses" is judged.
     """
     judged, rules = results.judgement, results.rules
     known = {c.place: c for c in judged.comparisons}
@@ -51,6 +54,7 @@ def contrasts(results: Results) -> dict[Place, Comparison]:
         if control is None or control not in known:
             continue
         reference = reference_of(_outcomes(values[control]), rules)
+        # The control stands where the sequential runs stand in the other comparisons.
         contrast = compare(place, _outcomes(values[place]), reference, rules, judged.tests)
         missing = c.missing + len(c.losses) - len(contrast.losses)
         conclude(contrast, rules, judged.tests, missing, *(beaten(p, values, rules) for p in (place, control)))

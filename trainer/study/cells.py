@@ -50,7 +50,14 @@ class Repeat:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search. Attributes: its trials are runs of `place`; the centre of its rates; the seed that it is made for."""
+    """A search for the settings of one judged run.
+
+    Attributes:
+        name: of the search, unique in the study.
+        place: its trials are runs of this place.
+        centre: the middle of its learning rates.
+        seed: of the judged run that it is made for.
+    """
 
     name: str
     place: Place

@@ -34,8 +34,8 @@ from .judgement import Rules
 from .splits import KEY, Splits, more_seeds, split_of
 from .tuning import Tuning, runs_of_search
 
-# Settings of every run of a study: it is short, and its files are not kept. Inexact runs are refused, because only an
-# exact run on one rank equals the run on W ranks.
+# Settings of every run of a study. A run is short and its files are not kept, so it needs no loggers, guards and
+# checkpoints. Inexact runs are refused, because only an exact run on one rank equals the run on W ranks.
 OPERATION = {
     **loggers.OFF,
     "trainer.guard_every_steps": 0,
@@ -61,8 +61,10 @@ class Study:
     """`study`: what is compared, and the rules of judgement. Declared before the runs, and then fixed."""
 
     output_dir: str = option("", "the folder of this study")
-    arms: list[str] = option(list(DEFAULTS), "arms to compare, always sequential; sequential_equal_updates if named")
-    world_sizes: list[int] = option([2, 4, 8, 16, 32], "W of the other arms")
+    arms: list[str] = option(
+        list(DEFAULTS), "arms to compare; sequential is always one of them, sequential_equal_updates only if named"
+    )
+    world_sizes: list[int] = option([2, 4, 8, 16, 32], "numbers of ranks W of the other arms")
     seeds: list[int] = option([], "seeds of every arm; a count n in the file stands for 0 to n - 1")
     splits: Splits | None = option(
         None, "each judged run has its own split of the data; null for one split of all runs"
@@ -88,27 +90,27 @@ class Study:
         None, "the metric that a run should reach; null for a bound from the sequential runs of the other seeds"
     )
     perfect_within: float = option(
-        1.25, "scaling is perfect where a batch takes so many times the samples of one rank's to the target", above=1
+        1.25, "scaling is perfect up to this many times the samples that one rank's batch takes to the target", above=1
     )
     target_level: float = option(
-        0.01, "a sequential run would fall below such a bound with this probability", above=0, below=0.5
+        0.01, "the probability that a sequential run falls below the target's bound", above=0, below=0.5
     )
-    deviation_floor: float = option(0.005, "the smallest standard deviation to use for that", above=0)
+    deviation_floor: float = option(0.005, "the smallest standard deviation to use for the target's bound", above=0)
     converged_share: float = option(
         0.9,
-        "a converged run's training loss falls by this share of what it falls by in sequential runs",
+        "a run has converged if its training loss falls by this share of its fall in sequential runs",
         above=0,
         below=1,
     )
     alpha: float = option(
-        0.05, "how likely any wrong verdict on one of a study's three questions may be", above=0, below=0.5
+        0.05, "the largest probability of any wrong verdict on one of a study's three questions", above=0, below=0.5
     )
     expected_deviation: float | None = option(
         None,
         "standard deviation of the sequential metric, from earlier runs: for the power that --dry_run prints",
         above=0,
     )
-    max_parallel: int | None = option(None, "runs at a time; null for one a GPU, or one a core", minimum=1)
+    max_parallel: int | None = option(None, "runs at a time; null for one per GPU, or per core without GPUs", minimum=1)
 
     @property
     def rules(self) -> Rules:
@@ -204,9 +206,10 @@ class Plan:
         values = values_of(
             variant.values, place.arm, place.world_size, place.budget, seed, variant.samples, most, settings
         )
+        # Synchronised statistics are those of all ranks' micro-batches together: of one W times larger micro-batch.
         if variant.synchronised and place.arm in WEAK:
             values["train_micro_batch_size_per_gpu"] *= place.world_size
-        # Measured where it costs nothing that is compared: it changes no bit.
+        # The gradient noise scale is described for the base alone. Measuring it changes no bit.
         if place.arm == SEQUENTIAL and not place.variant and variant.config.plan(1).micro_batches > 1:
             values["trainer"]["gradient_noise"] = True
         split = split_of(self.study.splits, self.study.seeds, seed if judged is None else judged)
@@ -216,7 +219,15 @@ class Plan:
 
 
 def expand(study: Study, variants: Sequence[Variant]) -> Plan:
-    """All runs of a study; its variants know their samples. Raises UserError where an arm makes no sense."""
+    """All runs of a study.
+
+    Args:
+        study: as declared.
+        variants: the base first, each with the number of its training samples.
+
+    Raises:
+        UserError: an arm makes no sense for the base, or a size is all of its samples.
+    """
     plan = Plan(study, {variant.name: variant for variant in variants})
     base = variants[0]
     if base.samples in study.dataset_sizes:
@@ -225,7 +236,7 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
             "studied anyway: leave this size out."
         )
     if STRONG in study.arms:
-        # Also on as many ranks as there are micro-batches: a base with few of them says how far it goes.
+        # Also on as many ranks as there are micro-batches, so that the plan says how far strong scaling goes.
         for world_size in sorted({*study.world_sizes, base.config.plan(1).micro_batches} - {1}):
             try:
                 plan.strong.append((world_size, check_strong(base.config, world_size, base.samples)))
@@ -242,10 +253,11 @@ def expand(study: Study, variants: Sequence[Variant]) -> Plan:
                 for world_size in [W for W in study.world_sizes if W > 1]:
                     place = Place(variant.name, arm, budget, world_size)
                     try:
-                        plan.config(place, study.seeds[0])
+                        plan.config(place, study.seeds[0])  # what is possible does not depend on the seed
                         places.append(place)
                     except ImpossibleError as reason:
                         plan.impossible.append((place, str(reason)))
+    # Seed by seed, so that a study that is interrupted has whole pairs.
     for i, seed in enumerate(study.seeds):
         for place in places:
             if place.tuned_at is None:

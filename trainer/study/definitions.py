@@ -24,26 +24,26 @@ def definitions(results: Results) -> list[str]:
         *_splits(results),
         "Equal epochs: as many passes over the data as the sequential run. Equal updates: as many optimizer steps"
         + (f", but at most {study.max_epochs} epochs." if study.max_epochs else "."),
-        "Nothing is decided before all declared seeds are there. A run that stopped being finite is the worst possible "
-        "run, in every arm and in the sequential runs.",
+        "Nothing is decided before all declared seeds are there. A run that stopped being finite counts as the worst "
+        "possible run, in every arm and in the sequential runs.",
         "The typical run: the median of the differences paired by seed. Its loss is material if it is above the margin "
         f"of {rules.margin:g}; small if it is above 0 and below the margin; ruled out if it is below the margin, as it "
-        "is where weak runs gain; and else undecided. An undecided loss may be shown to be above 0: then only its size "
-        "is open. The test is the sign test, which is exact for runs of any distribution. The interval of a difference "
-        "comes from the same test, and the verdict is read from it.",
-        f"Collapsed: not finite, or a loss of {rules.collapse:g} or more. The typical run says nothing of the few runs "
-        f"that collapse, so their number is given, with the rate that is not ruled out at level {1 - rules.alpha:g} "
-        "(Clopper and Pearson; for this comparison alone).",
+        "is where weak runs gain; and otherwise undecided. An undecided loss may be shown to be above 0. Then only its "
+        "size is open. The test is the sign test, which is exact for runs of any distribution. The interval of a "
+        "difference comes from the same test, and the verdict is read from it.",
+        f"Collapsed: not finite, or a loss of {rules.collapse:g} or more. The typical run says nothing about the few "
+        "runs that collapse. So their number is given, with the rate that is not ruled out at level "
+        f"{1 - rules.alpha:g} (Clopper and Pearson; for this comparison alone).",
         f"Target: {_target(results)}. A run that is worse misses it.",
         f"Not converged: the training loss at the end (over the last tenth of the logged windows) is above a bound, or "
         f"stopped being finite. The bound lies {100 * rules.converged_share:g} % of the way from the loss before the "
-        "first update to that at the end of the typical sequential run. A run above it was trained less far, which "
+        "first update to that at the end of the typical sequential run. A run above it was trained less far. This "
         "does not say that it predicts worse.",
-        "More often: McNemar's exact test of the pairs of runs of one seed of which one alone failed.",
-        f"Alpha is {rules.alpha:g} for each of three questions. It is the most that the probability of any wrong "
-        f"verdict on the typical run can be, over all {tests} comparisons of the study; the same holds for the target "
-        "and for convergence, by Holm's correction. Intervals of a metric and of a rate are not corrected, and have "
-        f"level {1 - rules.alpha:g}.",
+        "More often: McNemar's exact test. It counts the pairs of runs of one seed in which exactly one run failed.",
+        f"Alpha is {rules.alpha:g} for each of three questions. The probability that any verdict on the typical run is "
+        f"wrong is at most alpha, over all {tests} comparisons of the study. The same holds for the target and for "
+        "convergence, by Holm's correction. Intervals of a metric and of a rate are not corrected, and have level "
+        f"{1 - rules.alpha:g}.",
         *_questions(results),
         *_rules(results),
         *_tuning(results),
@@ -53,7 +53,7 @@ def definitions(results: Results) -> list[str]:
 
 
 def _rules(results: Results) -> list[str]:
-    """Of the arms that the study has, and of no others."""
+    """The rules of the arms that the study has, and of no others."""
     arms, lines = results.study.arms, list[str]()
     if any(arm.startswith(("weak_linear", "weak_sqrt")) for arm in arms):
         lines.append(
@@ -64,8 +64,7 @@ def _rules(results: Results) -> list[str]:
     if "weak_adascale" in arms:
         lines.append(
             "AdaScale (Johnson et al. 2020) was made for SGD. With equal updates it makes as many scale-invariant "
-            "steps as the sequential run makes steps. With equal epochs this stopping rule, which is a part of it, is "
-            "off."
+            "steps as the sequential run makes steps. With equal epochs this stopping rule, a part of AdaScale, is off."
         )
     return lines
 
@@ -86,8 +85,8 @@ def _splits(results: Results) -> list[str]:
     first, n, repeats = study.splits.first, len(study.seeds), len(results.declared["repeats"])
     return [
         f"Split: each judged run has a split of its own (split_seed {first} to {first + n - 1}, in the order of the "
-        "seeds), the same for every arm, and for the search of its settings. So the verdicts are about random splits "
-        "of these data, and a difference paired by seed is one of the same test samples."
+        "seeds). It is the same for every arm, and for the search of its settings. So the verdicts are about random "
+        "splits of these data, and the two runs of a difference have the same test samples."
         + (
             f" {repeats} sequential runs of {repeats // study.splits.seeds} splits tell the split's variance from the "
             "seed's."
@@ -104,14 +103,14 @@ def _questions(results: Results) -> list[str]:
         lines.append(
             "Interaction: whether the loss with a variant is larger or smaller than the loss with the base, by the "
             "sign test of the difference of the two losses, paired by seed. This question has an alpha of its own, "
-            f"{alpha}: the most that the probability of any wrong verdict can be over all {count} interactions, the "
+            f"{alpha}: the probability of any wrong verdict is at most this, over all {count} interactions, the "
             "direction included (Holm's correction). A seed in which both losses are infinite counts against both."
         )
     if count := len(trends_in(results)):
         lines.append(
-            "Trend: whether the loss falls with the number of training samples. For each seed: are there more pairs of "
-            "sizes in which it falls than in which it rises? The sign test asks whether that is so in more than half "
-            f"of the seeds, with an alpha of {alpha} of its own over all {count} trends (Holm's correction)."
+            "Trend: whether the loss falls with the number of training samples. For each seed: does it fall in more "
+            "pairs of sizes than it rises in? The sign test asks whether this is so in more than half of the seeds, "
+            f"with an alpha of {alpha} of its own over all {count} trends (Holm's correction)."
         )
     return lines
 
@@ -139,15 +138,15 @@ def _budgets(results: Results) -> list[str]:
             "Sequential, as few updates: the batch of one rank, and as many optimizer steps as the weak run at W makes "
             "in its epochs; schedule, warm-up and the time between validations take the same share of the run. It is "
             "compared with sequential runs (what fewer updates lose), and weak runs with it (what the batch itself "
-            "loses); both count among the comparisons. It sees W times fewer samples than the weak run, and as it "
-            "validates once an epoch at most, it may have fewer models to choose from. Tuned arms have a control that "
-            "is tuned at each W; LARS and LAMB have none. A cause is read from these verdicts alone."
+            "loses). Both count among the comparisons. It sees W times fewer samples than the weak run. It may have "
+            "fewer models to choose from, because a run validates once an epoch at most. Tuned arms have a control "
+            "that is tuned at each W; LARS and LAMB have none. A cause is read from these verdicts alone."
         )
     if study.target is not None:
         lines.append(
             f"Updates and epochs to the target (Shallue et al. 2019): the first validation at which "
-            f"{metric_name(results)} is {study.target:g} or better. A run that never is counts as infinite. This "
-            "describes runs, and judges none."
+            f"{metric_name(results)} is {study.target:g} or better. A run that never is so counts as infinite. "
+            "This describes runs, and judges none."
         )
     return lines
 
@@ -165,8 +164,8 @@ def _tuning(results: Results) -> list[str]:
         f"{tuning.spread:g} around a centre, at most a factor of {tuning.spacing:g} apart and moved at random"
         + (f", with {' and '.join(extra)}" if extra else "")
         + f"; one of {tuning.reduction} settings gets the next seed, up to {tuning.seeds} seeds. "
-        f"{results.study.tuning_metric} decides. A tuned arm that is beaten by a rule with the base's rate is a failed "
-        f"search, and its loss no verdict (beaten: by the sign test at {results.rules.alpha:g})."
+        f"{results.study.tuning_metric} decides. If a rule with the base's rate beats a tuned arm, its search has "
+        f"failed, and its loss is no verdict (beats: by the sign test at {results.rules.alpha:g})."
     ]
     if {"weak_lars", "weak_lamb"} & set(results.study.arms):
         lines.append(

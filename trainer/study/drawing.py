@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Inches: the width of a page's text. A figure of one column is read at half of that, so no text is below 8 points.
+# Inches: the width of a page's text. In one of two columns a figure has half of this, so no text is below 8 points.
 _WIDTH, _HEIGHT = 6.5, 3.6
 
 BLACK, GREY = "#000000", "#6e6e6e"
@@ -116,10 +116,10 @@ class Series:
     Attributes:
         name: the legend's. An arm's name is put into words.
         points: in any order.
-        arm: whose colour, mark and line it has; "" for that of `name`, or of nobody if that is no arm.
+        arm: whose colour, mark and line it has; "" for those of the arm called `name`. If there is none, its own.
         dashed: predicted, not measured.
         world_size: the panel of `over_sizes` it is drawn in; 0 in the other figures.
-        hollow: its marks are; for what accompanies another series of the same style.
+        hollow: draws hollow marks, for a series that accompanies another one of the same style.
     """
 
     name: str
@@ -247,11 +247,14 @@ def draw_marks(
 ) -> None:
     """Series as marks with bars, joined.
 
-    `apart` shifts each a little, so that bars do not cover one another; `nested` draws each wider than those on top of
-    it, so that lines do not.
+    The view does not grow. What lies beyond it is drawn as an arrow at the edge, and what is not finite as a cross.
 
-    The view is as wide as it is: what lies beyond it is an arrow at the edge. What is not finite is a cross; `infinite`
-    gives its share of the height, and what the legend says of it.
+    Args:
+        axes: where to draw; its range of y is set before.
+        series: what to draw.
+        apart: shift each series a little, so that bars do not cover one another.
+        nested: draw each series wider than those on top of it, so that lines do not cover one another.
+        infinite: the height of a cross, as a share of the axes' height, and its name in the legend.
     """
     low, high = axes.get_ylim()
     styles = styles_of([(s.name, s.arm) for s in series])
@@ -292,7 +295,7 @@ def draw_marks(
 
 def draw_cross(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **more: Any) -> None:
     """Crosses at places that stand for what is not finite."""
-    # Out of the layout, which would make room for what is not clipped, on every side.
+    # Not in the layout: it would make room on every side for what is not clipped.
     more |= {"clip_on": False, "in_layout": False, "zorder": 4}
     axes.plot(x, y, ls="none", marker="x", color=colour, ms=5.5, mew=1.5, **more)
 
@@ -306,7 +309,7 @@ def shifts(count: int, xs: Iterable[float]) -> list[float]:
 
 
 def view_of(points: Iterable[Point], levels: Iterable[Level]) -> tuple[float, float]:
-    """The range to show. Values a thousand times off are left out: all others would be squeezed into one line."""
+    """The range to show. It leaves out values a thousand times off, which would squeeze all others into one line."""
     fixed = [v for level in levels for v in (level.value, level.low, level.high) if math.isfinite(v)]
     values = [p.y for p in points if math.isfinite(p.y)]
     ends = [v for p in points for v in (p.low, p.high) if math.isfinite(v) and math.isfinite(p.y)]
@@ -333,7 +336,7 @@ class Line(NamedTuple):
 
 
 def across_seeds(curves: Sequence[Curve]) -> Line:
-    """The median, least and greatest of curves on a common grid; a curve that broke off is infinite from there on."""
+    """The median, least and greatest of curves on a common grid. A curve that broke off is infinite from there on."""
     parts: list[tuple[Any, Any, bool]] = []
     for curve in curves:
         x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)

@@ -1,7 +1,7 @@
 """The figures of a study, for its page and for print: plain numbers in, a matplotlib figure out.
 
-The same numbers give the same bytes, on any machine with the same matplotlib: its own font, no dates, no random ids,
-and nobody's matplotlibrc.
+The same numbers give the same bytes, on any machine with the same matplotlib: the font comes with matplotlib, there are
+no dates and no random ids, and the user's matplotlibrc is not read.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def over_world_sizes(
     figure, (axes,) = empty_figure(title, label)
     levels = [level for level in (reference, target) if level is not None]
     low, high = limits or view_of([p for s in series for p in s.points], levels)
-    # Marks at the ends stay whole.
+    # Room at the ends, so that marks there are not cut.
     room = 0.04 * (high - low) if limits else 0.0
     axes.set_ylim(low - room, high + room)
     if reference is not None:
@@ -92,8 +92,8 @@ def over_world_sizes(
 def loss_curves(title: str, label: str, groups: Sequence[Group], x_label: str = "epochs") -> Figure:
     """The median over seeds of a quantity along the runs, in a band from the smallest to the largest.
 
-    A run that stopped being finite counts as infinite from there on, so that those that are left do not look too good;
-    a cross shows where it stopped.
+    A run that stopped being finite counts as infinite from there on. Otherwise the median would look too good, because
+    only the better runs are left. A cross shows where it stopped.
 
     Args:
         title: above the drawing.
@@ -322,12 +322,12 @@ def trials(title: str, label: str, series: Sequence[Series]) -> Figure:
 @drawn
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Writes <folder>/<name>.svg and .pdf, each at once, and returns the text of the SVG."""
-    # Laid out once: a second time would move by a rounding error, and the ids follow from the places.
+    # Laid out once. A second layout would move things by a rounding error, and the ids in the file with them.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     title = figure.get_suptitle()
     svg = _rendered(figure, "svg", {"Title": title, "Date": None, "Creator": None, "Format": None, "Type": None})
-    # What matplotlib leaves there would make a reader of the file name an address that it never asks for.
+    # By default matplotlib writes its own address there. The files of a study name none.
     pdf = _rendered(figure, "pdf", {"Title": title, "CreationDate": None, "Creator": None, "Producer": None})
     folder.mkdir(parents=True, exist_ok=True)
     for data, ending in ((svg, "svg"), (pdf, "pdf")):

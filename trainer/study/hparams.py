@@ -19,7 +19,7 @@ _HPARAMS = (
     "steps", "status", "config_sha256",
 )  # fmt: skip
 
-# The tab shows a box to tick for each value that it is told of.
+# The tab shows a box to tick for each value that it knows. With more values than this, it gets their range instead.
 _MOST_VALUES = 30
 
 
@@ -61,7 +61,7 @@ def write_hparams(
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    """A run's folder; names of variants are a user's, and may hold anything."""
+    """The name of a run's folder. The name of a variant is the user's, so it may hold what no file name can."""
     name = f"{row['arm']}-{row['budget']}-W{row['world_size']}-seed{row['seed']}"
     if row.get("variant"):
         name += "-" + re.sub(r"[^A-Za-z0-9_.=]+", "_", str(row["variant"]))[:60]
@@ -114,7 +114,7 @@ def _session(row: Mapping[str, Any], name: str, written_at_s: float, hparams: Se
 
     began_at_s = row.get("started_at_s") or written_at_s
     metrics = [Summary.Value(tag=key, simple_value=row[key]) for key in row if "/" in key and _is_known(row[key])]
-    # Its own group: what has one group is taken for repetitions, and shown as their mean.
+    # Each run is a group of its own: TensorBoard takes the runs of one group for repetitions, and shows their mean.
     return [
         start(_hparams(row, hparams), began_at_s, group=name),
         Summary(value=metrics),
@@ -127,6 +127,6 @@ def _is_known(value: Any) -> bool:
 
 
 def _write(folder: Path, written_at_s: float, summaries: Sequence[Any]) -> None:
-    """An event file. TensorBoard's own writer has a thread and a queue for each, which a thousand files do not need."""
-    # A TensorBoard that looks on reads a file whose name comes later than that of the one which is gone.
+    """Writes an event file. TensorBoard's own writer would start a thread for each, of up to a thousand files."""
+    # The time is in the name, because a running TensorBoard moves on only to a file whose name sorts after the old one.
     write_file(folder / f"events.out.tfevents.{written_at_s:.6f}.study", written_at_s, summaries)

@@ -1,9 +1,9 @@
-"""Tests and intervals of a study: pure functions of numbers. What is done with them is in `judgement`.
+"""Tests and intervals of a study: pure functions of numbers. `judgement` uses them.
 
-Every test here is exact, whatever the distribution of the runs. A test that needs symmetry, such as flipping the signs
-of differences about a margin, calls a loss "ruled out" far too often where a few runs collapse, and collapse is what a
-study of weak scaling looks for. So a claim is made of the median: of the typical run. What the median cannot see, the
-few runs that collapse, is counted beside it, with an exact bound of its rate.
+Every test here is exact, whatever the distribution of the runs. Some tests need symmetry, such as flipping the signs of
+differences about a margin. Where a few runs collapse, such a test calls a loss "ruled out" far too often, and collapse
+is what a study of weak scaling looks for. So a claim is about the median: about the typical run. The median cannot see
+the few runs that collapse. They are counted beside it, with an exact bound of their rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def sign_test(values: Sequence[float], bound: float) -> float:
-    """One-sided p of the median of (n,) values being above a bound (the sign test).
+    """The one-sided p value of the claim that the median of (n,) values is above a bound (the sign test).
 
     Exact for independent values of any distribution: under the hypothesis each value is above the bound with
     probability 1/2 at most. A value equal to the bound counts as not above it, and so does nan: both are conservative.
@@ -38,6 +38,7 @@ def seeds_needed(level: float) -> int:
 @functools.lru_cache(maxsize=4096)
 def least_agreeing(n: int, level: float) -> int | None:
     """How many of n values must be above the bound for a `sign_test` to reach a level; None if all are not enough."""
+    # In whole numbers, as in `_at_least`: a p that equals the level must count as reaching it.
     tail = 0
     for k in range(n, -1, -1):
         tail += math.comb(n, k)
@@ -55,6 +56,7 @@ def median_bounds(values: Sequence[float], level: float) -> tuple[float, float]:
     agreeing = least_agreeing(len(values), level)
     if agreeing is None:
         return -math.inf, math.inf
+    # So it counts as the lowest value in the lower bound, and as the highest in the upper one.
     low = sorted(-math.inf if math.isnan(v) else v for v in values)
     high = sorted(math.inf if math.isnan(v) else v for v in values)
     return low[len(values) - agreeing], high[agreeing - 1]
@@ -84,7 +86,7 @@ def rate_at_most(hits: int, runs: int, alpha: float) -> float:
 
 
 def more_often_p(these: Sequence[bool], others: Sequence[bool]) -> float:
-    """One-sided p of something happening more often in the first of each pair (McNemar's exact test).
+    """The one-sided p value of the claim that something happens more often in the first of each pair (McNemar, exact).
 
     Only pairs that differ count. Under the hypothesis each of these is as likely to differ one way as the other,
     whatever the two have in common. A test of two independent groups (Fisher, Barnard, Boschloo) would assume that
@@ -106,7 +108,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def prediction_bound(values: Sequence[float], level: float, floor: float) -> float:
-    """What one more run of the same kind falls below with probability `level`, if (n,) runs are normal.
+    """The value below which one more run of the same kind falls with probability `level`, if (n,) runs are normal.
 
     Student's bound for a new value: the mean minus t sd sqrt(1 + 1 / n). nan for fewer than two values.
 
@@ -134,6 +136,7 @@ def ratio_interval(tops: Sequence[float], bottoms: Sequence[float], alpha: float
     (top2, both), (_, bottom2) = np.cov(tops, bottoms).tolist()
     a, b, c = bottom * bottom - t2 * bottom2, top * bottom - t2 * both, top * top - t2 * top2
     root = math.sqrt(max(0.0, b * b - a * c))
+    # The lower mean cannot be told from 0: the ratio can be as large as one likes.
     if a <= 0 or bottom <= 0:
         return (max(0.0, (b - root) / a) if a < 0 < c else 0.0), math.inf
     return (b - root) / a, (b + root) / a
@@ -141,7 +144,10 @@ def ratio_interval(tops: Sequence[float], bottoms: Sequence[float], alpha: float
 
 @functools.lru_cache(maxsize=4096)
 def _at_least(hits: int, n: int) -> float:
-    """P(Bin(n, 1/2) >= hits), in whole numbers up to the last division: p that equals a level must not exceed it."""
+    """P(Bin(n, 1/2) >= hits).
+
+    In whole numbers up to the last division: by a rounding error, a p that equals a level could exceed it.
+    """
     return sum(math.comb(n, k) for k in range(hits, n + 1)) / 2**n
 
 
@@ -153,13 +159,13 @@ def _student(level: float, freedom: int) -> float:
 
 
 def undecidable(seeds: int, missing: int, level: float, what: str) -> str:
-    """Why sign tests of so many seeds can decide nothing, whatever they say; "" if they can.
+    """Why sign tests of so many seeds can decide nothing, whatever the runs are; "" if they can decide something.
 
     Args:
         seeds: those that are there.
-        missing: declared seeds that are not.
+        missing: declared seeds that are not there.
         level: of one test.
-        what: is to be decided, as in "one of 12 trends".
+        what: is to be decided, such as "one of 12 trends".
     """
     if missing > 0:
         return f"{missing} of the declared seeds {'is' if missing == 1 else 'are'} missing"

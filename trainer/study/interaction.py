@@ -1,16 +1,16 @@
-"""Is the loss of weak scaling another one with a variant, such as without BatchNorm, than with the base?
+"""Does the loss of weak scaling differ between a variant, such as one without BatchNorm, and the base?
 
-That a loss is material with one and ruled out with the other does not answer this: two verdicts are no test of their
-difference. So each arm, budget and W of a variant has a test of its own, of the difference of the two losses, paired by
-seed: (loss with the variant) - (loss with the base). The test is the sign test of its median, in both directions, and
-so exact whatever the distribution is.
+A loss may be material with one and ruled out with the other. This does not answer the question, because two verdicts
+are no test of their difference. So each arm, budget and W of a variant has a test of its own. It tests the difference
+of the two losses, paired by seed: (loss with the variant) - (loss with the base). The test is the sign test of the
+median, in both directions, so it is exact whatever the distribution is.
 
 All these tests of a study are a family, with its own alpha. Both directions count: Holm's correction is over two
-one-sided hypotheses for each place, so that also the direction of a verdict is wrong with probability alpha at most.
+one-sided hypotheses for each place. So alpha also bounds the probability that the direction of a verdict is wrong.
 
 A run that is not finite has an infinite loss. Where both losses of a seed are infinite, their difference tells nothing.
-Such a seed stays in the count, and counts against both directions: to leave it out would be to choose the seeds by
-their outcome.
+Such a seed stays in the count, and counts against both directions. Leaving it out would choose the seeds by their
+outcome.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def interactions(judged: Judgement, variants: Collection[str], planned: Mapping[
             differences = {seed: round(own[seed] - others[seed], DIGITS) for seed in own if seed in others}
         found.append((place, differences))
         values = list(differences.values())
+        # Both directions are hypotheses of their own: Holm's correction is over twice as many tests as places.
         p_values += [sign_test(values, 0.0), sign_test([-d for d in values], 0.0)]
     adjusted = holm(p_values)
     return [
@@ -123,14 +124,14 @@ def interactions_in(results: Results) -> list[Interaction]:
 
 
 def interaction_sentences(results: Results) -> list[str]:
-    """For each variant, arm, budget and W: whether the loss is another one with it. A reason of many is given once."""
+    """For each variant, arm, budget and W: whether the loss differs with it. A reason that many share is given once."""
     lines, reasons = [], dict[str, int]()
     for i in interactions_in(results):
         if i.unable:
             reasons[i.unable] = reasons.get(i.unable, 0) + 1
             continue
         what = f"{title_of(i.place.arm, i.place.budget)}, {results.budget(i.place.budget)}, W = {i.place.world_size}"
-        said = "is not shown to be another one" if i.verdict == "not shown" else f"is {i.verdict}"
+        said = "is not shown to differ" if i.verdict == "not shown" else f"is {i.verdict}"
         lines.append(f"{what}: the loss {said} with {i.place.variant}. {_numbers(i, results.rules)}.")
     return lines + [
         f"{count} interaction{'s' * (count > 1)} with a variant {'are' if count > 1 else 'is'} not shown: {reason}."

@@ -5,13 +5,13 @@ Three questions are asked of it: does the typical run lose, do runs miss the tar
 runs do, and do they fail to converge more often. A run that stopped being finite has the worst possible value
 everywhere, on both sides.
 
-**Does the typical run lose?** Its loss is the median over seeds, with one bound on each side, and a verdict is read
-from the two: a material loss (above the margin), a small loss (above 0 and below the margin), ruled out (below the
-margin), or undecided. With m comparisons in the study each bound is wrong with probability alpha / m at most. The true
-loss of a comparison is either at most 0, or up to the margin, or above it, and in each of the three cases only one of
-the two bounds can make its verdict wrong. So all these verdicts of a study are right together with probability
-1 - alpha (Finner and Strassburger 2002 call this partitioning). Holm's step-down has nothing to add to that, because
-one of the three cases always stays true; it would only correct each kind of verdict by itself.
+**Does the typical run lose?** Its loss is the median over seeds, with one bound on each side. A verdict is read from
+the two: a material loss (above the margin), a small loss (above 0 and below the margin), ruled out (below the margin),
+or undecided. With m comparisons in the study each bound is wrong with probability alpha / m at most. The true loss of a
+comparison is either at most 0, or up to the margin, or above it. In each of the three cases only one of the two bounds
+can make its verdict wrong. So all these verdicts of a study are right together with probability 1 - alpha (Finner and
+Strassburger 2002 call this partitioning). Holm's step-down would add nothing, because one of the three cases always
+stays true; it would only correct each kind of verdict by itself.
 
 **More often than the sequential runs?** Each of these two questions has one test, McNemar's, and Holm's correction over
 all comparisons of the study. So alpha holds for each of the three questions, and 3 alpha for a study.
@@ -40,7 +40,8 @@ from .inference import (
 Verdict = Literal["material loss", "small loss", "ruled out", "undecided", "more often", "not shown"]
 Failing = Literal["below", "unconverged"]
 FAILINGS: tuple[Failing, ...] = ("below", "unconverged")
-# Decimals of a difference. 0.95 - 0.94 is above 0.01 by a rounding error, and of 300 test samples three are often lost.
+# Decimals of a difference. As floats, 0.95 - 0.94 is a little above 0.01, which is a usual margin. A loss of exactly
+# 0.01 is frequent: three of 300 test samples.
 DIGITS = 10
 
 
@@ -50,12 +51,12 @@ class Rules:
 
     Attributes:
         higher_is_better: of the metric.
-        alpha: how likely any wrong verdict on one of the three questions may be.
+        alpha: the largest probability of any wrong verdict on one of the three questions.
         margin: the smallest loss of the metric that matters.
         collapse: a run that loses this much against the sequential run of its seed has collapsed.
-        target: what a run should reach; None for a bound made of the sequential runs of the other seeds,
-        target_level: below which one more such run would fall with this probability,
-        deviation_floor: their standard deviation not taken as smaller than this.
+        target: what a run should reach; None for a bound from the sequential runs of the other seeds.
+        target_level: the probability that one more sequential run falls below such a bound.
+        deviation_floor: the smallest standard deviation that such a bound is made with.
         converged_share: a run has converged if its training loss came down by this share of how far it does in
             sequential runs.
     """
@@ -71,7 +72,7 @@ class Rules:
 
     @property
     def sign(self) -> float:
-        """What turns a metric into one of which more is better."""
+        """The factor that turns a metric into one of which more is better: 1, or -1 for a loss."""
         return 1.0 if self.higher_is_better else -1.0
 
 
@@ -124,9 +125,9 @@ class Comparison:
         collapse_at_most: what is not ruled out as the probability of a collapse, at level 1 - alpha.
         counts: by what runs fail in.
         missing: declared seeds that are not there yet.
-        unable: why nothing can be decided of it, whatever its runs say; "" if something can.
-        search_failed: by which untuned rule this tuned arm, or its tuned sequential runs, are beaten; "" for none.
-        size_open: of an undecided one, whether it is shown that the typical run loses, and only its size is open.
+        unable: why nothing can be decided, whatever its runs say; "" if something can.
+        search_failed: which untuned rule beats this tuned arm, or its tuned sequential runs; "" if none does.
+        size_open: whether it is undecided, but shown that the typical run loses, so that only the size is open.
         verdicts, sentences: by claim: "loses", "below", "unconverged".
     """
 
@@ -160,8 +161,8 @@ class Reference:
         target: what one more run should reach; nan where fewer than two runs are finite and none was declared.
         targets: by seed: what a run of it should reach, by the runs of the other seeds.
         loss_bound: the highest training loss that counts as converged; inf if it is not known.
-        failed: numbers of runs that failed, by what in; and that were not finite.
-        not_finite: a number of runs.
+        failed: how many runs failed, by what they failed in.
+        not_finite: how many runs were not finite.
     """
 
     outcomes: dict[int, Outcome]
@@ -182,7 +183,7 @@ class Reference:
 
 @dataclass
 class Judgement:
-    """What a study comes to: the sequential runs by place, and every comparison with them; `tests` are declared."""
+    """The outcome of a study: its sequential runs by place, and the comparisons with them, of `tests` declared ones."""
 
     rules: Rules
     tests: int
@@ -203,9 +204,9 @@ def judge(
         sequential: place -> seed -> how the run ended.
         weak: the same; of each place, `sequential` has the reference.
         rules: as declared.
-        planned: every place that the study compares -> its declared seeds: the correction is for all places. Before
-            all seeds of a place are there, nothing is decided of it: who looks again and again, and stops at a
-            verdict, finds one in the end whatever the truth. None: what is given is all there is.
+        planned: every place that the study compares -> its declared seeds. The correction is for all places. Nothing is
+            decided about a place before all of its seeds are there, because whoever looks again and again, and stops
+            at a verdict, finds one in the end whatever the truth is. None: what is given is all there is.
         more: comparisons of the study that are judged elsewhere, at the same level (see `causes`).
     """
     references = {place: reference_of(outcomes, rules) for place, outcomes in sequential.items()}
@@ -213,6 +214,7 @@ def judge(
     tests = places + more
     comparisons = [compare(place, weak[place], references[place.reference], rules, tests) for place in weak]
     for failing in FAILINGS:
+        # A place without runs still counts: left out, it would make the correction of the others weaker.
         missing = [1.0] * (places - len(comparisons))
         adjusted = holm([c.counts[failing].p for c in comparisons] + missing)
         for c, value in zip(comparisons, adjusted):
@@ -265,7 +267,7 @@ def _loss_bound(outcomes: Sequence[Outcome], share: float) -> float:
 
 
 def _fails(outcome: Outcome, seed: int, reference: Reference, failing: Failing, rules: Rules) -> bool:
-    """Whether a run of this seed fails; a sequential run is judged as any other, by the runs of the other seeds."""
+    """Whether a run of this seed fails. A sequential run is judged like any other, by the runs of the other seeds."""
     if outcome.metric is None:
         return True
     if failing == "unconverged":
@@ -274,7 +276,7 @@ def _fails(outcome: Outcome, seed: int, reference: Reference, failing: Failing, 
 
 
 def _worst(metric: float | None, rules: Rules) -> float:
-    """A metric of which more is better; the worst there is for a run that stopped being finite."""
+    """A metric of which more is better; -inf, the worst there is, for a run that stopped being finite."""
     return -math.inf if metric is None else rules.sign * metric
 
 
@@ -317,9 +319,9 @@ def compare(
 
 
 def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rules: Rules) -> str:
-    """The untuned rule that does better than a tuned arm, which shows that the search of the arm failed; "" for none.
+    """Which untuned rule does better than a tuned arm, in words; "" for none. It shows that the arm's search failed.
 
-    One test at level alpha for each rule, not corrected: a loss after a search that may have failed is no verdict.
+    One test at level alpha for each rule, not corrected: a doubtful search is reason enough to give no verdict.
     """
     for rival in rivals_of(place):
         if rival in values and place in values:
@@ -332,13 +334,14 @@ def beaten(place: Place, values: Mapping[Place, Mapping[int, float | None]], rul
 
 
 def conclude(c: Comparison, rules: Rules, tests: int, missing: int, failed: str, reference_failed: str) -> None:
-    """Fills in verdicts and sentences; the last two arguments say by what the searches are beaten, if they are."""
+    """Fills in verdicts and sentences. The last two say which rule beats the arm's search, and its reference's."""
     unable = undecidable(len(c.losses), missing, rules.alpha / tests, f"one of {tests} comparisons")
     if unable:
         unable = f"not enough evidence: {unable}"
     c.missing, c.unable = missing, unable
     verdict: Verdict = "undecided"
     verdict, why = (verdict, unable) if unable else _verdict(c, rules)
+    # A failed search makes its own side worse: it can feign a loss of this arm, or hide one.
     if failed and verdict in ("material loss", "small loss"):
         verdict, why = "undecided", f"the search failed, so a loss says nothing of the batch: {failed}"
     elif reference_failed and verdict in ("small loss", "ruled out"):

@@ -18,7 +18,7 @@ from .declaration import OPERATION, SYNCHRONISED, Study, Variant
 from .splits import check_base_splits, check_splits
 from .tuning import FIRST_SEED
 
-# More tell no more than these, and the tests' numbers still fit.
+# More seeds would tell no more, and the numbers of the sign test still fit into a float.
 _MOST_SEEDS = 1000
 
 
@@ -36,7 +36,8 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     for key, value in (overrides or {}).items():
         lay_over(values, key, value)
     block = values.pop("study", None)
-    values.pop(SCHEMA_KEY, None)  # so that it is no part of the declaration
+    # For editors alone. Left in, it would be a part of the declaration.
+    values.pop(SCHEMA_KEY, None)
     if not isinstance(block, dict):
         raise UserError(f'{path}: a study needs a "study" block {{...}} beside the config that it varies.')
     try:
@@ -47,7 +48,9 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     epochs = base.trainer.epochs
     check_budgets(path, study.arms, study.budgets, study.epochs, epochs, study.max_epochs, study.variants)
     if "weak_tuned" in study.arms and "lr" not in base.optimizer.params:
-        raise UserError(f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given.')
+        raise UserError(
+            f'{path}: the arm weak_tuned searches around "optimizer.params.lr", which is not given. Give it.'
+        )
     if "weak_tuned" in study.arms and study.tuning.momentum and momentum_key(base.optimizer.type) is None:
         raise UserError(
             f'{path}: the arm weak_tuned tries "study.tuning.momentum", and {base.optimizer.type} has no momentum. '
@@ -69,6 +72,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
     for name, change in changes.items():
         own, source = copy.deepcopy(values), f'{path}: study.variants "{name}"' if name else path
         for key, value in change.items():
+            # Variants are compared with the base by seed, and judged by the same rules.
             if key.startswith("study.") or key == "trainer.seed":
                 why = "every arm sets it" if key == "trainer.seed" else "it belongs to the whole study"
                 raise UserError(f"{source} sets {key}, and no variant can: {why}.")
@@ -81,6 +85,7 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[S
             raise UserError(f"{source} changes nothing: it has the values of the base config.")
         config = check_base(own, source)
         check_base_splits(study.splits, config, source)
+        # After the checks, so that they speak of what the user wrote.
         for key, value in OPERATION.items():
             lay_over(own, key, value)
         variants.append(Variant(name, own, config, bool(change.get(SYNCHRONISED, False))))
@@ -93,11 +98,9 @@ def _checked(block: Mapping[str, Any]) -> Study:
         block = {**block, "seeds": list(range(min(count, _MOST_SEEDS + 1)))}
     study: Study = build(Study, dict(block), "study.")
     if len(study.seeds) < 2:
-        raise UserError('"study.seeds" must be at least 2: one seed tells nothing about the variation over seeds.')
+        raise UserError('"study.seeds" must be at least 2: one seed says nothing of how much runs vary.')
     if len(study.seeds) > _MOST_SEEDS:
-        raise UserError(
-            f'"study.seeds" asks for more than {_MOST_SEEDS:,} seeds, which is the most that a study takes.'
-        )
+        raise UserError(f'"study.seeds" asks for more than {_MOST_SEEDS:,} seeds. No study takes more: use fewer.')
     for name, given, known in (("arms", study.arms, NAMES), ("budgets", study.budgets, ("epochs", "updates"))):
         for value in given:
             if value not in known:
@@ -144,8 +147,8 @@ def _checked(block: Mapping[str, Any]) -> Study:
             raise UserError(f'"study.{name}" is "{metric}". It must be <split>/<metric>, such as test/accuracy.')
     if study.tuning.metric.startswith("test/"):
         raise UserError(
-            f'"study.tuning.metric" is "{study.tuning.metric}". A rate that was chosen on the test set would make the '
-            "test meaningless. Use validation."
+            f'"study.tuning.metric" is "{study.tuning.metric}". A rate that is chosen on the test set would make the '
+            "test meaningless. Use a metric of validation."
         )
     if study.metric.endswith("/loss") and study.direction == "max":
         raise UserError(

@@ -1,4 +1,4 @@
-"""What every command needs that makes many runs: their number at a time, Ctrl-C, a locked folder. It loads no torch."""
+"""For all commands that make many runs: how many at a time, Ctrl-C, a locked folder. It loads no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..record.folder import refuse_foreign
 
 
 def begin(folder: Path, declaration: str, task: str) -> None:
-    """Says that data and task are looked at, which may take long. Before that, the folder.
+    """Checks the output folder, and says that data and task are looked at next, which may take long.
 
     Args:
         folder: the output folder; it need not exist.
@@ -31,7 +31,9 @@ def begin(folder: Path, declaration: str, task: str) -> None:
     above = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "which cannot be written to" if above.is_dir() else "which is no folder"
-        raise UserError(f"The output folder {folder} cannot be made or used: it is, or lies in, {above}, {why}.")
+        raise UserError(
+            f"The output folder {folder} cannot be made or used: it is, or lies in, {above}, {why}. Choose another."
+        )
     if not (folder / declaration).exists():
         refuse_foreign(folder)
     say(f"looking at the data and the model of {task}; no run is started yet")
@@ -48,7 +50,7 @@ def check_code(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], 
     if before.get("task_code_sha256", now["task_code_sha256"]) != now["task_code_sha256"]:
         raise UserError(
             f"{folder} holds runs of another version of the task: its file, or what it imports, has changed.\nRuns of "
-            f"two versions cannot be compared. Put back what it was to continue, or choose another {key}."
+            f"two versions cannot be compared. Undo the change to continue, or choose another {key}."
         )
 
 
@@ -62,6 +64,7 @@ def duration(seconds: float) -> str:
 def devices_for(config: Config, wanted: int | None) -> tuple[bool, int]:
     """Whether runs use GPUs, and how many there are at a time."""
     gpus = usable_gpus(config.trainer.device)
+    # The cores that this process may use, which can be fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) // config.trainer.cpu_threads
     return gpus > 0, min(wanted or 10**6, gpus or max(1, cores))
 
@@ -69,6 +72,7 @@ def devices_for(config: Config, wanted: int | None) -> tuple[bool, int]:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """A context in which SIGTERM has the effect of Ctrl-C."""
+    # Python sets signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,4 +96,6 @@ def locked(folder: Path, what: str = "study") -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{folder} is in use: another {what} runs there.") from None
+        raise UserError(
+            f"{folder} is in use: another {what} runs there. Wait for it to end, or choose another folder."
+        ) from None

@@ -12,7 +12,10 @@ from .inference import ratio_interval
 
 @dataclass(frozen=True)
 class Scale:
-    """tr(Sigma) / |G|^2 in samples, of means over seeds, and its interval. inf where |G|^2 cannot be told from 0."""
+    """tr(Sigma) / |G|^2 in samples (McCandlish et al. 2018), from means over seeds, and its interval.
+
+    inf where |G|^2 cannot be told from 0.
+    """
 
     value: float
     low: float
@@ -40,6 +43,7 @@ def scales_by_epoch(runs: Sequence[Mapping[str, Any]], alpha: float) -> dict[int
 def _scale(traces: Sequence[float], squares: Sequence[float], alpha: float) -> Scale | None:
     if not traces:
         return None
+    # The ratio of two means, and not the mean of ratios: |G|^2 of one seed may be close to 0.
     below = math.fsum(squares)
     return Scale(math.fsum(traces) / below if below > 0 else math.inf, *ratio_interval(traces, squares, alpha))
 
@@ -49,5 +53,6 @@ def _means(run: Mapping[str, Any], name: str) -> dict[int, float]:
     found: dict[int, list[float]] = {}
     curve = run["curves"].get(name, {"epoch": [], "value": []})
     for epoch, value in zip(curve["epoch"], curve["value"]):
+        # The tolerance is for rounding: a window that ends with an epoch belongs to it.
         found.setdefault(math.ceil(epoch - 1e-9), []).append(value)
     return {epoch: math.fsum(values) / len(values) for epoch, values in found.items()}

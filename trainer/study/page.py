@@ -1,6 +1,6 @@
 """`python -m trainer report`: the results of a study as tables, figures and one page that opens in any browser.
 
-Made of `study.json`, `runs/`, `tuning/` and `timing/` alone. The page has no script and asks nobody for anything; its
+Everything is made of `study.json`, `runs/`, `tuning/` and `timing/`. The page has no script and loads nothing. Its
 figures are part of it, and lie beside it as SVG and PDF.
 """
 
@@ -44,14 +44,18 @@ from .variance import variance_sentences, variance_table
 
 
 def report(folders: Sequence[str], paper: str | None = None) -> int:
-    """Prints the verdicts of studies and writes their tables and pages. Returns the exit code. Raises UserError.
+    """Prints the verdicts of studies and writes their tables and pages. Returns the exit code.
 
     Args:
         folders: of the studies.
         paper: a page to write with all of them; None for none.
+
+    Raises:
+        UserError: a folder is not a study's, or a paper cannot be written to `paper`.
     """
     from .paper import check_paper, write_paper
 
+    # First, so that a mistake in --paper is told before any report is written.
     if paper is not None:
         check_paper(folders, paper)
     for folder in folders:
@@ -68,7 +72,7 @@ def write_report(folder: Path) -> Path:
         The page.
 
     Raises:
-        UserError: the folder is none of a study, or a package is missing.
+        UserError: the folder is not a study's, or a package is missing.
     """
     from .hparams import write_hparams
 
@@ -175,12 +179,12 @@ def _block(results: Results, variant: str, budget: str) -> str:
     about = (
         f"Difference of the typical run to the sequential run of its seed (the typical sequential run has "
         f"{shown_value(reference.centre)}; tuned arms, LARS and LAMB have sequential runs of their own), the verdict "
-        "on a loss, the interval where it is undecided (which does not mean no loss), and how many runs collapsed, if "
-        "any."
+        "on a loss, the interval where it is undecided (undecided does not mean that nothing is lost), and how many "
+        "runs collapsed, if any."
     )
     failing = (
-        "Runs that miss the target, and runs that do not converge; in brackets the sequential runs of the same "
-        "seeds that do. Bold where it is shown that these runs do so more often."
+        "Runs that miss the target, and runs that do not converge. The number in brackets counts the sequential runs "
+        "of the same seeds that fail so. Bold: it is shown that the runs of this arm fail more often."
     )
     return (
         f"<h3>Does the typical run lose {escape(results.study.metric)}? {escape(what)}</h3><p>{escape(about)}</p>"
@@ -275,8 +279,8 @@ def _searches(results: Results) -> str:
         rows.append([name, str(_settings(search["best"])), edges or "none", seen])
     return (
         f"<h2>Searches</h2><p>{len(rows):,} searches by {escape(results.study.tuning_metric)}: what each found, and "
-        "the three settings with the best means (of one seed or more). What lies at the edge of what was tried may not "
-        "be the best there is.</p>" + table(rows, ["search", "found: rate", "at the edge", "rate: mean"])
+        "the three settings with the best means (of one seed or more). Beyond the edge of what was tried there may be "
+        "something better.</p>" + table(rows, ["search", "found: rate", "at the edge", "rate: mean"])
     )
 
 
@@ -330,8 +334,8 @@ def _trials_table(results: Results) -> str:
     header = ["W", "trials", "one at a time on W, s", "W at once, s", "best mix, s", "which is", "speed-up"]
     whole = "" if results.timings.max_steps is None else f" of {results.timings.max_steps:,} steps"
     return (
-        "<h2>Where the devices serve a search best</h2><p>Seconds until the best of so many configurations is known, "
+        "<h2>Where the devices serve a search best</h2><p>Seconds until the best of this many configurations is known, "
         f"for runs{whole} that take {trial_s:.3g} s on one device, and do not need one another's results. W trials at "
-        "once waste no device as long as there are W trials left; one run on W ranks shows its result sooner, and lets "
-        "a search learn from it before the next.</p>" + table(rows, header)
+        "once waste no device while there are W trials left. One run on W ranks shows its result sooner, and lets a "
+        "search learn from it before the next.</p>" + table(rows, header)
     )

@@ -1,8 +1,8 @@
 """`python -m trainer report FOLDER ... --paper FILE`: several studies as one short paper.
 
-Everything in it follows from the studies' folders. The rules are those that were declared; numbers and verdicts are
-those of their pages. What speaks against the claim has a section of its own, and so has what is undecided. It is
-written as a page that opens in any browser, and as Markdown beside it.
+Everything in it follows from the studies' folders: the rules are those that were declared, and numbers and verdicts are
+those of the report pages. What speaks against the claim has a section of its own, and so has what is undecided. The
+paper is a page that opens in any browser, with the same text as Markdown beside it.
 """
 
 from __future__ import annotations
@@ -52,24 +52,26 @@ from .variance import variance_sentences
 
 
 def check_paper(folders: Sequence[str], file: str) -> None:
-    """Raises UserError if a paper cannot be written: before anything else is."""
+    """Raises UserError if a paper cannot be written. Called before anything else is written."""
     if Path(file).suffix != ".html":
-        raise UserError(f"--paper names the page to write. It has to end in .html, and is {file}.")
+        raise UserError(f"--paper names the page to write. It has to end in .html, but is {file}.")
     paths = [Path(folder).resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(f"The folder {path} is given twice.")
+            raise UserError(f"The folder {path} is given twice. Name each study once.")
     names = [Path(folder).resolve().name for folder in folders]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"Two of the folders are called {twice[0]}. A paper tells studies apart by these names.")
+        raise UserError(
+            f"Two of the folders are called {twice[0]}. A paper tells studies apart by these names: rename one of them."
+        )
 
 
 def write_paper(folders: Sequence[str], file: str) -> Path:
     """Writes the paper of some studies. Returns its path; the Markdown has the same name with .md.
 
     Raises:
-        UserError: a folder is none of a study.
+        UserError: a folder is not a study's.
     """
     path = Path(file)
     studies = [Results(Path(folder).resolve()) for folder in folders]
@@ -77,6 +79,7 @@ def write_paper(folders: Sequence[str], file: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f"{path.stem}-figures")
     pictures = [picture for study in studies for picture in _pictures(study, folder)]
+    # Each file appears whole, so that nobody reads half of a paper.
     for target, text in ((path, _page(blocks, pictures)), (path.with_suffix(".md"), _markdown(blocks))):
         with whole_file(target, synced=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -111,7 +114,7 @@ def _blocks(studies: Sequence[Results]) -> Iterable[Block]:
     yield Block("h2", ["In short"])
     yield Block(
         "p",
-        ["Of how many rules for weak scaling it is shown that they lose more than the margin, or that they do not:"],
+        ["How many rules for weak scaling are shown to lose more than the margin, and how many are shown not to:"],
     )
     yield in_short(studies)
     yield Block("h2", ["Cost"])
@@ -175,7 +178,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-# A study with more blocks than this shows the first alone: its page has them all.
+# A study with more blocks than this shows only the first in the paper; its page has them all.
 _BLOCKS = 4
 
 

@@ -23,22 +23,22 @@ QUESTION = (
     "weak run lose against the sequential run of its seed, how many runs fail, and what does strong scaling give?"
 )
 _THREATS = (
-    "The models and datasets are not those of the paper. They are small enough for many seeds, and large models may "
-    "behave in another way.",
+    "The models and datasets are not those of the paper. They are small enough for many seeds. Large models may behave "
+    "in another way.",
     "A weak run on W ranks was computed exactly on fewer: its bits follow from its global batch and its micro-batches. "
-    "So accuracy is that of W ranks, and speed is not measured by it.",
-    "Strong scaling goes as far as a batch has micro-batches. Where weak scaling loses at more ranks than that, strong "
-    "scaling is no alternative at the same number of ranks: it is one at fewer.",
-    "Rules start from the base's rate, and with another one a rule may lose more or less. A loss of a rule is the "
-    "rule's. Tuned arms ask what a larger batch and the fewer updates that go with it cost, within the ranges that "
-    "were searched.",
-    "The control of as few updates sees W times fewer samples. So no cause here tells updates from samples.",
-    "At equal epochs a loss may come from a budget that is short for the sequential run, too.",
+    "So its accuracy is that of W ranks. Its time says nothing about the speed of W ranks.",
+    "Strong scaling can use as many ranks as a batch has micro-batches. Where weak scaling loses at more ranks than "
+    "that, strong scaling is no alternative at the same number of ranks, but only at fewer.",
+    "Rules start from the base's rate. With another rate a rule may lose more or less. So a loss of a rule is the loss "
+    "of this rule. Tuned arms ask what a larger batch costs, with the fewer updates that go with it, within the ranges "
+    "that were searched.",
+    "The control of as few updates also sees W times fewer samples. So no cause here tells updates from samples.",
+    "At equal epochs a loss may come from a budget that is too short for the sequential run as well.",
     "Alpha holds for each study by itself. Over several studies wrong verdicts add up, and margins differ.",
     "A verdict is about the typical run. The rate of collapses that is not ruled out is given with each comparison.",
     "A run that is counted as not converged was trained less far than sequential runs. It may predict as well.",
-    "A folder shows that its runs follow its declaration. It cannot show what was known when that was written: a "
-    "design may follow earlier studies.",
+    "A folder shows that its runs follow its declaration. It cannot show what was known when the declaration was "
+    "written: a design may follow earlier studies.",
 )
 
 
@@ -88,7 +88,7 @@ def abstract(studies: Sequence[Results]) -> str:
         f"{counted(len(studies), 'study', 'studies')} of weak scaling, each comparison with sequential "
         f"runs of the same seeds. {' '.join(parts)}"
         + (strong if most else "")
-        + (f" {shared:,} runs are the same in several studies, so these are not independent." if shared else "")
+        + (f" {shared:,} runs are the same in several studies, so these studies are not independent." if shared else "")
     )
 
 
@@ -99,7 +99,7 @@ def _speeds(study: Results) -> dict[int, float]:
 
 
 def _shared_runs(studies: Sequence[Results]) -> int:
-    """Models that several studies have in common, whatever else their configs say."""
+    """How many models several studies have in common. Equal parameters count, even if the configs differ."""
     counts = Counter(h for study in studies for h in {run["parameters_sha256"] for run in study.runs.values()} if h)
     return sum(count > 1 for count in counts.values())
 
@@ -119,7 +119,7 @@ def _kind_of(c: Comparison) -> str:
 
 
 def by_data(studies: Sequence[Results]) -> Block:
-    """How often each verdict was found at equal epochs, by task and data, which several studies may share."""
+    """How often each verdict was found at equal epochs, by task and data. Several studies may share these."""
     found: dict[str, list[Comparison]] = {}
     for study in studies:
         own = [c for c in study.weak if c.place.budget == "epochs"]
@@ -194,12 +194,13 @@ def weighed(studies: Sequence[Results]) -> Iterable[Block]:
                 words = "" if _kind_of(c) in ("material loss", "undecided") else f" ({_kind_of(c)})"
                 by_arm.setdefault(_arm_of(study, c), []).append(f"{c.place.world_size}{words}")
             if "material loss" in kinds:
-                # The claim is about convergence, too, whatever the typical run loses.
+                # The claim is also about convergence, so this counts even where the typical run loses nothing.
                 for c in study.weak:
                     if c.verdicts["unconverged"] == "more often" and c not in own:
                         less_often = f"{_arm_of(study, c)} converges less often"
                         by_arm.setdefault(less_often, []).append(str(c.place.world_size))
             said = [f"{arm} at W = {', '.join(sizes)}" for arm, sizes in by_arm.items()]
+            # The claim says that strong scaling pays. So a run that is slower on more ranks speaks against it.
             for W, speed in _speeds(study).items():
                 if kinds == (("material loss",) if speed > 1 else ("ruled out", "small loss")):
                     said.append(f"strong scaling is {speed:.2f} times as fast as one rank at W = {W}")
@@ -229,7 +230,7 @@ def _tally(kinds: Sequence[str]) -> str:
 
 
 def threats(studies: Sequence[Results]) -> list[str]:
-    """What limits the results: what limits any of these studies, and what each of them shows by itself."""
+    """What limits the results: of every study, and then of each of these by itself."""
     lines = [*_THREATS]
     for study in studies:
         name = name_of(study)
@@ -265,5 +266,5 @@ def cost(studies: Sequence[Results]) -> str:
     models = sorted({str(run["device_model"]) for run in runs})
     return (
         f"{len(runs):,} runs, {hours:,.1f} hours of runs on one rank each, on {' and '.join(models)}. A study "
-        "that is interrupted goes on where it was."
+        "that is interrupted continues where it was."
     )

@@ -14,7 +14,7 @@ from .power import paired, power, seeds_for
 from .trend import families_of
 from .tuning import runs_of_search
 
-# What a study should at least be able to do.
+# The power that a study should have at least: with less, the plan says how many seeds would give it.
 _WANTED = 0.8
 
 
@@ -32,12 +32,10 @@ def plan_text(plan: Plan) -> str:
 
 
 def _judged(study: Study) -> str:
-    """By what runs are judged: whoever reads it sees a wrong direction or unit before the runs."""
+    """How runs are judged, in one line, so that a wrong direction or unit is seen before the runs."""
     better = "more" if study.direction == "max" else "less"
     target = "a bound from the sequential runs" if study.target is None else f"{study.target:g}"
-    return (
-        f"judged by {study.metric}, of which {better} is better; a loss of {study.margin:g} matters; target: {target}"
-    )
+    return f"judged by {study.metric} ({better} is better); a loss of {study.margin:g} matters; target: {target}"
 
 
 def _timing(study: Study) -> list[str]:
@@ -102,7 +100,7 @@ def _repeats(plan: Plan) -> list[str]:
 
 
 def power_lines(plan: Plan) -> list[str]:
-    """What the declared seeds can decide, in words: whether anything, and how likely that nothing lost is seen."""
+    """What the declared seeds can decide, in words; and how likely they rule out a loss where there is none."""
     study, tests = plan.study, plan.comparisons()
     if not tests:
         return []
@@ -113,7 +111,8 @@ def power_lines(plan: Plan) -> list[str]:
             f"{tests} comparisons: {tests - against} with sequential runs, and {against} of weak runs with sequential "
             "runs of as few updates"
         )
-    ways = {cell.id is None: None for cell in plan.cells if cell.arm in COMPARED}  # searched or not, the latter first
+    # Searched or not, the latter first. A dictionary, because a set has no order.
+    ways = {cell.id is None: None for cell in plan.cells if cell.arm in COMPARED}
     for searched in ways:
         n = len(study.searched_seeds if searched else study.seeds)
         what, count = ("searched arms, ", f"{n} searches") if searched else ("", f"{n} seeds")
@@ -165,7 +164,7 @@ def question_lines(plan: Plan) -> list[str]:
                 continue
             line = f"power: {tests} {what}: {agreeing} of {n} seeds that agree are enough for each"
             if sides == 2 and study.expected_deviation is not None:
-                # Of four runs, if what a seed gives all of them has no effect.
+                # Of four runs, if what a seed gives all of them has no effect: sqrt(4) times the deviation of one.
                 deviation, larger = 2 * study.expected_deviation, 2 * study.margin
                 reached = power(n, level, larger, deviation)
                 line += f"; a loss that is {larger:g} larger is shown with probability {reached:.2g} (normal runs)"

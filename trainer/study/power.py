@@ -1,4 +1,4 @@
-"""What a study can decide, before its runs: how many seeds agree if nothing is lost, and how often that is enough."""
+"""What a study can decide, calculated before its runs: how often enough seeds agree if nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .inference import least_agreeing, seeds_needed
 
 
 def power(n: int, level: float, margin: float, deviation: float) -> float:
-    """How likely a comparison rules out a loss of the margin if nothing is lost. Runs are taken as normal.
+    """The probability that a comparison rules out a loss of the margin if nothing is lost. Runs are taken as normal.
 
     As the test is symmetric, it is also how likely a loss of twice the margin is called material.
 
@@ -33,5 +33,5 @@ def seeds_for(wanted: float, level: float, margin: float, deviation: float, most
 
 
 def paired(deviation: float) -> float:
-    """The standard deviation of the difference of two runs: if what a seed gives both has no effect, sqrt(2) times."""
+    """The standard deviation of the difference of two runs: sqrt(2) times one's, if a seed in common has no effect."""
     return math.sqrt(2) * deviation

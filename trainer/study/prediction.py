@@ -1,9 +1,14 @@
 """Predicts times on more ranks than there are: pure arithmetic on measured times.
 
-A step on W ranks takes as long as the rank with most micro-batches computes, plus what every rank does once (the
-optimizer and the rest), plus the exchange: its messages' latency, growing with log2 W, and the bytes that a rank
-receives, over the bandwidth. How many messages and bytes there are follows from the plan and the summation tree. What
-the model leaves out: ranks that wait for one another, and cores or links that they share.
+A step on W ranks takes the sum of three times:
+
+- the micro-batches of the rank that has most of them;
+- what every rank does once: the optimizer and the rest;
+- the exchange: the latency of its messages, which grows with log2 W, and the bytes that a rank receives over the
+  bandwidth.
+
+The numbers of messages and bytes follow from the plan and the summation tree. The model leaves out two things: ranks
+that wait for one another, and cores or links that they share.
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ class Measured:
         once_s: what a step takes besides its micro-batches.
         latency_s: of a message between two ranks.
         bytes_per_s: that a rank receives.
-        micro_batches: M.
-        floats: of the gradient; `record_floats` of what each micro-batch carries besides.
+        micro_batches: M, of a global batch.
+        floats: of the gradient.
+        record_floats: what each micro-batch carries besides its gradient.
     """
 
     micro_batch_s: float
@@ -38,11 +44,15 @@ class Measured:
 
 
 def exchange(M: int, W: int, floats: int, record_floats: int = 2) -> tuple[int, int]:
-    """(collectives, bytes that the busiest rank receives) of the exact sum of M micro-batches over W ranks."""
+    """(collectives, bytes that the busiest rank receives) of the exact sum of M micro-batches over W ranks.
+
+    As in `exact.exchange`: in one collective, or in two, where each rank first adds a shard of the gradient.
+    """
     if W == 1:
         return 0, 0
     counts = [len(cover(M, W, rank)) for rank in range(W)]
     most, records = max(counts), -(-M // W) * record_floats
+    # An all-gather moves equal pieces, so each one counts as the longest. A float has 4 bytes.
     if is_direct(M, W, floats):
         return 1, (W - 1) * (most * floats + records) * 4
     shard = -(-floats // W)
@@ -83,15 +93,15 @@ class SearchTimes:
 def search_times(trial_s: float, speed_ups: dict[int, float], W: int, trials: int) -> SearchTimes:
     """How long a search of `trials` runs takes on W devices.
 
-    Trials that do not need one another's results are assumed, which is in favour of W at once: a search that learns
-    from each trial gains from having them one after the other.
+    It assumes trials that do not need one another's results. This favours W trials at once, because a search that
+    learns from each trial gains from having them one after the other.
 
     Args:
         trial_s: one run on one device.
-        speed_ups: of a run on so many ranks; of 1, of W, and of its divisors that are possible.
+        speed_ups: number of ranks -> speed-up of a run: for 1, W, and the divisors of W that are possible.
         W: devices.
         trials: how many.
     """
     times = {k: math.ceil(trials / (W // k)) * trial_s / s for k, s in speed_ups.items() if W % k == 0}
-    group = min(times, key=lambda k: (times[k], k))
+    group = min(times, key=lambda k: (times[k], k))  # of equally fast groups the smallest
     return SearchTimes(trials, times[W], times[1], times[group], group)

@@ -1,4 +1,4 @@
-"""Reads and judges a study's folder; its runs as rows. Sentences and page are made of these."""
+"""Reads and judges a study's folder, and lays its runs out as rows. Sentences and page are made from these."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from .prediction import speed_up
 from .splits import REPEATED, split_of
 from .timing import Timings, read_timings
 
-# What study.json has to hold, and as what.
+# What study.json has to hold, and of which type.
 _PARTS = {"study": dict, "base": dict, "cells": list, "searches": dict, "strong": list}
-# The parts of study.json that say how it came about, and declare nothing.
+# The parts of study.json that say when and how it was started. They declare nothing.
 _ORIGIN = ("command", "declared_at_s")
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> result, of all finished runs. Other files in runs/ are passed over with a note."""
+    """Run id -> result, of all finished runs. Other files in runs/ are ignored, with a note."""
     results = {}
     for file in sorted((folder / "runs").glob("*.json")):
         try:
             result = read_json(file)
         except UserError:
             result = {}
-        # A copy has another name than its content says, and a changed run another config or end.
+        # The name of a copy is not the id in it, and a config that was edited has another hash.
         if _is_result(result) and result.get("id") == file.stem == id_of_values(result["config"]):
             results[file.stem] = result
         else:
-            say(f"note: {file} is not the result of a run, and is passed over")
+            say(f"note: {file} is not the result of a run, and is ignored")
     return results
 
 
@@ -58,7 +58,7 @@ def _is_result(result: Mapping[str, Any]) -> bool:
 
 
 def digest_of(declared: Mapping[str, Any]) -> str:
-    """A hash of what is declared before the runs: each run keeps it, so that a later change is noticed.
+    """A hash of what is declared before the runs. Each run keeps it, so that a later change is noticed.
 
     Args:
         declared: what study.json holds.
@@ -68,7 +68,7 @@ def digest_of(declared: Mapping[str, Any]) -> str:
 
 
 def declared_otherwise(runs: Mapping[str, Mapping[str, Any]], digest: str) -> int:
-    """How many runs were made under a declaration with another digest. Early runs kept none, and are not counted."""
+    """How many runs were made under a declaration with another digest. Older runs kept none, and are not counted."""
     return sum(run.get("declaration_sha256", digest) != digest for run in runs.values())
 
 
@@ -82,16 +82,16 @@ def metric_of(result: Mapping[str, Any], metric: str) -> float | None:
 def outcome_of(result: Mapping[str, Any], metric: str, start: float | None = None) -> Outcome:
     """How a run ended: its metric, and its training loss before the first update (see `starts`) and at the end."""
     losses = result["curves"].get("train/loss", {"value": []})["value"]
-    tenth = -(-len(losses) // 10)
+    tenth = -(-len(losses) // 10)  # rounded up, so that a short curve has an end, too
     return Outcome(metric_of(result, metric), start, statistics.fmean(losses[-tenth:]) if tenth else None)
 
 
 def starts(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The training loss of each run before its first update, as far as it is known: id -> loss.
 
-    Runs of one seed and one model start from the same parameters. A run logs means over windows of updates, which are
-    longer in a longer run; so the start is the first window of those runs of this seed and model that have the shortest
-    one, whose median is taken. Otherwise a run would start lower only because it is longer.
+    Runs of one seed and one model start from the same parameters. A run logs means over windows of updates, and the
+    windows are longer in a longer run. So the start is the median of the first windows of some runs of this seed and
+    model: of those with the shortest window. Otherwise a run would start lower only because it is longer.
     """
     windows: dict[str, list[tuple[int, float]]] = {}
     keys = {}
@@ -119,7 +119,7 @@ class Results:
         study: the declaration in it.
         runs: id -> result.
         starts: id -> its training loss before the first update, where it is known.
-        cells: those with a result, each with its id.
+        cells: of the declared cells those with a result, each with its id.
         planned: place -> declared seeds, of all places that are compared with sequential runs.
         repeats: the finished sequential runs of splits that have several seeds (see `splits`).
         searches: name -> trials and best settings, of searches that have ended.
@@ -225,7 +225,7 @@ class Results:
             n, lost, stuck = len(reference.outcomes), reference.not_finite, reference.failed.get("unconverged", 0)
             if n and max(lost, stuck) > n / 4:
                 what = f"{lost} are not finite" if lost > n / 4 else f"{stuck} did not converge"
-                lines.append(f"{place}: of its {counted(n, 'run')} {what}. What is compared with them says little.")
+                lines.append(f"{place}: of its {counted(n, 'run')} {what}. Comparisons with them say little.")
         return lines
 
     def results_at(self, place: Place) -> list[dict[str, Any]]:
@@ -271,14 +271,14 @@ def epochs_of(results: Results) -> dict[str, int]:
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
-    """One row for each cell that has a result, and for each repeat that is none: plain values, the same keys in all."""
+    """One row for each cell with a result, and for each repeat that is no cell: plain values, the same keys in all."""
     names = sorted({f"{s}/{m}" for run in results.runs.values() for s, ms in run["metrics"].items() for m in ms})
     kept = ["status", "global_batch_size", "micro_batch_size", "samples", "epochs", "steps"]
     kept += ["exactness", "parameters_sha256", "started_at_s", "wall_time_s", "step_time_s", "samples_per_s"]
     kept += ["code_sha256", "device_model"]
     rows = []
     study, known = results.study, {cell["id"] for cell in results.cells}
-    # They have an arm of their own, so that nobody takes them for judged runs.
+    # Repeats get an arm of their own, because they are no judged runs.
     more: list[dict[str, Any]] = [
         {"variant": "", "arm": REPEATED, "budget": "epochs", "world_size": 1} | repeat
         for repeat in results.repeats
@@ -300,7 +300,7 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
 
 
 def _peak_rate(run: Mapping[str, Any]) -> float | None:
-    """The highest learning rate that a run logged, with its rule's factor; of Adam and SGD alike."""
+    """The highest learning rate that a run logged, its rule's factor included; the same for Adam and SGD."""
     values = run["curves"].get("train/learning_rate", {"value": []})["value"]
     return max(values) if values else None
 

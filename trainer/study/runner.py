@@ -71,7 +71,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.
 
     Raises:
-        UserError: something has to change first; before any run.
+        UserError: something is wrong that has to be changed first. Most are raised before any run.
     """
     declared, variants = load_study(path, overrides)
     _check_packages(declared)
@@ -82,6 +82,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
     total = 0
     try:
         with interruptible():
+            # One process looks at the data, and makes the first run later: torch is loaded once.
             slots.grow(1)
             probe, variants = _probed(slots, declared, variants)
             _check_split(declared, probe)
@@ -93,7 +94,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
                 return 0
             with locked(folder):
                 _declare(folder, plan, probe)
-                shutil.rmtree(folder / "running", ignore_errors=True)
+                shutil.rmtree(folder / "running", ignore_errors=True)  # what a killed study left
                 return _make(plan, probe, folder, slots, parallel, cuda)
     except KeyboardInterrupt:
         if dry_run:
@@ -107,7 +108,7 @@ def study(path: str, dry_run: bool = False, overrides: Mapping[str, Any] | None 
 
 
 def _check_packages(declared: Study) -> None:
-    """Raises UserError where a package of the extra `study` is missing: now, and not after the runs."""
+    """Raises UserError where a package of the extra `study` is missing. Called before the runs, not after them."""
     arms = [WEAK[arm] for arm in declared.arms if arm in WEAK]
     needed = {"matplotlib": "the figures"}
     needed |= {"pytorch_optimizer": "LARS and LAMB"} if any(arm.optimizer for arm in arms) else {}
@@ -120,21 +121,26 @@ def _check_packages(declared: Study) -> None:
 
 
 def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[Variant]]:
-    """What the data of the base are, and the variants with their samples. Raises UserError.
+    """Samples, hashes and facts of the base's data; and the variants, with the number of their training samples.
 
-    Where each judged run has a split of its own, every split is looked at, and the base's are those of the first run.
+    Where each judged run has a split of its own, every split is looked at. Those of the first run are returned.
+
+    Raises:
+        UserError: the task, its data or their splits are not what the study needs.
+        WorkerError: the code of the task fails.
     """
     seen: dict[str, dict[str, Any]] = {}
 
     def probe(base: Config, split: int | None) -> dict[str, Any]:
         config = on_split(base, split)
         trainer = config.trainer
+        # Variants often share their data, and reading them may take long.
         key = to_json([trainer.task, trainer.task_options, trainer.train_samples])
         if key not in seen:
             slots.send(0, "probe", config)
             (answer,) = slots.wait([0])
             if answer[1] == "error" and split is not None:
-                probe(base, None)  # raises what has nothing to do with the split
+                probe(base, None)  # raises a mistake that is there without the split, too
                 raise UserError(
                     f'"study.splits" gives a judged run trainer.task_options.split_seed {split}. With it the task '
                     f"{trainer.task} says: {answer[2]}"
@@ -150,7 +156,7 @@ def _probed(slots: Slots, declared: Study, variants: Sequence[Variant]) -> tuple
         if declared.splits is not None:
             check_probes(by_split, declared.metric, variant.name)
         probes.append(next(iter(by_split.values())))
-    # By task, as a variant may train another one than the base.
+    # By task, because a variant may train another task than the base.
     codes = {v.config.trainer.task: found["task_code_sha256"] for v, found in zip(variants, probes)}
     known = [dataclasses.replace(v, samples=found["samples"]["train"]) for v, found in zip(variants, probes)]
     return probes[0] | {"task_code_sha256": codes}, known
@@ -203,14 +209,14 @@ def _declare(folder: Path, plan: Plan, probe: Mapping[str, Any]) -> None:
             keys = [k for k in values[part] if k not in was or was[k] != values[part][k]]
             raise UserError(
                 f"{folder} holds a study with another declaration: {part} differs in {', '.join(keys)}.\n"
-                "What is judged, and how, is declared before the runs. Put back what it was to continue, or choose "
-                "another study.output_dir."
+                "What is judged, and how, is declared before the runs. Undo the change to continue, or choose another "
+                "study.output_dir."
             )
     check_code(folder, before, values, "study.output_dir")
     if before.get("cells") != values["cells"]:
         raise UserError(
-            f"{folder} holds a study that another version of the code has planned. Choose another study.output_dir, or "
-            "use that version."
+            f"{folder} holds a study that another version of the trainer has planned. Choose another study.output_dir, "
+            "or use that version."
         )
 
 
@@ -223,7 +229,8 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
     if changed := declared_otherwise(results, digest):
         raise UserError(
             f"{folder / 'study.json'} has been changed: {counted(changed, 'run')} of {len(results):,} had another "
-            "declaration.\nWhat is judged, and how, is declared before the runs. Choose another study.output_dir."
+            "declaration.\nWhat is judged, and how, is declared before the runs. Undo the change, or choose another "
+            "study.output_dir."
         )
     agenda = Agenda(plan, folder, results)
     total, made_s, made = plan.runs(), 0.0, 0
@@ -232,6 +239,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
         return work(agenda.configs[this], plan.variants[agenda.labels[this][0].variant].samples)
 
     say(f"{counted(total, 'run')}, {agenda.done():,} of them finished before; {parallel} at a time")
+    # Only slot 0 at first: the time of one run alone tells how long the others will take.
     idle, busy, failed = [0], dict[int, str](), dict[str, str]()
     display = _Display(total, agenda.done())
     try:
@@ -250,11 +258,12 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                     failed[this] = f"{place}, seed {seed}: {value}"
                     continue
                 task, code = agenda.configs[this].trainer.task, value["task_code_sha256"]
+                # Each run loads the task anew, so an edit during the study would mix two versions.
                 if code is not None and code != probe["task_code_sha256"][task]:
                     raise UserError(
                         f"{task}, or what it imports, was changed while the study ran. "
-                        f"{agenda.done():,} of {total:,} runs are finished and kept. Put back what it was, and the "
-                        "same command continues from there."
+                        f"{agenda.done():,} of {total:,} runs are finished and kept. Undo the change, and the same "
+                        "command continues from there."
                     )
                 cell = Cell(place.arm, place.budget, place.world_size, seed, place.variant, this)
                 result = _result(cell, agenda.configs[this], value, probe, plan.variants[place.variant].samples)
@@ -265,6 +274,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                 is_first = not made
                 made, made_s = made + effort(this), made_s + result["wall_time_s"]
                 agenda.take(this)
+                # Runs that a search has yet to ask for count as long as the mean of those that are known.
                 known = [effort(i) for i in [*agenda.left(), *busy.values()]]
                 mean = sum(known) / len(known) if known else made / max(1, len(results))
                 left_s = (sum(known) + agenda.unknown() * mean) * made_s / made / parallel
@@ -276,6 +286,7 @@ def _make(plan: Plan, probe: dict[str, Any], folder: Path, slots: Slots, paralle
                 shown_metric = metric_of(result, declared.metric)
                 shown = result["status"] if shown_metric is None else f"{declared.metric} {shown_metric:.4f}"
                 display.finished(agenda.done(), f"{place} seed {seed}", shown, left_s)
+            # Three failures and no success: the others would most likely fail alike.
             if len(failed) > 2 and not made:
                 break
     except WorkerError as error:
@@ -333,7 +344,7 @@ def _result(
 
 
 def _check_split(study: Study, probe: Mapping[str, Any]) -> None:
-    """Raises UserError where a metric belongs to a split that is not there, or that is not evaluated."""
+    """Raises UserError where a metric belongs to a split that does not exist or is not evaluated."""
     known = [name for name in probe["samples"] if name != "train"]
     for key, metric in (("metric", study.metric), ("tuning.metric", study.tuning.metric)):
         split = metric.split("/")[0]

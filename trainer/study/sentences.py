@@ -1,4 +1,4 @@
-"""What a study says, in sentences. Each lists what it is about: no "from 600 on" where 900 says otherwise."""
+"""What a study says, in sentences. Each lists its sizes one by one: "from 600 on" would be wrong if 900 differs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def verdicts(folder: Path) -> list[str]:
 def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
     """(claim, what it is about, its comparisons by W), for each arm, budget and variant.
 
-    Those that `too_few_sentences` tells of together are left out.
+    Comparisons that `too_few_sentences` has put together are left out.
     """
     together = _undecidable(results)
     for variant, budget in results.blocks():
@@ -58,16 +58,16 @@ def claims(results: Results) -> Iterable[tuple[str, str, list[Comparison]]]:
 
 
 def _undecidable(results: Results) -> dict[str, int]:
-    """Reasons why nothing can be decided -> of how many comparisons, where one holds of several."""
+    """Reason why nothing can be decided -> how many comparisons have it; only reasons that several share."""
     counts = collections.Counter(c.unable for c in results.judgement.comparisons if c.unable)
     return {reason: count for reason, count in counts.items() if count > 1}
 
 
 def too_few_sentences(results: Results) -> list[str]:
-    """One sentence for all comparisons of which the same reason keeps a verdict away."""
+    """One sentence for all comparisons that are undecided for the same reason."""
     return [
         f"{count} of {len(results.judgement.comparisons)} comparisons are undecided, which does not mean that nothing "
-        f"is lost: {reason}."
+        f"is lost. The reason: {reason}."
         for reason, count in _undecidable(results).items()
     ]
 
@@ -99,7 +99,7 @@ def headline(results: Results) -> list[str]:
     if rest := len(at.get("undecided", ())) - sized:
         said.append(f"{rest} are undecided, so a loss there is neither shown nor ruled out")
     if not comparisons:
-        return [strong, "Nothing is known of weak scaling yet."]
+        return [strong, "Nothing is known about weak scaling yet."]
     joined = said[0] if len(said) == 1 else f"{'; '.join(said[:-1])}; and {said[-1]}"
     number = len(comparisons)
     weak = f"Weak scaling, {number} comparison{'s' * (number > 1)} with sequential runs: {joined}."
@@ -120,7 +120,7 @@ def sequential_sentences(results: Results) -> list[str]:
 
 
 def reference_sentence(results: Results, place: Place, reference: Reference) -> str:
-    """The numbers of one set of sequential runs, those of its own failures among them."""
+    """The numbers of one set of sequential runs, with how many of them failed."""
     runs = len(reference.outcomes)
     target = "unknown" if math.isnan(reference.target) else f"{reference.target:.4f}"
     low, high = reference.interval
@@ -183,7 +183,7 @@ def strong_sentences(results: Results) -> list[str]:
 
 
 def search_sentences(results: Results) -> list[str]:
-    """Searches that failed, and how many ended at the edge of what they tried: something better may lie beyond."""
+    """Searches that failed, and how many ended at the edge of what they tried: something better may lie beyond it."""
     lines = [
         f"{c.place}: a failed search. {c.search_failed}." for c in results.judgement.comparisons if c.search_failed
     ]
@@ -255,7 +255,7 @@ def material_losses(results: Results) -> dict[str, list[int]]:
 
 
 def noise_sentences(results: Results) -> list[str]:
-    """The batch that gradient noise calls harmless, next to where weak scaling was seen to lose."""
+    """The batch up to which gradient noise predicts no harm, and where weak scaling was seen to lose."""
     runs = results.results_at(Place("", SEQUENTIAL, "epochs", 1))
     scale = noise_scale(results)
     if scale is None:
@@ -273,14 +273,14 @@ def noise_sentences(results: Results) -> list[str]:
             f"{by_epoch[e].value:,.0f} in epoch {e} ({max(0.0, by_epoch[e].low):,.0f} to {by_epoch[e].high:,.0f})"
             for e in chosen
         )
-    line += f". Batches well below it should cost few samples more, and {scale.value:,.0f} about twice as many: "
+    line += f". Batches well below it should need few more samples, and {scale.value:,.0f} about twice as many: "
     line += (
         f"W = {scale.value / B:.3g} times the batch of {B}. " if scale.value >= B else f"less than the batch of {B}. "
     )
     groups = results.groups("", "epochs")
     if not groups:
         return [line + "This study compares nothing at equal epochs."]
-    # They are of the base, as the noise scale is: a variant, a size or a budget has another.
+    # Only the base's comparisons, because the noise scale is the base's: a variant, a size or a budget has another one.
     own = results.named("", "", "")
     alone = f" of {own}" if own else " of the base" if len(results.variants) > 1 else ""
     lost = [f"{title_of(arm, 'epochs')} at W = {listed(sizes)}" for arm, sizes in material_losses(results).items()]

@@ -34,13 +34,14 @@ figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 50rem; }
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page, which has no script and asks nobody for anything.
+    """A whole page as HTML. It has no script and loads nothing.
 
     Args:
         title: as text.
         parts: of the body, as HTML.
     """
     return (
+        # The policy forbids the browser to load anything, whatever a user's names hold.
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
@@ -57,7 +58,7 @@ def shown_value(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
-    if isinstance(value, str) and len(value) == 64:
+    if isinstance(value, str) and len(value) == 64:  # a sha256: its first digits tell hashes apart
         return value[:12]
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 

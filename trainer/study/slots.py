@@ -1,4 +1,4 @@
-"""Long-lived processes that make one run after the other, so a study pays for imports once a process."""
+"""Long-lived processes that make one run after the other. So a study pays for imports once per process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from ..ranks.workers import WorkerError, jobs_from, worker_context
 
 
 def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
-    """A process that does the jobs from a pipe. When the other end is closed, it ends at once, even inside a run."""
+    """The main function of a process: does jobs from a pipe. It ends when the other end closes, even in a run."""
     import gc
     import traceback
 
     from tqdm import tqdm
 
-    os.setsid()  # Ctrl-C is for the study, which then ends its slots
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes that would be left behind
+    # Out of the terminal's group: Ctrl-C reaches the study alone, which then ends its slots.
+    os.setsid()
+    # tqdm's own lock is a semaphore between processes. It would be left behind when this process is killed.
+    tqdm.set_lock(threading.RLock())
     jobs = jobs_from(pipe)
-    # Imported objects stay for ever. Frozen, they are not searched by the garbage collection after each run.
+    # Imported objects stay for ever. Frozen, they are skipped by the garbage collection after each run.
     gc.freeze()
 
     def ask(question: Any) -> Any:
@@ -56,7 +58,7 @@ def _slot_main(pipe: multiprocessing.connection.Connection, slot: int) -> None:
 
 
 def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
-    """What a plan needs to know of the data, and results of the machine."""
+    """What a plan needs to know about the data, and what results say about the machine."""
     from ..engine import deepspeed_engine as engine
     from ..engine import device as devices
     from ..engine.optimizers import check_optimizer
@@ -80,7 +82,7 @@ def _probe(ranks: Ranks, config: Config) -> dict[str, Any]:
 
 
 def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
-    """One run in a folder that is gone afterwards; a summary, also of a run that stopped being finite."""
+    """Makes one run, in a folder that is removed afterwards. Returns its summary, also if it stopped being finite."""
     import gc
 
     from ..run.run import run
@@ -95,16 +97,16 @@ def _run(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     finally:
         curves, code = _curves(Path(folder) / "metrics.jsonl"), _code(Path(folder) / "manifest.json")
         shutil.rmtree(folder, ignore_errors=True)
-        gc.collect()  # engines refer to themselves
+        gc.collect()  # an engine refers to itself, so without this it would stay in memory during the next run
     return summary | {"curves": curves, "task_code_sha256": code}
 
 
-# What of a run's log a study keeps, besides validations.
+# The curves of a run's log that a study keeps, besides those of validation.
 _KEPT = ("train/loss", "train/learning_rate", "noise/trace", "noise/gradient_squared")
 
 
 def _curves(file: Path) -> dict[str, dict[str, list[float]]]:
-    """Name -> {"step", "value"} of a run's log, as far as it came."""
+    """Name -> {"step", "value"} of a run's log, as far as the run came."""
     curves: dict[str, dict[str, list[float]]] = {}
     if not file.exists():
         return curves
@@ -119,7 +121,7 @@ def _curves(file: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def _code(file: Path) -> str | None:
-    """The hash of the code of a user's task that a run has used: each run loads it anew."""
+    """The hash of the code of a user's task that a run has used; None without any. Each run loads the code anew."""
     if not file.exists():
         return None
     facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
@@ -127,7 +129,7 @@ def _code(file: Path) -> str | None:
 
 
 class Slots:
-    """Processes that make runs, one at a time each, and share nothing."""
+    """Processes that make runs. Each makes one at a time, and they share nothing."""
 
     def __init__(self, cuda: bool) -> None:
         self._context, self._cuda = worker_context(cuda), cuda
@@ -145,7 +147,7 @@ class Slots:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_slot_main, args=(theirs, slot), daemon=True)  # type: ignore[attr-defined]
         process.start()
-        theirs.close()
+        theirs.close()  # else the end of the process would not close the pipe, and `wait` would never notice
         return ours, process
 
     def renew(self, slot: int) -> None:
@@ -156,13 +158,13 @@ class Slots:
         self._pipes[slot], self._processes[slot] = self._start(slot)
 
     def send(self, slot: int, *job: Any) -> None:
-        """Gives a slot that is idle something to do, or one that asks its answer.
+        """Gives an idle slot something to do, or gives a slot that asks its answer.
 
         Args:
             slot: its number.
             job: "probe" or "run" with what they take; or a function that is importable by name, with its arguments. It
-                is called with the slot's `Ranks`, the arguments, and `ask`: what it asks, `wait` gives as (slot,
-                "asks", value), and what is sent then is what `ask` returns.
+                is called with the slot's `Ranks`, the arguments, and `ask`. If it calls `ask`, `wait` gives (slot,
+                "asks", value), and what is sent to the slot then is what `ask` returns.
         """
         try:
             self._pipes[slot].send(job)
@@ -177,7 +179,10 @@ class Slots:
         Args:
             busy: the slots.
             timeout_s: how long at most; None for as long as it takes.
-            survive: give a slot whose process has died as (slot, "died", why). Else it raises WorkerError.
+            survive: if a slot's process has died, give (slot, "died", why). Without it, raise WorkerError.
+
+        Raises:
+            WorkerError: a process has died, and `survive` is not set.
         """
         for pipe in multiprocessing.connection.wait([self._pipes[slot] for slot in busy], timeout_s):
             slot = self._pipes.index(pipe)

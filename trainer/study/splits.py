@@ -1,9 +1,9 @@
 """`study.splits`: each judged run has its own split of the data, so that the split is drawn as the seed is.
 
-With one split for all runs, a study says something of this one test set. The k-th judged run of every arm uses the k-th
-split instead. So the differences paired by seed are independent draws of seed and split together, and the sign test
-stays exact: now for random splits of these data. A search uses the split of the run that it is made for, so no rate is
-chosen on another split's test samples.
+With one split for all runs, a study speaks about this one test set. Instead, the k-th judged run of every arm uses the
+k-th split. So the differences paired by seed are independent draws of seed and split together. The sign test stays
+exact, now for random splits of these data. A search uses the split of the run that it is made for, so no rate is chosen
+on another split's test samples.
 
 A few of the splits get more sequential seeds. These runs tell which part of a metric's variance comes from the split
 (see `variance`).
@@ -21,15 +21,16 @@ from ..config.schema import option
 from ..errors import UserError
 from .tuning import FIRST_SEED
 
-# What tables call a sequential run of a split that has several seeds, and that is no judged run.
+# In tables, the arm of a sequential run that is made only because its split has several seeds. It is not judged.
 REPEATED = "sequential_repeated"
+# Splits with several seeds: at least, if there are any, and by default.
 _FEWEST, _USUAL = 3, 10
 KEY = "trainer.task_options.split_seed"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """`study.splits`: a split of the data for each judged run, and what is needed to tell its part of the variance."""
+    """`study.splits`: a split of the data for each judged run, and more seeds to tell its part of the variance."""
 
     first: int = option(0, "split_seed of the first judged run; each further run takes the next number", minimum=0)
     repeated: int | None = option(
@@ -41,7 +42,7 @@ class Splits:
     seeds: int = option(3, "sequential seeds of each of them, the judged run's among them", minimum=2)
 
     def repeated_of(self, runs: int) -> int:
-        """How many of the splits of so many judged runs get more seeds."""
+        """How many splits get more seeds, in a study with this many judged runs."""
         if self.repeated is not None:
             return self.repeated
         return min(_USUAL, runs) if runs >= _FEWEST else 0
@@ -68,8 +69,8 @@ def on_split(config: Config, split: int | None) -> Config:
 def more_seeds(splits: Splits | None, seeds: Sequence[int]) -> list[tuple[int, int]]:
     """(the judged run's seed, the run's seed) of all sequential runs of the splits that have several seeds.
 
-    The seeds of two splits are never the same: a seed that all splits share would have a part in all of them, and the
-    variance within a split would lack it.
+    The seeds of two splits are never the same. A seed that all splits share would have the same effect in all of them,
+    and the variance within a split would lack it.
     """
     if splits is None:
         return []
@@ -93,7 +94,7 @@ def check_splits(splits: Splits | None, seeds: Sequence[int]) -> None:
         )
     if 0 < repeated < _FEWEST:
         raise UserError(
-            f'"study.splits.repeated" is {repeated}. So few splits tell nothing of their variance: use {_FEWEST} or '
+            f'"study.splits.repeated" is {repeated}. So few splits say nothing of their variance: use {_FEWEST} or '
             "more, or 0 for none."
         )
     last = max((seed for _, seed in more_seeds(splits, seeds)), default=0)
@@ -125,6 +126,7 @@ def check_probes(probes: Mapping[int | None, Mapping[str, Any]], metric: str, na
         name: of the variant.
     """
     split, where = metric.split("/")[0], f' of variant "{name}"' if name else ""
+    # The same test samples with every split_seed: the split is not drawn at all.
     hashes = {probe["data_sha256"].get(split) for probe in probes.values()}
     if None in hashes:
         raise UserError(f'"study.metric" is "{metric}", but the data{where} have no {split} split.')
@@ -138,7 +140,7 @@ def check_probes(probes: Mapping[int | None, Mapping[str, Any]], metric: str, na
     counts = sorted({probe["samples"]["train"] for probe in probes.values()})
     if len(counts) > 1:
         raise UserError(
-            f'"study.splits" needs as many training samples in each split, but there are {counts[0]:,} to '
-            f"{counts[-1]:,} of them{where}: equal epochs would be unequal updates. Set "
+            f'"study.splits" needs the same number of training samples in each split, but there are {counts[0]:,} to '
+            f"{counts[-1]:,} of them{where}. So equal epochs would be unequal updates. Set "
             f'"trainer.train_samples" to at most {counts[0]:,}.'
         )

@@ -1,4 +1,4 @@
-"""Strong scaling on real ranks, for a study: how fast it is, and that its bits are those of one rank."""
+"""Strong scaling on real ranks, for a study: how fast it is, and whether its bits are those of one rank."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from .prediction import Measured
 if TYPE_CHECKING:
     from .declaration import Plan, Timing
 
+# Messages of two sizes, in float32: the small one shows the latency, the difference of the two the bandwidth.
 _SMALL, _LARGE, _ROUNDS = 256, 1 << 20, 30
 
 
 def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
-    """Runs the first seed's sequential run on W real ranks, as often as declared; finished ones never again.
+    """Runs the first seed's sequential run on W real ranks, as often as declared. Finished runs are not repeated.
 
     Raises:
         UserError: a W cannot be run.
@@ -45,12 +46,13 @@ def time_ranks(timing: Timing, plan: Plan, folder: Path, cuda: bool) -> None:
     for W in sizes:
         config.plan(W)  # raises where there are more ranks than micro-batches
     if len(sizes) == 1:
-        say(f"timing: there is one device, and {most} micro-batches: nothing to run on several ranks")
+        say(f"timing: there is one device, and {most} micro-batches: nothing can be run on several ranks")
     out = folder / "timing"
     out.mkdir(exist_ok=True)
     for file, run in _timed_runs(out):
         if run["max_steps"] != timing.max_steps:
-            file.unlink()  # of another length, so its bits and its time cannot be compared with those of these runs
+            file.unlink()  # it has another length, so neither its bits nor its time can be compared with these runs
+    # In turn over W, because a speed-up compares times of the same repetition.
     missing = [(r, W) for r in range(timing.repeats) for W in sizes if not (out / f"W{W}-{r}.json").exists()]
     if missing:
         say(f"timing: {len(missing)} runs on {', '.join(map(str, sizes))} real ranks, one at a time")
@@ -94,7 +96,7 @@ def _timed(ranks: Ranks, config: Config) -> dict[str, Any]:
     if ranks.first:
         records = [json.loads(line) for line in (Path(str(config.trainer.output_dir)) / "metrics.jsonl").open()]
         windows = [r for r in records if "throughput/compute_ms" in r]
-        for record in windows[1:] or windows:  # the first window holds the first step
+        for record in windows[1:] or windows:  # the first window holds the first step, which warms up
             for name in ("data", "compute", "reduce", "optimizer"):
                 phases.setdefault(name, []).append(record[f"throughput/{name}_ms"] / 1e3)
     kept = ("world_size", "steps", "step_time_s", "samples_per_s", "wall_time_s", "parameters_sha256", "exactness")
@@ -125,12 +127,13 @@ def _network(ranks: Ranks, device: str) -> dict[str, Any]:
         piece = torch.ones(numel, device=where)
         received = torch.empty(numel * ranks.world_size, device=where)
         times = []
+        # The first five warm up, and are left out of the median.
         for _ in range(_ROUNDS + 5):
             torch.distributed.barrier()
             began_s = time.perf_counter()
             all_gather_flat(received, piece)
             if cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # the call returns before the GPU has finished
             times.append(time.perf_counter() - began_s)
         seconds[numel] = statistics.median(times[5:])
     size = (_LARGE - _SMALL) * 4 * (ranks.world_size - 1)
@@ -149,9 +152,10 @@ class Timings:
     """The folder `timing/`, read.
 
     Attributes:
-        steps_s: W -> seconds a step, one a repetition; runs on devices of their own only.
+        steps_s: W -> seconds per step, one for each repetition; only of runs whose ranks had a device each.
+        walls_s: W -> seconds of a whole run, of the same runs.
         hashes: W -> the parameters' hashes, of all runs.
-        shared: W that had to share devices: for their bits, not for their time.
+        shared: W whose ranks had to share devices. They are run for their bits, not for their time.
         max_steps: of each run; None for whole ones.
         measured: for predictions; None where latency or bandwidth are not known.
         given: whether latency and bandwidth were given, and not measured.
@@ -172,14 +176,14 @@ class Timings:
 
 
 def _timed_runs(out: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The timed runs in a folder, each with its file. Other files are passed over with a note."""
+    """The timed runs in a folder, each with its file. Other files are ignored, with a note."""
     runs = []
     for file in sorted(out.glob("W*.json")):
         run = read_json(file) if re.fullmatch(r"W\d+-\d+", file.stem) else {}
         if {"world_size", "max_steps"} <= run.keys():
             runs.append((file, run))
         else:
-            say(f"note: {file} is not the result of a timed run, and is passed over")
+            say(f"note: {file} is not the result of a timed run, and is ignored")
     return runs
 
 

@@ -1,7 +1,7 @@
 """Updates and epochs until runs reach a target, by global batch (Shallue et al. 2019, arXiv 1811.03600).
 
-These are descriptions and no verdicts: medians over seeds, of the first validation at which the metric is as good as
-`study.target`. Runs validate from time to time only, so a number is known up to the time between two validations.
+These are descriptions and no verdicts: medians over seeds of the first validation at which the metric is as good as
+`study.target`. Runs validate only now and then, so no number is finer than the time between two validations.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ToTarget:
 
 
 def metric_name(results: Results) -> str:
-    """The curve in which the target is looked for: of validation, as the test must choose nothing."""
+    """The curve in which the target is looked for. It is of validation, because the test set must choose nothing."""
     return f"validation/{results.study.metric.split('/')[1]}"
 
 
@@ -68,6 +68,7 @@ def way_of(results: Results, place: Place) -> ToTarget | None:
     # A run without a curve stopped being finite before its first validation.
     nothing: dict[str, Any] = {"step": [], "epoch": [], "value": []}
     reached = [first_reached(run["curves"].get(name, nothing), target, higher) for run in runs]
+    # The first validation comes after as many epochs as lie between two.
     between = min(curve["epoch"][0] for curve in curves)
     return ToTarget(place, runs[0]["global_batch_size"], [u for u, _ in reached], [e for _, e in reached], between)
 
@@ -79,6 +80,7 @@ def ways(results: Results, variant: str, budget: str) -> dict[str, list[ToTarget
         if arm in WEAK:
             places = [comparisons[0].place.reference, *(c.place for c in comparisons)]
             known = [way for place in places if (way := way_of(results, place)) is not None]
+            # Without the sequential runs, batches have nothing to be compared with.
             if len(known) > 1 and known[0].place == places[0]:
                 found[arm] = sorted(known, key=lambda way: way.batch)
     return found
@@ -87,8 +89,8 @@ def ways(results: Results, variant: str, budget: str) -> dict[str, list[ToTarget
 def scaling(line: Sequence[ToTarget], perfect_within: float) -> dict[str, list[int]]:
     """What a larger batch brings -> the W at which it does, of one arm's runs by global batch.
 
-    Scaling is perfect where no more samples are needed than with one rank's batch, up to a factor. Beyond, returns
-    diminish as long as there are fewer updates than at every smaller W, and end where there are not.
+    Scaling is perfect if a batch needs no more samples than one rank's batch, up to the factor `perfect_within`. Beyond
+    that, returns diminish while there are fewer updates than at every smaller W. They end where there are not.
     """
     first, *others = line
     best, epochs = middle(first.updates), middle(first.epochs)
@@ -126,8 +128,8 @@ def target_sentences(results: Results) -> list[str]:
     return [
         f"Updates until {metric_name(results)} is {study.target:g} (a description, and no verdict): medians over seeds "
         f"of the first validation that shows it; runs validate {every}, and no number is finer. A run "
-        f"that never does counts as infinite. Perfect scaling: at most {study.perfect_within:g} times the samples of "
-        "one rank's batch. Diminishing returns: fewer updates than at every smaller W, for more samples.",
+        f"that never gets there counts as infinite. Perfect scaling: at most {study.perfect_within:g} times the "
+        "samples of one rank's batch. Diminishing returns: fewer updates than at every smaller W, for more samples.",
         *lines,
     ]
 

@@ -1,17 +1,20 @@
 """Does the loss of weak scaling fall with the number of training samples?
 
-A loss that is material at 150 samples and ruled out at 1,200 does not show it: two verdicts are no test of a trend. So
-each arm, budget and W has one. Of each seed it takes one number, Kendall's: of all pairs of sizes, how many more are
-there in which the loss falls with the samples than in which it rises. The sign test then asks whether this number is
-above 0 in more than half of the seeds. The subsets of one seed are nested, and share their test samples; that makes
-their losses alike within a seed, and nothing is assumed of it, because each seed gives one number.
+A loss that is material at 150 samples and ruled out at 1,200 does not show it, because two verdicts are no test of a
+trend. So each arm, budget and W has a test of its own. It takes one number from each seed, Kendall's score: the pairs
+of sizes in which the loss falls with the samples, minus the pairs in which it rises. The sign test then asks whether
+this number is above 0 in more than half of the seeds.
 
-Page's test and Kendall's W, which rank within seeds as well, assume that the losses of a seed could be exchanged if
-there were no trend. They could not: of few samples runs scatter more. (With as many seeds that fall as that rise, this
-test holds its level whatever the scatter is.)
+The subsets of one seed are nested, and share their test samples. This makes the losses of a seed alike. The test
+assumes nothing about that, because each seed gives one number.
+
+Page's test and Kendall's W also rank within seeds. They assume that the losses of a seed could be exchanged if there
+were no trend. They could not: with few samples runs scatter more. (If as many seeds fall as rise, this test holds its
+level whatever the scatter is.)
 
 All these tests of a study are a family with its own alpha, and Holm's correction. A run that is not finite has an
-infinite loss, which is above any other; two infinite losses are a tie, and a loss that is not known falls nowhere.
+infinite loss, which is above any other. Two infinite losses are a tie. A loss that is not known neither falls nor
+rises.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Trend:
 
 
 def score(losses: Sequence[float]) -> int:
-    """Of losses in the order of their sizes: pairs in which the later is smaller, minus those in which it is larger."""
+    """Kendall's score of losses in the order of their sizes: pairs in which the later is smaller, minus larger ones."""
     pairs = [(a, b) for i, a in enumerate(losses) for b in losses[i + 1 :]]
     return sum((a > b) - (a < b) for a, b in pairs)
 
@@ -104,7 +107,7 @@ def trends_in(results: Results) -> list[Trend]:
 
 
 def trend_sentences(results: Results) -> list[str]:
-    """For each arm, budget and W: whether the loss falls with the samples. Reasons that many share come once."""
+    """For each arm, budget and W: whether the loss falls with the samples. A reason that many share is given once."""
     lines, reasons = [], dict[str, int]()
     level = f"{100 * (1 - results.rules.alpha):g} %"
     for t in trends_in(results):

@@ -1,15 +1,16 @@
 """The search for a learning rate, a warm-up and a momentum: the same for every tuned arm (Shallue et al. 2019).
 
 One search is one draw: another one, with other seeds, finds other settings. So an arm is searched as often as it is
-judged: each search gives the settings of one judged run, and what searches add to the spread is part of what is
-judged. A search tries all combinations of rates, warm-ups and momenta. The rates lie evenly on a logarithmic scale, at
-most a factor of two apart, and all of them are moved by a random part of this factor, so that no arm's best rate, such
-as the base's, lies on a point more often than another's.
+judged. Each search gives the settings of one judged run, and what searches add to the spread is part of what is judged.
 
-Successive halving (Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016) spends the runs: every setting gets one
-seed, the best third of them a second one, the best third of those a third. A run is never shortened, because a
-schedule that ends earlier has another best rate. Everything follows from the declaration and the results of the runs,
-so an interrupted search goes on as if it had not been.
+A search tries all combinations of rates, warm-ups and momenta. The rates lie evenly on a logarithmic scale, at most a
+factor of two apart. All of them are moved by a random part of this factor. Otherwise the best rate of one arm, such as
+the base's, could lie on a point more often than another's.
+
+Successive halving (Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016) decides which settings get more runs:
+every setting gets one seed, the best third of them a second one, the best third of those a third. A run is never
+shortened, because a schedule that ends earlier has another best rate. Everything follows from the declaration and the
+results of the runs, so an interrupted search continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..config.keys import Config
 from ..config.schema import option
 from .arms import Settings, run_id
 
-# The seeds of trials. They are so large that no study would declare them for judged runs.
+# Trials have seeds from here on. They are so large that no study would declare them for judged runs.
 FIRST_SEED = 1_000_003
 _SEEDS = 2**30
 
@@ -44,7 +45,7 @@ class Tuning:
         [0.7, 0.9], "momenta (of Adam and LAMB the first beta) to try with each rate; [] for the base's own"
     )
     seeds: int = option(3, "seeds of a setting that comes to the end of its search", minimum=1)
-    reduction: int = option(3, "of so many settings the best one gets the next seed; 1 for no selection", minimum=1)
+    reduction: int = option(3, "one of this many settings, the best, gets the next seed; 1 for no selection", minimum=1)
     metric: str = option("", "<split>/<metric> that decides; without it, that of validation named as study.metric")
 
 
@@ -57,7 +58,7 @@ def settings_of(tuning: Tuning, centre: float, name: str) -> list[Settings]:
         name: of the search; the random shift of its rates follows from it.
     """
     octaves = 2 * math.log(tuning.spread)
-    count = math.ceil(octaves / math.log(tuning.spacing) - 1e-9)
+    count = math.ceil(octaves / math.log(tuning.spacing) - 1e-9)  # ten octaves of a factor of two are ten, not eleven
     shift = _hash(name) / 2**64
     rates = [float(f"{centre / tuning.spread * math.exp(octaves * (k + shift) / count):.4g}") for k in range(count)]
     warmups: Sequence[float | None] = tuning.warmup_epochs or [None]
@@ -85,7 +86,7 @@ def _hash(name: str) -> int:
 
 @dataclass
 class Trial:
-    """One setting: its runs so far, one a seed, and their (metric, loss), None for a run not finite."""
+    """One setting: its runs so far, one per seed, and their (metric, loss); None where a run is not finite."""
 
     settings: Settings
     ids: list[str] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """The mean of the loss, which decides between equals."""
+        """The mean of the loss. It decides between settings of equal metric."""
         known = [loss for _, loss in self.values.values() if loss is not None]
         return math.fsum(known) / len(known) if known and len(known) == len(self.ids) else math.inf
 
@@ -131,6 +132,7 @@ class Search:
         self.configs: dict[str, Config] = {}
         self._rungs = _rungs(len(self.trials), tuning)
         self._first_seed = FIRST_SEED + _hash(name) % _SEEDS
+        # The first climb gives every setting its first seed.
         self._rung = -1
         self._left = self.trials
         self._climb()
@@ -145,7 +147,7 @@ class Search:
         return missing
 
     def take(self, run: str, value: float | None, loss: float | None) -> None:
-        """The metric and loss of a run, None where it stopped being finite; of other runs, nothing happens."""
+        """Takes the metric and loss of a run, None where it stopped being finite. Ignores runs of other searches."""
         for trial in self.trials:
             if run in trial.ids:
                 trial.values[run] = (value, loss)
@@ -156,7 +158,7 @@ class Search:
         return None if self.next_runs() else min(self._left, key=self._rank).settings
 
     def left(self) -> int:
-        """How many of its runs have no result yet, those that it has not asked for among them."""
+        """How many of its runs have no result yet, with those that it has not asked for."""
         return sum(self._rungs) - sum(len(trial.values) for trial in self.trials)
 
     def record(self) -> dict[str, Any]:
@@ -176,14 +178,14 @@ class Search:
             self.configs[trial.ids[-1]] = config
 
     def _rank(self, trial: Trial) -> tuple[float, float, float]:
-        """The better the smaller: by the metric, then the loss, then the rate."""
+        """A key to sort by, the best first: by the metric, then the loss, then the lowest rate."""
         value = trial.value
         worth = math.inf if value is None else (-value if self._higher else value)
         return worth, trial.loss, trial.settings.lr
 
 
 def edges_of(trials: Sequence[dict[str, Any]], best: dict[str, Any]) -> list[str]:
-    """At which edges of what it tried a search ended, in words. Something better may lie beyond each."""
+    """The edges of its range at which a search ended, in words. Something better may lie beyond each."""
     found = []
     for key, name in (("lr", "rate"), ("warmup_epochs", "warm-up"), ("momentum", "momentum")):
         tried = {trial[key] for trial in trials} - {None}

@@ -1,12 +1,12 @@
 """How much of a metric's variance comes from the split of the data, and how much from the seed.
 
-Sequential runs of several splits, each with seeds of its own: a one-way random-effects model, metric = mean + split +
-seed within split (Searle, Casella and McCulloch 1992, chapter 3). A seed means another thing on another split: it
-orders other samples. So seeds are nested in splits, and what seed and split do only together is counted as the
-seed's. There is no third part: a run that is made again gives the same bits.
+There are sequential runs of several splits, each with seeds of its own. The model is a one-way random-effects model:
+metric = mean + split + seed within split (Searle, Casella and McCulloch 1992, chapter 3). A seed means another thing on
+another split, because it orders other samples. So seeds are nested in splits. What seed and split do only together is
+counted as the seed's. There is no third part: a run that is made again gives the same bits.
 
 A design that crosses both, with the same few seeds in every split, would tell the seed's own part from the interaction.
-But of three seeds this part has two degrees of freedom, so its interval would say nothing, and the split's part would
+But with three seeds this part has two degrees of freedom, so its interval would say nothing. And the split's part would
 have no exact interval.
 
 The interval of the split's share is F's, which is exact for normal effects. How well it holds for other runs is
@@ -32,8 +32,8 @@ class Parts:
     Attributes:
         splits, seeds: numbers of splits, and of seeds in each.
         split, seed: standard deviations, by the method of moments. That of the split is 0 where the splits differ by
-            less than their seeds make them.
-        share: of the variance, the split's; and its interval.
+            less than their seeds alone make them differ.
+        share: the split's share of the variance, and its interval.
     """
 
     splits: int
@@ -45,7 +45,7 @@ class Parts:
 
     @property
     def whole(self) -> float:
-        """The standard deviation of runs that differ in both."""
+        """The standard deviation of runs that differ in split and seed."""
         return math.hypot(self.split, self.seed)
 
 
