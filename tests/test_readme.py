@@ -27,6 +27,13 @@ def test_the_front_page_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "trainer").rglob("README.md")), ids=lambda page: page.parent.name)
+def test_the_page_of_a_package_is_a_page(page: Path) -> None:
+    """Without its tables of keys, which are for looking things up. What is longer has a page of another name."""
+    text = re.sub(r"<!-- keys: .*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+    assert len(text.splitlines()) <= 130
+
+
 def test_the_config_is_the_file() -> None:
     config = json.loads((ROOT / "ds_configs" / "strong.json").read_text())
     del config["$schema"]  # for editors alone

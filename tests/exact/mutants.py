@@ -381,7 +381,7 @@ class Trial:
 
 PYTEST = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
 PYTEST += ["-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin"]
-CPU_LIMIT_S, WALL_LIMIT_S = 100, 900
+CPU_LIMIT_S, WALL_LIMIT_S = 240, 900
 
 
 def start(trial: Trial) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from trainer.errors import NonFiniteError, RanksDifferError, UserError
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.checks.audit import Audit
 from trainer.exact.micro_batches import GlobalBatches, MicroBatches
+from trainer.exact.optional.early_exchange import EarlyExchange
 from trainer.exact.own_block import OwnBlock
 from trainer.exact.splits import Split
 from trainer.exact.step import ExactStep, StepResult
@@ -100,7 +102,8 @@ def made(model: nn.Module | None = None, task: Task | None = None, **options: An
     optimizer, statistics = PlainSGD(model), RunningStatistics(model)
     micro_batches = MicroBatches(task, model, split, device=CPU, seed=0, micro_batch_size=m)
     leaves = batches.micro_batch_counts()
-    step = ExactStep(optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, **options)
+    ranks = options.pop("ranks", Ranks())
+    step = ExactStep(optimizer, micro_batches, statistics, ranks=ranks, leaves=leaves, device=CPU, **options)
     parts = {"model": model, "task": task, "batches": batches, "optimizer": optimizer, "split": split}
     return step, parts
 
@@ -285,24 +288,6 @@ def test_a_step_that_computes_alike_passes_its_audit() -> None:
     assert chosen == {0, 1, 2}
 
 
-def test_what_cannot_be_computed_again_is_no_traceback() -> None:
-    """A list in a model that grows with each forward, say, and in a pack gets something of another shape."""
-    step, parts = made()
-    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=2, total_steps=9, seed=0, alike=True)
-    step(parts["batches"].at(0))
-    before = copies(parts["model"])
-
-    def fail(*_: Any) -> Any:
-        raise ValueError("4 things instead of 3")
-
-    step.micro_batches.compute = fail  # type: ignore[method-assign]
-    with pytest.raises(
-        RanksDifferError, match=r"could not compute micro-batch \d again \(ValueError: 4 things instead"
-    ):
-        step(parts["batches"].at(1))
-    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
-
-
 def test_an_audit_compares_statistics_too() -> None:
     class Drifts(nn.BatchNorm1d):
         calls = 0
@@ -413,3 +398,31 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device_and_all_later_ones_t
         assert float(step.broken) == 1.0
         assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
         assert all(torch.equal(a, b) for a, b in zip(buffers, parts["model"].buffers()))
+
+
+def test_another_thread_that_draws_during_a_step_is_noticed() -> None:
+    """It draws while the optimizer works, here: only a task that draws itself is harmed."""
+    for model, harmed in ((None, False), (nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 1)), True)):
+        step, parts = made(model)
+        update = parts["optimizer"].update
+
+        def disturbed(unused: Any, update: Any = update) -> None:
+            torch.rand(1)
+            update(unused)
+
+        parts["optimizer"].update = disturbed
+        with pytest.raises(RanksDifferError, match="Another thread") if harmed else contextlib.nullcontext():
+            step(parts["batches"].at(0))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "bucket_bytes", "early"),
+    [(1, 4, False), (2, None, False), (2, 1 << 20, False), (2, 100, True), (2, 4, True), (3, 4, True)],
+    ids=["one rank", "not wanted", "one bucket", "two buckets", "many", "three ranks"],
+)
+def test_buckets_are_sent_early_where_there_are_several(world_size: int, bucket_bytes: int | None, early: bool) -> None:
+    step, _ = made(ranks=Ranks(0, world_size), bucket_bytes=bucket_bytes)
+    assert (step._early is not None) == early
+    assert isinstance(step._exchange, EarlyExchange) == early
+    if bucket_bytes == 100:
+        assert step._early is not None and len(step._early.buckets) == 2

@@ -50,6 +50,8 @@ def made(
     task: Any = None,
     micro_batch_size: int = m,
     lengths: Tensor | None = None,
+    ranks: Ranks | None = None,
+    bucket_bytes: int | None = None,
     **options: Any,
 ) -> tuple[ExactStep, Any]:
     """A step with packs of at most `size` micro-batches (0: none; None: auto), and the batches."""
@@ -64,7 +66,14 @@ def made(
     )
     leaves = batches.micro_batch_counts()
     step = ExactStep(
-        optimizer, micro_batches, statistics, ranks=Ranks(), leaves=leaves, device=CPU, measures_norms=True
+        optimizer,
+        micro_batches,
+        statistics,
+        ranks=ranks or Ranks(),
+        leaves=leaves,
+        device=CPU,
+        measures_norms=True,
+        bucket_bytes=bucket_bytes,
     )
     if size != 0:
         step.block.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
