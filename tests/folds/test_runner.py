@@ -10,25 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import ROOT, train
+from tests.distributed.jobs import train
+from tests.folds.small import STRONG, overrides
 from tests.standing import run_ranks
 from trainer.errors import UserError
 from trainer.folds.declaration import Place, load
 from trainer.folds.runner import cross_validate
-
-STRONG = str(ROOT / "ds_configs" / "strong.json")
-SMALL: dict[str, Any] = {
-    "trainer.task_options": {"model": "mlp", "width": 8},
-    "trainer.epochs": 1,
-    "trainer.learning_rate": {},
-    "tensorboard": {"enabled": False},
-    "cross_validation.folds": 3,
-    "cross_validation.max_parallel": 1,
-}
-
-
-def overrides(folder: Path, **more: Any) -> dict[str, Any]:
-    return SMALL | {"cross_validation.output_dir": str(folder)} | more
 
 
 def test_finished_runs_stay_and_what_is_missing_is_made_again(made: Path, capsys: Any) -> None:
