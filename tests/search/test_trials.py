@@ -129,6 +129,7 @@ def test_a_trial_that_was_under_way_is_made_again_and_one_that_had_ended_is_not(
     again.done(last, "done", ended(0.6))
     assert again.next() is None
     assert [result["value"] for result in written(tmp_path)] == [0.9, 0.8, 0.7, 0.6]
+    assert not any("as" in result for result in written(tmp_path)), "none is a repetition of another"
     assert "1 trial ended before; the search continues" in capsys.readouterr().out
 
 

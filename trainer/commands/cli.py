@@ -196,7 +196,7 @@ def command_parser() -> argparse.ArgumentParser:
     folded.add_argument("--folds", type=int, help="cross_validation.folds: 5, for example")
     folded.add_argument("--repeats", type=int, help="cross_validation.repeats: cut the samples so often")
     folded.add_argument("--group_column", help="samples of one group stay in one fold")
-    folded.add_argument("--metric", help="the metric to begin with")
+    folded.add_argument("--metric", help="the metric that is named first")
     folded.add_argument("--output_dir", help="where results go; default: runs/<config>-folds")
     folded.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file: cross_validation.seed=3"

@@ -96,7 +96,7 @@ class FoldOptions:
     number: int = option(0, "the fold that is the test split, from 0", minimum=0)
     seed: int = option(0, "which samples go into which fold", minimum=0)
     stratified: bool | None = option(
-        None, "each fold has its share of every class; without it wherever there are classes"
+        None, "each fold has its share of every class; default: wherever there are classes"
     )
     validation_fraction: float = option(
         0.0, "of the other folds, held out for validation; 0 for none", minimum=0, below=1
@@ -108,7 +108,7 @@ class FoldOptions:
         None, "of a task of your own: the array of groups (patients, ...) whose samples stay in one fold"
     )
     label_column: str | None = option(
-        None, "of a task of your own: the array of classes; without it y, label, labels or target"
+        None, "of a task of your own: the array of classes; default: y, label, labels or target"
     )
 
 
