@@ -82,7 +82,7 @@ def test_code_that_has_changed_is_run_only_if_it_is_named(run: Path) -> None:
     code = run.parent / "mine.py"
     code.write_text(TASK + "\nraise SystemExit('it was run')\n")
     said = refusal(run)
-    assert f"whose code in {code} has changed since it was trained" in said
+    assert f"Its code in {code} has changed since the model was trained" in said
     assert said.endswith(f"add task='{code}:Mine'")
     assert find(run, f"{code}:Mine").task_name == f"{code}:Mine"
 
@@ -101,7 +101,9 @@ def test_code_inside_of_the_folder_is_never_run_unasked(run: Path) -> None:
 
 def test_a_models_folder_that_lies_alone_names_no_code(run: Path) -> None:
     (run / "manifest.json").unlink()
-    assert refusal(run) == ("This model belongs to a user's task, mine.py:Mine. Add task='path/to/file.py:ClassName'.")
+    assert refusal(run) == (
+        "This model belongs to a user's own task, mine.py:Mine. Add task='path/to/file.py:ClassName'."
+    )
     assert find(run, "other.py:Mine").run is None
 
 
