@@ -64,8 +64,8 @@ def devices(machine: Machine) -> tuple[str, dict[str, Any]]:
                 "capability": f"{found.major}.{found.minor}",
             }
         )
-        # Kernels for 8.0 also run on 8.6: they fit all later minor versions of the same major one. A name with "compute_"
-        # is intermediate code (PTX), which the driver compiles for newer GPUs.
+        # Kernels for 8.0 also run on 8.6: they fit all later minor versions of the same major one. "compute_" is
+        # intermediate code (PTX), which the driver compiles for newer GPUs.
         fits = {name.removeprefix("sm_")[:-1] for name in built if name.startswith("sm_")}
         if built and str(found.major) not in fits and not any(name.startswith("compute_") for name in built):
             raise UserError(
