@@ -42,7 +42,7 @@ def refuse_no_path(name: str, value: object, give: str) -> None:
 
 
 def refuse_other_than(name: str, value: object, known: Sequence[str]) -> None:
-    """Raises UserError if an argument is none of the known texts."""
+    """Raises UserError if an argument is not one of the known texts."""
     if value not in known:
         *others, last = (f'"{one}"' for one in known)
         raise UserError(f"{name} is {_shown(value)}. It must be {', '.join(others)} or {last}.")

@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of argparse. It keeps what was typed, for hints."""
+        """As in argparse. It also keeps what was typed, for hints."""
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -237,6 +237,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _main(arguments: list[str] | None) -> int:
+    # Each command is imported only when it is called: most load torch, which takes seconds.
     parser = command_parser()
     try:
         if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow

@@ -464,6 +464,7 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(f'"optimizer.type" {name} cannot be used: {deepspeed_keys.REFUSED_OPTIMIZERS[lower]}.')
     if lower in deepspeed_keys.OPTIMIZERS:
         check_arguments(params, deepspeed_keys.OPTIMIZERS[lower], "optimizer.params")
+    # Without names (torch's source cannot be read), any name passes here. It is checked again when torch is loaded.
     elif lower not in deepspeed_keys.LAYERWISE and optimizer_names() and name not in optimizer_names():
         known = [other for other in optimizer_names() if other.lower() not in deepspeed_keys.REFUSED_OPTIMIZERS]
         raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam", "LARS", "LAMB"])}')

@@ -38,7 +38,7 @@ def option(
         above, below: the range, without its ends.
     """
     metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    if isinstance(default, (dict, list)):
+    if isinstance(default, (dict, list)):  # each config gets a copy of its own, or a change in one would change all
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)

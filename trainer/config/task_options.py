@@ -79,5 +79,5 @@ def refuse(option: str, value: Any, rule: str) -> NoReturn:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number. True and false are none, though Python counts them as integers."""
+    """Whether a value is a number. True and false are not, though Python counts them as integers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

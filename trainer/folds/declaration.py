@@ -18,7 +18,7 @@ from ..tasks.first_look import BUILT_IN
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """`cross_validation`: how the samples are cut into folds, and what is said of the runs."""
+    """`cross_validation`: how the samples are cut into folds, and what is said about the runs."""
 
     output_dir: str = option("", "where results go; default: runs/<config>-folds")
     folds: int = option(5, "k: each sample is tested by one run, and learnt by the k - 1 others", minimum=2)

@@ -68,7 +68,7 @@ class Search:
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Keys of this block that may change while a search goes on: they change no trial."""
+        """Keys of this block that may differ when a search is continued, because they change no trial."""
         return ("output_dir", "trials", "max_wall_time_s", "devices_per_trial", "timed_steps", "max_parallel")
 
 

@@ -33,8 +33,8 @@ class Job:
     tested: bool = False
 
 
-# Next gives the next run, or None if there is none. Report is told of a validation (None: nothing new), and returns why
-# the run has to stop, or None. Done is told how a run has ended, with its summary ("done") or with a text (else).
+# Next returns the next run, or None if there is none. Report gets a validation (or None: nothing new), and returns why
+# the run has to stop, or None. Done gets how a run has ended, with its summary if it is "done", else with a text.
 Next = Callable[[], Job | None]
 Report = Callable[[Job, dict[str, Any] | None], str | None]
 Done = Callable[[Job, How, Any], None]

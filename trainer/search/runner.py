@@ -78,7 +78,7 @@ def search(path: str, overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def _check_packages() -> None:
-    """Raises UserError if a package of the extra `search` is missing. It is said now, and not after the trials."""
+    """Raises UserError if a package of the extra `search` is missing. The user learns it now, not after the trials."""
     missing = [name for name in ("optuna", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

@@ -120,8 +120,8 @@ def make(ranks: Ranks, config: Config, folder: str, tested: bool, ask: Ask) -> d
         config: of the run.
         folder: its output folder.
         tested: whether the test split is evaluated at the end.
-        ask: is told each validation, {"epoch", "metrics"}, on rank 0, and returns why the run has to stop, or None.
-            With several ranks it is also called with None, to hear what was answered meanwhile.
+        ask: called on rank 0 with each validation, {"epoch", "metrics"}. It returns why the run has to stop, or None.
+            With several ranks it is also called with None, to get an answer that has come meanwhile.
 
     Returns:
         The summary; "status" is also "not finite" or "pruned". With "curves", metric on validation
