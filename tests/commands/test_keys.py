@@ -62,7 +62,7 @@ def test_a_word_of_the_meaning_is_found(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys)
-    assert "trainer.checkpoint       2 keys  from what an interrupted run continues\n" in text
+    assert "trainer.checkpoint       2 keys  what an interrupted run continues from\n" in text
     for task in ("digits", "causal_lm"):
         assert f"keys  task {task}\n" in text
     assert f"refused               {len(REFUSED):>4} keys" in text

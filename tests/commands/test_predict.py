@@ -140,7 +140,7 @@ def test_a_models_folder_does_not_choose_which_code_runs(folder: Path, capsys: p
     say_origin(folder, task="evil.py:Doubles", task_options={})
     assert predict(task=None) == 2
     said = capsys.readouterr().err
-    assert "This model belongs to a user's task, evil.py:Doubles. Add --task path/to/file.py:ClassName." in said
+    assert "This model belongs to a user's own task, evil.py:Doubles. Add --task path/to/file.py:ClassName." in said
     assert predict() == 0
     assert not (folder / "ran").exists()
 
@@ -177,9 +177,9 @@ def test_only_the_code_that_made_a_run_is_run_unasked(folder: Path, capsys: pyte
     say_code(folder, folder / "tasks.py")
     (folder / "tasks.py").write_text(evil)
     assert predict(task=None) == 2
-    assert f"has changed since it was trained. To use it as it is now, add --task {folder / 'tasks.py'}:Doubles" in (
-        capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "has changed since the model was trained. To use the code as it is now, add --task" in said
+    assert f"--task {folder / 'tasks.py'}:Doubles" in said
     (folder / "tasks.py").unlink()
     assert predict(task=None) == 2
     assert "is not there now. Add --task" in capsys.readouterr().err

@@ -8,14 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from trainer.commands.cli import main
 from trainer.commands.show_plan import plan_table
-from trainer.commands.text_work import work_of
 from trainer.config.keys import parse
 from trainer.errors import UserError
-from trainer.exact.splits import Split
 
 
 def table(world_sizes: list[int], **keys: int) -> tuple[str, dict[int, list[str]]]:
@@ -66,20 +63,6 @@ def test_speeds_of_earlier_runs_are_shown(tmp_path: Path) -> None:
     assert re.search(r"^1 .* 1\.00 +1,000 +yes$", text, re.MULTILINE)
     assert re.search(r"^4 .* 4\.00 +- +yes$", text, re.MULTILINE)
     assert "0.64 times as fast as 1 rank (run1): 2 ranks don't pay here, 1 is faster; efficiency 0.32" in text
-
-
-def test_padding_and_uneven_ranks_of_texts_are_counted() -> None:
-    config = parse({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1})
-    x = torch.zeros(4, 9, dtype=torch.long)
-    even = Split({"x": x}, lengths=torch.tensor([3, 3, 3, 3]), padded=("x",))
-    uneven = Split({"x": x}, lengths=torch.tensor([1, 1, 1, 9]), padded=("x",))
-    assert "0.0% of the computed tokens are padding" in plan_table(config, [2], work_of(config, even))
-    assert re.search(r"^2 .* 2\.00 +yes$", plan_table(config, [2], work_of(config, even)), re.MULTILINE)
-    assert re.search(
-        r"^2 .* 1\.20 +yes$", plan_table(config, [2], work_of(config, uneven)), re.MULTILINE
-    )  # 12 tokens / 10
-    wide = parse({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2})
-    assert "40.0% of the computed tokens are padding" in plan_table(wide, [2], work_of(wide, uneven))  # 8 of 20
 
 
 def test_table_of_weak_scaling() -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from trainer.config import deepspeed_keys
 from trainer.config.keys import Config, parse
-from trainer.config.optimizer_names import optimizer_names
 from trainer.errors import UserError
 
 BASE = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
@@ -199,11 +198,3 @@ def test_defaults_are_deepspeeds(deepspeed: Any) -> None:
     assert Config().dump_state == constants.DUMP_STATE_DEFAULT
     assert Config().disable_python_gc == constants.DISABLE_PYTHON_GC_DEFAULT
     assert set(deepspeed_keys.ONLY_WITH_ZERO) <= {f.name for f in dataclasses.fields(Config)}
-
-
-def test_a_misspelt_optimizer_is_named_before_torch_is_loaded() -> None:
-    assert 'unknown optimizer "AdamV". Did you mean "AdamW"?' in refusal(optimizer={"type": "AdamV"})
-    import torch
-
-    classes = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    assert {*optimizer_names(), "Optimizer"} == classes

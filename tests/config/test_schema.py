@@ -131,7 +131,7 @@ def test_set_of_the_whole_block_trainer_is_refused() -> None:
     """It would silently drop the file's keys. Its inner blocks are replaced."""
     values: dict[str, Any] = {"trainer": {"seed": 3, "task_options": {"width": 4}}}
     with pytest.raises(
-        UserError, match=r'"trainer" is the whole block.*\nName the keys, for example "trainer\.epochs"'
+        UserError, match=r'"trainer" is the whole block.*\nName single keys, for example "trainer\.epochs"'
     ):
         lay_over(values, "trainer", {"epochs": 3})
     lay_over(values, "trainer.task_options", {})

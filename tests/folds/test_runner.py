@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -11,61 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import ROOT, train
+from tests.distributed.jobs import train
+from tests.folds.small import STRONG, overrides
 from tests.standing import run_ranks
 from trainer.errors import UserError
 from trainer.folds.declaration import Place, load
 from trainer.folds.runner import cross_validate
-from trainer.tasks.digits import read_images
-
-STRONG = str(ROOT / "ds_configs" / "strong.json")
-SMALL: dict[str, Any] = {
-    "trainer.task_options": {"model": "mlp", "width": 8},
-    "trainer.epochs": 1,
-    "trainer.learning_rate": {},
-    "tensorboard": {"enabled": False},
-    "cross_validation.folds": 3,
-    "cross_validation.max_parallel": 1,
-}
-
-
-def overrides(folder: Path, **more: Any) -> dict[str, Any]:
-    return SMALL | {"cross_validation.output_dir": str(folder)} | more
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished cross-validation."""
-    folder = tmp_path_factory.mktemp("folds") / "cv"
-    assert cross_validate(STRONG, overrides(folder)) == 0
-    return folder
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_every_sample_is_predicted_once_in_the_order_of_the_data(made: Path) -> None:
-    found = rows(made)
-    assert [int(row["row"]) for row in found] == list(range(1797))
-    assert [int(row["target"]) for row in found] == read_images()[1].tolist()
-    known = json.loads((made / "cross_validation.json").read_text())["known"]
-    assert [int(row["fold"]) for row in found] == known["fold_of"][0]
-    # What is said of the folds is what is in the file.
-    summary = json.loads((made / "summary.json").read_text())
-    for fold, accuracy in enumerate(summary["metrics"]["accuracy"]["runs"]):
-        own = [row["target"] == row["prediction"] for row in found if row["fold"] == str(fold)]
-        assert accuracy == pytest.approx(sum(own) / len(own))
-
-
-def test_the_page_shows_runs_interval_and_confusions(made: Path) -> None:
-    page = (made / "report.html").read_text()
-    low, high = json.loads((made / "summary.json").read_text())["metrics"]["accuracy"]["interval"]
-    assert f"interval {low:.4f} to {high:.4f}" in page
-    assert "<h2>Confusions</h2>" in page
-    assert "n_test / n_train = 1 / 2" in page
-    assert "<script" not in page
 
 
 def test_finished_runs_stay_and_what_is_missing_is_made_again(made: Path, capsys: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+SPLITS = ("train", "validation", "test")
 BASE: dict[str, Any] = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": 8,
@@ -67,3 +68,14 @@ def write_own(folder: Path, **search: Any) -> Path:
     values["search"] |= search
     path.write_text(json.dumps(values))
     return path
+
+
+def evaluations(folder: Path) -> list[str]:
+    """The split of each evaluation that a search of `write_own` has made, in order."""
+    return [SPLITS[int(line)] for line in (folder / "evaluations.txt").read_text().split()]
+
+
+def trials(folder: Path) -> list[tuple[Any, ...]]:
+    """(number, point, state, value, hash) of each trial of a search of `write_own`."""
+    found = [json.loads(file.read_text()) for file in sorted((folder / "out" / "trials").glob("*.json"))]
+    return [(t["number"], t["point"], t["state"], t["value"], t.get("parameters_sha256")) for t in found]

@@ -48,7 +48,7 @@ def test_the_ready_search_is_a_search_and_a_config() -> None:
         ({"search.metric": "test/accuracy"}, "trials see validation only"),
         ({"search.metric": "validation/accuracy"}, 'name the metric alone, "accuracy"'),
         ({"search.trials": None}, "a search needs a budget"),
-        ({"search.sampler": "grid"}, "endlessly many values"),
+        ({"search.sampler": "grid"}, "infinitely many values"),
         ({"search.pruner": {"type": "medium"}}, '"search.pruner.type" is "medium"'),
         ({"trainer.evaluate_every_epochs": 0}, "no validations to look at"),
         ({"train_batch_size": None, "gradient_accumulation_steps": 2}, 'a search needs "train_batch_size"'),

@@ -15,7 +15,7 @@ from trainer.search.places import Times, choose
         (4, False, "the 4 trials left are done in 10 s instead of 16 s"),
         (2, True, "so all devices for one trial: the 2 trials left are done in 8.0 s instead of 10 s"),
         (1, True, "the trial left is done in 4.0 s instead of 10 s"),
-        (None, False, "more of them end in the time there is"),
+        (None, False, "more trials end in the time that is left"),
     ],
 )
 def test_the_sooner_end_decides(trials: int | None, together: bool, said: str) -> None:
@@ -23,7 +23,8 @@ def test_the_sooner_end_decides(trials: int | None, together: bool, said: str) -
     assert found == together
     assert said in line
     assert line.startswith(
-        "measured: with the file's own values a trial takes 10 s on one of 4 devices with 4 at work, 4.0 s on all"
+        "measured: with the file's own values a trial takes 10 s on one of 4 devices with all 4 in use, "
+        "4.0 s on all together"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import train
-from tests.search.small import write_own
+from tests.search.small import evaluations, trials, write_own
 from trainer.config.keys import load_config
 from trainer.errors import UserError
 from trainer.ranks.workers import run_ranks
@@ -23,33 +23,6 @@ from trainer.search.trials import Trials
 
 ROOT = Path(__file__).resolve().parents[2]
 LR = "optimizer.params.lr"
-SPLITS = ("train", "validation", "test")
-
-
-def evaluations(folder: Path) -> list[str]:
-    return [SPLITS[int(line)] for line in (folder / "evaluations.txt").read_text().split()]
-
-
-def trials(folder: Path) -> list[tuple[Any, ...]]:
-    found = [json.loads(file.read_text()) for file in sorted((folder / "out" / "trials").glob("*.json"))]
-    return [(t["number"], t["point"], t["state"], t["value"], t.get("parameters_sha256")) for t in found]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    assert search(str(write_own(folder))) == 0
-    return folder
-
-
-def test_the_test_split_is_evaluated_once_for_each_fresh_seed(whole: Path) -> None:
-    out = whole / "out"
-    tests = [json.loads(file.read_text()) for file in (out / "test").glob("*.json")]
-    assert sorted(test["seed"] for test in tests) == [1, 2]
-    seen = evaluations(whole)
-    assert seen.count("test") == 2
-    assert "test" not in seen[: 1 + 4 * 2]  # a look at the task, and four trials of two epochs
-    assert all("test" not in json.loads(f.read_text())["metrics"] for f in (out / "trials").glob("*.json"))
 
 
 def test_the_best_config_gives_the_trials_bits_on_two_ranks(whole: Path, tmp_path: Path) -> None:
@@ -66,15 +39,6 @@ def test_what_has_been_tested_is_closed(whole: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "It makes no more trials" in said
     assert "measured once, after the choice" in said
-
-
-def test_the_page_has_all_of_it(whole: Path) -> None:
-    page = (whole / "out" / "report.html").read_text()
-    assert page.count("<figure>") == 3  # one key has no importance
-    for text in ("Best: trial", "Test accuracy", "The best configuration", '<td class="text">optimizer.params.lr</td>'):
-        assert text in page
-    assert len(list((whole / "out" / "tensorboard").glob("*/events*"))) == 6
-    assert len((whole / "out" / "trials.csv").read_text().splitlines()) == 5
 
 
 def test_another_search_is_not_mixed_in(whole: Path) -> None:
@@ -178,8 +142,6 @@ def test_trials_that_fail_are_listed_and_end_nothing(tmp_path: Path, capsys: pyt
     [
         ({"search.metric": "acuracy"}, 'does not measure on validation. Did you mean "accuracy"?'),
         ({"search.metric": "margin"}, '"search.mode" is needed'),
-        ({"search.parameters": {"trainer.task_options.hiden": [1, 2]}}, 'Did you mean "hidden"?'),
-        ({"search.parameters": {"trainer.task_options.hidden": ["a", "b"]}}, "must be a whole number"),
     ],
 )
 def test_what_only_the_task_knows_is_said_before_a_trial_ends(
@@ -188,14 +150,6 @@ def test_what_only_the_task_knows_is_said_before_a_trial_ends(
     with pytest.raises(UserError) as caught:
         search(str(write_own(tmp_path)), changed)
     assert said in str(caught.value)
-
-
-def test_a_task_without_validation_is_refused(tmp_path: Path) -> None:
-    path = write_own(tmp_path)
-    task = tmp_path / "task.py"
-    task.write_text(task.read_text().replace('"validation": slice', '"test": slice'))
-    with pytest.raises(UserError, match="has no validation split"):
-        search(str(path))
 
 
 def test_a_missing_optuna_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

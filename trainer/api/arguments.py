@@ -1,4 +1,4 @@
-"""Checks of what a program gives as arguments: a wrong type is answered with what to give instead."""
+"""Checks of the arguments that a program gives. A message says what to give instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def overrides_in(value: object) -> dict[str, Any]:
-    """The argument `overrides` as a dictionary of its own; an empty one for None. Raises UserError."""
+    """A copy of the argument `overrides`; an empty dictionary for None. Raises UserError if it is no dictionary."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -23,7 +23,7 @@ def overrides_in(value: object) -> dict[str, Any]:
 
 
 def refuse_no_task(value: object) -> None:
-    """Raises UserError if the argument `task` names no task, and is no class."""
+    """Raises UserError if the argument `task` is neither a name nor a class."""
     if value is None or isinstance(value, (str, type)):
         return
     if hasattr(value, "splits"):
@@ -36,34 +36,34 @@ def refuse_no_task(value: object) -> None:
 
 
 def refuse_no_path(name: str, value: object, give: str) -> None:
-    """Raises UserError if an argument is neither a text nor a Path. `give` says what is wanted."""
+    """Raises UserError if an argument is neither a text nor a Path. `give` says what to give, for the message."""
     if not isinstance(value, (str, Path)):
         raise UserError(f"{name} is {_shown(value)}. Give {give}.")
 
 
 def refuse_other_than(name: str, value: object, known: Sequence[str]) -> None:
-    """Raises UserError if an argument is none of the known texts."""
+    """Raises UserError if an argument is not one of the known texts."""
     if value not in known:
         *others, last = (f'"{one}"' for one in known)
         raise UserError(f"{name} is {_shown(value)}. It must be {', '.join(others)} or {last}.")
 
 
 def objects_in(name: str, value: object) -> list[object]:
-    """The objects of an argument that takes several. Raises UserError."""
+    """The objects in an argument that takes several, as a list. Raises UserError if it is not iterable."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise UserError(f"{name} is {_shown(value)}. Give a list, such as {name}=[MyCallback()].")
     return list(value)
 
 
 def count_in(name: str, value: object) -> int:
-    """An argument that is a whole number of at least 1. Raises UserError."""
+    """An argument that has to be a whole number of at least 1, as an int. Raises UserError if it is not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise UserError(f"{name} is {_shown(value)}. It must be a whole number of at least 1.")
     return int(value)
 
 
 def _shown(value: object) -> str:
-    """A value in a message: itself if it is short by its kind, else its type."""
+    """A value for a message: the value itself if its kind is short to write, else its type."""
     if value is None or isinstance(value, (str, bool, int, float, Path)):
         return repr(str(value)) if isinstance(value, Path) else repr(value)
     return f"of the type {type(value).__name__}"

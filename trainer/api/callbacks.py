@@ -1,4 +1,4 @@
-"""Callbacks: what a program hears of its run, and what happens if one of them fails."""
+"""Callbacks: what a program is told about its run, and what happens if a callback fails."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _HOOKS = ("on_log", "on_evaluation", "on_end")
 
 
 class Callback:
-    """Hears of a run, in the process and the thread that called `train`; with several ranks, of rank 0 only.
+    """Is told about a run, in the process and the thread that called `train`; with several ranks, about rank 0 only.
 
     Inherit from it, or give any object that has some of these methods. A callback cannot change a bit of the run: it
-    gets plain numbers that are its own copies, and with several ranks the run is in other processes. At one rank the
-    run is in this process. There a callback has the process's own settings and random generators, and the run goes on
-    with those of the run, whatever the callback has done to torch's settings, generators or the environment. (It could
-    still search the process for the model, and change that. Nothing can prevent it, and the run does not notice.)
+    gets its own copies of plain numbers, and with several ranks the run is in other processes. At one rank the run is
+    in this process. There a callback has the process's own settings and random generators. The run then continues with
+    its own, whatever the callback has done to torch's settings, generators or the environment. (It could still search
+    the process for the model, and change that. Nothing can prevent it, and the run does not notice.)
 
     If a callback raises an exception, no callback is called any more, and the run stops with a checkpoint. Then `train`
-    raises `CallbackError`, also if it was `sys.exit()`; a KeyboardInterrupt it raises as one, as after Ctrl-C.
+    raises `CallbackError`, also after `sys.exit()`. After a KeyboardInterrupt it raises one, as after Ctrl-C.
     """
 
     def on_log(self, record: dict[str, float]) -> None:
-        """After a step that is logged, each `trainer.log_every_steps` steps. On a GPU it comes one such window later.
+        """Called after each `trainer.log_every_steps` steps. On a GPU the call comes one such window later.
 
         Args:
             record: a line of metrics.jsonl: "step" (optimizer steps made), "epoch", "time_s" (seconds of training),
@@ -39,7 +39,7 @@ class Callback:
         """
 
     def on_evaluation(self, split: str, metrics: dict[str, float], step: int) -> None:
-        """After an evaluation.
+        """Called after an evaluation.
 
         Args:
             split: "validation" or "test".
@@ -48,7 +48,7 @@ class Callback:
         """
 
     def on_end(self, result: Result) -> None:
-        """When the run has finished and all its files are written; not if it was stopped or has failed."""
+        """Called when the run has finished and all its files are written; not if it was stopped or has failed."""
 
 
 class CallbackError(TrainerError):
@@ -64,10 +64,10 @@ class Callbacks:
 
     Attributes:
         folder: the run's output folder, as soon as it is known.
-        failed: why the run has to stop; None as long as no callback has failed.
+        failed: why the run has to stop; None until a callback fails.
 
     Raises:
-        UserError: they are no list, or an object has no hook, or one with a misspelt name.
+        UserError: they are no list, or an object has no hook, or a hook with a misspelt name.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Callbacks:
         self._error: BaseException | None = None
 
     def listener(self, kind: str, values: dict[str, Any]) -> str | None:
-        """Calls what belongs to an event of `run.run.Listener`. Returns why the run has to stop, or None."""
+        """Calls the hooks for an event, as of `run.run.Listener`. Returns why the run has to stop, or None."""
         if kind == "folder":
             self.folder = values["path"]
         elif kind == "log":
@@ -108,7 +108,7 @@ class Callbacks:
                     continue
                 try:
                     method(*arguments())  # each callback has a copy of its own
-                except BaseException as error:
+                except BaseException as error:  # sys.exit(), too: first the run has to stop with a checkpoint
                     where = f"{type(callback).__name__}.{hook}()"
                     self.failed = f"the callback {where} has raised {type(error).__name__}"
                     self._error = error
@@ -122,9 +122,9 @@ class Callbacks:
         """
         if self._error is None:
             return
-        if isinstance(self._error, KeyboardInterrupt):  # the user's
+        if isinstance(self._error, KeyboardInterrupt):  # Ctrl-C while a callback was at work, or the callback's own
             raise KeyboardInterrupt(ended) from self._error
-        if not isinstance(self._error, (Exception, SystemExit)):  # meant for what surrounds the program, as a debugger
+        if not isinstance(self._error, (Exception, SystemExit)):  # meant for what runs the program, such as a debugger
             raise self._error
         why = f"T{str(self.failed)[1:]}: {self._error}"
         raise CallbackError(f"{why}\n{ended}") from self._error

@@ -1,4 +1,4 @@
-"""`evaluate` and `predict`: what a saved model is worth, and what it says of new data."""
+"""`evaluate` and `predict`: the metrics of a saved model, and its predictions for new data."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def evaluate(
     task: str | type | None = None,
     device: Device = "auto",
 ) -> dict[str, float]:
-    """Loss and metrics of a saved model: what its run computed at its end, bit for bit, on the same kind of device.
+    """Loss and metrics of a saved model: on the same kind of device what its run computed at its end, bit for bit.
 
-    It runs in this process, which is left as it was.
+    It runs in this process, and leaves it as it was.
 
     Args:
-        model: a run's output folder, its `Result`, or a model's folder. From a run come the task, its options, the
-            precision, the seed and `trainer.evaluate_micro_batch_size`. A model's folder that lies alone knows only its
-            task: there the precision is float32, and 128 samples are computed at a time.
+        model: a run's output folder, its `Result`, or a model's folder. The task, its options, the precision, the seed
+            and `trainer.evaluate_micro_batch_size` come from the run. A model's folder without its run knows only its
+            task: then the precision is float32, and 128 samples are computed at a time.
         data: a split of the task's own data ("train", "validation", "test"), or labelled data as the task's `splits`
             gives a split: name -> array or tensor (samples, ...), or an `exact.splits.Split`.
-        task: for a model of your own task: path/to/file.py:ClassName, or the class. Not needed for a run's folder if
+        task: for a model of your own task: path/to/file.py:ClassName, or the class. A run's folder does not need it if
             the task's file is unchanged.
         device: auto takes a GPU if there is one.
 
     Returns:
-        {"loss": ..., and the task's metrics}. With LoRA or trainer.compile they agree with the run's up to rounding:
-        what is saved is the merged model, and it is not compiled here.
+        {"loss": ..., and the task's metrics}. With LoRA or trainer.compile they agree with the run's only up to
+        rounding: the saved model is the merged one, and it is not compiled here.
 
     Raises:
-        UserError: there is no such model or split, its task's code must be named, or the data lack an array.
+        UserError: there is no such model or split, its task's code must be named, or the data lacks an array.
     """
     refuse_other_than("device", device, get_args(Device))
     with hosted_model(model, task) as (found, _):
@@ -74,7 +74,7 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Predictions of a saved model for new data: the rows that `python -m trainer predict` writes.
 
-    It runs in this process, which is left as it was.
+    It runs in this process, and leaves it as it was.
 
     Args:
         model, task, device: as of `evaluate`.
@@ -101,7 +101,7 @@ def predict(
 
 
 def _of_the_run(found: Saved, device: Device) -> tuple[Config, Progress]:
-    """The config of a model's run, and its progress at the end."""
+    """The config of a model's run, and the progress at its end; defaults for a model's folder without its run."""
     from ..exact.progress import Progress
 
     if found.run is None:
@@ -111,7 +111,7 @@ def _of_the_run(found: Saved, device: Device) -> tuple[Config, Progress]:
         manifest = read_json(found.run / "manifest.json")
         values, plan = manifest["config"], manifest["batch_plan"]
         total, done = manifest.get("total_steps", 0), 0
-        with contextlib.suppress(OSError, ValueError, KeyError):  # of a run that has not finished
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a run that has not finished has no summary
             done = int(json.loads((found.run / "summary.json").read_text())["steps"])
         every = steps_per_epoch(manifest["samples"]["train"], plan["global_batch_size"], values["trainer"]["drop_last"])
         progress = Progress(done or total, (done or total) // every, max(total, 1))
@@ -141,7 +141,7 @@ class BareEngine:
 
 
 def untrained_metrics(task: Task, config: Config, split: Split, device: torch.device) -> dict[str, float]:
-    """The metrics of a model that has learnt nothing: to know their names, and that the task can be evaluated.
+    """The metrics of an untrained model. They tell the names of the metrics, and that the task can be evaluated.
 
     Args:
         task: loaded.

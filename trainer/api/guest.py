@@ -1,4 +1,4 @@
-"""A run as a guest in somebody's process: it computes as in a new process, and leaves everything as it was."""
+"""A run as a guest in a user's process: it computes as in a new process, and leaves this one as it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class _Setting:
-    """Something that holds for the whole process, and on which a run's bits may depend.
+    """A setting of the whole process on which the bits of a run may depend.
 
     Attributes:
         get, put: read and set it.
@@ -83,7 +83,7 @@ def _settings() -> dict[str, _Setting]:
 
 
 def _settings_of_gpus() -> dict[str, _Setting]:
-    """The same of GPUs; none as long as this process has not used one."""
+    """The settings of GPUs; none until this process has used a GPU, because reading them would start CUDA."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -95,7 +95,7 @@ def _settings_of_gpus() -> dict[str, _Setting]:
 
 
 def _default_device() -> str:
-    """That of torch.set_default_device. A `with torch.device(...)` around the call is not meant."""
+    """The device of torch.set_default_device. A `with torch.device(...)` around the call does not count."""
     import torch
 
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
@@ -121,7 +121,10 @@ def _flushes_denormals() -> bool:
 
 
 def _places() -> list[Any]:
-    """What has a precision of its own, from torch 2.9 on; the widest first."""
+    """The parts of torch with a precision of their own (torch 2.9 and newer), the most general one first.
+
+    The order matters: a part without a value of its own has that of the more general part.
+    """
     import torch
 
     b: Any = torch.backends
@@ -141,7 +144,10 @@ def _places() -> list[Any]:
 
 
 def _precision() -> tuple[str | None, bool | None, tuple[str, ...]]:
-    """The precision of float32 products: in torch's older way, which fails if the newer was used, and in that one."""
+    """The precision of float32 products, by torch's older functions and by its newer ones.
+
+    The older functions fail if the newer ones were used. Then their value is None.
+    """
     import torch
 
     matmul, convolution = None, None
@@ -160,7 +166,7 @@ def _put_precision(values: tuple[str | None, bool | None, tuple[str, ...]]) -> N
     matmul, convolution, newer = values
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for place in _places():  # else the older way may refuse
+        for place in _places():  # else the older functions may refuse
             place.fp32_precision = "none"
         if matmul is not None:
             torch.set_float32_matmul_precision(matmul)
@@ -174,7 +180,7 @@ def _put_precision(values: tuple[str | None, bool | None, tuple[str, ...]]) -> N
 class Host:
     """The state of a process in which a run is a guest.
 
-    Use it as a context: inside, torch has the settings of a new process; afterwards the process has its own again.
+    Use it as a context. Inside, torch has the settings of a new process. Afterwards the process has its own again.
     """
 
     def __init__(self) -> None:
@@ -209,14 +215,14 @@ class Host:
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
-        """Inside, the process has its own state, as before the run; afterwards it has that of the run again."""
+        """A context for callbacks. Inside, the process has its own state again; afterwards it has the run's."""
         self._settings |= _settings_of_gpus()  # the run may be the first to use one
         inside = self._read()
         self._put(self._own)
         try:
             yield
         finally:
-            self._own = self._read()
+            self._own = self._read()  # what a callback has changed is to stay, once the run has ended
             self._put(inside)
 
 
@@ -227,14 +233,13 @@ _imported: set[str] = set()
 
 @contextlib.contextmanager
 def hosted(code: Path | None = None) -> Iterator[Host]:
-    """A context for one run, or one evaluation, in this process. It is given back as it was.
+    """A context for one run, or one evaluation, in this process. Afterwards the process is as it was.
 
     Args:
-        code: the folder of a user's task. What is imported from there, the next run imports again: its file may have
-            changed.
+        code: the folder of a user's task. The next run imports its modules anew, because their files may have changed.
 
     Raises:
-        UserError: another run is under way in this process, or it has joined a process group.
+        UserError: another run is under way in this process, or the process has joined a process group.
     """
     if not _busy.acquire(blocking=False):
         raise UserError(
@@ -254,7 +259,7 @@ def hosted(code: Path | None = None) -> Iterator[Host]:
                 "This process has joined a process group of torch.distributed, and a run makes its own.\n"
                 "Leave it first (torch.distributed.destroy_process_group()), or use another process."
             )
-        with Host() as host, torch.inference_mode(False):
+        with Host() as host, torch.inference_mode(False):  # the program may have called from inside inference_mode
             try:
                 yield host
             finally:
@@ -266,10 +271,10 @@ def hosted(code: Path | None = None) -> Iterator[Host]:
 
 
 def give_memory_back() -> None:
-    """Frees what a run has left, which nobody uses any more."""
+    """Frees the memory of a run that has ended."""
     import torch
 
-    gc.collect()  # engines refer to themselves
+    gc.collect()  # an engine refers to itself, so only the collector frees it
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
@@ -277,14 +282,14 @@ def give_memory_back() -> None:
 def _leave_group() -> None:
     engines = sys.modules.get("trainer.engine.deepspeed_engine")
     if engines is not None:
-        engines.leave_group()  # DeepSpeed remembers it, too
+        engines.leave_group()  # DeepSpeed remembers the group, too
     from ..ranks.rendezvous import close
 
     close()
 
 
 def _from(code: Path | None, names: set[str]) -> Iterator[str]:
-    """The modules whose files lie in a folder, those of installed packages and of the trainer excepted."""
+    """The modules whose files lie in a folder, without those of installed packages and of the trainer."""
     if code is None:
         return
     folder, trainer = code.resolve(), Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""A run on ranks of this machine: in this process, or in processes of its own."""
+"""Starts a run on ranks of this machine: in this process, or in new processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Listener = Callable[[str, dict[str, Any]], str | None]
 
 
 def _nobody(kind: str, values: dict[str, Any]) -> None:
-    """For a run to which nobody listens."""
+    """The listener of a run to which nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Order:
     Attributes:
         config: checked already.
         name: names the output folder if the config does not.
-        resume, allow_changed_config: as of `run.claim.Resume`, whose module loads torch.
-        started_at_s, began_s: time.time() and time.monotonic() now.
+        resume, allow_changed_config: as of `run.claim.Resume`. It is not imported here, because its module loads torch.
+        started_at_s, began_s: time.time() and time.monotonic() when the order was given.
     """
 
     config: Config
@@ -64,7 +64,7 @@ def refuse_launchers(called: str) -> None:
 def on_this_rank(
     order: Order, ranks: Ranks = _ALONE, listener: Listener = _nobody, *, guest: bool = False
 ) -> dict[str, Any]:
-    """Makes a run in this process. Collective: every rank. Returns the summary. All else is as of `run.run`."""
+    """Makes a run in this process, and returns its summary. Collective: every rank. See `run.run` for all else."""
     from ..ranks.rendezvous import close
     from ..run.claim import Resume
     from ..run.run import run
@@ -79,13 +79,13 @@ def on_this_rank(
         listener=listener,
         guest=guest,
     )
-    if not guest:  # then `guest.hosted` does
+    if not guest:  # for a guest, `guest.hosted` closes it
         close()
     return summary
 
 
 def on_ranks(order: Order, world_size: int, listener: Listener = _nobody, *, quiet: bool = False) -> dict[str, Any]:
-    """Makes a run in `world_size` new processes. Returns the summary.
+    """Makes a run in `world_size` new processes, and returns its summary.
 
     The listener is called in this process and thread. Signals are passed on to the ranks.
 
@@ -93,7 +93,7 @@ def on_ranks(order: Order, world_size: int, listener: Listener = _nobody, *, qui
         order: the run.
         world_size: how many ranks.
         listener: as of `run.run`.
-        quiet: whether to show nothing of what they print.
+        quiet: whether to hide what the ranks print.
 
     Raises:
         TrainerError: as of `run.run`.
@@ -103,7 +103,8 @@ def on_ranks(order: Order, world_size: int, listener: Listener = _nobody, *, qui
     from ..engine.gpus import usable_gpus
 
     if order.config.trainer.device == "cpu" or not list(Path("/dev").glob("nvidia[0-9]*")):
-        worker_context(cuda=False)  # its server does its imports while this process imports torch, to look for GPUs
+        # Started early: the server of the ranks does its imports while this process imports torch to look for GPUs.
+        worker_context(cuda=False)
     try:
         summaries = run_ranks(
             _rank,
@@ -115,7 +116,7 @@ def on_ranks(order: Order, world_size: int, listener: Listener = _nobody, *, qui
             timeout_s=float("inf"),
             hear=lambda event: listener(*event),
         )
-    except Died as died:  # before the ranks have met: afterwards the others notice, and say more
+    except Died as died:  # before the ranks have met. Afterwards the other ranks notice, and say more
         raise LostRankError(
             f"R{str(died)[1:]} (as by the system, if memory runs out). The other ranks were ended."
         ) from None

@@ -1,4 +1,4 @@
-"""What a finished run has brought: metrics, history, the model."""
+"""The result of a finished run: metrics, history, the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Result:
     """A run that has finished.
 
     Attributes:
-        output_dir: its folder (an absolute path), where everything else is read from.
+        output_dir: its folder (an absolute path). Everything else is read from there.
         summary: the content of summary.json.
-        task: the class that was given as an object, for a task that is in no file; else None.
+        task: the class of a task that is in no file (of a notebook, for example); else None.
     """
 
     output_dir: Path
@@ -31,7 +31,7 @@ class Result:
 
     @staticmethod
     def read(output_dir: str | Path) -> Result:
-        """The result of a run that has finished earlier, by whatever command.
+        """The result of a run that has finished earlier, whatever command has made it.
 
         Raises:
             UserError: the folder holds no finished run.
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def history(self) -> pandas.DataFrame:
-        """The same as a table: one row a step that was logged or evaluated, in order, with the step as its index.
+        """The records as a table: one row for each step that was logged or evaluated, in order; the step is the index.
 
         Its columns are the names in TensorBoard: "epoch", "train/loss", "eval/validation/accuracy", ... A cell is NaN
         where a step has no such number.
@@ -83,7 +83,7 @@ class Result:
         return table.set_index("step") if len(table) else table
 
     def model(self, device: str = "cpu") -> nn.Module:
-        """The trained model, loaded anew from the output folder, in evaluation mode.
+        """The trained model in evaluation mode, loaded anew from the output folder.
 
         Args:
             device: where to put it, as torch names devices.
@@ -109,7 +109,7 @@ class Result:
 
 
 def _refuse_unusable(device: str) -> None:
-    """Raises UserError if torch cannot put a tensor on a device, before a model is loaded."""
+    """Raises UserError if torch cannot put a tensor on a device. It is called before a model is loaded."""
     import torch
 
     if str(device).startswith("cuda") and usable_gpus("cuda") == 0:

@@ -1,4 +1,4 @@
-"""A saved model: which folder holds it, which code belongs to it, and both loaded."""
+"""A saved model: finds its folder and the code that belongs to it, and loads both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Saved:
     Attributes:
         folder: of the model.
         task_name, task_options: of its task, as in a config.
-        flags: whether messages name arguments as flags of a command, as in "--model runs/x".
+        flags: whether messages name arguments as flags of a command, as in "--model runs/x"; else as in Python.
     """
 
     folder: Path
@@ -41,33 +41,36 @@ class Saved:
 
     @property
     def run(self) -> Path | None:
-        """The output folder of its run; None if the model's folder lies elsewhere."""
+        """The output folder of its run; None if the model's folder is not in one."""
         parent = self.folder.parent
         return parent if (parent / "manifest.json").is_file() else None
 
     @property
     def code(self) -> Path | None:
-        """The folder of a user's task; None for others."""
+        """The folder with the code of a user's task; None for a ready task, or if there is no such file."""
         file = Path(self.task_name.rpartition(":")[0])
         return file.parent if ":" in self.task_name and file.is_file() else None
 
     def task(self) -> Task:
-        """A new task. Raises UserError."""
+        """The model's task, built anew. Raises UserError if it cannot be built."""
         from ..tasks.protocol import load_task
 
         return load_task(self.task_name, self.task_options)
 
     def model(self, task: Task | None = None) -> nn.Module:
-        """The model, on the CPU, loaded by a task, or by a new one. Raises UserError."""
+        """The model on the CPU, loaded by `task`, or by a new task. Raises UserError if it cannot be loaded."""
         from ..run.saving import load_model
 
         return load_model(self.task() if task is None else task, self.folder)
 
     def predictor(self, device: str) -> tuple[Task, nn.Module]:
-        """A task that can predict, and the model on its device. Raises UserError.
+        """A task that can predict, and the model on its device.
 
         Args:
             device: "auto", "cpu" or "cuda".
+
+        Raises:
+            UserError: the task cannot predict, there is no such device, or the model cannot be loaded.
         """
         task = self.task()
         if not callable(getattr(task, "predict", None)):
@@ -86,7 +89,7 @@ class Saved:
 
 
 def argument(name: str, value: object, flags: bool) -> str:
-    """An argument in a message: as a flag, or as in Python."""
+    """An argument for a message: as a flag of a command, or as in Python."""
     return f"--{name} {value}" if flags else f"{name}={str(value) if isinstance(value, Path) else value!r}"
 
 
@@ -99,7 +102,7 @@ def find(model: str | Path, task_name: str | None, *, flags: bool = False) -> Sa
         flags: see `Saved`.
 
     Raises:
-        UserError: it holds no model of the trainer, or its task must be named.
+        UserError: the folder holds no model of the trainer, or its task must be named.
     """
     folder = _model_folder(Path(model).expanduser(), flags)
     origin = read_json(folder / ORIGIN)
@@ -109,6 +112,7 @@ def find(model: str | Path, task_name: str | None, *, flags: bool = False) -> Sa
     if ":" in name:
         name = task_name or _own_code(folder, name, origin, flags)
     else:
+        # The model may come from anybody. Its options must not allow code from a hub to run here.
         options = options | ({"trust_remote_code": False} if "trust_remote_code" in options else {})
     return Saved(folder, name, options, flags)
 
@@ -126,8 +130,8 @@ def _model_folder(path: Path, flags: bool) -> Path:
 def _own_code(folder: Path, name: str, origin: dict[str, Any], flags: bool) -> str:
     """The code of a user's own task, as path/to/file.py:ClassName, for a run's model.
 
-    A model's folder may come from anybody, so it must not choose which code runs here. So only a run's folder may name
-    its task, and only a file outside of it, with the content that it had when the run began.
+    A model's folder may come from anybody, so it must not choose which code runs here. Only a run's folder may name its
+    task. The task's file must lie outside of that folder, and must have the content that it had when the run began.
 
     Raises:
         UserError: there is no such file, or it has changed.
@@ -136,24 +140,24 @@ def _own_code(folder: Path, name: str, origin: dict[str, Any], flags: bool) -> s
     file, known = origin.get("task_file"), origin.get("task_sha256")
     run = folder.parent.resolve()
     if not isinstance(file, str) or not (run / "manifest.json").is_file():
-        raise UserError(f"This model belongs to a user's task, {name}. {advice}")
+        raise UserError(f"This model belongs to a user's own task, {name}. {advice}")
     path = Path(file)
     if not path.is_file() or path.resolve().is_relative_to(run):
         raise UserError(
-            f"This model belongs to the task {name}, whose code was in {file} and is not there now. {advice}"
+            f"This model belongs to the task {name}. Its code was in {file}, and is not there now. {advice}"
         )
     cls = name.rpartition(":")[2]
     if hashlib.sha256(path.read_bytes()).hexdigest() != known:
         raise UserError(
-            f"This model belongs to the task {name}, whose code in {file} has changed since it was trained. To use it "
-            f"as it is now, add {argument('task', f'{file}:{cls}', flags)}"
+            f"This model belongs to the task {name}. Its code in {file} has changed since the model was trained. To "
+            f"use the code as it is now, add {argument('task', f'{file}:{cls}', flags)}"
         )
     return f"{file}:{cls}"
 
 
 @contextlib.contextmanager
 def hosted_model(model: str | Path | Result, task: str | type | None) -> Iterator[tuple[Saved, Host]]:
-    """A saved model in somebody's process, which is given back as it was. Arguments as of `evaluate`."""
+    """A context with a saved model in a user's process, which is as it was afterwards. Arguments as of `evaluate`."""
     from .guest import hosted
 
     refuse_no_task(task)

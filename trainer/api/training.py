@@ -1,4 +1,4 @@
-"""`train`: a run as a function."""
+"""`train`: a run as a function of Python."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def load_config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapp
     """A checked config.
 
     Args:
-        config: a JSON file, the same as a dictionary, or a config. The bare name of a ready config, such as
-            "strong.json", is found in any folder; a line on stderr says which file is used.
+        config: a JSON file, its content as a dictionary, or a Config. The bare name of a ready config, such as
+            "strong.json", works in any folder; a line on stderr says which file is used.
         overrides: dotted key -> value, as --set takes them: {"trainer.seed": 3, "optimizer.params.lr": 0.001}. A block
-            is replaced as a whole; the block "trainer" cannot be.
+            is replaced as a whole. The block "trainer" cannot be replaced.
 
     Raises:
         UserError: the file is missing or malformed, or a key or value is wrong.
@@ -62,7 +62,7 @@ def _load(
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A value of Python as JSON has it. Raises UserError."""
+    """A Python value as JSON would hold it. Raises UserError if JSON has no such value."""
     if isinstance(value, Mapping):
         return {str(name): _plain(inner, f"{where}[{name!r}]") for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -93,31 +93,31 @@ def train(
 ) -> Result:
     """Trains a config: the same run as `trainer/main.py`, with the same files, messages and bits.
 
-    **One rank** runs in this process. For that time torch and the random generators have the state of a new process;
-    afterwards this process has its own again: torch's settings and threads, the generators of torch, numpy and Python,
-    the environment, the handlers of signals, and no process group. DeepSpeed stays imported. What the task imports from
-    its folder is imported anew by each call; a module that your program has imported itself stays as it is.
+    **One rank** runs in this process. During the run, torch and the random generators have the state of a new process.
+    Afterwards this process has its own again: torch's settings and threads, the generators of torch, numpy and Python,
+    the environment, the handlers of signals, and no process group. DeepSpeed stays imported. Each call imports anew
+    what the task imports from its folder; a module that your program has imported itself stays as it is.
 
     **Several ranks** run in processes of their own, also from a notebook, and from a script without
-    `if __name__ == "__main__"`. On the CPU they are forked from a server, a process with all imports done. It starts
-    with the first call, which takes some seconds, and ends with this program. Ranks have the environment of the moment
-    of the call; what a library reads when it is imported, it has read in the first call.
+    `if __name__ == "__main__"`. On the CPU they are forked from a server, a process with all imports done. The first
+    call starts the server, which takes some seconds, and it ends with this program. Ranks have the environment at the
+    time of the call. But what a library reads while it is imported, it has read at the first call.
 
-    **Ctrl-C** (or a SIGTERM to this process) stops the run after a step, with a checkpoint. Then `train` raises
-    KeyboardInterrupt (`Stopped`), whose text says how to go on. After two seconds a second one ends the run at once.
-    Signals need the main thread: called in another one, `train` leaves them alone.
+    **Ctrl-C** stops the run after a step, with a checkpoint, and `train` raises KeyboardInterrupt. A SIGTERM to this
+    process does the same, and `train` raises `Stopped`. The message says how to continue. A second Ctrl-C, after two
+    seconds or more, ends the run at once. Signals need the main thread: in another thread, `train` leaves them alone.
 
     Args:
-        config: a JSON file, the same as a dictionary, or what `load_config` has returned. The bare name of a ready
-            config, such as "strong.json", is found in any folder.
-        ranks: how many, all on this machine; on GPUs one each.
+        config: a JSON file, its content as a dictionary, or what `load_config` has returned. The bare name of a ready
+            config, such as "strong.json", works in any folder.
+        ranks: how many, all on this machine; each has a GPU of its own, if GPUs are used.
         overrides: as of `load_config`: {"trainer.epochs": 3, "optimizer.params.lr": 0.001}.
         task: trainer.task: a name, path/to/file.py:ClassName, or the class itself. A class that is in no file of its
             own, such as a notebook's, works at one rank.
-        callbacks: hear of the run, see `Callback`.
-        output_dir: trainer.output_dir; without it a new folder runs/<config>-<number>, such as runs/strong-001. Only a
-            file has such a name: for a dictionary or what `load_config` has returned, it is runs/run-<number>.
-        resume: "auto" continues the run in output_dir, or begins one there; a folder names the run or the checkpoint to
+        callbacks: are told about the run, see `Callback`.
+        output_dir: trainer.output_dir; default: a new folder runs/<config>-<number>, such as runs/strong-001. For a
+            dictionary, and for what `load_config` has returned, it is runs/run-<number>.
+        resume: "auto" continues the run in output_dir, or begins one there. A folder is the run, or the checkpoint, to
             continue from.
         allow_changed_config: continue even if a changed config changes the bits.
         quiet: print nothing.
@@ -126,26 +126,26 @@ def train(
         The result of the run, once all its files are written.
 
     Raises:
-        UserError: something must change first; a ValueError, too. No files are left behind.
+        UserError: something must change first. It is also a ValueError. No files are left behind.
         NonFiniteError: the loss stopped being finite. The last good parameters are kept in the output folder.
         RanksDifferError, LostRankError: ranks differ, or one was lost. The message names it.
         Stopped: trainer.max_wall_time_s or a signal has stopped the run with a checkpoint.
-        KeyboardInterrupt: Ctrl-C has.
+        KeyboardInterrupt: Ctrl-C has stopped it with a checkpoint.
         CallbackError: a callback has failed.
-        Exception: one of the task's own. With several ranks, one whose class is in the task's file comes as a
+        Exception: one of the task's own. With several ranks, an exception of a class in the task's file comes as a
             WorkerError, with its traceback.
     """
     try:
         return _train(config, ranks, overrides, task, callbacks, output_dir, resume, allow_changed_config, quiet)
     except (TrainerError, KeyboardInterrupt) as error:
-        # A message for a person needs no traceback. Its frames would keep the model and its optimizer, too, as long as
-        # a notebook keeps the exception. An error of the task's own keeps its frames, for a debugger.
+        # A message for a person needs no traceback. Besides, a notebook keeps the last exception, and its frames would
+        # keep the model and its optimizer in memory. An error of the task's own keeps its frames, for a debugger.
         _clear(error)
         raise error.with_traceback(None)  # noqa: B904
 
 
 def _clear(error: BaseException) -> None:
-    """Empties the frames of an exception, and of those from which it came, and gives their memory back."""
+    """Empties the frames of an exception, and of those that caused it, and gives their memory back."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
@@ -162,9 +162,9 @@ def _clear(error: BaseException) -> None:
 
 
 def _clear_frames(frame: FrameType | None) -> None:
-    """Empties a frame and those that called it: an error that is caught early refers to them, too."""
+    """Empties a frame and its callers. An error that is caught early refers to its callers, too."""
     while frame is not None:
-        with contextlib.suppress(RuntimeError):  # it is still at work: this function's callers
+        with contextlib.suppress(RuntimeError):  # a frame that still runs, such as this function's caller
             frame.clear()
         frame = frame.f_back
 
@@ -221,7 +221,7 @@ def _train(
 def _in_no_file(cls: type, ranks: int) -> str:
     where = "this program" if cls.__module__ == "__main__" else cls.__module__
     return (
-        f"The class {cls.__name__} is part of {where}, and {ranks} ranks are other processes, which cannot see it. "
+        f"The class {cls.__name__} is part of {where}. {ranks} ranks are other processes, which cannot see it. "
         f'Save it in a file of its own, with its imports, and give task="my_task.py:{cls.__name__}".\n'
         "In a notebook, begin its cell with the line %%writefile my_task.py and run it. Or use ranks=1."
     )
@@ -247,7 +247,7 @@ def _in_this_process(order: launch.Order, heard: Callbacks, quiet: bool) -> dict
 
 
 class _Errors(io.TextIOBase):
-    """A stream of errors that shows no progress bar, which is only drawn on terminals."""
+    """A stream of errors without progress bars. These are drawn only on a terminal, and it says that it is none."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -267,7 +267,7 @@ def _console(out: Any, errors: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(heard: Callbacks) -> Iterator[None]:
-    """The errors of a run as those of `train`."""
+    """A context that turns the errors of a run into those of `train`."""
     try:
         yield
     except Stopped as stopped:
@@ -276,7 +276,7 @@ def _explained(heard: Callbacks) -> Iterator[None]:
             raise KeyboardInterrupt(str(stopped)) from None
         raise
     except EndedBySignal as end:
-        signal.raise_signal(end.signal)  # it has its usual effect now, which is to end this process
+        signal.raise_signal(end.signal)  # now it has its usual effect, which is to end this process
         raise TrainerError(f"stopped by {end.signal.name} before the first step") from None
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(str(error) or "stopped from the keyboard before the first step") from None

@@ -1,8 +1,8 @@
 """`python -m trainer check-task FILE.py:NAME`: says in plain words what in a task isn't exact, and why.
 
-First the task is rehearsed as a run would rehearse it, with the config's own micro-batch sizes. It is also checked for
-two mistakes that a comparison of bits cannot find: a forward that averages, and data that changes. Then two steps are
-run at one, two and three ranks, with an epoch's last, smaller global batch among them, and every bit is compared.
+First the task is rehearsed as a run would rehearse it, with the config's own micro-batch sizes. Then it is checked for
+two mistakes that a comparison of bits cannot find: a forward that averages, and data that changes. At last two steps
+are run at one, two and three ranks, and every bit is compared. One of the steps is an epoch's last, smaller batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
 
     Args:
         name: path/to/file.py:ClassName, or a built-in task.
-        overrides: dotted config key -> value, over the config.
+        overrides: dotted config key -> value. They override the config.
         ds_config: a config file; without one, a config of three micro-batches of 8 samples a step.
 
     Returns:
@@ -66,7 +66,7 @@ def check_task(name: str, overrides: dict[str, Any], ds_config: str | None = Non
     try:
         found = run_ranks(_examine, 1, config)[0]
     except WorkerError as error:
-        raise UserError(f"{name} fails in its own code: {str(error).strip()}") from error
+        raise UserError(f"{name} has raised an error in its own code: {str(error).strip()}") from error
     for problem in found["problems"]:
         say(f"NOT EXACT: {problem}")
     for note in found["notes"]:
@@ -100,7 +100,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _few_steps(config: Config, samples: int) -> str | None:
-    """Runs two steps at one, two and three ranks. Returns a sentence on the first difference, or None."""
+    """Runs two steps at one, two and three ranks. Returns a sentence about the first difference, or None."""
     from .verify import first_difference, run_traced
 
     unsaved = dataclasses.replace(config.trainer.checkpoint, every_steps=0)
@@ -140,7 +140,7 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
     subject = subject_of(p, make_step(p))
     found = rehearse(subject, 0)
     stage = Stage(subject, 0)
-    refuse_means(stage, None)  # what a forward averages is not seen by a run's rehearsal
+    refuse_means(stage, None)  # a run's rehearsal does not see what a forward averages
     examination = _Examination(p)
     problems = examination.splits_that_change()
     problems += [f"{finding.what}.\n{finding.remedy}" for finding in found.findings]
@@ -168,7 +168,7 @@ def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
 
 
 class _Examination:
-    """Checks one task, with its model and a few samples, for mistakes that a rehearsal does not see."""
+    """Checks a task, with its model and a few samples, for mistakes that a rehearsal does not see."""
 
     def __init__(self, p: Pieces) -> None:
         from ..exact.progress import Progress, TaskCalls
@@ -222,6 +222,6 @@ class _Examination:
         if math.isclose(whole, apart, rel_tol=1e-3, abs_tol=1e-6) or not math.isfinite(together):
             return []
         return [
-            "in evaluation, too, a sample's loss depends on the other samples of its micro-batch. That is the same at "
-            "every number of ranks, but metrics then depend on trainer.evaluate_micro_batch_size."
+            "in evaluation, too, a sample's loss depends on the other samples of its micro-batch. It is the same at "
+            "every number of ranks, but metrics depend on trainer.evaluate_micro_batch_size."
         ]

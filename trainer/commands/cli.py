@@ -1,4 +1,4 @@
-"""Command lines: the launched script's flags, and `strong-scaling-trainer` (`python -m trainer`) with its commands."""
+"""Command lines: the flags of trainer/main.py, and `strong-scaling-trainer` (`python -m trainer`) with its commands."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ COMMAND = "strong-scaling-trainer"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing usage from every rank. Takes no abbreviations: a new flag could clash."""
+    """Raises UserError instead of printing usage from every rank.
+
+    It takes no abbreviated flags: one that is clear today could also mean a flag that is added tomorrow.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does. The words are kept, for hints."""
+        """As in argparse. It also keeps what was typed, for hints."""
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -42,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{self._hint(message)}\n{self.format_usage().strip()}")
 
     def _hint(self, message: str) -> str:
-        """What may have been meant by a misspelt command or flag; an empty text if nothing is near."""
+        """A hint for a misspelt command or flag; an empty text if nothing is near."""
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong is not None:
             choices = [choice.strip("' ") for choice in wrong[2].split(",")]
@@ -53,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _meant(words: Sequence[str], known: Sequence[str]) -> str:
-    """A sentence on the first word that is near to a known one; an empty text without such."""
+    """A sentence about the first word that is near to a known one; an empty text if there is none."""
     for word in words:
         found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
         if found:
@@ -109,10 +112,10 @@ def config_from(flags: argparse.Namespace) -> Config:
 
 
 def config_file(given: str) -> str:
-    """The path of a config file, which may be given as the bare name of a ready config. Rank 0 says which is used.
+    """The path of a config file. The bare name of a ready config is enough; rank 0 then says which file is used.
 
     Raises:
-        UserError: it is near to the name of a ready config, and there is no such file.
+        UserError: there is no such file, but a ready config has this name or one near to it.
     """
 
     def tell(sentence: str) -> None:
@@ -139,21 +142,22 @@ def main(arguments: list[str] | None = None) -> int:
         code = _main(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has seen enough, as in `keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+    except BrokenPipeError:  # the reader has closed the pipe, as in `keys | head`
+        # Python flushes stdout once more at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends a command as an exception does: temporary folders are removed, and its ranks are ended."""
+    """Ends a command as an exception does, so temporary folders are removed, and its ranks are ended."""
     raise SystemExit(128 + number)
 
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of `strong-scaling-trainer`."""
-    # Started by its entry point, it has that name.
+    # Usage shows what the user has typed: the entry point of the package, or python -m trainer.
     name = Path(sys.argv[0]).name
     parser = _Parser(
         prog=name if name == COMMAND else "python -m trainer", description="Exact strong scaling: plan, verify, study."
@@ -178,7 +182,7 @@ def command_parser() -> argparse.ArgumentParser:
     guess.add_argument("--task", metavar="FILE.py:NAME", help="the code of your own task")
     guess.add_argument("--batch_size", type=int, default=32, help="samples of one forward")
     guess.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    examine = commands.add_parser("doctor", help="try on this machine what is promised: a line a check, minutes")
+    examine = commands.add_parser("doctor", help="try on this machine what the trainer promises; takes minutes")
     examine.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs if there are any"
     )
@@ -194,15 +198,17 @@ def command_parser() -> argparse.ArgumentParser:
     folded.add_argument("--task", help="trainer.task: a built-in task, or path/to/file.py:ClassName")
     folded.add_argument("--epochs", type=int, help="trainer.epochs")
     folded.add_argument("--folds", type=int, help="cross_validation.folds: 5, for example")
-    folded.add_argument("--repeats", type=int, help="cross_validation.repeats: cut the samples so often")
+    folded.add_argument("--repeats", type=int, help="cross_validation.repeats: how often to cut the samples")
     folded.add_argument("--group_column", help="samples of one group stay in one fold")
-    folded.add_argument("--metric", help="the metric to begin with")
+    folded.add_argument("--metric", help="the metric that is named first")
     folded.add_argument("--output_dir", help="where results go; default: runs/<config>-folds")
     folded.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file: cross_validation.seed=3"
     )
     folded.add_argument("--dry_run", action="store_true", help="check everything, show the plan, start no run")
-    seek = commands.add_parser("search", help="search the keys of a config by validation, and test what is found, once")
+    seek = commands.add_parser(
+        "search", help="search the keys of a config by validation, and test the best values once"
+    )
     seek.add_argument("ds_config", metavar="FILE", help='JSON config with a "search" block')
     seek.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the file, dotted: search.trials=20"
@@ -226,11 +232,12 @@ def command_parser() -> argparse.ArgumentParser:
         "--packs", nargs="+", type=_pack, default=[None], metavar="G", help="also with these sizes of packs: 1 4 auto"
     )
     for command in commands.choices.values():
-        command.set_defaults(parser=command)  # whose usage an error shows
+        command.set_defaults(parser=command)  # an error shows the usage of this command
     return parser
 
 
 def _main(arguments: list[str] | None) -> int:
+    # Each command is imported only when it is called: most load torch, which takes seconds.
     parser = command_parser()
     try:
         if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow
@@ -240,7 +247,9 @@ def _main(arguments: list[str] | None) -> int:
         flags, unknown = parser.parse_known_args(arguments)
         if unknown:
             flags.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        if flags.command != "train":  # which has nothing to remove while it imports torch
+        # From here on, Ctrl-C ends a command as an exception does, with its clean-up. `train` has nothing to remove
+        # while it imports torch, and there the exception would come out as an ImportError.
+        if flags.command != "train":
             end_at_once_no_more()
         if flags.command == "init":
             from .start import start

@@ -1,6 +1,6 @@
 """Completion in bash, zsh and fish, by argcomplete: `completion SHELL` prints what the shell runs when it starts.
 
-At each Tab the shell starts this program, which answers before anything heavy is imported.
+At each Tab the shell starts this program. It answers before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _argcomplete() -> Any:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answers a shell that asks what could follow, and ends."""
+    """Answers a shell that asks how a command line could continue, and ends the process."""
     _argcomplete()
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
@@ -57,7 +57,7 @@ def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser
 
 
 def settings(prefix: str, **_: Any) -> list[str]:
-    """For --set: every key with "=", and behind that the values of a choice."""
+    """For --set: every key with "=", and after the "=" the values of a key that has a choice of them."""
     key, equals, _value = prefix.partition("=")
     known = [one for one in all_keys() if not one.block and one.only != "refused"]
     if not equals:

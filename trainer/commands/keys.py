@@ -1,4 +1,4 @@
-"""`keys`: what the keys of a config mean, read from the schema for editors, so that no task has to be imported."""
+"""`keys`: what the keys of a config mean. It reads the schema for editors, so no task has to be imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Key(NamedTuple):
 
     Attributes:
         name: dotted.
-        only: where it is known only to one task, optimizer or scheduler, such as "task digits"; else an empty text.
+        only: the task, optimizer or scheduler that alone knows it, such as "task digits"; else an empty text.
         schema: of its value.
         required: whether it must be given.
         block: whether it holds keys of its own.
@@ -42,7 +42,7 @@ _REFUSED = "refused"
 
 
 def all_keys() -> list[Key]:
-    """Every key, in the order of the schema; those of DeepSpeed that are refused come last."""
+    """Every key, in the order of the schema. DeepSpeed's keys that are refused come last."""
     schema = read_json(ready.folder() / ready.SCHEMA)
     refused = [Key(name.strip("^$"), _REFUSED, inner) for name, inner in schema["patternProperties"].items()]
     return [*_walk(schema, "", ""), *refused]
@@ -51,7 +51,7 @@ def all_keys() -> list[Key]:
 def _walk(node: dict[str, Any], path: str, only: str) -> Iterator[Key]:
     conditions = [(str(part["$comment"]), part["then"]) for part in node.get("allOf", ()) if "then" in part]
     for name, inner in node.get("properties", {}).items():
-        # Limits of arguments that only some optimizers have are described with those optimizers.
+        # Limits of an argument that only some optimizers have: its description comes with these optimizers, below.
         if "description" in inner or "properties" in inner:
             block = bool(inner.get("properties"))
             if "description" in inner:
@@ -63,26 +63,28 @@ def _walk(node: dict[str, Any], path: str, only: str) -> Iterator[Key]:
 
 
 def keys(pattern: str | None, program: str) -> int:
-    """Prints the keys that a pattern names; without one, the blocks there are.
+    """Prints the keys that a pattern names; without a pattern, the groups of keys.
 
     Args:
         pattern: a key, a block, a task, or a part of a name or of a meaning.
         program: how the user calls this program, for hints.
 
     Raises:
-        UserError: no key is like it.
+        UserError: no key fits the pattern.
     """
     known = all_keys()
     if pattern is None:
         print(_groups(known))
-        print(f"\n{program} keys trainer.best shows a group, and {program} keys warmup what has warmup in its name.")
+        print(
+            f"\n{program} keys trainer.best shows a group; {program} keys warmup shows keys with warmup in their name."
+        )
         return 0
     print("\n".join(_entries(found(pattern, known))))
     return 0
 
 
 def found(pattern: str, known: list[Key]) -> list[Key]:
-    """The keys that are meant: of that name, block or task; else with that text in their name, or in their meaning."""
+    """The keys that a pattern means: with this name, block or task; else with this text in their name or meaning."""
     text = pattern.strip().strip(".").lower()
     tests = (
         lambda key: f".{text}." in f".{key.name.lower()}." or key.only.lower().split()[-1:] == [text],
@@ -117,7 +119,7 @@ def _groups(known: list[Key]) -> str:
 
 
 def _entries(chosen: list[Key]) -> Iterator[str]:
-    """The texts of keys. Those that are alike for several optimizers stand once."""
+    """The texts of keys. A key that is alike for several optimizers is shown once."""
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
     alike: dict[tuple[str, str, str], list[str]] = {}
     for key in chosen:

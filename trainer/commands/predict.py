@@ -28,9 +28,9 @@ def predict(
     Args:
         model: the folder of a model, or the output folder of its run.
         source: the file or folder to predict on.
-        output: where rows go; None for the console. Without a suffix it is a folder, if the task writes a file for each
-            sample: they go there, and the rows with them.
-        kind: "csv" or "jsonl"; None takes it from the output's name, else csv.
+        output: where rows go; None for the console. If the task writes a file for each sample, a name without a suffix
+            is a folder: these files go there, and the rows with them.
+        kind: "csv" or "jsonl"; None: by the output's name, else csv.
         task_name: path/to/file.py:ClassName for a model of a user's own task.
         batch_size: samples of one forward.
         device: "auto", "cpu" or "cuda".
@@ -73,7 +73,7 @@ def predict(
 
 
 def _into_folder(task: Task, network: Any, source: Path, batch_size: int, folder: Path, kind: str) -> int:
-    """Has a task write a file for each sample into a new folder, and predictions.csv (or .jsonl) with the rows."""
+    """Lets a task write a file for each sample into a new folder, and writes the rows as predictions.csv or .jsonl."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--output {folder} is not empty. Name a new folder, or a .csv for the rows alone.")

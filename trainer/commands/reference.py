@@ -69,7 +69,7 @@ def schema() -> str:
     from ..study.arms import NAMES
     from ..study.declaration import Study
 
-    # Rules that `study.declaration` checks beside a field's type and range.
+    # Rules that the blocks' own checks add to a field's type and range.
     some: dict[str, Any] = {"minItems": 1, "uniqueItems": True}
     from_0 = {"items": {"type": "integer", "minimum": 0}, "uniqueItems": True}
     from_1: dict[str, Any] = {"uniqueItems": True, "items": {"type": "integer", "minimum": 1}}

@@ -14,14 +14,14 @@ from ..record.console import table
 
 
 class Work(NamedTuple):
-    """The tokens of a step: of each of its micro-batches with padding, and of all without."""
+    """The tokens of a step: of each of its micro-batches with padding, and of all together without padding."""
 
     micro_batches: list[int]
     tokens: int
 
 
 def plan_table(config: Config, world_sizes: Sequence[int], work: Sequence[Work] = ()) -> str:
-    """One row a world size: the batch, micro-batches a rank, accumulation, speed, and whether it is possible.
+    """A table with a row for each world size: batch, micro-batches of a rank, accumulation, speed, possible or not.
 
     Args:
         config: of the run.
@@ -43,7 +43,7 @@ def plan_table(config: Config, world_sizes: Sequence[int], work: Sequence[Work] 
             rows.append((str(world_size), "-", "-", "-", "-", "-", f"no; nearest is {nearest}"))
             continue
         scaling = plan.scaling
-        # The rank with the most micro-batches determines the step time. Communication can only lower the speed-up.
+        # The rank with the most micro-batches determines the step time. Communication only lowers the speed-up further.
         ideal = plan.micro_batches / plan.gradient_accumulation_steps
         if work and scaling == "strong":
             ideal = _most_speed_up(work, world_size)
@@ -94,7 +94,7 @@ def _compared(measured: dict[int, earlier.Earlier], first: int, W: int) -> str:
 
 
 def _most_speed_up(work: Sequence[Work], world_size: int) -> float:
-    """All tokens, divided by those of the slowest rank of each step."""
+    """The largest possible speed-up: all tokens, divided by the tokens of the slowest rank of each step."""
     slowest = 0
     for step in work:
         blocks = (rank_block(len(step.micro_batches), world_size, r) for r in range(world_size))
@@ -110,7 +110,7 @@ def _padding(work: Sequence[Work]) -> str:
     )
 
 
-# Micro-batches of so many samples are rarely faster if they are larger still.
+# From this many samples on, larger micro-batches are rarely faster.
 _LARGE = 32
 
 

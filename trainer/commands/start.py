@@ -12,9 +12,9 @@ from ..errors import UserError
 from ..tasks.first_look import BUILT_IN
 from .keys import all_keys
 
-# The ready config of a task that has another name.
+# Task -> its ready config, where that has another name.
 _OF_TASK = {"digits": "strong"}
-# Written beside a config that lies outside of this checkout: a path into an installation would be of one machine.
+# Written beside a config outside of this checkout: a path into an installation would be right on one machine only.
 _SCHEMA = "trainer-schema.json"
 
 
@@ -22,7 +22,7 @@ def start(name: str | None, file: str | None, program: str) -> int:
     """Copies a ready config to a new file, and says what to do next.
 
     Args:
-        name: a task, or the name of a ready config; None is answered with what there is.
+        name: a task, or the name of a ready config. None is an error that lists them.
         file: where it goes; None for <name>.json in this folder.
         program: how the user calls this program, for hints.
 
@@ -50,7 +50,7 @@ def start(name: str | None, file: str | None, program: str) -> int:
 
 
 def _change(trainer: dict[str, Any]) -> str:
-    """What to change in a config before its first run; nothing where its data are there without a user's doing."""
+    """What to change in a config before its first run; an empty text if its data comes with the task."""
     data = trainer["task_options"].get("data")
     own = f"task {trainer['task']}"
     if not isinstance(data, str) or any(
@@ -62,7 +62,7 @@ def _change(trainer: dict[str, Any]) -> str:
 
 
 def _schema_for(target: Path) -> str:
-    """How a config names its schema, which is written beside it where that is needed."""
+    """How a config names its schema. Outside of a checkout, the schema is written beside the config."""
     schema, root = ready.folder() / ready.SCHEMA, ready.folder().parent
     if (root / ".git").exists() and target.resolve().is_relative_to(root):
         path = os.path.relpath(schema, target.resolve().parent)
@@ -80,6 +80,6 @@ def _write(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path} exists, and is not overwritten. Name another file behind the task.") from None
+        raise UserError(f"{path} exists, and is not overwritten. Name another file after the task.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""How much texts of different lengths give each micro-batch to do, for `plan --data`."""
+"""How much each micro-batch of texts of different lengths has to compute, for `plan --data`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .show_plan import Work
 
 
 def text_work(config: Config) -> list[Work]:
-    """As `work_of`, of the config's data, which is read."""
+    """Reads the config's data, and returns its `work_of`."""
     return work_of(config, train_split(config))
 
 
 def work_of(config: Config, train: Split) -> list[Work]:
-    """Of each step of the first epoch; empty for samples without lengths, and without strong scaling."""
+    """The tokens of each step of the first epoch; an empty list for samples without lengths, or for weak scaling."""
     B, m = config.train_batch_size, config.train_micro_batch_size_per_gpu
     if train.lengths is None or B is None or m is None:
         return []
@@ -34,6 +34,7 @@ def work_of(config: Config, train: Split) -> list[Work]:
     )
     found = []
     for batch in batches.starting_at(0):
+        # Without `longest`, micro-batches are not cut: each is as long as the longest text of the split.
         longest = batch.longest or [int(train.lengths.max())] * len(batch.bounds)
         found.append(Work([n * (stop - start) for n, (start, stop) in zip(longest, batch.bounds)], batch.tokens))
     return found

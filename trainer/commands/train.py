@@ -20,7 +20,7 @@ from ..tasks.first_look import look
 
 
 def train(config: Config, flags: argparse.Namespace) -> int:
-    """Runs a config and prints what its rank 0 prints. An error is the last thing on the screen.
+    """Runs a config and prints what rank 0 prints. An error is the last thing on the screen.
 
     Args:
         config: what the flags describe.
@@ -51,7 +51,7 @@ def _train(config: Config, flags: argparse.Namespace) -> int:
     refuse_missing(config)
     refuse_nothing_to_resume(flags.resume)
     folder, name = config.trainer.output_dir, Path(flags.ds_config).stem
-    if folder and flags.resume in ("none", "auto"):  # here already, and again by the run: before ranks are started
+    if folder and flags.resume in ("none", "auto"):  # the run checks it again; here it costs no start of ranks
         check_content(Path(folder).expanduser(), name, flags.resume == "auto")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run has its own way to stop

@@ -37,8 +37,8 @@ class Traced:
     Attributes:
         trace: rank 0's file, with a line of digests for each step.
         summary: as in summary.json. For a stopped run: the steps before the bad one, and the reason under "stopped".
-            In both, the "seconds" from the start of the run.
-        refused: size of packs -> why -> the ranks on which such packs were not exact.
+            In both cases with "seconds", the time from the start of the run.
+        refused: size of packs -> reason -> the ranks on which such packs were not exact.
     """
 
     world_size: int
@@ -69,7 +69,7 @@ class Traced:
 
 
 def run_traced(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
-    """One rank of one run; rank 0 writes a line of digests after every step. Returns the run's summary."""
+    """Makes one run, and returns its summary. Collective: every rank. Rank 0 writes a line of digests for each step."""
     from ..exact.checks.hashes import digest
     from ..run.run import run
 
@@ -93,10 +93,10 @@ def run_to_a_stop(ranks: Ranks, config: Config, folder: str) -> dict[str, Any]:
     """
     from ..exact.packs import packs
 
-    # A short run looks for no packs, because that would not pay. Here they are to be compared. The process ends with
-    # this run.
+    # A short run looks for no packs, because that would not pay. But verify is to compare them. This is not set back,
+    # because the process ends with this run.
     packs.FEWEST_STEPS = 1
-    # Imported before the clock starts: in a new process, as on GPUs, that takes seconds.
+    # Imported before the clock starts: in a new process, as on GPUs, the imports take seconds.
     importlib.import_module("trainer.run.run")
     began_s = time.perf_counter()
     try:
@@ -115,8 +115,8 @@ def first_difference(one: Path, other: Path, steps: int | None = None) -> tuple[
     Tensors are compared in the order loss, parameters, buffers, optimizer state.
 
     Args:
-        one, other: the files; steps that only one of them has are not compared.
-        steps: how many to compare at most.
+        one, other: the files. Steps that only one of them has are not compared.
+        steps: how many to compare at most; None for all.
     """
     with one.open() as ours, other.open() as theirs:
         for step, (left, right) in enumerate(itertools.islice(zip(ours, theirs, strict=False), steps), start=1):
@@ -142,14 +142,14 @@ def verify(config: Config, world_sizes: Sequence[int], packs: Sequence[Pack] = (
         0 if no run differs from the first in any bit, else 1.
 
     Raises:
-        UserError: a world size is impossible, or the config is weak scaling; before anything starts.
-        TrainerError: of a run that failed. The rows of those before it are printed first.
+        UserError: a world size is impossible, or the config is weak scaling. It is raised before anything starts.
+        TrainerError: a run failed. The rows of the runs before it are printed first.
     """
     plans = [config.plan(world_size) for world_size in world_sizes]
     if plans[0].scaling == "weak":
         raise UserError(
             "This config is weak scaling: its global batch, and so its model, changes with the number of ranks.\n"
-            "Give train_batch_size for strong scaling, which is what verify compares."
+            "verify compares runs of strong scaling: give train_batch_size."
         )
     gpus = usable_gpus(config.trainer.device)
     shared = [W for W in world_sizes if gpus and gpus * config.trainer.ranks_per_gpu < W]
@@ -244,7 +244,7 @@ def _packs_used(pack: Pack, summary: dict[str, Any]) -> str:
 
 
 def _refused(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
-    """`Traced.refused`. summaries: of each rank, which finds out for its own micro-batches what is exact."""
+    """`Traced.refused`, from the summaries of all ranks: each finds out what is exact for its own micro-batches."""
     found: dict[str, dict[str, list[int]]] = {}
     for rank, summary in enumerate(summaries):
         for size, why in summary.get("pack", {}).get("refused", {}).items():
@@ -253,7 +253,7 @@ def _refused(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[in
 
 
 def _refusals(runs: Sequence[Traced]) -> list[str]:
-    """Sentences on packs that were refused: their size, why, and at which numbers of ranks, on which of these."""
+    """Sentences about packs that were refused: their size, the reason, the numbers of ranks, and the ranks."""
     where: dict[tuple[str, str], dict[int, list[int]]] = {}
     for run in runs:
         for size, reasons in run.refused.items():

@@ -1,4 +1,4 @@
-"""`--version`: which code and which libraries these are. Nothing of them is imported."""
+"""`--version`: the versions of the code and of its libraries. None of them is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..record.made_by import commit
 
 
 def versions() -> str:
-    """One line."""
+    """The versions in one line."""
     code = commit()
     words = [f"strong-scaling-trainer {__version__}"]
     if code is not None:

@@ -1,14 +1,14 @@
 """DeepSpeed's own config keys: what it accepts, and which of them would have no effect here.
 
 DeepSpeed ignores misspelt keys almost everywhere. So the names are listed here, and a test compares them
-with the installed DeepSpeed. They are not imported, because `plan` and config errors must come before
+with the installed DeepSpeed. They are not imported from it, because `plan` and config errors must come before
 torch and DeepSpeed are loaded.
 """
 
 from __future__ import annotations
 
-# Keys that DeepSpeed reads and this trainer refuses, with the reason or the remedy. A setting that cannot take effect
-# is an error.
+# Keys that DeepSpeed reads and this trainer refuses, with the reason or the remedy. A setting without effect is an
+# error, because a user would believe that it works.
 _OWN_LOOP = "DeepSpeed uses it in its own forward and backward, which the exact path does not use"
 REFUSED: dict[str, str] = {
     "fp16": "half-precision weights and loss scaling are not supported; use torch_autocast with dtype bfloat16",
@@ -116,7 +116,7 @@ ONLY_WITH_ZERO = (
 )
 
 # Optimizers that DeepSpeed builds itself: parameter names and their JSON types. All other names, except those in
-# LAYERWISE, are torch.optim's. Their signatures are read later, when torch is loaded (optimizers.check_optimizer).
+# LAYERWISE, are torch.optim's. Their arguments are checked later, when torch is loaded (optimizers.check_optimizer).
 _NUMBER: Types = (int, float)
 _PAIR: Types = (list,)
 _ADAM: dict[str, Types] = {
@@ -145,8 +145,8 @@ OPTIMIZERS: dict[str, dict[str, Types]] = {
     "adamw": {**_ADAM, **ADAM_TORCH_ONLY, **ADAM_DEEPSPEED_ONLY},
     "lion": {"lr": _NUMBER, "betas": _PAIR, "weight_decay": _NUMBER, "set_grad_none": _BOOL},
 }
-# Not DeepSpeed's: they come from the package pytorch-optimizer (optimizers.py). DeepSpeed's own FusedLamb runs only
-# with fp16 and dynamic loss scaling, and it has no LARS.
+# These come from the package pytorch-optimizer (optimizers.py), because DeepSpeed's own FusedLamb runs only with fp16
+# and dynamic loss scaling, and DeepSpeed has no LARS.
 LAYERWISE = ("lars", "lamb")
 REFUSED_OPTIMIZERS: dict[str, str] = {
     "muon": "under this name DeepSpeed builds its own, which needs parameters that carry its tags",

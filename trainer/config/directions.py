@@ -1,4 +1,4 @@
-"""Whether a low or a high value of a metric is better, where its name says so in every task."""
+"""Whether a low or a high value of a metric is better, for names that mean the same in every task."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ DIRECTIONS: Mapping[str, Literal["min", "max"]] = {
     **dict.fromkeys(_HIGH, "max"),
     **dict.fromkeys(_LOW, "min"),
 }
-"""name -> "min" or "max"; names that are not here have no direction of their own."""
+"""Name of a metric -> "min" or "max". For other names, the task or the config has to say it."""

@@ -1,6 +1,6 @@
-"""The JSON schema of a config file (draft 2020-12), made of the dataclasses that check it: editors complete and check.
+"""The JSON schema of a config file (draft 2020-12), for editors. It is made from the dataclasses that check the file.
 
-Where a rule cannot be said in JSON schema, the schema is the laxer one: what it refuses, the trainer refuses, too.
+JSON schema cannot express every rule. Then the schema is less strict: what it refuses, the trainer refuses, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def block(cls: type, path: str = "", more: Mapping[str, Schema] | None = None, t
         cls: its fields are made by `schema.option` or `task_options.required`.
         path: its dotted key, with a dot at the end.
         more: dotted key -> what is added to that key's schema.
-        text: what is added to the schema of every text.
+        text: what is added to the schema of every text, and to that of a value of any type.
     """
     more, text = more or {}, text or {}
     hints, properties, needed = typing.get_type_hints(cls), {}, []
@@ -47,13 +47,13 @@ def block(cls: type, path: str = "", more: Mapping[str, Schema] | None = None, t
 
 
 def _closed(properties: Schema, needed: Iterable[str] = ()) -> Schema:
-    """A block that has no other keys."""
+    """The schema of a block that allows no other keys."""
     required = {"required": list(needed)} if needed else {}
     return {"type": "object", "properties": properties, **required, "additionalProperties": False}
 
 
 def value_of(hint: Any, metadata: Mapping[str, Any]) -> Schema:
-    """The schema of a value of this type, in the range that `schema.option` has noted."""
+    """The schema of a value of this type, in the range that `schema.option` has noted in the field's metadata."""
     return _value(hint, metadata, "", {}, {})
 
 
@@ -67,16 +67,17 @@ def _value(hint: Any, metadata: Mapping[str, Any], path: str, more: Mapping[str,
         return {"enum": list(inner)}
     if origin is list and inner:
         return {"type": "array", "items": _value(inner[0], {}, path, more, text)}
-    if origin not in _TYPES:  # Any: its owner checks it
+    if origin not in _TYPES:  # Any: its user checks it
         return {"not": {"const": ""}} if text else {}
     limits = {_RANGE[name]: metadata[name] for name in _RANGE if metadata.get(name) is not None}
     return {"type": _TYPES[origin], **(limits if origin in (int, float) else {}), **(text if origin is str else {})}
 
 
 def _union(arms: list[Schema]) -> Schema:
-    """What one of the arms allows: their keywords together, as those of one kind of value leave the others alone.
+    """The schema of a union: the keywords of all its types together.
 
-    A choice is no such keyword, but beside choices there is only null.
+    They can stand together, because a keyword for one kind of value ("minimum") ignores values of other kinds. A choice
+    ("enum") is different, but beside choices there is only null.
     """
     result: Schema = {}
     for arm in arms:
@@ -89,7 +90,7 @@ def _union(arms: list[Schema]) -> Schema:
     return {"type": kinds, **result}
 
 
-# Rules that `keys` checks beside a field's type and range, by dotted key.
+# By dotted key: rules that `keys` checks in addition to the field's type and range.
 _NUMBER_FROM_0: Schema = {"type": "number", "minimum": 0}
 _DOCS = {
     "lr": "the learning rate; trainer.learning_rate changes it over a run",
@@ -119,7 +120,7 @@ def document(tasks: Mapping[str, type], blocks: Mapping[str, tuple[type, str]], 
 
     Args:
         tasks: the trainer's own tasks, name -> dataclass of its options.
-        blocks: name of a block that a plain run ignores -> its dataclass, and what it says.
+        blocks: name of a block that a plain run ignores -> its dataclass, and its meaning.
         more: dotted key -> what is added to that key's schema.
     """
     more = {**_MORE, **more}
@@ -154,22 +155,22 @@ _REFUSED = deepspeed_keys.REFUSED.items()
 
 
 def _refused(why: str) -> Schema:
-    """A key that DeepSpeed has, and that has no effect here. What asks for nothing is let through."""
+    """The schema of a DeepSpeed key without effect here. It allows a value that asks for nothing, such as false."""
     doc = f"a DeepSpeed key without effect here: {why}"
-    told = {"errorMessage": doc}  # no keyword of JSON schema, but editors show it in place of their own words
+    told = {"errorMessage": doc}  # no keyword of JSON schema, but editors show it instead of their own message
     off = {"type": "object", "properties": {"enabled": {"const": False, **told}}, "required": ["enabled"], **told}
     return {"description": doc, "anyOf": [{"enum": [False, None]}, off]}
 
 
 def _any_case(name: str) -> str:
-    """A pattern for a name that may be written in capitals or not."""
+    """A regular expression for a name in capital or small letters. JSON schema has no flag for this."""
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in name)
 
 
 def _arguments(
     types_by_name: Mapping[str, tuple[type, ...]], doc: str, needed: Iterable[str] = (), more: Schema | None = None
 ) -> Schema:
-    """The block of arguments that `schema.check_arguments` checks; `more` is added to the schema of an argument."""
+    """The schema of arguments that `schema.check_arguments` checks. `more` has additions to an argument's schema."""
 
     def kind(allowed: tuple[type, ...]) -> Any:
         names = [_TYPES[t] for t in allowed if t is not int or float not in allowed]  # a number may be a whole one
@@ -188,7 +189,7 @@ def _optimizers() -> list[Schema]:
     conditions = []
     limits = _MORE["optimizer.params"]["properties"]
     for name, arguments in deepspeed_keys.OPTIMIZERS.items():
-        given = {} if name == "adamw" else {"required": ["type"]}  # which is the default
+        given = {} if name == "adamw" else {"required": ["type"]}  # AdamW is the default, so its type may be left out
         test = {"properties": {"type": {"pattern": f"^{_any_case(name)}$"}}, **given}
         more = {
             key: {**limits.get(key, {}), **({"description": _DOCS[key]} if key in _DOCS else {})} for key in arguments
@@ -213,7 +214,7 @@ def _tasks(tasks: Mapping[str, type]) -> list[Schema]:
     (default,) = (field.default for field in dataclasses.fields(TrainerOptions) if field.name == "task")
     conditions = []
     for name, options in tasks.items():
-        given = {} if name == default else {"required": ["task"]}
+        given = {} if name == default else {"required": ["task"]}  # the default's name may be left out
         inner = block(options, text={"minLength": 1})  # an empty text is refused for every option
         then = {
             "properties": {"task_options": inner},

@@ -1,8 +1,8 @@
 """One JSON file describes a run: DeepSpeed's own keys and the `"trainer"` block. Every key is checked.
 
 The dataclasses below are the schema: a field declares its type, its range and its meaning in one place.
-Only the standard library is imported. So a bad config is reported before torch is loaded, a process
-group exists or a device is claimed.
+Only the standard library is imported. So a wrong config is reported before torch is loaded, before a process
+group exists, and before a device is claimed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .loggers import OFF, CometOptions, CsvMonitorOptions, MlflowOptions, WandbO
 from .optimizer_names import optimizer_names
 from .schema import build, check_arguments, convert, lay_over, near, option, read_json
 
-# Tells editors where the JSON schema is. It is no setting: no config has it, and DeepSpeed does not get it.
+# Tells editors where the JSON schema is. It is no setting: `Config` has no field for it, and DeepSpeed does not get it.
 SCHEMA_KEY = "$schema"
 # Blocks that only the command of this name reads. A plain run ignores them.
 OTHERS = ("study", "search", "cross_validation")
@@ -55,7 +55,7 @@ class BestOptions:
 
     metric: str | None = option(
         "auto",
-        "the metric on validation that chooses the model; auto is the task's own choice, null keeps the last model",
+        "the metric on validation that chooses the model; auto is the task's own choice; null keeps the last model",
     )
     mode: Literal["auto", "min", "max"] = option(
         "auto", "whether a lower (min) or a higher (max) metric is better; auto knows usual names, such as accuracy"
@@ -67,7 +67,7 @@ class BestOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """`trainer.checkpoint`: from what an interrupted run continues."""
+    """`trainer.checkpoint`: what an interrupted run continues from."""
 
     every_steps: int = option(
         500,
@@ -79,7 +79,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """`trainer.lora`: train low-rank updates instead of the weights (Hu et al. 2021), by the package peft."""
+    """`trainer.lora`: train low-rank updates instead of the weights (Hu et al. 2021), with the package peft."""
 
     rank: int = option(8, "rank of the updates", minimum=1)
     alpha: int = option(16, "the updates are scaled by alpha / rank", minimum=1)
@@ -96,7 +96,7 @@ class FoldOptions:
     number: int = option(0, "the fold that is the test split, from 0", minimum=0)
     seed: int = option(0, "which samples go into which fold", minimum=0)
     stratified: bool | None = option(
-        None, "each fold has its share of every class; without it wherever there are classes"
+        None, "each fold has its share of every class; default: wherever there are classes"
     )
     validation_fraction: float = option(
         0.0, "of the other folds, held out for validation; 0 for none", minimum=0, below=1
@@ -108,7 +108,7 @@ class FoldOptions:
         None, "of a task of your own: the array of groups (patients, ...) whose samples stay in one fold"
     )
     label_column: str | None = option(
-        None, "of a task of your own: the array of classes; without it y, label, labels or target"
+        None, "of a task of your own: the array of classes; default: y, label, labels or target"
     )
 
 
@@ -162,7 +162,7 @@ class TrainerOptions:
         above=0,
     )
     gradient_noise: bool = option(False, "measure the gradient noise scale, from the micro-batches' gradients")
-    checkpoint: CheckpointOptions = option(CheckpointOptions, "from what an interrupted run continues")
+    checkpoint: CheckpointOptions = option(CheckpointOptions, "what an interrupted run continues from")
     max_wall_time_s: float | None = option(
         None, "stop with a checkpoint after this many seconds (exit code 75)", above=0
     )
@@ -246,7 +246,7 @@ class Config:
 
     @property
     def zero_stage(self) -> int:
-        """0 for no ZeRO. With 1 to 3, DeepSpeed reduces gradients in its own order."""
+        """ZeRO's stage; 0 for no ZeRO. At stages 1 to 3, DeepSpeed reduces gradients in its own order."""
         return int(self.zero_optimization.get("stage", 0))
 
     def plan(self, world_size: int) -> BatchPlan:
@@ -265,14 +265,14 @@ class Config:
         return self.plan(1).global_batch_size
 
     def unlogged(self) -> Config:
-        """This config without any logger."""
+        """This config with every logger switched off."""
         blocks = {name.partition(".")[0] for name in OFF}
         return dataclasses.replace(
             self, **{name: dataclasses.replace(getattr(self, name), enabled=False) for name in blocks}
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The config as resolved, defaults included, ready for JSON."""
+        """The config with all defaults, as nested dictionaries for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -293,7 +293,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def parse(values: dict[str, Any], source: str = "config") -> Config:
-    """The checked config for a dictionary of JSON values. Raises UserError; `source` names its origin."""
+    """The checked config for a dictionary of JSON values.
+
+    Args:
+        values: as read from a file.
+        source: where they come from, for messages.
+
+    Raises:
+        UserError: a key or a value is wrong, or two keys contradict one another.
+    """
     try:
         config: Config = build(Config, _check_top_level(values), "")
         _check_contradictions(config)
@@ -303,7 +311,7 @@ def parse(values: dict[str, Any], source: str = "config") -> Config:
 
 
 def _check_top_level(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without DeepSpeed's keys that ask for nothing. Raises UserError for unknown and refused ones."""
+    """The values without keys that ask for nothing here. Raises UserError for unknown keys and for refused ones."""
     known = [f.name for f in dataclasses.fields(Config)]
     for key, value in values.items():
         if key in OTHERS:
@@ -429,7 +437,7 @@ def _check_zero(config: Config) -> None:
                 "Leave it out, or set zero_optimization.stage to 1, 2 or 3 (the run is then labelled tolerance)."
             )
         return
-    whole = None  # a setting that needs the whole gradient of a micro-batch or of a parameter
+    whole = None  # the setting, if there is one, that needs the whole gradient of a micro-batch or of a parameter
     if config.trainer.gradient_noise:
         whole = '"trainer.gradient_noise"'
     elif config.trainer.learning_rate.scaling_rule == "adascale":
@@ -456,6 +464,7 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(f'"optimizer.type" {name} cannot be used: {deepspeed_keys.REFUSED_OPTIMIZERS[lower]}.')
     if lower in deepspeed_keys.OPTIMIZERS:
         check_arguments(params, deepspeed_keys.OPTIMIZERS[lower], "optimizer.params")
+    # Without names (torch's source cannot be read), any name passes here. It is checked again when torch is loaded.
     elif lower not in deepspeed_keys.LAYERWISE and optimizer_names() and name not in optimizer_names():
         known = [other for other in optimizer_names() if other.lower() not in deepspeed_keys.REFUSED_OPTIMIZERS]
         raise UserError(f'unknown optimizer "{name}". {near(name, [*known, "FusedAdam", "LARS", "LAMB"])}')

@@ -1,4 +1,4 @@
-"""The optimizers that torch has, without importing it."""
+"""The names of torch's optimizers, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @functools.cache
 def optimizer_names() -> tuple[str, ...]:
-    """The classes that the installed torch.optim offers, from its source; none if that cannot be read.
+    """The names of the classes in the installed torch.optim, from its source; none if the source cannot be read.
 
-    Importing torch takes seconds, and a misspelt name is to be answered at once.
+    Importing torch takes seconds, but a misspelt name should be reported at once.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
@@ -22,6 +22,7 @@ def optimizer_names() -> tuple[str, ...]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
         return ()
+    # torch.optim imports each class with "from torch.optim.adam import Adam as Adam".
     imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     found = [alias.asname or alias.name for node in imported for alias in node.names]
     return tuple(name for name in found if name[:1].isupper() and name != "Optimizer")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-# The schema of a config file, for editors. `commands.reference` writes it. It is no config, so it has its own folder.
+# The schema of a config file, for editors. `commands.reference` writes it. It is no config, so it is in another folder.
 SCHEMA = "editor/schema.json"
 
 
@@ -25,11 +25,11 @@ def names() -> list[str]:
 
 
 def find(given: str, tell: Callable[[str], object] = lambda sentence: None) -> Path:
-    """The config file that is meant: the file itself, or, if there is none, the ready config of that bare name.
+    """The config file that a user means: the file itself, or, if there is none, the ready config of this bare name.
 
     Args:
         given: a path, or the bare name of a ready config, such as strong.json.
-        tell: called with a sentence that says where it is, if it is a ready config.
+        tell: is called with a sentence that says where the file is, if it is a ready config.
 
     Raises:
         UserError: there is no such file, but a ready config has that name or one near to it.
@@ -42,7 +42,7 @@ def find(given: str, tell: Callable[[str], object] = lambda sentence: None) -> P
         own = folder() / path.name
         tell(f"{given} is not in this folder, so the trainer's own is used: {own}")
         return own
-    # With other configs beside it, the reader of the file says which there are.
+    # If there are other configs in the folder, `schema.read_json` lists these, which is the better hint.
     alone = not (path.parent.is_dir() and any(path.parent.glob("*.json")))
     stems = [Path(name).stem for name in known] if alone else []
     close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)

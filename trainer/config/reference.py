@@ -1,4 +1,4 @@
-"""The keys of a schema as a table for people. `commands.reference` writes these tables into the pages."""
+"""The keys of a schema as a table for people. `commands.reference` writes these tables into the READMEs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mo
 
 
 def table(cls: type, prefix: str = "", skipped: tuple[str, ...] = ()) -> str:
-    """A Markdown table of a schema's keys. For a block, it lists the block's keys.
+    """A Markdown table of a schema's keys. It lists the keys of a block, and not the block itself.
 
     Args:
         cls: a dataclass whose fields are made by `schema.option`.
-        prefix: stands before each key, with a dot at its end.
-        skipped: fields that are left out.
+        prefix: what stands before each key, with a dot at its end.
+        skipped: names of fields that are left out.
     """
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     rows += [f"| `{key}` | {default} | {values} | {doc} |" for key, default, values, doc in _rows(cls, prefix, skipped)]
@@ -61,7 +61,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def words(schema: Mapping[str, Any]) -> str:
-    """The values that a schema allows, in words; an empty text where any are. That null is allowed is not said."""
+    """The values that a schema allows, in words; an empty text if it allows any. Null is not mentioned."""
     arms = [words(arm) for arm in schema.get("anyOf", ())]
     if arms and all(arms):
         return " or ".join(arms)

@@ -29,9 +29,16 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A config field: its default, its meaning, and the range of its number."""
+    """A config field: its default, its meaning, and the range of its number.
+
+    Args:
+        default: a class stands for a block: a new instance of it.
+        doc: the meaning, for the tables and the schema.
+        minimum, maximum: the range, with its ends.
+        above, below: the range, without its ends.
+    """
     metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    if isinstance(default, (dict, list)):
+    if isinstance(default, (dict, list)):  # each config gets a copy of its own, or a change in one would change all
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
@@ -51,7 +58,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-# The deepest nesting of blocks. Python's own limit depends on the caller, and copying a config recurses, too.
+# The deepest nesting of blocks. Without a limit, Python's own would be reached somewhere: it depends on the caller, and
+# copying a config recurses, too.
 _DEEPEST = 100
 
 
@@ -98,7 +106,8 @@ def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     return f"{path} is not valid JSON: line {error.lineno}, column {error.colno}{shown}: {error.msg}."
 
 
-# It holds most settings of a file, and most of them have defaults, so nobody would notice that the file's are gone.
+# This block is never replaced as a whole. It holds most settings of a file, and most of these have defaults. So nobody
+# would notice that the file's values are gone.
 _NEVER_WHOLE = "trainer"
 
 
@@ -106,12 +115,12 @@ def lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Sets one dotted key of nested dictionaries, in place. A block is replaced as a whole.
 
     Raises:
-        UserError: the key lies inside of what is no block, or it is the whole block "trainer".
+        UserError: the key lies inside of a value that is no block, or it is the whole block "trainer".
     """
     if dotted == _NEVER_WHOLE:
         raise UserError(
-            f'"{dotted}" is the whole block: to set it would drop all other keys of it, also those of the file.\n'
-            f'Name the keys, for example "{dotted}.epochs".'
+            f'"{dotted}" is the whole block. Setting it would drop all its other keys, also those of the file.\n'
+            f'Name single keys, for example "{dotted}.epochs".'
         )
     *parents, last = dotted.split(".")
     block = values
@@ -123,7 +132,7 @@ def lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`dotted.key=value` as (key, value). The value is JSON if it can be read as JSON, else a string."""
+    """(key, value) of a text `dotted.key=value`. The value is JSON if it can be read as JSON, else a string."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set {text}: expected dotted.key=value, for example --set trainer.epochs=5.")
@@ -143,7 +152,7 @@ def near(name: str, valid: typing.Iterable[str]) -> str:
     """A sentence that names the valid key closest to `name`, or all valid keys if none is close."""
     valid = list(valid)
     typed = name.lower()
-    for known in valid:  # one letter is another one: AdamV is nearer to AdamW than to Adam
+    for known in valid:  # first names with one other letter: AdamV is nearer to AdamW than to Adam
         if len(typed) >= 5 and len(known) == len(typed) and sum(a != b for a, b in zip(known.lower(), typed)) == 1:
             return f'Did you mean "{known}"?'
     matches = difflib.get_close_matches(typed, [v.lower() for v in valid], n=1, cutoff=0.6)
@@ -153,7 +162,16 @@ def near(name: str, valid: typing.Iterable[str]) -> str:
 
 
 def build(cls: type, values: dict[str, Any], path: str) -> Any:
-    """An instance of a schema dataclass from JSON values; `path` is its dotted path with a dot at the end."""
+    """An instance of a schema dataclass, made from JSON values that are checked.
+
+    Args:
+        cls: the dataclass.
+        values: name -> value.
+        path: its dotted path with a dot at the end, for messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value breaks its field's rule.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name, given in fields.items():
         if given.default is given.default_factory is dataclasses.MISSING and name not in values:
@@ -169,34 +187,34 @@ def build(cls: type, values: dict[str, Any], path: str) -> Any:
 
 
 def hints_of(annotations: dict[str, Any], owner: type) -> dict[str, Any]:
-    """The types that annotations stand for, by name; Any for those that cannot be resolved.
+    """Name -> the type that its annotation stands for; Any for an annotation that cannot be resolved.
 
     Args:
         annotations: types, or texts as `from __future__ import annotations` makes them.
-        owner: the class that they stand in.
+        owner: the class in which they stand.
     """
     names: dict[str, Any] = {}
-    for base in reversed(owner.__mro__):  # a base may be of another file
+    for base in reversed(owner.__mro__):  # a base class may be of another file, with other names
         names |= vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
     hints = {}
     for name, annotation in annotations.items():
         try:
             one = types.SimpleNamespace(__annotations__={name: annotation})
             hints[name] = typing.get_type_hints(one, names, dict(vars(owner)))[name]
-        except Exception:  # a name that only type checkers import, or no type at all
+        except Exception:  # a name that is imported only for type checkers, or no type at all
             hints[name] = Any
     return hints
 
 
 _UNIONS = (typing.Union, types.UnionType)
-# What JSON's lists and blocks may be called.
+# Annotations that mean JSON's lists and blocks.
 _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _BLOCKS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _NOTHING: typing.Mapping[str, Any] = {}
 
 
 def convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any] = _NOTHING) -> Any:
-    """A JSON value as a type annotation wants it; as it is, where the annotation is none that can be checked.
+    """A JSON value as a type annotation wants it; unchanged if the annotation cannot be checked.
 
     Args:
         hint: the annotation.
@@ -215,7 +233,7 @@ def convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]
             raise UserError(f'"{path}" must be a block {{...}}, not {_kind(value)}.')
         return build(typing.cast(type, hint), value, path + ".")
     if origin is Literal:
-        # As True == 1.
+        # The kinds are compared, too, because in Python True == 1.
         if not any(choice == value and isinstance(choice, bool) == isinstance(value, bool) for choice in inner):
             listed = ", ".join(json.dumps(c, default=str) for c in inner)
             raise UserError(f'"{path}" is {json.dumps(value)}. It must be one of {listed}.')
@@ -225,7 +243,7 @@ def convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]
     if origin in _BLOCKS:
         _check_type(dict, value, path)
         return {k: convert(inner[1], v, f"{path}.{k}") for k, v in value.items()} if len(inner) == 2 else value
-    if not any(hint is known for known in _NAMES):  # Any: its owner checks it
+    if not any(hint is known for known in _NAMES):  # Any: its user checks it
         return value
     _check_size(value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -236,8 +254,8 @@ def convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]
 
 
 def _convert_to_any(hints: tuple[Any, ...], value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
-    """Converts a value to the first of several types that allows it, of its own type first."""
-    if len(hints) == 2 and type(None) in hints and value is not None:  # so that the message is about the other one
+    """Converts a value to the first of several types that allows it. A type that leaves it as it is comes first."""
+    if len(hints) == 2 and type(None) in hints and value is not None:  # then the message is about the other type alone
         return convert(next(hint for hint in hints if hint is not type(None)), value, path, metadata)
     converted, errors = [], []
     for hint in hints:
@@ -247,7 +265,7 @@ def _convert_to_any(hints: tuple[Any, ...], value: Any, path: str, metadata: typ
             errors.append(refused)
     if not converted:
         wrong_kind = f'"{path}" must be '
-        for error in errors:  # the right kind, out of its range or with a wrong element
+        for error in errors:  # the value has the right kind, but is out of its range or has a wrong element
             if not str(error).startswith(wrong_kind):
                 raise error
         raise UserError(f"{wrong_kind}{' or '.join(_named(hint) for hint in hints)}, not {_kind(value)}.")
@@ -255,7 +273,7 @@ def _convert_to_any(hints: tuple[Any, ...], value: Any, path: str, metadata: typ
 
 
 def _named(hint: Any) -> str:
-    """A type in words."""
+    """A type in words, for messages."""
     origin = typing.get_origin(hint) or hint
     if origin is Literal:
         return " or ".join(json.dumps(choice, default=str) for choice in typing.get_args(hint))
@@ -314,7 +332,11 @@ def _kind(value: Any) -> str:
 
 
 def check_arguments(values: dict[str, Any], types_by_name: dict[str, tuple[type, ...]], path: str) -> None:
-    """Checks the names and JSON types of a free block (optimizer or scheduler arguments, ZeRO)."""
+    """Checks the names and JSON types in a block that has no dataclass (optimizer or scheduler arguments, ZeRO).
+
+    Raises:
+        UserError: a name is unknown, or a value has another type.
+    """
     for key, value in values.items():
         _check_size(value, f"{path}.{key}")
         if key not in types_by_name:
@@ -328,7 +350,7 @@ def check_arguments(values: dict[str, Any], types_by_name: dict[str, tuple[type,
 
 
 def flat(values: collections.abc.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one: dotted key -> value. An empty mapping is a value."""
+    """A nested mapping as a flat one: dotted key -> value. An empty mapping counts as a value."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         result |= (

@@ -1,4 +1,4 @@
-"""The options of a task, declared like those of the config: a dataclass whose fields have a type, range and meaning.
+"""The options of a task. They are declared like the config: a dataclass, each field with a type, range and meaning.
 
 A task of the trainer calls its dataclass `Options`, and begins its constructor with `read_options`. Rules that a type
 or a range cannot express are checked by the task itself, with `refuse`.
@@ -41,31 +41,31 @@ def read_options(cls: type[T], given: Mapping[str, Any]) -> T:
 
 
 def check_options(cls: type, given: Mapping[str, Any]) -> None:
-    """Raises UserError if an option is unknown, missing, or none that its field in a task's own dataclass allows."""
+    """Raises UserError if an option is unknown or missing, or if its field in a task's dataclass does not allow it."""
     try:
         build(cls, dict(given), _PATH)
     except UserError:
         raise
-    except ValueError as error:  # of its __post_init__
+    except ValueError as error:  # raised by the __post_init__ of a user's dataclass
         raise UserError(f'"{_PATH[:-1]}": {error}') from error
 
 
 def read_arguments(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a task's constructor, checked by its annotations, where it has any that can be.
+    """The arguments of a task's constructor, checked by its annotations. One without an annotation is not checked.
 
     Args:
         cls: the task.
         given: name -> value; names that the constructor takes.
 
     Raises:
-        UserError: a value is none that its annotation, or its default, allows.
+        UserError: neither the annotation nor the default allows a value.
     """
     parameters = inspect.signature(cls).parameters
     chosen = {name: parameters[name] for name in given if name in parameters}
     annotated = {name: p.annotation for name, p in chosen.items() if p.annotation is not p.empty}
     hints = hints_of(annotated, cls)
     return {
-        # Often None is a default, and the annotation doesn't say so.
+        # Often None is the default, but the annotation does not say so.
         name: value
         if name not in hints or (value is None and chosen[name].default is None)
         else convert(hints[name], value, _PATH + name)
@@ -74,10 +74,10 @@ def read_arguments(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse(option: str, value: Any, rule: str) -> NoReturn:
-    """Raises UserError: an option breaks a rule."""
+    """Raises UserError, because an option breaks a rule. The message ends with "It must be" and the rule."""
     raise UserError(f'"{_PATH}{option}" is {value!r}. It must be {rule}.')
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, and not true or false."""
+    """Whether a value is a number. True and false are not, though Python counts them as integers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

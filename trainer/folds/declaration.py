@@ -1,4 +1,4 @@
-"""What a cross-validation is, as it is declared: a block of the config, and the runs that follow from it."""
+"""The declaration of a cross-validation: a block of the config, and the runs that follow from it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..tasks.first_look import BUILT_IN
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """`cross_validation`: how the samples are cut into folds, and what is said of the runs."""
+    """`cross_validation`: how the samples are cut into folds, and what is said about the runs."""
 
     output_dir: str = option("", "where results go; default: runs/<config>-folds")
     folds: int = option(5, "k: each sample is tested by one run, and learnt by the k - 1 others", minimum=2)
     repeats: int = option(1, "how often the samples are cut, each time in another way", minimum=1, maximum=1000)
     seed: int = option(0, "decides the cuts, whatever trainer.seed is", minimum=0)
     stratified: bool | None = option(
-        None, "each fold has its share of every class; without it wherever there are classes"
+        None, "each fold has its share of every class; default: wherever there are classes"
     )
     group_column: str | None = option(
         None,
@@ -33,24 +33,26 @@ class CrossValidation:
         "of your own. Nodules are always grouped by patient",
     )
     label_column: str | None = option(
-        None, "of a task of your own: the array of classes; without it y, label, labels or target"
+        None, "of a task of your own: the array of classes; default: y, label, labels or target"
     )
     pool: list[str] = option(
         ["train", "validation", "test"], "the splits of the data that are put together, in this order, and then cut"
     )
     validation_fraction: float | None = option(
         None,
-        "of what a run learns from, held out for validation; without it as much as in an ordinary run; 0 for none",
+        "of what a run learns from, held out for validation; default: as much as in an ordinary run; 0 for none",
         minimum=0,
         below=1,
     )
-    metric: str | None = option(None, "the metric to begin with; without it the task's own choice, accuracy, or loss")
+    metric: str | None = option(
+        None, "the metric that is named first; default: the task's own choice, accuracy, or loss"
+    )
     alpha: float = option(0.05, "the interval is of level 1 - alpha", above=0, below=0.5)
-    max_parallel: int | None = option(None, "runs at a time; null for one a GPU, or one a core", minimum=1)
+    max_parallel: int | None = option(None, "runs at a time; null for one on each GPU, or on each core", minimum=1)
 
     @property
     def without_effect_on_runs(self) -> tuple[str, ...]:
-        """Keys that change no run: a cross-validation may go on with other values of them."""
+        """Keys that change no run. A cross-validation may continue with other values of them."""
         return ("output_dir", "repeats", "metric", "alpha", "max_parallel")
 
 
@@ -81,7 +83,7 @@ class Declared:
 
     @property
     def folder(self) -> Path:
-        """Where everything lies."""
+        """The folder that holds everything."""
         return Path(self.options.output_dir)
 
     @property
@@ -95,11 +97,11 @@ class Declared:
         return self.folder / "runs" / str(place)
 
     def run_config(self, place: Place, validation_fraction: float) -> Config:
-        """The config of a run. Each has a seed of its own, so the spread over runs is that of weights and order, too.
+        """The config of a run. Each run has its own seed, so the spread over runs includes that of weights and order.
 
         Args:
             place: of the run.
-            validation_fraction: settled, see `work.examine`.
+            validation_fraction: as settled by `work.examine`.
         """
         o, values = self.options, copy.deepcopy(self.values)
         own = self.config.trainer.task not in BUILT_IN
@@ -119,7 +121,7 @@ class Declared:
         return parse(values)
 
     def fixed(self) -> dict[str, Any]:
-        """What may not change once there are runs: dotted key -> JSON value."""
+        """What may not change any more once there are runs: dotted key -> JSON value."""
         block = dataclasses.asdict(self.options)
         for name in self.options.without_effect_on_runs:
             del block[name]
@@ -127,7 +129,7 @@ class Declared:
 
 
 def cut_seed(seed: int, repeat: int) -> int:
-    """The seed of one repeat's cut."""
+    """The seed of one repeat's cut. It does not depend on the number of repeats, so more can be added later."""
     return seed if repeat == 0 else key(seed, "repeat", repeat) % 2**31
 
 
@@ -166,12 +168,12 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> Declared:
     config = parse(values, path)
     _settle_columns(options, config, values, path)
     declared = Declared(options, values, parse(values, path))
-    declared.run_config(Place(0, 0), 0.0)  # what is wrong with the pool is said now
+    declared.run_config(Place(0, 0), 0.0)  # checks what only a run's config has, such as the pool: now, before any work
     return declared
 
 
 def _settle_columns(options: CrossValidation, config: Config, values: dict[str, Any], path: str) -> None:
-    """Gives the column of groups to the task of ours that reads it. Raises UserError if there is none."""
+    """Gives the column of groups to a ready task, which reads it. Raises UserError if the task has no use for it."""
     task = config.trainer.task
     if task not in BUILT_IN:
         return

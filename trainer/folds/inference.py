@@ -1,9 +1,9 @@
 """The mean of a metric over folds, and how far off it may be. Pure functions of numbers.
 
 The runs of a cross-validation are not independent: any two of them train on mostly the same samples. So the usual
-standard error, s / sqrt(J), is too small, and an interval that is made of it is too narrow. Nadeau and Bengio
+standard error, s / sqrt(J), is too small, and an interval made from it is too narrow. Nadeau and Bengio
 (Inference for the Generalization Error, Machine Learning 52, 2003) correct it for test sets that are drawn at random;
-Bouckaert and Frank (2004) use the same for repeated folds. An estimate without any bias does not exist (Bengio and
+Bouckaert and Frank (2004) use the same correction for repeated folds. An unbiased estimate does not exist (Bengio and
 Grandvalet 2004), so this one is approximate, too.
 """
 

@@ -1,4 +1,4 @@
-"""The page of a cross-validation, for any browser. It has no script and asks nobody for anything."""
+"""The page of a cross-validation, for any browser. It has no script and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from .sentences import about, interval_text
 
 
 def write_page(results: Results, confusions: Mapping[tuple[str, str], int]) -> Path:
-    """Writes report.html into the folder of a cross-validation; with a figure where matplotlib is installed.
+    """Writes report.html into the folder of a cross-validation, with a figure if matplotlib is installed.
 
     Args:
         results: of all its runs.
-        confusions: (target, prediction) -> how often, over all runs; empty if the task says none.
+        confusions: (target, prediction) -> how often, over all runs; empty if the task names no predictions.
+
+    Returns:
+        The path of report.html.
     """
     declared = results.declared
     state, task = read_json(declared.folder / STATE), declared.config.trainer.task
@@ -72,7 +75,7 @@ def _runs(results: Results) -> str:
 
 
 def _confusions(counts: Mapping[tuple[str, str], int], names: list[str], repeats: int) -> str:
-    """The confusion matrix; the darker a cell, the larger its share of its row."""
+    """The confusion matrix. A darker cell has a larger share of its row."""
     lines = []
     for name, row in zip(names, matrix(counts, names)):
         total = max(1, sum(row))
@@ -90,7 +93,7 @@ def _confusions(counts: Mapping[tuple[str, str], int], names: list[str], repeats
 
 
 def _figure(results: Results, estimate: Estimate | None) -> list[str]:
-    """The metric of each run, with mean and interval; nothing where matplotlib is not installed."""
+    """The metric of each run, with mean and interval; nothing if matplotlib is not installed."""
     if estimate is None or importlib.util.find_spec("matplotlib") is None:
         return []
     from ..study.album import Album

@@ -1,4 +1,4 @@
-"""A cross-validation's folder, read: what every run measured, and what it said of each sample."""
+"""Reads the folder of a cross-validation: what every run measured, and what it predicted for each sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .inference import Estimate, corrected
 
 STATE = "cross_validation.json"
 ALL_PREDICTIONS = "predictions.csv"
-# Classes of a confusion matrix, at most.
+# The most classes of a confusion matrix: a larger one cannot be read.
 _MOST_CLASSES = 30
 
 
@@ -39,9 +39,9 @@ class Results:
         declared: the cross-validation.
         known: what was known before the first run (`work.examine`).
         runs: the summary of each run, in order.
-        metric: the one to begin with.
-        estimates: metric on test -> its estimate; without those that a run lacks or that are not finite.
-        lacking: metric -> the runs that lack it.
+        metric: the one that is named first.
+        estimates: metric on test -> its estimate; without the metrics that are missing or not finite in any run.
+        lacking: metric -> the runs in which it is missing or not finite.
     """
 
     def __init__(self, declared: Declared) -> None:
@@ -62,7 +62,7 @@ class Results:
 
     @property
     def ratio(self) -> float:
-        """Samples tested by a run over samples that it learns from, those of validation among them."""
+        """Samples that a run tests, over samples that it learns from. Validation samples count as learnt from."""
         return 1 / (self.declared.options.folds - 1)
 
     def values(self, metric: str) -> list[float | None]:
@@ -93,7 +93,7 @@ class Results:
 
 
 def chosen_metric(declared: Declared, known: Mapping[str, Any]) -> str:
-    """The metric to begin with: as declared, the task's own choice, accuracy, or loss."""
+    """The metric that is named first: the declared one, the task's own choice, accuracy, or loss."""
     wishes = (declared.options.metric, known["best_metric"], "accuracy", "loss")
     return next(str(name) for name in wishes if name in known["metrics"])
 
@@ -107,7 +107,7 @@ def write_predictions(declared: Declared) -> tuple[Path, dict[tuple[str, str], i
     """Puts the predictions of all runs into one file: repeat by repeat, each in the order of the data.
 
     Returns:
-        The file, and (target, prediction) -> how often; empty if the task says no such columns.
+        The file, and (target, prediction) -> how often; empty if the task names no such columns.
     """
     folder, confusions = declared.folder, Counter[tuple[str, str]]()
     path = folder / ALL_PREDICTIONS
@@ -130,12 +130,12 @@ def write_predictions(declared: Declared) -> tuple[Path, dict[tuple[str, str], i
 
 
 def matrix(counts: Mapping[tuple[str, str], int], names: Sequence[str]) -> list[list[int]]:
-    """Rows are true classes, columns predicted ones."""
+    """The confusion matrix. Rows are true classes, columns are predicted classes."""
     return [[counts.get((truth, said), 0) for said in names] for truth in names]
 
 
 def classes_of(counts: Mapping[tuple[str, str], int], known: Mapping[str, Any]) -> list[str]:
-    """The classes in a table of confusions, in a natural order; none if these are numbers, or too many classes."""
+    """The classes of a confusion matrix, in natural order; none for a regression, or if there are too many classes."""
     names = {name for pair in counts for name in pair}
     if known["classes"] is None or not 2 <= len(names) <= _MOST_CLASSES:
         return []

@@ -1,8 +1,8 @@
 """`python -m trainer cross-validate`: makes the runs of a cross-validation; finished runs are not repeated.
 
-The output folder holds `cross_validation.json`, what was declared and known before the first run, and an ordinary
-output folder a run in `runs/`. A run that was interrupted goes on from its last checkpoint. `predictions.csv`,
-`summary.json` and `report.html` are made of these at the end.
+The output folder holds `cross_validation.json` (what was declared, and what was known before the first run), and for
+each run an ordinary output folder in `runs/`. A run that was interrupted goes on from its last checkpoint. At the end,
+`predictions.csv`, `summary.json` and `report.html` are made from these.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cross_validate(path: str, overrides: Mapping[str, Any] | None = None, dry_ru
         The exit code: 0; 1 if runs could not be made; 75 if it was stopped, to be started again.
 
     Raises:
-        UserError: something has to change first; before any run.
+        UserError: something has to change first. It is raised before any run.
     """
     declared = load(path, overrides)
     look(declared.config.trainer.task, declared.config.trainer.task_options)
@@ -84,14 +84,14 @@ def _check_metric(declared: Declared, known: Mapping[str, Any]) -> None:
 
 
 def _declare(declared: Declared, known: dict[str, Any]) -> None:
-    """Writes what is declared and known, or compares with it. Raises UserError if other runs are there."""
+    """Writes cross_validation.json, or compares with it if it is there. Raises UserError if it declares other runs."""
     (declared.folder / "runs").mkdir(exist_ok=True)
     file = declared.folder / STATE
     fixed = json.loads(to_json(declared.fixed()))
     if file.exists():
         before = read_json(file)
         old = before["declared"]
-        # A key that another version does not know is passed over, unless it has been set.
+        # A key that only one of two versions of the trainer knows counts only if it was set.
         names = [name for name in fixed if name in old and fixed[name] != old[name]]
         names += sorted(name for name in fixed.keys() ^ old.keys() if (fixed | old)[name] not in (None, {}))
         cuts = zip(before["known"]["fold_of"], known["fold_of"])
@@ -151,7 +151,7 @@ def _make(declared: Declared, known: Mapping[str, Any], slots: Slots, parallel: 
         slots.close()
     if failed:
         place, why = next(iter(failed.items()))
-        say("", f"{len(failed)} of {len(places)} runs could not be finished, so nothing is said of the mean.")
+        say("", f"{len(failed)} of {len(places)} runs could not be finished, so there is no mean.")
         say(f"{place}: {why}", "The same command tries them again.")
         return 1
     predictions, confusions = write_predictions(declared)

@@ -1,4 +1,4 @@
-"""What a cross-validation says, in sentences."""
+"""What a cross-validation prints and writes on its page, in sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .results import Results
 
 
 def plan_lines(declared: Declared, known: Mapping[str, Any], parallel: int) -> list[str]:
-    """What will be done, before the first run."""
+    """Says before the first run what will be done, one line each."""
     o, count = declared.options, known["samples"]
     how = [f"stratified by {known['classes']} classes"] if known["classes"] is not None else []
     how += [f"{known['groups']:,} groups stay whole"] if known["groups"] is not None else []
@@ -61,7 +61,7 @@ def headline(results: Results, page: Path) -> str:
 
 
 def about(results: Results) -> list[str]:
-    """What the interval is about, and how it is made."""
+    """Two paragraphs: what the interval is about, and how it is computed."""
     o = results.declared.options
     J, k = o.folds * o.repeats, o.folds
     return [
@@ -71,6 +71,6 @@ def about(results: Results) -> list[str]:
         f"It is the corrected resampled t interval of Nadeau and Bengio (2003): the mean plus and minus t(J - 1) "
         f"s sqrt(1 / J + n_test / n_train), with J = {J} runs, {J - 1} degrees of freedom and n_test / n_train = "
         f"1 / {k - 1}. The usual s / sqrt(J) is too small, because any two runs learn from mostly the same samples. "
-        "The correction is a good approximation, and no more: an exact one does not exist. Near the end of a metric's "
+        "The correction is only a good approximation, because an exact one does not exist. Near the end of a metric's "
         "range, such as an accuracy of 1, the interval may reach beyond it.",
     ]

@@ -1,10 +1,9 @@
-"""What a slot does for a cross-validation: it looks at data and model before any run, and makes the runs."""
+"""What a slot (a process for runs) does for a cross-validation: it looks at data and model, then it makes runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def examine(ranks: Ranks, declared: Declared, ask: object = None) -> dict[str, Any]:
-    """What is known before the first run, so that a mistake costs no work.
+    """Looks at data and model before the first run, so a mistake costs no work.
 
     Args:
         ranks: the slot's place.
         declared: the cross-validation.
-        ask: how a slot's job asks for more; not needed here.
+        ask: how a job of a slot asks a question; not used here.
 
     Returns:
         `samples`, `validation_fraction` (settled), `fold_of` (a list of (samples,) folds, one a repeat), `groups` and
-        `classes` (how many; None if the cut heeds none), `metrics` (their names on test), `best_metric`,
-        `data_sha256`, `facts`, and `lines` and `notes` for people.
+        `classes` (how many; None if the cut takes no account of them), `metrics` (their names on test), `best_metric`,
+        `data_sha256`, `task_code_sha256`, `facts` of the machine, and `lines` and `notes` for people.
 
     Raises:
         UserError: something must change first.
@@ -90,12 +89,13 @@ def _cut(config: Config) -> Any:
 
 
 def _validation_fraction(declared: Declared) -> float:
-    """What a run holds out of the samples that it learns from: as declared, or what an ordinary run holds out."""
+    """The share that a run holds out of the samples that it learns from: as declared, or as in an ordinary run."""
     if declared.options.validation_fraction is not None:
         return declared.options.validation_fraction
     from ..exact.splits import as_splits
 
     task = _task(declared.config)
+    # `Place` stands for a task without Options: it has no field of this name.
     named = {field.name: field.default for field in dataclasses.fields(getattr(type(task), "Options", Place))}
     if "validation_fraction" in named:
         given = declared.config.trainer.task_options.get("validation_fraction", named["validation_fraction"])
@@ -109,13 +109,14 @@ def _validation_fraction(declared: Declared) -> float:
 def _check_batch(config: Config, train: Split, fold_of: list[list[int]]) -> None:
     """Raises UserError if the training set of a run is smaller than the global batch."""
     batch = config.plan(1).global_batch_size
+    # `train` is the training split of the first fold. A fold that tests more samples leaves fewer to train on.
     tested = [fold.count(number) for fold in fold_of for number in set(fold)]
     most, first = max(tested), tested[0]
     least = len(train) - (most - first)
     if least < batch:
         raise UserError(
             f"A run of {len(set(fold_of[0]))} folds has {least:,} samples to train on, which is less than the global "
-            f"batch of {batch:,}. Take a smaller train_batch_size, or more folds."
+            f"batch of {batch:,}. Choose a smaller train_batch_size, or more folds."
         )
 
 
@@ -126,16 +127,16 @@ def _own_note(task: Task, declared: Declared) -> list[str]:
         return []
     return [
         f"{type(task).__name__}.splits() gives its samples before they are cut. If it computes anything from its "
-        "training samples (a mean, a vocabulary, a choice of features), what is tested has leaked into it: let splits "
-        "take the keyword cut then (trainer/folds/README.md)"
+        "training samples (a mean, a vocabulary, a choice of features), what is tested has leaked into it. In that "
+        "case let splits take the keyword cut (trainer/folds/README.md)"
     ]
 
 
 def make(ranks: Ranks, config: Config, ask: object = None) -> dict[str, Any]:
-    """Makes a run, or continues one: its output folder says how far it came.
+    """Makes a run, or continues it from the last checkpoint in its output folder.
 
     Returns:
-        Its summary; {"status": "not finite", "reason": ...} of a run that stopped being finite.
+        Its summary; {"status": "not finite", "reason": ...} if its loss stopped being finite.
     """
     from ..run.claim import Resume
     from ..run.run import run
@@ -146,9 +147,4 @@ def make(ranks: Ranks, config: Config, ask: object = None) -> dict[str, Any]:
     except NonFiniteError as error:
         return {"status": "not finite", "reason": str(error), "steps": error.good_steps}
     finally:
-        gc.collect()  # engines refer to themselves
-
-
-def sha256_of(fold_of: list[int]) -> str:
-    """A hash of one cut."""
-    return hashlib.sha256(",".join(map(str, fold_of)).encode()).hexdigest()
+        gc.collect()  # an engine refers to itself, so only the collector frees its memory before the next run

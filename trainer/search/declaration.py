@@ -14,8 +14,8 @@ from ..config.schema import build, lay_over, option, read_json
 from ..errors import UserError
 from .space import Space, read_space
 
-# Settings of every trial: its files are not kept, it is made on one machine, and it ends when its epochs are over. They
-# change no bit of it.
+# Settings of every trial. Its files are not kept, so it writes no logs and no checkpoints. It runs on one machine, so
+# it needs no guard. It ends when its epochs are over, so it has no time limit. No setting changes a bit of the model.
 OPERATION = {
     **loggers.OFF,
     "trainer.guard_every_steps": 0,
@@ -34,8 +34,8 @@ class Pruner:
         "the best go on from the epochs first_epoch, first_epoch x reduction, ..."
     )  # fmt: skip
     first_epoch: int = option(1, "no trial is ended before this epoch", minimum=1)
-    first_trials: int = option(5, "median: so many trials come to their end before one is ended early", minimum=1)
-    reduction: int = option(3, "successive_halving: of so many trials at an epoch, one goes on", minimum=2)
+    first_trials: int = option(5, "median: this many trials come to their end before one is ended early", minimum=1)
+    reduction: int = option(3, "successive_halving: of this many trials at an epoch, one goes on", minimum=2)
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,23 @@ class Search:
     )
     trials: int | None = option(None, "how many configurations are tried", minimum=1)
     max_wall_time_s: float | None = option(
-        None, "no trial begins after so many seconds, those of earlier calls counted", above=0
+        None, "no trial begins after this many seconds; the seconds of earlier calls count, too", above=0
     )
     sampler: Literal["tpe", "random", "qmc", "gp", "grid"] = option(
         "tpe", "how Optuna chooses; grid tries every combination of lists and steps"
     )
     seed: int = option(0, "determines what the sampler draws", minimum=0)
     pruner: Pruner = option(Pruner, "ends trials early")
-    test_seeds: int = option(5, "the best configuration is trained and tested with so many fresh seeds", minimum=1)
+    test_seeds: int = option(5, "the best configuration is trained and tested with this many fresh seeds", minimum=1)
     devices_per_trial: Literal["auto", "one", "all"] = option(
-        "auto", "a trial on each device, or all devices for one trial; auto measures which is sooner done"
+        "auto", "a trial on each device, or all devices for one trial; auto measures which finishes sooner"
     )
     timed_steps: int = option(60, "steps of the runs that auto measures", minimum=12)
     max_parallel: int | None = option(None, "devices to use; null for every GPU, or every core", minimum=1)
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Keys of this block that may change while a search goes on: they change no trial."""
+        """Keys of this block that may differ when a search is continued, because they change no trial."""
         return ("output_dir", "trials", "max_wall_time_s", "devices_per_trial", "timed_steps", "max_parallel")
 
 
@@ -82,7 +82,7 @@ class Plan:
         values: the config without the block, as in the file.
         base: the same, checked.
         folder: where everything goes.
-        trials: how many, None for as many as there is time for.
+        trials: how many at most; None for as many as the time allows.
     """
 
     search: Search
@@ -93,7 +93,7 @@ class Plan:
     trials: int | None
 
     def values_of(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """The file's values with those of a trial laid over."""
+        """The file's values, with the values of a trial in place of its own."""
         return self.space.laid_over(self.values, point)
 
     def config_of(self, point: Mapping[str, Any], seed: int | None = None) -> Config:
@@ -106,7 +106,7 @@ class Plan:
         return parse(values, "the configuration")
 
     def seeds(self) -> list[int]:
-        """The fresh seeds of the last runs: no trial has had one of them."""
+        """The fresh seeds of the test runs. No trial uses one of them."""
         first = self.base.trainer.seed + 1
         return list(range(first, first + self.search.test_seeds))
 
@@ -153,7 +153,7 @@ def _check_base(base: Config, search: Search) -> None:
     if not base.trainer.evaluate_every_epochs and search.pruner.type != "none":
         raise UserError(
             f'"search.pruner.type" is "{search.pruner.type}", but trainer.evaluate_every_epochs is 0, so there are no '
-            'validations to look at. Set the one to "none", or the other to 1.'
+            'validations to look at. Set search.pruner.type to "none", or trainer.evaluate_every_epochs to 1.'
         )
     if "/" in search.metric:
         split, _, name = search.metric.rpartition("/")
@@ -173,7 +173,7 @@ def _check_base(base: Config, search: Search) -> None:
 
 
 def _check_budget(search: Search, space: Space) -> int | None:
-    """How many trials there are at most."""
+    """The largest number of trials; None if only the time limits it. Raises UserError if nothing limits it."""
     if search.sampler == "grid":
         combinations = space.grid_size()
         return min(combinations, search.trials or combinations)

@@ -21,7 +21,7 @@ _HOLLOW = _MARK | {"mfc": "white", "mec": GREY, "mew": 1.0}
 
 
 def last_value(trial: Mapping[str, Any], metric: str) -> float:
-    """The metric of a trial, or where it was ended early the last one there is; nan for none."""
+    """The metric of a trial. If it was ended early, its last value; nan if there is none, as for a failed trial."""
     if trial["value"] is not None:
         return float(trial["value"])
     values = [v for v in (trial.get("curves") or {}).get(metric, {}).get("value", ()) if v is not None]
@@ -104,7 +104,8 @@ def slices(parameters: Sequence[Parameter], trials: Sequence[Mapping[str, Any]],
         values = [t["point"][parameter.key] for t in own]
         if parameter.choices:
             xs = [float(next(i for i, c in enumerate(parameter.choices) if same(c, v))) for v in values]
-            # Beside one another: by their numbers, so that a page that is made again is the same.
+            # Marks of the same choice stand side by side. The offset comes from the trial's number and not from chance,
+            # so a page that is made again is the same. 0.618 (of the golden ratio) keeps successive numbers apart.
             xs = [x + ((t["number"] * 0.618) % 1 - 0.5) * 0.36 for x, t in zip(xs, own)]
             labels = [shown(choice) for choice in parameter.choices]
             axes.set_xticks(range(len(labels)), [t if len(t) < 15 else f"{t[:13]}..." for t in labels])
@@ -134,13 +135,14 @@ def _curve(trial: Mapping[str, Any], metric: str) -> tuple[list[float], list[flo
 
 
 def _view(axes: Axes, values: Sequence[float], mode: str) -> None:
-    """The range of the metric. Of a metric without an upper end, far outliers are left out."""
+    """Sets the range of the metric's axis. Outliers at the bad end are left out."""
     known = sorted(v for v in values if math.isfinite(v))
     if not known:
         return
     low, high = known[0], known[-1]
     middle = known[len(known) // 2]
-    # The good end is always shown, and of the bad one as much as leaves the good one readable.
+    # One trial that diverged, to a loss of 1e6, would squeeze all others into a line. So the good end is always shown,
+    # and the bad end up to 20 times the distance from the best value to the middle one.
     if mode == "min" and high - low > 20 * (middle - low) > 0:
         high = low + 20 * (middle - low)
     if mode == "max" and high - low > 20 * (high - middle) > 0:

@@ -1,4 +1,4 @@
-"""The end of a search: the chosen configuration is trained with fresh seeds, and each run tested once."""
+"""The end of a search: the chosen configuration is trained with fresh seeds, and each of these runs is tested once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .results import TESTS, tests_in
 
 
 def test_best(plan: Plan, choice: Mapping[str, Any], places: Places, together: Callable[[int], bool]) -> str | None:
-    """Makes the tested runs that are missing. What is there is never measured again.
+    """Makes the test runs that are missing. A seed that has been tested is never tested again.
 
     Args:
         plan: of the search.
         choice: as in choice.json.
         places: where to run.
-        together: says, of so many runs, whether all devices are for one.
+        together: number of runs -> whether all devices work on one run.
 
     Returns:
-        Why a run could not be made; None if all have been.
+        Why a run could not be made; None if all were made.
     """
     folder = plan.folder / TESTS
     seeds = [seed for seed in choice["seeds"] if seed not in {result["seed"] for result in tests_in(plan.folder)}]
@@ -36,7 +36,7 @@ def test_best(plan: Plan, choice: Mapping[str, Any], places: Places, together: C
     waiting = list(seeds)
 
     def jobs() -> Job | None:
-        if not waiting or failed:
+        if not waiting or failed:  # after a failure no run begins; those under way come to their end
             return None
         seed = waiting.pop(0)
         return Job(f"seed-{seed}", plan.config_of(choice["point"], seed), tested=True)

@@ -21,13 +21,13 @@ State = Literal["complete", "pruned", "failed"]
 
 
 class Ledger:
-    """The trials of a search. Only one process has it open.
+    """The trials of a search. Only one process has it open at a time.
 
     Args:
         folder: of the search.
         search: the block.
         space: what is searched.
-        values: of the config, whose own point is tried first.
+        values: of the config. Its own point is tried first.
         mode: "min" or "max" of the metric.
     """
 
@@ -48,11 +48,11 @@ class Ledger:
             load_if_exists=True,
         )
         self._open: dict[int, optuna.trial.Trial] = {}
-        self._reached: dict[int, int] = {}  # the last epoch that a trial had reported when it was stopped
+        self._reached: dict[int, int] = {}  # trial -> the last epoch that it had reported when it was stopped
 
     @property
     def study(self) -> optuna.Study:
-        """Optuna's own."""
+        """Optuna's study."""
         return self._study
 
     @property
@@ -65,17 +65,17 @@ class Ledger:
         self._study.set_user_attr("used_s", used_s)
 
     def count(self) -> int:
-        """The trials that were begun."""
+        """How many trials were begun."""
         return len(self._study.get_trials(deepcopy=False, states=self._begun()))
 
     def unfinished(self) -> list[tuple[int, dict[str, Any]]]:
-        """(number, point) of trials that were under way when an earlier call was stopped. They are made again."""
+        """(number, point) of the trials that were under way when an earlier call was stopped. They are made again."""
         import optuna
 
         found = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
         points = []
         for trial in found:
-            # One that was stopped while Optuna drew its values has only some of them: the others are drawn now.
+            # A trial that was stopped while its values were drawn has only some of them. The others are drawn now.
             self._study.sampler = self._sampler(trial.number)
             self._reached[trial.number] = trial.last_step or 0
             self._open[trial.number] = optuna.trial.Trial(self._study, trial._trial_id)
@@ -85,8 +85,8 @@ class Ledger:
     def ask(self) -> tuple[int, dict[str, Any]]:
         """The next trial: its number from 0, and its point.
 
-        What is drawn follows from the block's seed, the number, and what is known of the trials before it: not from how
-        often the search was interrupted.
+        What is drawn depends on the block's seed, the trial's number, and what is known of the trials before it. It
+        does not depend on how often the search was interrupted.
         """
         import optuna
 
@@ -105,7 +105,9 @@ class Ledger:
 
     def _point(self, trial: optuna.trial.Trial) -> dict[str, Any]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # how Optuna names its experimental parts is no matter of our user
+            warnings.simplefilter(
+                "ignore"
+            )  # Optuna warns of its experimental parts: nothing that our user could change
             for parameter in self._space.parameters:
                 _suggest(trial, parameter)
         return self.decoded(trial.params)
@@ -125,12 +127,14 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a trial that is made again reports the same values again
             trial.report(value, epoch)
-            if epoch < self._reached.get(number, 0):  # Optuna would judge the epoch that was reached
+            # A trial that is made again has its old reports, too. Optuna would judge it by the last of these, and end
+            # it at an earlier epoch than the first time.
+            if epoch < self._reached.get(number, 0):
                 return False
             return self._search.pruner.type != "none" and bool(trial.should_prune())
 
     def finish(self, number: int, state: State, value: float | None, **facts: Any) -> None:
-        """Notes how a trial has ended, with its value if it has come to its end."""
+        """Notes how a trial has ended. `value` counts only for a complete one."""
         import optuna
 
         trial = self._open.pop(number)
@@ -147,6 +151,8 @@ class Ledger:
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         import optuna
 
+        # A seed for each trial: a sampler that lives on would draw something else after an interruption. Seeds of
+        # neighbouring searches lie 1,000,003 apart, so their trials do not share seeds.
         seed = (self._search.seed * 1_000_003 + number) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,7 +161,7 @@ class Ledger:
                 return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             if self._search.sampler == "gp":
                 return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
-            if self._search.sampler == "qmc":  # its place in the sequence is in the journal, so its seed stays
+            if self._search.sampler == "qmc":  # the journal knows the place in its sequence, so its seed stays the same
                 return optuna.samplers.QMCSampler(
                     seed=self._search.seed, scramble=True, independent_sampler=uniform,
                     warn_asynchronous_seeding=False, warn_independent_sampling=False,
@@ -178,8 +184,8 @@ class Ledger:
 
 
 def _mend(file: Path) -> None:
-    """Removes what a process that was killed may leave: the journal's lock, and half of a line."""
-    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # the search's own lock keeps others away
+    """Removes what a killed process may leave behind: the journal's lock, and half a line at its end."""
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # safe: the search's own lock keeps others away
     if file.exists():
         content = file.read_bytes()
         if content and not content.endswith(b"\n"):

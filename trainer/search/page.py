@@ -1,4 +1,4 @@
-"""The page of a search, its table as csv, and TensorBoard's HParams: made of the folder alone."""
+"""The page of a search, its table as csv, and TensorBoard's HParams. All are made from the search's folder alone."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _parameters(plan: Plan, choice: Mapping[str, Any], trials: list[dict[str, An
 
 
 def _at_edge(p: Any, value: float) -> bool:
-    """Whether a value lies within a twentieth of its range's ends."""
+    """Whether a value lies within 5 % of the range from one of its ends; on a logarithmic scale if `log` is set."""
     scale = math.log if p.log else float
     low, high, own = scale(p.low), scale(p.high), scale(value)
     return min(own - low, high - own) < 0.05 * (high - low)
@@ -112,7 +112,8 @@ def _at_edge(p: Any, value: float) -> bool:
 def _tests(folder: Path, choice: Mapping[str, Any]) -> str:
     rows, tests = [], tests_in(folder)
     columns = list(dict.fromkeys((s, m) for test in tests for s, values in test["metrics"].items() for m in values))
-    columns.sort(key=lambda column: (column[0] != "test", column[1] != choice["metric"]))  # what decided comes first
+    # The test split comes first, and in each split the metric that decided.
+    columns.sort(key=lambda column: (column[0] != "test", column[1] != choice["metric"]))
     for test in tests:
         cells = [test["metrics"].get(split, {}).get(name) for split, name in columns]
         rows.append([test["seed"], test["status"], *cells, test["parameters_sha256"]])
@@ -121,14 +122,14 @@ def _tests(folder: Path, choice: Mapping[str, Any]) -> str:
 
 
 def _measured(folder: Path) -> list[str]:
-    """What was measured of one device and of all."""
+    """A sentence on the measured times of one device and of all of them; nothing if nothing was measured."""
     file = folder / TIMES
     if not file.exists():
         return []
     times = read_json(file)
     line = (
-        f"With the file's own values a trial takes {times['on_one_s']:.3g} s on one of {times['devices']} devices, all "
-        f"of them at work, and {times['on_all_s']:.3g} s on all of them together. The bits are the same."
+        f"With the file's own values a trial takes {times['on_one_s']:.3g} s on one of {times['devices']} devices "
+        f"while all are in use, and {times['on_all_s']:.3g} s on all of them together. The bits are the same."
     )
     return [f"<p>{escape(line)}</p>"]
 
@@ -147,7 +148,7 @@ def _row(plan: Plan, trial: Mapping[str, Any], taken: int, tied: Collection[int]
 
 
 def _trials(plan: Plan, rows: list[dict[str, Any]]) -> str:
-    """The table of all trials. Hashes are in the csv: here they would hide what matters."""
+    """The table of all trials, without their hashes. These are in the csv; here they would hide what matters."""
     names = {p.name for p in plan.space.parameters}
     shorter = [{k: shown(v) if k in names else v for k, v in row.items() if "sha256" not in k} for row in rows]
     if not any(row["as trial"] for row in rows):

@@ -1,4 +1,4 @@
-"""Where trials run: one on each device, or one on all of them. Which of the two is sooner done is measured."""
+"""Where trials run: one on each device, or one on all of them. Which of the two finishes sooner is measured."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Job:
     tested: bool = False
 
 
-# Gives the next run, or None if there is none. Told of a validation, says why the run has to stop, or None. Told how a
-# run has ended: with a summary ("done"), or with a text.
+# Next returns the next run, or None if there is none. Report gets a validation (or None: nothing new), and returns why
+# the run has to stop, or None. Done gets how a run has ended, with its summary if it is "done", else with a text.
 Next = Callable[[], Job | None]
 Report = Callable[[Job, dict[str, Any] | None], str | None]
 Done = Callable[[Job, How, Any], None]
@@ -54,11 +54,11 @@ class Places:
         self._slots, self.devices, self._cuda, self._folder = slots, devices, cuda, folder
 
     def run(self, together: bool, jobs: Next, report: Report, done: Done) -> None:
-        """Makes runs until there is none left.
+        """Makes runs until none is left.
 
         Args:
-            together: all devices for one run, or one for each.
-            jobs, report, done: see above. They are called in this thread.
+            together: whether all devices work on one run; else each device works on a run of its own.
+            jobs, report, done: see `Next`, `Report` and `Done`. They are called in this thread.
 
         Raises:
             KeyboardInterrupt: a signal has ended the runs.
@@ -67,7 +67,7 @@ class Places:
 
     def _on_each(self, jobs: Next, report: Report, done: Done) -> None:
         self._slots.grow(self.devices)
-        idle, busy = list(range(self.devices))[::-1], dict[int, Job]()
+        idle, busy = list(range(self.devices))[::-1], dict[int, Job]()  # reversed: pop() takes the first device first
         while True:
             while idle and (job := jobs()) is not None:
                 busy[slot := idle.pop()] = job
@@ -86,7 +86,7 @@ class Places:
     def _on_all(self, jobs: Next, report: Report, done: Done) -> None:
         while (job := jobs()) is not None:
             how: How = "done"
-            W = min(self.devices, job.config.plan(1).micro_batches)
+            W = min(self.devices, job.config.plan(1).micro_batches)  # a rank without a micro-batch is not possible
             value: Any
             try:
                 value = run_ranks(
@@ -110,7 +110,13 @@ class Places:
 
 @dataclass(frozen=True)
 class Times:
-    """What was measured. Attributes: seconds of a whole trial with all devices at work, on one and on all of them."""
+    """What was measured.
+
+    Attributes:
+        devices: how many there are.
+        on_one_s: seconds of a whole trial on one device, while all the others run trials, too.
+        on_all_s: seconds of a whole trial on all devices together.
+    """
 
     devices: int
     on_one_s: float
@@ -152,29 +158,30 @@ def measure(places: Places, config: Config, samples: int, steps: int) -> Times:
             wall_s, n = time.monotonic() - began_s[job.name], value.get("steps") or 1
             step_s = value.get("step_time_s") or wall_s / n
             step_s = step_s if math.isfinite(step_s) else wall_s / n
+            # What is not a step (start, data, evaluation) counts once. The time of the steps is that of a whole trial.
             took.append(max(0.0, wall_s - n * step_s) + whole * step_s)
 
         places.run(together, jobs, lambda job, event: None, done)
         return statistics.median(took)
 
-    timed(False, places.devices)  # the first runs of processes pay for late imports
+    timed(False, places.devices)  # not counted: the first run of a process pays for late imports
     return Times(places.devices, timed(False, places.devices), timed(True, 1))
 
 
 def choose(times: Times, trials: int | None) -> tuple[bool, str]:
-    """Whether all devices are for one run, and a line that says why.
+    """Whether all devices work on one run, and a line that says why.
 
     Args:
         times: measured.
-        trials: how many are left; None if the time decides that.
+        trials: how many are left; None if only the time limits them.
     """
     W = times.devices
     measured = (
-        f"with the file's own values a trial takes {_time(times.on_one_s)} on one of {W} devices with {W} at work, "
-        f"{_time(times.on_all_s)} on all"
+        f"with the file's own values a trial takes {_time(times.on_one_s)} on one of {W} devices with all {W} in use, "
+        f"{_time(times.on_all_s)} on all together"
     )
     if trials is None:
-        together, reason = times.on_all_s < times.on_one_s / W, "more of them end in the time there is"
+        together, reason = times.on_all_s < times.on_one_s / W, "more trials end in the time that is left"
     else:
         apart_s, together_s = -(-trials // W) * times.on_one_s, trials * times.on_all_s
         together = together_s < apart_s

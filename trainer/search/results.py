@@ -22,7 +22,7 @@ def trial_file(folder: Path, number: int) -> Path:
 
 
 def read_results(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Results, in the order of their names. A file that cannot be read is as if it were not there."""
+    """The results in files, in the order of the files' names. A file that cannot be read is left out."""
     found = []
     for file in sorted(files):
         try:
@@ -33,36 +33,36 @@ def read_results(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def trials_in(folder: Path) -> list[dict[str, Any]]:
-    """The trials that have ended, by number."""
+    """The trials that have ended, in the order of their numbers."""
     return read_results((folder / TRIALS).glob("*.json"))
 
 
 def tests_in(folder: Path) -> list[dict[str, Any]]:
-    """The tested runs of the best configuration, by seed."""
+    """The tested runs of the best configuration, in the order of their seeds."""
     return sorted(read_results((folder / TESTS).glob("seed-*.json")), key=lambda result: result["seed"])
 
 
 def rank(trial: Mapping[str, Any], mode: str) -> tuple[float, float, int]:
-    """The better the smaller: by the metric, then by the loss on validation, then the earlier."""
+    """A sort key: the best trial has the smallest. The metric decides, then the loss on validation, then the number."""
     loss = trial["metrics"].get("validation", {}).get("loss")
     value = trial["value"] if mode == "min" else -trial["value"]
     return value, math.inf if loss is None else loss, trial["number"]
 
 
 def best_of(trials: Iterable[Mapping[str, Any]], mode: str) -> Mapping[str, Any] | None:
-    """The best trial that has come to its end; None if there is none."""
+    """The best of the trials that have come to their end; None if there is none."""
     known = [trial for trial in trials if trial["state"] == "complete"]
     return min(known, key=lambda trial: rank(trial, mode)) if known else None
 
 
 def ties(trials: Iterable[Mapping[str, Any]], best: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The other finished trials with the metric of the best one. Those that were the same run are none."""
+    """The other finished trials with the same metric as the best one. A trial that only repeats a run is no tie."""
     known = [t for t in trials if t["state"] == "complete" and t["number"] != best["number"] and "as" not in t]
     return [trial for trial in known if trial["value"] == best["value"]]
 
 
 def tie_sentence(trials: Iterable[Mapping[str, Any]], best: Mapping[str, Any], metric: str) -> str:
-    """Which of several equal trials is taken, and why; an empty text without a tie."""
+    """Says which of several equal trials is taken, and why; an empty text if there is no tie."""
     others = ties(trials, best)
     if not others:
         return ""
@@ -74,7 +74,7 @@ def tie_sentence(trials: Iterable[Mapping[str, Any]], best: Mapping[str, Any], m
 
 
 def spread(values: list[float]) -> str:
-    """Several seeds' values in words."""
+    """The values of several seeds in words: mean, standard deviation and range."""
     if len(values) == 1:
         return f"{values[0]:.4f} (one fresh seed)"
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
@@ -95,7 +95,7 @@ _WORDS = {"complete": "finished", "pruned": "ended early", "failed": "failed"}
 
 
 def test_sentence(tests: list[dict[str, Any]], metric: str) -> str:
-    """What the tested runs say of the chosen metric."""
+    """What the tested runs say about the chosen metric, in words."""
     finite = [test for test in tests if test["status"] != "not finite"]
     lost = f"; {len(tests) - len(finite)} of {len(tests)} runs stopped being finite" if len(finite) < len(tests) else ""
     if not finite:
@@ -114,11 +114,12 @@ def test_sentence(tests: list[dict[str, Any]], metric: str) -> str:
 
 
 def sentences(folder: Path, choice: Mapping[str, Any], trials: list[dict[str, Any]], text: str) -> list[str]:
-    """The end of a search in words: the best configuration, its validation metric, its test metric."""
+    """The result of a search in words: the best configuration, its metric on validation, its metric on test."""
     metric = choice["metric"]
     lines = [
         f"best: trial {choice['number'] + 1}, {text}",
-        f"  validation {metric} {choice['value']:.4f}, the best of {counts(trials)}. Chosen for it, the value flatters",
+        f"  validation {metric} {choice['value']:.4f}, the best of {counts(trials)}. "
+        "It was chosen for this value, so the value flatters",
         f"  {test_sentence(tests_in(folder), metric)}",
     ]
     best = next((trial for trial in trials if trial["number"] == choice["number"]), None)

@@ -1,7 +1,8 @@
 """`python -m trainer search`: trials on validation, the choice, and the test of the chosen configuration, once.
 
-The output folder holds `search.json`, which is what was declared, Optuna's journal, one file a trial in `trials/`, then
-`choice.json`, `best.json`, and one file a fresh seed in `test/`. All else is made of these.
+The output folder holds `search.json` (what was declared), Optuna's journal, and one file for each trial in `trials/`.
+At the end it also holds `choice.json`, `best.json`, and one file for each fresh seed in `test/`. Everything else in it
+is made from these.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def search(path: str, overrides: Mapping[str, Any] | None = None) -> int:
                 try:
                     return _make(plan, told, metric, mode, Places(slots, devices, cuda, running))
                 finally:
+                    # Processes end first: they write into this folder, and once it is unlocked another call may use it.
                     slots.close()
                     shutil.rmtree(running, ignore_errors=True)
     except KeyboardInterrupt:
@@ -76,7 +78,7 @@ def search(path: str, overrides: Mapping[str, Any] | None = None) -> int:
 
 
 def _check_packages() -> None:
-    """Raises UserError where a package of the extra `search` is missing: now, and not after the trials."""
+    """Raises UserError if a package of the extra `search` is missing. The user learns it now, not after the trials."""
     missing = [name for name in ("optuna", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -85,7 +87,7 @@ def _check_packages() -> None:
 
 
 def _looked(slots: Slots, plan: Plan) -> dict[str, Any]:
-    """What a process has found out about data and task. Raises UserError."""
+    """What `trial.look` has found out in another process. Raises UserError."""
     slots.send(0, look, plan.base, plan.space, plan.values)
     ((_, kind, value),) = slots.wait([0])
     if kind != "done":
@@ -102,7 +104,7 @@ def _metric_of(plan: Plan, told: Mapping[str, Any]) -> tuple[str, str]:
         told: what `look` has found out.
 
     Raises:
-        UserError: the task does not measure it, or nobody says whether low or high is better.
+        UserError: the task does not measure it, or nothing says whether low or high is better.
     """
     name, mode = told["best_metric"] or ("loss", "min")
     kept = plan.base.trainer.best
@@ -125,7 +127,7 @@ def _metric_of(plan: Plan, told: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _declare(plan: Plan, told: Mapping[str, Any], metric: str, mode: str) -> None:
-    """Writes search.json, or compares with it. Raises UserError if another search was declared there."""
+    """Writes search.json, or compares with it if it is there. Raises UserError if it declares another search."""
     fixed = dataclasses.asdict(plan.search)
     for name in plan.search.free:
         del fixed[name]
@@ -141,9 +143,9 @@ def _declare(plan: Plan, told: Mapping[str, Any], metric: str, mode: str) -> Non
         "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
         "declared_at_s": time.time(),
     }
-    values = json.loads(to_json(values))
+    values = json.loads(to_json(values))  # as they would be read back: a tuple is a list then, and equal to one
     file = plan.folder / "search.json"
-    # Before a trial has ended, nothing is lost by another declaration.
+    # Until a trial has ended, nothing is lost if another search takes the folder.
     if not file.exists() or not (trials_in(plan.folder) or (plan.folder / CHOICE).exists()):
         (plan.folder / JOURNAL).unlink(missing_ok=True)
         for name in (TRIALS, TESTS):
@@ -200,7 +202,7 @@ def _make(plan: Plan, told: Mapping[str, Any], metric: str, mode: str, places: P
 
 
 def _together(plan: Plan, told: Mapping[str, Any], places: Places, runs: int | None, *, quiet: bool = False) -> bool:
-    """Whether all devices are for one run; says why, unless it is to be quiet."""
+    """Whether all devices work on one run. Says why, unless quiet. The times are measured once, and kept in a file."""
     if places.devices == 1 or plan.search.devices_per_trial == "one":
         return False
     if plan.search.devices_per_trial == "all":
@@ -220,7 +222,7 @@ def _together(plan: Plan, told: Mapping[str, Any], places: Places, runs: int | N
 
 
 def _choose(plan: Plan, metric: str, mode: str) -> bool:
-    """Writes the choice and best.json. Whether there is any trial to choose from."""
+    """Writes choice.json and best.json. Returns whether there was any trial to choose from."""
     trials = trials_in(plan.folder)
     best = best_of(trials, mode)
     if best is None:
@@ -228,6 +230,7 @@ def _choose(plan: Plan, metric: str, mode: str) -> bool:
         say("", f"No trial has come to its end, so there is nothing to choose from. The first reason: {why}")
         return False
     values = plan.values_of(best["point"])
+    # choice.json is written last: once it is there, no more trials are made, and best.json has to be there, too.
     write_json(plan.folder / BEST, values)
     choice = {"metric": metric, "mode": mode, "seeds": plan.seeds(), "trials": len(trials)}
     choice |= {name: best[name] for name in ("number", "point", "value", "run", "parameters_sha256")}

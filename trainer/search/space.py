@@ -17,13 +17,13 @@ from ..config.loggers import OFF
 from ..config.schema import build, hints_of, lay_over, option
 from ..errors import UserError
 
-# Keys that are not searched, with the reason. The longest that fits counts.
+# Keys that cannot be searched, with the reason. A block stands for all keys in it. The longest entry that fits counts.
 _WHERE_IT_RUNS = "it says where or how a run is made, and changes no bit of the model"
 _OTHER_DATA = "it changes which samples are validated on, so the metric of two trials could not be compared"
 _REFUSED = {
     "trainer.seed": "the best seed is luck. The fresh seeds at the end show how much it matters",
     "trainer.task": "metrics of different tasks cannot be compared",
-    "trainer.cpu_threads": "it says how a run is made: only rounding depends on it",
+    "trainer.cpu_threads": "it says how a run is made, and only rounding depends on it",
     **dict.fromkeys(
         (
             "trainer.output_dir", "trainer.device", "trainer.ranks_per_gpu", "trainer.log_every_steps",
@@ -51,7 +51,7 @@ _REFUSED = {
         "the number of ranks is no key of a config: it is chosen at the start, and changes no bit of the model",
     ),
 }  # fmt: skip
-# The most combinations, and values of one range, that are tried against the config's rules.
+# How many combinations, and how many values of one range, are tried against the config's rules at most.
 _MOST_COMBINATIONS, _MOST_VALUES = 256, 200
 
 
@@ -94,10 +94,14 @@ class Parameter:
             return False
         if self.whole and value != int(value):
             return False
-        return self.step is None or math.isclose((value - self.low) / self.step % 1 or 1.0, 1.0, abs_tol=1e-9)
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        # Rounding may leave a little more or less than a whole number: 0.07 / 0.01 is 7.000000000000001.
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
 
     def every(self) -> list[Any] | None:
-        """All of its values; None where there are endlessly many."""
+        """All of its values; None if there are infinitely many."""
         if self.choices:
             return list(self.choices)
         if self.step is None and not self.whole:
@@ -107,7 +111,7 @@ class Parameter:
         return [int(value) for value in values] if self.whole else values
 
     def examples(self) -> list[Any]:
-        """Values that are tried against the config's rules: every choice, and of a range its ends first."""
+        """Values that are tried against the config's rules: all of a list; of a range its ends, then some between."""
         if self.choices:
             return list(self.choices)
         ends = [int(self.low), int(self.high)] if self.whole else [self.low, self.high]
@@ -117,12 +121,12 @@ class Parameter:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are one: 1 and 1.0 are, 1 and true are not."""
+    """Whether two JSON values are the same: 1 and 1.0 are, 1 and true are not."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def shown(value: Any) -> str:
-    """A value for people: numbers with as many digits as they need, texts as they are, blocks as JSON."""
+    """A value for people: floats with four significant digits, texts as they are, all else as JSON."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -135,14 +139,14 @@ class Space:
     parameters: tuple[Parameter, ...]
 
     def laid_over(self, values: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-        """A config's values with those of a point (key -> value) laid over, blocks before the keys in them."""
+        """A config's values, overridden by those of a point (key -> value). A block comes before the keys in it."""
         result = copy.deepcopy(dict(values))
         for key in sorted(point, key=lambda key: key.count(".")):
             lay_over(result, key, copy.deepcopy(point[key]))
         return result
 
     def own_point(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that the file itself has for the parameters, as far as they lie in their ranges."""
+        """The file's own values of the parameters, without those that lie outside of their range or list."""
         found = {}
         for parameter in self.parameters:
             value: Any = values
@@ -153,7 +157,7 @@ class Space:
         return found
 
     def with_fractions(self, keys: Sequence[str]) -> Space:
-        """The same, with these keys as numbers that need not be whole."""
+        """The same space; ranges of these keys are of numbers that need not be whole."""
         return Space(
             tuple(
                 dataclasses.replace(p, low=float(p.low), high=float(p.high), whole=False) if p.key in keys else p
@@ -166,12 +170,12 @@ class Space:
         return ", ".join(f"{p.name} {shown(point[p.key])}" for p in self.parameters if p.key in point)
 
     def grid_size(self) -> int:
-        """The number of all combinations. Raises UserError where there are endlessly many."""
+        """The number of all combinations. Raises UserError if there are infinitely many."""
         for parameter in self.parameters:
             if parameter.every() is None:
                 raise UserError(
-                    f'"search.sampler" is "grid", and "{parameter.key}" has endlessly many values. Give a list of '
-                    'them, or a "step".'
+                    f'"search.sampler" is "grid", but "{parameter.key}" has infinitely many values. Give a list of '
+                    'values, or a "step".'
                 )
         return math.prod(len(parameter.every() or ()) for parameter in self.parameters)
 
@@ -196,7 +200,7 @@ def read_space(block: Mapping[str, Any], values: Mapping[str, Any]) -> Space:
         values: of the config that they change.
 
     Raises:
-        UserError: a range is none, a key is unknown or not for searches, or the config does not allow a value.
+        UserError: a range is malformed, a key is unknown or cannot be searched, or the config does not allow a value.
     """
     if not block:
         raise UserError(
@@ -212,7 +216,7 @@ def read_space(block: Mapping[str, Any], values: Mapping[str, Any]) -> Space:
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted keys that tell them apart."""
+    """Dotted key -> its shortest ending that no other key has: optimizer.params.lr -> lr."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -254,7 +258,7 @@ def _parameter(key: str, name: str, given: Any, values: Mapping[str, Any]) -> Pa
         raise UserError(f'{where}: "step" ({own.step}) is more than "high" - "low" ({own.high - own.low}).')
     whole = written_whole and not takes_fractions(key, values)
     high = own.high
-    if own.step is not None:  # the last value that there is
+    if own.step is not None:  # the last value: "high" itself need not be one. 1e-9 allows for the division's rounding
         high = own.low + int((own.high - own.low) / own.step + 1e-9) * own.step
     low: float = own.low
     if not whole:
@@ -263,7 +267,7 @@ def _parameter(key: str, name: str, given: Any, values: Mapping[str, Any]) -> Pa
 
 
 def takes_fractions(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether the config declares a key as a number that need not be whole. Of a task's options it does not know."""
+    """Whether the config declares a key as a number that need not be whole. False for a task's options: see `look`."""
     from ..config.keys import Config
 
     if key.startswith("optimizer.params."):
@@ -299,8 +303,8 @@ def _check_values(parameter: Parameter, space: Space, values: Mapping[str, Any])
 
 
 def combinations(parameter: Parameter, space: Space) -> Iterator[dict[str, Any]]:
-    """Values of the other parameters to try one with: first none, so that the file's own values count."""
-    yield {}
+    """Values of the other parameters, to try a value together with them."""
+    yield {}  # first none: the value is tried with the file's own
     others = [other for other in space.parameters if other.key != parameter.key]
     ends = [other.examples()[:8] for other in others]
     for combination in itertools.islice(itertools.product(*ends), _MOST_COMBINATIONS if others else 0):

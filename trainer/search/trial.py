@@ -17,7 +17,7 @@ from ..errors import NonFiniteError, Stopped, UserError
 from ..ranks.place import Ranks
 from .space import Space, combinations, shown
 
-# Why a run is asked to stop that is worse than others. It is told apart from a signal by this text.
+# The reason that a run is given when it is stopped because it is worse than others. A signal has another reason.
 PRUNED = "the search ends this trial early"
 _OPTIONS = "trainer.task_options."
 
@@ -30,7 +30,7 @@ def look(ranks: Ranks, config: Config, space: Space, values: Mapping[str, Any], 
     Args:
         ranks: of this process.
         config: of the file, without any trial's values.
-        space: what is searched. Its options of the task are checked here, where the task can be loaded.
+        space: what is searched. Options of the task among it are checked here, because here the task can be loaded.
         values: of the config, as in the file.
         ask: not used.
 
@@ -59,8 +59,8 @@ def look(ranks: Ranks, config: Config, space: Space, values: Mapping[str, Any], 
     splits = splits_of(task, config)
     if "validation" not in splits:
         raise UserError(
-            f"The task {config.trainer.task} has no validation split, by which trials could be compared. The test "
-            "split is for the end alone.\nHold data out: "
+            f"The task {config.trainer.task} has no validation split, but trials are compared on validation. The test "
+            "split is only for the end.\nHold data out: "
             + (
                 'let splits() return a part of the training samples as "validation".'
                 if ":" in config.trainer.task
@@ -88,7 +88,7 @@ def look(ranks: Ranks, config: Config, space: Space, values: Mapping[str, Any], 
 
 
 def _check_option(task: str, key: str, value: Any, others: Any, space: Space, values: Mapping[str, Any]) -> None:
-    """Raises UserError unless the task takes an option, at least together with some values of the others."""
+    """Raises UserError unless the task takes a value, at least together with some values of the other parameters."""
     from ..tasks.protocol import load_task
 
     first: UserError | None = None
@@ -113,15 +113,15 @@ def _declared(cls: type, name: str) -> Any:
 
 
 def make(ranks: Ranks, config: Config, folder: str, tested: bool, ask: Ask) -> dict[str, Any]:
-    """One run in a folder that is gone afterwards. Collective: every rank.
+    """Makes one run, and removes its folder afterwards. Collective: every rank.
 
     Args:
         ranks: of this process.
         config: of the run.
         folder: its output folder.
         tested: whether the test split is evaluated at the end.
-        ask: is told each validation, {"epoch", "metrics"}, on rank 0, and returns why the run has to stop, or None.
-            With several ranks it is also called with None, to hear what was answered meanwhile.
+        ask: called on rank 0 with each validation, {"epoch", "metrics"}. It returns why the run has to stop, or None.
+            With several ranks it is also called with None, to get an answer that has come meanwhile.
 
     Returns:
         The summary; "status" is also "not finite" or "pruned". With "curves", metric on validation
@@ -135,7 +135,8 @@ def make(ranks: Ranks, config: Config, folder: str, tested: bool, ask: Ask) -> d
 
     def hear(kind: str, record: dict[str, Any]) -> str | None:
         if kind != "evaluation" or record["split"] != "validation":
-            # An answer comes at once from a slot's `ask`. Ranks get it with a later question: this is one.
+            # At one rank, in a slot, the answer to a validation comes at once. Several ranks get it only with a later
+            # question. So each other record asks, too.
             return ask(None) if ranks.world_size > 1 else None
         prefix = "eval/validation/"
         metrics = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
@@ -163,13 +164,13 @@ def make(ranks: Ranks, config: Config, folder: str, tested: bool, ask: Ask) -> d
         if ranks.first:
             samples = _held(folder)
             shutil.rmtree(folder, ignore_errors=True)
-        gc.collect()  # engines refer to themselves
+        gc.collect()  # an engine refers to itself, so only the collector frees its memory before the next trial
     defaults = {"started_at_s": began_at_s, "wall_time_s": time.monotonic() - began_s}
     return defaults | summary | {"curves": curves, "validation_samples": samples}
 
 
 def _held(folder: str) -> int | None:
-    """The samples of a run's validation split."""
+    """How many samples a run's validation split had; None if its manifest cannot be read."""
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

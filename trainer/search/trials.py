@@ -16,9 +16,9 @@ from .places import How, Job
 from .results import best_of, trial_file, trials_in
 from .trial import PRUNED
 
-# So many failures before any success end a search: all others would fail, too.
+# This many failures before any success end a search: the other trials would fail, too.
 _HOPELESS = 3
-# So many configurations in a row that were tried before end a search that has no other end.
+# This many draws in a row that were tried before end a search: there may be no other configuration left.
 _REPEATED = 100
 
 
@@ -29,7 +29,7 @@ class Trials:
         plan: of the search.
         ledger: Optuna's part.
         metric, mode: what decides.
-        samples: of the validation split. A trial with another number cannot be compared.
+        samples: of the validation split. A trial with another number of them cannot be compared.
 
     Attributes:
         hopeless: why the search had to end without any result; None if it did not.
@@ -85,7 +85,8 @@ class Trials:
                 continue
             this = run_id(config)
             known = self._known.get(this)
-            if known is not None and known["number"] == number:  # killed before Optuna was told
+            # Its file is written before Optuna is told. So a call that was killed in between has left only the file.
+            if known is not None and known["number"] == number:
                 self._finish(known)
                 continue
             if known is not None:  # the same bits again
@@ -100,7 +101,7 @@ class Trials:
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
     def report(self, job: Job, event: dict[str, Any] | None) -> str | None:
-        """Notes a validation, or None for nothing new. Says why the run has to stop, or None."""
+        """Notes a validation; `event` is None if there is nothing new. Returns why the run has to stop, or None."""
         if event is not None and job.name not in self._pruned:
             value, (number, _) = event["metrics"].get(self._metric), self._points[job.name]
             if value is not None and math.isfinite(value) and self._ledger.report(number, event["epoch"], float(value)):
@@ -140,6 +141,7 @@ class Trials:
         self._finish(self._write(number, point, run, "failed", None, reason, {"metrics": {}, "curves": {}}))
 
     def _repeat(self, number: int, point: dict[str, Any], other: dict[str, Any]) -> None:
+        """Notes a trial with the config of another one. Equal configs give equal bits, so it is not run again."""
         self._repeated += 1
         facts = {name: other.get(name) for name in other if name not in ("number", "point", "state", "value", "reason")}
         facts |= {"as": other.get("as", other["number"]), "wall_time_s": 0.0}
@@ -159,7 +161,7 @@ class Trials:
         return result
 
     def _finish(self, result: dict[str, Any]) -> None:
-        """Tells Optuna, and the console: one line."""
+        """Tells Optuna of a trial that has ended, and prints a line about it."""
         state: State = result["state"]
         self._ledger.finish(result["number"], state, result["value"], run=result["run"], reason=result["reason"])
         self._ledger.spend(self._spent_s())

@@ -1,1 +1,1 @@
-"""`python -m trainer doctor`: what works on this machine."""
+"""`python -m trainer doctor`: tries what works on this machine."""

@@ -1,4 +1,4 @@
-"""The checks in their order, one line each, and a JSON file with all figures."""
+"""Makes the checks in their order, prints one line for each, and writes a JSON file with all figures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PASSED, _FAILED, _NOT_HERE = "passed", "failed", "not possible here"
 
 @dataclass(frozen=True)
 class Line:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         subject: what was checked.
         verdict: "passed", "failed" or "not possible here".
         text: the figures in words, or the reason.
-        figures: for programs.
-        seconds: that it took.
+        figures: the same for programs.
+        seconds: how long it took.
     """
 
     subject: str
@@ -40,7 +40,7 @@ class Line:
     seconds: float = 0.0
 
     def shown(self) -> str:
-        """As printed."""
+        """The line as it is printed."""
         return f"{self.verdict:18}{self.subject:22}{self.text}"
 
 
@@ -48,7 +48,7 @@ Check = Callable[[], tuple[str, dict[str, Any]]]
 
 
 def _tried(subject: str, check: Check, not_here: str | None) -> Line:
-    """Makes one check. not_here: why it cannot be made; None if it can."""
+    """Makes one check. `not_here` says why it cannot be made; None if it can."""
     if not_here is not None:
         return Line(subject, _NOT_HERE, not_here)
     began_s = time.monotonic()
@@ -57,13 +57,13 @@ def _tried(subject: str, check: Check, not_here: str | None) -> Line:
         verdict = _PASSED
     except (TrainerError, WorkerError) as error:
         verdict, text, figures = _FAILED, str(error), {}
-    except Exception:  # a check that breaks is a finding, and the others go on
+    except Exception:  # a check that breaks is a finding, too, and the other checks go on
         verdict, text, figures = _FAILED, traceback.format_exc(), {}
     return Line(subject, verdict, text, figures, round(time.monotonic() - began_s, 1))
 
 
 def doctor(device: str, output: str) -> int:
-    """Tries on this machine what the trainer promises, and prints a line a check.
+    """Tries on this machine what the trainer promises, and prints a line for each check.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -83,12 +83,12 @@ def doctor(device: str, output: str) -> int:
         raise UserError(
             f"--output {output} cannot be written: {error.strerror or error}. Name another file."
         ) from error
-    # torch is loaded by these, and only here.
+    # These load torch. So a wrong --output is reported before, at once.
     exactness, machines, speed = (
         importlib.import_module(f".{name}", __package__) for name in ("exactness", "machine", "speed")
     )
     machine = machines.look(device)
-    say("A line comes after each check: some take a minute, and longer on a busy machine.", "")
+    say("Each check prints a line when it ends. Some checks take a minute, and longer on a busy machine.", "")
     no_gpu = None if machine.gpus else "needs an NVIDIA GPU"
     lines: list[Line] = []
 
@@ -138,6 +138,6 @@ def doctor(device: str, output: str) -> int:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A report, read from its JSON file, as a table for a README."""
+    """A report, as read from its JSON file, as a table for a README."""
     rows = [f"| {line['subject']} | {line['verdict']} | {line['text'].splitlines()[0]} |" for line in report["lines"]]
     return "\n".join(["| check | verdict | figures |", "|---|---|---|", *rows])

@@ -1,4 +1,4 @@
-"""The promise, tried here: several numbers of ranks, both precisions, a stop and a resume, a killed rank."""
+"""Tries the promise on this machine: several numbers of ranks, both precisions, a stop and a resume, a killed rank."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STOP_AFTER = 5
 
 
 def config_for(machine: Machine, folder: Path, world_size: int, *, bf16: bool = False, **trainer: Any) -> Config:
-    """The digits of ds_configs/strong.json, for so many ranks of this machine.
+    """The config of the digits, as in ds_configs/strong.json, for this many ranks of this machine.
 
     Args:
         machine: where it runs.
         folder: takes the run's output.
-        world_size: GPUs are shared if there are fewer.
+        world_size: how many ranks. They share GPUs if there are fewer.
         bf16: whether in bfloat16 autocast.
         trainer: more keys of the trainer block.
     """
@@ -65,12 +65,12 @@ def world_sizes(machine: Machine) -> list[int]:
 
 
 def named(machine: Machine, world_size: int) -> str:
-    """The number of ranks, and whether they share a GPU: "3 (sharing)"."""
+    """The number of ranks for a message, and whether they share a GPU: "3 (sharing)"."""
     return f"{world_size} (sharing)" if machine.shared_by(world_size) else str(world_size)
 
 
 def one_hash(machine: Machine, folder: Path, *, bf16: bool) -> tuple[str, dict[str, Any]]:
-    """The same run at several numbers of ranks, every step compared.
+    """Makes the same run at several numbers of ranks, and compares every step.
 
     Returns:
         A sentence, and the figures.
@@ -99,13 +99,13 @@ def one_hash(machine: Machine, folder: Path, *, bf16: bool) -> tuple[str, dict[s
 
 
 def _until_stopped(ranks: Ranks, config: Config) -> str:
-    """A run whose last rank gets a SIGTERM; what it said as it stopped."""
+    """Makes a run, and sends its last rank a SIGTERM. Returns the message of the stop; an empty text without a stop."""
     from ...run.run import run
 
     def stop(step: int, engine: Any, losses: Any) -> None:
         if step == _STOP_AFTER and ranks.rank == ranks.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # a fast machine would finish before the watching thread has seen it
+            time.sleep(0.5)  # else a fast machine could finish before the watching thread has seen the signal
 
     try:
         run(config, ranks, config_name="doctor", started_at_s=time.time(), trace=stop)
@@ -122,14 +122,14 @@ def _resumed(ranks: Ranks, config: Config) -> dict[str, Any]:
 
 
 def stop_and_resume(machine: Machine, folder: Path, expected: str) -> tuple[str, dict[str, Any]]:
-    """Stops a run of two ranks by SIGTERM, and goes on with one.
+    """Stops a run of two ranks by SIGTERM, and continues it with one.
 
     Args:
         machine, folder: where.
         expected: the hash of the same run without a stop.
 
     Raises:
-        TrainerError: it did not stop, or went on to other bits.
+        TrainerError: it did not stop, or it ended in other bits.
     """
     folder.mkdir()
     said = run_ranks(_until_stopped, 2, config_for(machine, folder, 2), cuda=machine.gpus > 0)[0]
@@ -156,10 +156,10 @@ def _killed(ranks: Ranks, config: Config, folder: str) -> None:
 
 
 def killed_rank(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Kills the last of several ranks in mid-training: the others must name it and leave.
+    """Kills the last of several ranks during training: the others must name it and leave.
 
     Raises:
-        TrainerError: they named nobody, or another rank.
+        TrainerError: they named no rank, or another one.
     """
     folder.mkdir()
     W = machine.gpus if machine.gpus > 1 else 2

@@ -18,11 +18,11 @@ _PROJECT = "strong-scaling-trainer"
 
 @dataclass(frozen=True)
 class Machine:
-    """What the other checks use.
+    """What the other checks need to know of this machine.
 
     Attributes:
-        gpus: how many, that torch can use.
-        cores: of the CPU that this process may use.
+        gpus: how many GPUs torch can use.
+        cores: how many CPU cores this process may use.
     """
 
     gpus: int
@@ -30,16 +30,16 @@ class Machine:
 
     @property
     def device(self) -> str:
-        """As trainer.device."""
+        """The value of trainer.device: "cuda" or "cpu"."""
         return "cuda" if self.gpus else "cpu"
 
     def shared_by(self, world_size: int) -> bool:
-        """Whether so many ranks have to share GPUs."""
+        """Whether this many ranks have to share GPUs."""
         return 0 < self.gpus < world_size
 
 
 def look(device: str) -> Machine:
-    """The machine. device: "auto", "cpu" or "cuda". Raises UserError if that is not there, or torch cannot use it."""
+    """This machine. `device` is "auto", "cpu" or "cuda". Raises UserError if torch cannot find or use such a device."""
     gpus = usable_gpus(device)
     if device == "cuda" and not gpus:
         raise UserError("--device cuda, but torch finds no GPU on this machine.")
@@ -64,7 +64,8 @@ def devices(machine: Machine) -> tuple[str, dict[str, Any]]:
                 "capability": f"{found.major}.{found.minor}",
             }
         )
-        # A binary for 8.0 also runs on 8.6: kernels of one major version fit all later minor ones.
+        # Kernels for 8.0 also run on 8.6: they fit all later minor versions of the same major one. "compute_" is
+        # intermediate code (PTX), which the driver compiles for newer GPUs.
         fits = {name.removeprefix("sm_")[:-1] for name in built if name.startswith("sm_")}
         if built and str(found.major) not in fits and not any(name.startswith("compute_") for name in built):
             raise UserError(
@@ -91,7 +92,7 @@ def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
         if not need.specifier.contains(found, prereleases=True):
             wrong.append(f"{need.name} is {found} ({need} is needed)")
     if wrong:
-        raise UserError(f"{'; '.join(wrong)}. Install these, or all that was tested: bash launch/setup.sh")
+        raise UserError(f"{'; '.join(wrong)}. Install these, or all tested versions: bash launch/setup.sh")
     main = f"torch {torch.__version__}, DeepSpeed {figures['deepspeed']}, transformers {figures['transformers']}"
     said = f"{main} and the rest fit the project"
     if machine.gpus:
@@ -108,7 +109,7 @@ def versions(machine: Machine) -> tuple[str, dict[str, Any]]:
 
 
 def _needs() -> list[Requirement]:
-    """What the project needs. Where it was copied and not installed, only the main packages are known."""
+    """The packages that the project needs. If it was copied and not installed, only the main packages are known."""
     try:
         needs = [Requirement(text) for text in importlib.metadata.requires(_PROJECT) or []]
     except importlib.metadata.PackageNotFoundError:

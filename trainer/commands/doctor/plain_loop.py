@@ -1,4 +1,4 @@
-"""The loop that a user would write without us, to compare with: one batch of B / W samples on each rank."""
+"""The loop that a user would write without us, as a comparison: one batch of B / W samples on each rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...tasks.protocol import load_task
 
 
 class Samples:
-    """A rank's samples, step by step: a task's own data, gather and augmentation.
+    """The samples of a rank, step by step, with the task's own data and augmentation.
 
     Args:
         config: of the run to compare with.
@@ -47,10 +47,10 @@ class Samples:
         self._steps = batches.starting_at(0)
 
     def next_step(self, whole: bool) -> Iterator[tuple[dict[str, Any], float]]:
-        """The batches of this rank's part of a step, and what the loss is divided by.
+        """The batches of this rank's part of a step, each with what its loss is divided by.
 
         Args:
-            whole: one batch; otherwise micro-batches of the config's size.
+            whole: whether this rank's part is one batch; else micro-batches of the config's size.
         """
         batch = next(self._steps)
         part = self._B // self._ranks.world_size
@@ -64,25 +64,25 @@ class Samples:
             if batch.longest is not None:
                 lengths = self.split.lengths
                 assert lengths is not None
-                arrays = self.split.cut(arrays, int(lengths[indices.cpu()].max()))
+                arrays = self.split.cut(arrays, int(lengths[indices.cpu()].max()))  # texts: no longer than needed
             yield arrays, batch.count
 
 
 def autocast(config: Config, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes the context in which a forward runs, as the config says."""
+    """A function that makes the context in which a forward runs: autocast, if the config has it."""
     if not config.torch_autocast.enabled:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 def plain_loop(config: Config, ranks: Ranks, device: torch.device, *, whole: bool = True) -> Callable[[], None]:
-    """The loop that a careful person writes by hand: resident tensors, one all-reduce, a look at the loss now and then.
+    """The loop that a careful person writes by hand: tensors on the device, one all-reduce, the loss read now and then.
 
     Args:
         config: of the run to compare with.
-        ranks: this rank. With several, there is a process group.
+        ranks: this rank. With several ranks, a process group has to be there.
         device: of this rank.
-        whole: one batch a rank and step; otherwise the config's micro-batches.
+        whole: whether a rank computes one batch a step; else the config's micro-batches.
 
     Returns:
         A function that makes one step.
@@ -103,6 +103,7 @@ def plain_loop(config: Config, ranks: Ranks, device: torch.device, *, whole: boo
             loss.backward()
             running.add_(loss.detach())
         if ranks.world_size > 1:
+            # One all-reduce of the whole gradient: the losses are divided by the global count, so a sum is enough.
             used = [p for p in parameters if p.grad is not None]
             gradient = torch.cat([p.grad.reshape(-1) for p in used])
             dist.all_reduce(gradient)
@@ -114,7 +115,7 @@ def plain_loop(config: Config, ranks: Ranks, device: torch.device, *, whole: boo
         scheduler.step()
         done += 1
         if done % 10 == 0:
-            running.item()
+            running.item()  # copies to the host, and so waits for the GPU: only now and then, as for a log
             running.zero_()
 
     return step

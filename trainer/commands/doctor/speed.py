@@ -1,4 +1,4 @@
-"""What a step costs on this machine: against a plain loop, in kernels and waits, and in its exchange."""
+"""What a step costs on this machine: compared with a plain loop, in kernels and waits, and in its exchange."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _in_turns(ranks: Ranks, config: Config) -> dict[str, list[float]]:
-    """Seconds of each turn of `_TURN` steps: ours, and a plain loop's in the same processes."""
+    """Seconds of each turn of `_TURN` steps, of our loop and of a plain loop. Collective: every rank.
+
+    The two take turns in the same processes, so a busy machine slows both down.
+    """
     from ...exact.packs import packs
     from ...run.run import run
     from .plain_loop import plain_loop
 
-    packs.FEWEST_STEPS = 1  # as in a longer run: a short one looks for no packs
+    packs.FEWEST_STEPS = 1  # a run as short as this one would look for no packs; a longer one does
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     plain: Callable[[], None] | None = None
     resumed_s = 0.0
@@ -61,7 +64,7 @@ def _in_turns(ranks: Ranks, config: Config) -> dict[str, list[float]]:
         _wait_for(engine.device)
         times["plain"].append(time.perf_counter() - began_s)
         if ranks.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier()  # else our turn would begin with a wait for a rank whose plain loop is late
         resumed_s = time.perf_counter()
 
     run(config, ranks, config_name="doctor", started_at_s=time.time(), trace=trace)
@@ -69,7 +72,10 @@ def _in_turns(ranks: Ranks, config: Config) -> dict[str, list[float]]:
 
 
 def throughput(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Samples a second against a plain loop's: at one rank, and at all GPUs (with graphs, too) or two CPU ranks."""
+    """Samples per second, and their share of a plain loop's: at one rank, and at all GPUs or two CPU ranks.
+
+    On GPUs it also measures with CUDA graphs.
+    """
     figures: dict[str, Any] = {}
     said = []
     sizes = sorted({1, machine.gpus or min(2, machine.cores)})
@@ -94,7 +100,7 @@ def throughput(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _calls(profile: Any) -> dict[str, int]:
-    """How often the host called what waits for the GPU, and what launches a kernel."""
+    """How often the host waited for the GPU, and how often it launched a kernel."""
     found = {"waits": 0, "launches": 0}
     for event in profile.events():
         found["waits"] += event.name in _WAITS
@@ -103,7 +109,7 @@ def _calls(profile: Any) -> dict[str, int]:
 
 
 def _counted(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
-    """Launches and waits a step: ours, and a plain loop's."""
+    """Launches and waits for each step, of our loop and of a plain loop."""
     from torch.profiler import ProfilerActivity, profile
 
     from ...exact.packs import packs
@@ -123,7 +129,7 @@ def _counted(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
             profiler.stop()
             found["ours"] = {name: count / _COUNTED for name, count in _calls(profiler).items()}
             plain = plain_loop(config, ranks, engine.device)
-            plain()
+            plain()  # not counted: a first step also makes the optimizer's state
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as other:
                 for _ in range(_COUNTED):
                     plain()
@@ -134,10 +140,12 @@ def _counted(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
 
 
 def kernels(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Kernels launched and host waits of a step at one rank.
+    """Kernel launches and host waits of a step at one rank.
+
+    A step may wait once: for the flag of the step two before it.
 
     Raises:
-        TrainerError: a step waits more than once, for the flag of two steps before.
+        TrainerError: a step waits more than once, or the profiler saw no kernel.
     """
     folder.mkdir()
     steps = _TURN * (_WARM_UP + 2)
@@ -161,7 +169,7 @@ def kernels(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _exchanged(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
-    """Milliseconds of the exchange and of one all-reduce, by size of the gradient."""
+    """Size of the gradient -> milliseconds of our exchange and of one all-reduce. Collective: every rank."""
     import torch.distributed as dist
 
     from ...engine.device import choose
@@ -188,7 +196,7 @@ def _exchanged(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
         for _ in range(2 + _ROUNDS):
             gradient_sum.add(gradient_sum.start(W).start, [gradient])
             for name, way in ways.items():
-                dist.barrier()
+                dist.barrier()  # all ranks begin at the same time, so only the exchange itself is timed
                 _wait_for(device)
                 began_s = time.perf_counter()
                 way()
@@ -199,7 +207,7 @@ def _exchanged(ranks: Ranks, config: Config) -> dict[str, dict[str, float]]:
 
 
 def exchange(machine: Machine, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The tree's exchange against one all-reduce of the same gradient, on all GPUs, or two CPU ranks."""
+    """The tree's exchange compared with one all-reduce of the same gradient, on all GPUs, or on two CPU ranks."""
     W = machine.gpus or 2
     found = run_ranks(_exchanged, W, config_for(machine, folder, W), cuda=machine.gpus > 0)[0]
     said = [

@@ -12,7 +12,7 @@ from trainer.commands.cli import main
 from trainer.commands.doctor import doctor as doctors
 from trainer.commands.doctor import exactness, machine, speed
 from trainer.commands.doctor.machine import Machine
-from trainer.errors import LostRankError, RanksDifferError, TrainerError, UserError
+from trainer.errors import RanksDifferError
 
 CPU = Machine(gpus=0, cores=2)
 
@@ -79,52 +79,6 @@ def test_a_device_that_is_not_there_and_a_file_that_cannot_be_written_are_said_f
     assert captured.out == "", "nothing was tried"
     assert "torch finds no GPU" in captured.err
     assert "--output" in captured.err
-
-
-@pytest.mark.parametrize(
-    ("gpus", "sizes", "shared"),
-    [(0, [1, 2, 3], []), (1, [1, 3], [3]), (2, [1, 2, 3], [3]), (8, [1, 2, 4, 8, 9], [9]), (6, [1, 2, 4, 6, 7], [7])],
-)
-def test_the_numbers_of_ranks(gpus: int, sizes: list[int], shared: list[int]) -> None:
-    """All GPUs, and more ranks than GPUs, which must share."""
-    found = Machine(gpus, 8)
-    assert exactness.world_sizes(found) == sizes
-    assert [W for W in sizes if found.shared_by(W)] == shared
-    assert [W for W in sizes if "sharing" in exactness.named(found, W)] == shared
-
-
-def test_versions_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, figures = machine.versions(CPU)
-    assert f"DeepSpeed {figures['deepspeed']}" in said
-    found = machine.importlib.metadata.version
-    monkeypatch.setattr(machine.importlib.metadata, "version", lambda n: "1.9" if n == "torch" else found(n))
-    with pytest.raises(UserError, match=r"torch is 1\.9 \(torch<3,>=2\.6 is needed\)\. Install"):
-        machine.versions(CPU)
-
-
-def test_runs_that_differ_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ran(function: Any, world_size: int, config: Any, folder: str, **named: Any) -> Any:
-        (Path(folder) / "trace.jsonl").write_text(json.dumps({"loss": "a", "weight": str(world_size // 2)}) + "\n")
-        return [{"parameters_sha256": "0" * 64}]
-
-    monkeypatch.setattr(exactness, "run_ranks", ran)
-    with pytest.raises(RanksDifferError, match="2 ranks differ from 1, first at step 1, in weight"):
-        exactness.one_hash(CPU, tmp_path / "runs", bf16=False)
-
-
-def test_the_wrong_rank_named_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*arguments: Any, **named: Any) -> Any:
-        (tmp_path / "killed" / "left_at_0").write_text("3.5")
-        (tmp_path / "killed" / "killed_at").write_text("1.0")
-        raise LostRankError(said)
-
-    monkeypatch.setattr(exactness, "run_ranks", lost)
-    said = "Rank 1 on here did not answer"
-    assert exactness.killed_rank(CPU, tmp_path / "killed")[0] == "rank 1 of 2 was named, and the others left in 2.5 s"
-    (tmp_path / "killed").rename(tmp_path / "before")
-    said = "Rank 0 on here did not answer"
-    with pytest.raises(TrainerError, match="rank 1 was killed, but the message is: Rank 0"):
-        exactness.killed_rank(CPU, tmp_path / "killed")
 
 
 @pytest.mark.slow
