@@ -379,7 +379,7 @@ def test_a_ready_config_is_found_by_its_name(
             {"overrides": {"trainer.seed": object()}},
             'overrides["trainer.seed"] is a object. A config holds what JSON has',
         ),
-        ({"overrides": {"trainer": {"epochs": 3}}}, 'Name the keys, for example "trainer.epochs".'),
+        ({"overrides": {"trainer": {"epochs": 3}}}, 'Name single keys, for example "trainer.epochs".'),
         ({"overrides": ["trainer.epochs=3"]}, 'Give a dictionary, such as {"trainer.epochs": 3}.'),
         ({"task": "no.py:Task"}, "The task file no.py does not exist"),
         ({"task": Presses(2)}, 'task is of the type Presses. Give a name such as "digits"'),

@@ -72,6 +72,6 @@ def test_a_block_is_laid_over_before_the_keys_in_it() -> None:
 @pytest.mark.parametrize("step", [0.01, 0.05, 0.1, 0.3, 1e-4])
 def test_every_step_of_a_range_is_one_of_its_values(step: float) -> None:
     """In floating point, 0.07 / 0.01 is a little more than 7, and 0.29 / 0.01 a little less than 29."""
-    parameter = Parameter("optimizer.params.lr", low=0.0, high=101 * step, step=step)
+    parameter = Parameter(LR, "lr", low=0.0, high=101 * step, step=step)
     assert all(parameter.holds(count * step) and parameter.holds(round(count * step, 9)) for count in range(101))
     assert not parameter.holds(7.5 * step)
