@@ -108,10 +108,10 @@ def test_what_is_changed_in_place_follows_anew() -> None:
 @pytest.mark.parametrize("kwargs", [False, True])
 def test_a_function_of_parameters_and_of_what_samples_gave_is_refused(kwargs: bool) -> None:
     """No micro-batch has a part of such a tensor, but its graph leads to samples."""
-    pieces, followed = three()
+    pieces, _ = three()
     other = pieces.tensors.mark(torch.ones(2, requires_grad=True), SAME)
     args = ((pieces.parameters[0],), {"other": other}) if kwargs else ((pieces.parameters[0], other), {})
-    with pytest.raises(RefusedError, match="^mul with parameters$") as caught:
+    with pytest.raises(RefusedError, match=r"^mul with parameters$") as caught:
         pieces.derived.call(torch.mul, *args, {0, 1, -1})
     assert caught.value.parameters == (0, 1)
 

@@ -209,7 +209,7 @@ def site(pieces: Pieces, rule: Rule) -> Site:
 def test_a_rule_that_does_not_do_for_a_gradient_is_given_up(trial: bool) -> None:
     """Where the shape has been compared without this gradient, the pack is compared anew."""
     pieces = made(trial)
-    with pytest.raises(RefusedError, match="^linear gets a gradient that lies in memory in another way$") as caught:
+    with pytest.raises(RefusedError, match=r"^linear gets a gradient that lies in memory in another way$") as caught:
         pieces.sites.set_alone(site(pieces, RIGHT))
     assert caught.value.untried == (not trial)
     assert pieces.findings.sites == ({("linear", 2): ALONE} if trial else {})
