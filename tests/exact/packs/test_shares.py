@@ -218,6 +218,7 @@ SHAPES, VALUES = "^f gives micro-batches different shapes$", "^f differs among m
         ([[1], [1, 1], [1]], SHAPES),
         ([1, 1, 2], VALUES),
         ([1, 2, 1], VALUES),
+        ([2, 1, 1], VALUES),
     ],
 )
 def test_results_that_do_not_fit_one_another_are_refused_this_once(found: list[Any], why: str) -> None:
