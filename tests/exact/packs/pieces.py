@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.packs.derived import Derived
 from trainer.exact.packs.findings import Findings
+from trainer.exact.packs.layers import Rule, Site, cut
 from trainer.exact.packs.leaves import Kept, Leaves
 from trainer.exact.packs.shares import Shares
 from trainer.exact.packs.sites import Sites
@@ -72,3 +74,11 @@ def trained(*shape: int) -> Tensor:
     """A trained parameter: 1, 2, 3 and so on."""
     size = int(torch.tensor(shape).prod()) if shape else 1
     return torch.arange(1.0, 1.0 + size).view(shape).requires_grad_()
+
+
+def one_by_one(site: Site, x: Tensor, *rest: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A rule's forward that is right on every processor."""
+    return torch.cat([site.call(own, *rest, place=k) for k, own in enumerate(cut(x, site.g))]), ()
+
+
+RIGHT = Rule(one_by_one, lambda site, *values: site.alone(*values))

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.exact.packs.pieces import Pieces, trained
+from tests.exact.packs.pieces import RIGHT, Pieces, trained
 from trainer.exact.packs.findings import ALONE
 from trainer.exact.packs.layers import Rule, Site
-from trainer.exact.packs.rules import EMBEDDING, LINEAR
+from trainer.exact.packs.rules import EMBEDDING
 from trainer.exact.packs.verdicts import RefusedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RIGHT = LINEAR[0]
 WRONG = RIGHT._replace(forward=lambda site, x, w, b: (site.call(x, w, b) + 1.0, ()))
 
 

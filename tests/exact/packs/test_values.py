@@ -75,3 +75,20 @@ def test_cancelling_values_lie_in_memory_as_the_tensor_does() -> None:
         assert own.stride() == tensor.stride()
     labels = torch.arange(4)
     assert cancelling_like(labels, EVEN) is labels
+
+
+def test_bits_are_compared_and_not_values() -> None:
+    assert same_bits(torch.tensor([float("nan"), 0.0]), torch.tensor([float("nan"), 0.0]))
+    assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    assert not same_bits(torch.zeros(2), torch.zeros(1, 2))
+    assert same_bits(None, None) and not same_bits(None, torch.zeros(1))
+
+
+def test_random_values_keep_what_a_kernel_depends_on() -> None:
+    x = torch.zeros(4, 6, dtype=torch.bfloat16, requires_grad=True)
+    drawn = drawn_like(x.detach().requires_grad_())
+    assert (drawn.dtype, drawn.shape, drawn.requires_grad) == (x.dtype, x.shape, True)
+    assert drawn_like(x.detach().t()).stride() == x.t().stride()
+    places = torch.arange(3)
+    assert drawn_like(places) is places
