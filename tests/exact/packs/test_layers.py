@@ -138,6 +138,19 @@ def test_small_layers_are_drawn_until_there_are_enough_values(
     assert len(notes) == 2 + draws
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 2, 30])
+def test_each_draw_counts(wrong: int) -> None:
+    draws: list[Tensor] = []
+
+    def backward(s: Site, grad: Tensor, *own: Any) -> Any:
+        draws.append(grad)
+        dx, dw, db = s.alone(grad, *own)
+        return dx, dw, db if len(draws) <= wrong else db + 1.0
+
+    assert site(Rule(one_by_one, backward)).differs(torch.ones(6, 4), torch.ones(3, 4), torch.ones(3))
+    assert len(draws) == wrong + 1
+
+
 def test_sums_over_features_and_over_samples_cancel() -> None:
     """What is left of such a sum is rounding errors, which show the order of additions."""
     notes: list[tuple[Tensor, ...]] = []
@@ -319,7 +332,7 @@ class Backward:
         def call(x: Tensor, w: Tensor, b: Tensor, place: int = 0) -> Tensor:
             return x * w + b
 
-        rule = Rule(lambda s, x, w, b: (x * w + b, ()), backward, needs_input)
+        rule = Rule(lambda s, x, w, b: (x * w + b, ()), backward, **({} if needs_input else {"needs_input": False}))
         self.site = Site(self.pieces.sites, rule, call, ("layer",), 0, 1)
 
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
