@@ -448,6 +448,7 @@ def _of_times(samples: int, start: int = 0) -> Tensor:
         lambda n: torch.arange(n * 35.0).view(n, 7, 5)[:, 1:],
         lambda n: torch.arange(n * 5.0).view(n, 1, 5).expand(n, 7, 5),
         lambda n: torch.arange(5.0).expand(n, 5),
+        lambda n: torch.arange(n * 5.0).as_strided((n, 1, 5), (5, 0, 1)),
         lambda n: torch.arange(n * 6.0).view(n, 2, 3).to(torch.float64).transpose(1, 2),
     ],
 )
@@ -532,6 +533,8 @@ def test_a_piece_of_another_layout_is_copied(k: int) -> None:
         (torch.empty(5, 6, 4).transpose(0, 1), (4, 8, 1)),
         (torch.empty(4).expand(6, 4), (0, 1)),
         (torch.empty(6, 1).expand(6, 4), (1, 0)),
+        (torch.empty(2, 6).expand(6, 2, 6), (0, 6, 1)),
+        (torch.empty(1, 6, 4).transpose(0, 1), (4, 24, 1)),  # a dimension of size 1 has no stride that counts
         (torch.empty(4, 7)[:, :6].t(), (1, 7)),  # the samples do not fill the memory
         (torch.empty(6), (1,)),
         (torch.empty(1, 6, 6).transpose(0, 1).transpose(0, 2), (1, 12, 2)),
