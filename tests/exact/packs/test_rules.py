@@ -211,6 +211,46 @@ def test_a_rule_computes_what_the_layer_does(
         assert kernels.asked == (input_needs or always) + (1 if in_one_call else G) * sum(learns)
 
 
+class FusedRmsNorm:
+    """Stands for the kernels of a GPU that have no counterpart on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        monkeypatch.setattr(torch.ops.aten, "_fused_rms_norm", self.forward)
+        monkeypatch.setattr(torch.ops.aten, "_fused_rms_norm_backward", self.backward)
+
+    def forward(self, x: Tensor, shape: list[int], weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        dims = [-d - 1 for d in range(len(shape))]
+        return F.rms_norm(x, shape, weight, eps), torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + eps)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor, mask: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        self.asked += sum(mask)
+        with torch.enable_grad():
+            own = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+            y = own[0] * rstd * own[1]  # only for the weight
+            exact = F.rms_norm(own[0], shape, own[1], 1e-3)
+        dx, dw = torch.autograd.grad(exact, own[0], grad)[0], torch.autograd.grad(y, own[1], grad)[0]
+        return tuple(gradient if there else None for gradient, there in zip((dx, dw), mask))
+
+
+@pytest.mark.parametrize("input_needs", [True, False])
+def test_the_kernels_of_rms_norm_are_given_what_they_need(input_needs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    case, kernels = rms_norm(2, 4), FusedRmsNorm(monkeypatch)
+    x, weight = torch.randn(case.x, requires_grad=input_needs), torch.randn(2, 4)
+    own = Site(OfThree(), case.rules[0], case.call, ("",), 0, None, **case.options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        y, saved = own.rule.forward(own, x, weight, None)
+        torch.testing.assert_close(y, case.call(x, weight, None))
+    grad = torch.randn(y.shape)
+    dx, dw, db = own.rule.backward(own, grad, x, weight, None, *saved)
+    alone = own.alone(grad, x, weight, None)
+    torch.testing.assert_close((dx, dw), (alone[0] if input_needs else None, alone[1]))
+    assert db is None and kernels.asked == input_needs + G
+
+
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": 0}, {"scale_grad_by_freq": True}])
 def test_an_embedding_has_the_gradients_of_its_rows(options: dict[str, Any]) -> None:
     options = {"padding_idx": None, "scale_grad_by_freq": False} | options
