@@ -122,19 +122,19 @@ def test_gradients_now_and_after_the_backward_come_in_no_known_order(order: tupl
     assert leaves.shared == {0}, "the other one has only those after the backward"
 
 
-# In bfloat16, 256 and 1 are 256
-BIG, SMALL = (torch.tensor([[v], [v]], dtype=torch.bfloat16) for v in (256.0, 1.0))
+# In bfloat16, 256 and 1 are 256, and 256 and 2 are 258
+BIG, ONE, TWO = (torch.tensor([[v], [v]], dtype=torch.bfloat16) for v in (256.0, 1.0, 2.0))
 
 
 def test_gradients_of_one_cast_are_added_in_its_type() -> None:
     """Autocast casts a parameter once a forward."""
     leaves, sink = made()
-    for _ in range(3):
+    for _ in range(4):
         leaves.expect(0)
-    leaves.put(0, BIG.clone())
-    leaves.put(0, SMALL.clone())
+    for rows in (BIG, ONE, TWO):
+        leaves.put(0, rows.clone())
     leaves.put(0, torch.ones(2, 1))
-    assert sink.taken == [(0, [257.0, 257.0], None)], "the last in float32"
+    assert sink.taken == [(0, [259.0, 259.0], None)], "the last in float32"
 
 
 def test_without_other_gradients_those_of_a_cast_are_passed_on() -> None:
@@ -142,7 +142,7 @@ def test_without_other_gradients_those_of_a_cast_are_passed_on() -> None:
     for _ in range(3):
         leaves.expect(0)
     leaves.put(0, BIG.clone())
-    leaves.put(0, SMALL.clone())
+    leaves.put(0, ONE.clone())
     leaves.finish()
     assert sink.taken == [(0, [256.0, 256.0], None)]
 
@@ -152,7 +152,7 @@ def test_what_follows_from_a_parameter_is_cast_for_each_use(dtype: torch.dtype, 
     leaves, _ = made()
     leaves.expect_shape(-1, torch.zeros(1, dtype=dtype))
     leaves.put(-1, BIG.clone())
-    leaves.put(-1, SMALL.clone())
+    leaves.put(-1, ONE.clone())
     found = leaves.of(-1)
     assert found is not None and found[1] is None
     assert found[0].dtype == torch.float32 and found[0].tolist() == [[expected], [expected]]

@@ -165,6 +165,17 @@ def test_a_draw_on_a_gpu_at_rest_is_noticed(gpu: Gpu) -> None:
     assert not streams.disturbed()
 
 
+def test_after_a_micro_batch_a_gpu_is_at_rest(gpu: Gpu) -> None:
+    streams = Streams(2, DEVICE)
+    streams.begin([5, 6])
+    with streams.of(0):
+        gpu.draw()
+    gpu.draw()
+    assert streams.disturbed()
+    with streams.of(0):
+        assert gpu.draw() == (5, 4), "the stream has not moved"
+
+
 def test_a_draw_on_a_gpu_in_a_comparison_is_nobodys(gpu: Gpu) -> None:
     streams = Streams(2, DEVICE)
     streams.begin([5, 6])
