@@ -112,6 +112,7 @@ def broadcast(multiplies: bool, x: tuple[int, ...], weight: tuple[int, ...]) -> 
 
 SHAPES = [((6, 5, 4), ()), ((6, 5, 4), (4,)), ((6, 5, 4), (5, 1)), ((6, 5, 4), (1, 5, 4)), ((6, 5, 4), (1, 1, 4))]
 SHAPES += [((6, 1, 4), (1, 4)), ((6, 2, 3, 4), (2, 1, 1)), ((6, 2, 3, 4), (3, 1)), ((6, 4), (1, 1)), ((6, 4), (1,))]
+SHAPES += [((6, 5, 1), (1, 1)), ((3, 5, 4), (5, 1))]
 CASES: dict[str, Case] = {
     "linear": linear(6, 5),
     "linear of places": linear(6, 2, 5),
