@@ -189,6 +189,82 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "torch's mode has nothing to set up": (
         "packs/trace Trace.__init__: super().__init__()  ->  None",
     ),
+    "a gradient has no more dimensions than these": (
+        "packs/layers Site._differs_for: sign, *[sign] * (like.dim() - 1)], self.g)  ->  sign, *[sign] * (like.dim() + 1)], self.g)",
+    ),
+    "all pieces have one shape": (
+        "packs/layers joined: size in zip(strides, pieces[0].shape))):  ->  size in zip(strides, pieces[1].shape))):",
+    ),
+    "how many gradients are added at once changes no bit: it bounds the memory": (
+        "packs/pack_sum : FLUSH_BYTES = 4 << 20  ->  FLUSH_BYTES = 4 >> 20",
+        "packs/pack_sum : FLUSH_BYTES = 4 << 20  ->  FLUSH_BYTES = 5 << 20",
+        "packs/pack_sum : FLUSH_BYTES = 4 << 20  ->  FLUSH_BYTES = 4 << 21",
+    ),
+    "norms beyond those of the last parameter are left out": (
+        "packs/pack_sum PackSum._flush: number * self._count:(number + 1) * self._count])  ->  number * self._count:(number + 2) * self._count])",
+    ),
+    "a sender sends what is complete, and nothing else": (
+        "packs/pack_sum PackSum.take: if complete and self._last is not None:  ->  if complete or self._last is not None:",
+    ),
+    "channels and places lie one after the other, and the reshape brings them into this form": (
+        "packs/rules _apart: y.view(len(y), g, -1, *y.shape[2:]).transpose(0, 1).reshape(g  ->  y.view(len(y), g, -1, *y.shape[3:]).transpose(0, 1).reshape(g",
+    ),
+    "any negative number is no row": (
+        "packs/rules _embedding_backward: grad.shape[-1]), rows, g * V, -1, o['scale_grad_by_freq']).view  ->  grad.shape[-1]), rows, g * V, -2, o['scale_grad_by_freq']).view",
+    ),
+    "all samples have as many places": (
+        "packs/rules _group_norm_forward: torch.ops.aten.native_group_norm(x, weight, bias, N, C, x[0, 0].numel(), o['groups'], o  ->  torch.ops.aten.native_group_norm(x, weight, bias, N, C, x[1, 0].numel(), o['groups'], o",
+        "packs/rules _group_norm_backward: torch.ops.aten.native_group_norm_backward, site.g, (x.size(1), x[0, 0].numel()))  ->  torch.ops.aten.native_group_norm_backward, site.g, (x.size(1), x[1, 0].numel()))",
+    ),
+    "of a bias a convolution's backward looks only at whether there is one": (
+        "packs/rules _grouped_backward: None if bias is None else [g * bias.numel()]  ->  None if bias is None else [g // bias.numel()]",
+    ),
+    "a view gives the sums their shape": (
+        "packs/rules _summed_to: return by.sum(dims, keepdim=True) if dims else by  ->  return by.sum(dims, keepdim=False) if dims else by",
+    ),
+    "all micro-batches use the same parameters": (
+        "packs/shares Shares._alias: if k == 0:  ->  if k == 1:",
+    ),
+    "all pieces come from one node of the graph": (
+        "packs/shares Shares._piece: self.ends[pieces[0].grad_fn] = self._tensors.named  ->  self.ends[pieces[1].grad_fn] = self._tensors.named",
+    ),
+    "there are more places than arguments": (
+        "packs/shares Shares.part: range(len(flat(value, [])) + 1))  ->  range(len(flat(value, [])) + 2))",
+    ),
+    "any other number than ALONE says that the rule holds": (
+        "packs/sites Sites.holds: weight, bias, like=grad) else 0  ->  weight, bias, like=grad) else 1",
+    ),
+    "a trial chooses before anyone looks": (
+        "packs/sites Sites.layer: self._findings.sites.get(key, len(rules) - 1 if self._checks else ALONE  ->  self._findings.sites.get(key, len(rules) + 1 if self._checks else ALONE",
+    ),
+    "with a GPU both are there, and without one neither is": (
+        "packs/streams Streams.of: if self._gpu is not None and gpu is not None:  ->  if self._gpu is not None or gpu is not None:",
+        "packs/streams Streams._rest: if self._gpu is not None and self._resting_gpu is not None  ->  if self._gpu is not None or self._resting_gpu is not None",
+    ),
+    "what is drawn from the state at rest is refused, whatever it is": (
+        "packs/streams Streams.begin: self._host.manual_seed(0)  ->  None",
+        "packs/streams Streams.begin: self._host.manual_seed(0)  ->  self._host.manual_seed(1)",
+        "packs/streams Streams.begin: self._resting_gpu.manual_seed(0)  ->  self._resting_gpu.manual_seed(1)",
+        "packs/streams Streams.aside: self._resting_gpu.manual_seed(0)  ->  self._resting_gpu.manual_seed(1)",
+    ),
+    "begin_alone() sets it before anyone reads it": (
+        "packs/trial Trial.__init__: self._next = 0  ->  self._next = 1",
+    ),
+    "memory that nobody looks at": (
+        "packs/values _laid_out_like: span = 1 + sum(((size - 1) * stride for  ->  span = 2 + sum(((size - 1) * stride for",
+        "packs/values _laid_out_like: span = 1 + sum(((size - 1) * stride for size, stride  ->  span = 1 + sum(((size + 1) * stride for size, stride",
+    ),
+    "of an even number of places none is left over, and what is left over of an odd one becomes 0": (
+        "packs/values _pairs: factors[order[half:2 * half]] = float(sign)  ->  factors[order[half:3 * half]] = float(sign)",
+        "packs/values _pairs: if length > 1:  ->  if length > 2:",
+    ),
+    "every pack and every trial sets it": (
+        "packs/verdicts Packed: form: int = 0  ->  form: int = 1",
+        "packs/verdicts Verdict: random: bool = True  ->  random: bool = False",
+    ),
+    "any negative number is no step": (
+        "packs/verdicts Verdict: step: int = -1  ->  step: int = -2",
+    ),
     "a longer search finds nothing more": (
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",

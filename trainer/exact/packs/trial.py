@@ -70,10 +70,6 @@ class Trial:
         if trace is not None:
             self._alone = trace.calls[trace.forward_calls :] if place is None else trace.calls[place].inner
 
-    def end_alone(self) -> None:
-        """It is no longer."""
-        self._alone = None
-
     def compared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, frozenset[int]]:
         """This call of a micro-batch alone, and the places of numbers that are those of all samples."""
         if self.position >= len(self._trace.calls):
