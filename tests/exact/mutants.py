@@ -104,6 +104,16 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "of() sets it before anyone reads it": (
         "order SampleRandom: _stream: int = 0  ->  _stream: int = 1",
     ),
+    "begin() has kept a state exactly where the task draws": (
+        "checks/foreign_draws ForeignDraws.end: if not self._draws or self._state is None:  ->  if not self._draws and self._state is None:",
+    ),
+    "only the last bucket has two segments; the first begins at float 0, and nothing is placed after the second": (
+        "optional/early_exchange EarlyExchange._fill: place += stop - start  ->  place += stop + start",
+        "optional/early_exchange EarlyExchange._put: place += stop - start  ->  place += stop + start",
+    ),
+    "any tags will do that differ from one another and from 0": (
+        "optional/early_exchange EarlyExchange._begin_gather: begin_gather(gathered, piece, tag=1 + message.number))  ->  begin_gather(gathered, piece, tag=2 + message.number))",
+    ),
     "a sum is finite where a difference is, up to an overflow": (
         "step ExactStep.__call__: health = records.losses.sum() + norm  ->  health = records.losses.sum() - norm",
     ),

@@ -458,3 +458,12 @@ def test_statistics_that_come_with_another_momentum_are_noticed(momentum: float 
     nn.functional.batch_norm(x, layer.running_mean, layer.running_var, training=True, momentum=own)
     assert ("running statistics of 1 and a momentum of its own" in str(statistics.lost())) == lost
     statistics.settle()
+
+
+def test_a_variance_of_zero_is_not_taken_for_lost_statistics() -> None:
+    """All samples of a micro-batch may be alike, for example empty images."""
+    model = nn.BatchNorm1d(3)
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    model(torch.ones(4, 3))
+    assert statistics.lost() is None

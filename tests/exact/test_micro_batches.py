@@ -391,3 +391,31 @@ def test_a_split_of_a_single_sample() -> None:
 def test_no_batch_is_left_behind_the_end() -> None:
     batches = batches_of(split_of())
     assert list(batches.starting_at(8)) == list(batches.starting_at(9)) == list(batches.starting_at(20)) == []
+
+
+@pytest.mark.parametrize("part", [(0, 1), (0, 2), (0, 3), (1, 3)])
+def test_a_pack_has_the_samples_of_its_own_micro_batches(part: tuple[int, ...]) -> None:
+    """They need not be neighbours."""
+    split = split_of()
+    batch = batches_of(split, global_batch_size=16).at(0)
+    wanted = torch.cat([batch.indices[4 * j : 4 * j + 4] for j in part])
+    assert torch.equal(made(Task(), split).pack_samples(batch, part)["y"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (torch.ones(()), r"it returned a tensor of shape \(\)"),
+        (torch.ones(4, 1), r"it returned a tensor of shape \(4, 1\)"),
+        ([1.0] * 4, r"it returned \[1.0, 1.0, 1.0, 1.0\]"),
+    ],
+)
+def test_sample_losses_must_be_one_number_a_sample(returned: Any, said: str) -> None:
+    class Wrong(Task):
+        def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+            return returned
+
+    split = split_of()
+    batch = batches_of(split).at(0)
+    with pytest.raises(UserError, match=rf"a tensor of shape \(4,\); {said}"):
+        made(Wrong(), split).compute(batch, 0)

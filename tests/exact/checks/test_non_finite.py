@@ -22,3 +22,9 @@ def test_what_is_not_finite_is_named(losses: list[float], norm: float, words: st
     assert f"Step 5 is not finite: {words}. The parameters may have been updated with it." in str(other)
     assert kept.good_steps == other.good_steps == 4
     assert kept.agreed and other.agreed
+
+
+def test_batch_norm_is_named_only_where_the_model_has_running_statistics() -> None:
+    without, with_some = non_finite(4, [math.nan], 1.0), non_finite(4, [math.nan], 1.0, statistics=1)
+    assert "BatchNorm" not in str(without)
+    assert "begins to read a BatchNorm's running statistics" in str(with_some)
