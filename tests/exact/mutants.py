@@ -65,6 +65,12 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "checks/audit Audit.__init__: self._shift = 0  ->  self._shift = 1",
         "checks/audit Audit.__init__: self._step = 0  ->  self._step = 1",
     ),
+    "begin() sets it before anyone reads it": (
+        "batch_norm RunningStatistics.__init__: self._trained = [False] * len(found)  ->  self._trained = [True] * len(found)",
+    ),
+    "a spare counter costs an operation, and nobody reads it": (
+        "batch_norm RunningStatistics.__init__: isinstance(module, nn.SyncBatchNorm) and counter is not None else None  ->  isinstance(module, nn.SyncBatchNorm) or counter is not None else None",
+    ),
     "any negative number says that a layer was not called": (
         "batch_norm : _NOT_CALLED = -3e+38  ->  _NOT_CALLED = -3e+38",
     ),
