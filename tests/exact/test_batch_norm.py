@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import UserError
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.plan import rank_block
 
@@ -512,3 +513,13 @@ def test_an_instance_norm_beside_a_batch_norm_counts_no_batches() -> None:
     statistics.settle()
     statistics.apply(row)
     assert [int(layer.num_batches_tracked) for layer in model] == [1, 0]
+
+
+def test_a_forward_that_changes_a_layers_mode_is_an_error_that_names_the_step() -> None:
+    model = nn.BatchNorm1d(3)
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    statistics.check(6)  # no objection
+    model.eval()
+    with pytest.raises(UserError, match=r"^The task changes the mode of BatchNorm1d [\s\S]*\nStep 7 was not made\.$"):
+        statistics.check(6)

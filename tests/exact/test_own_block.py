@@ -181,7 +181,7 @@ def test_buckets_are_sent_under_the_last_backward_with_the_same_bits(
     for number in (0, 1):
         early.sent.clear()
         assert early.add(number) == plain.add(number)
-        # Nothing in a trial, which may have to be done again.
+        # In a trial nothing is sent before the end.
         last = max(1, size)
         assert early.sent == [last] * len(early.sent)
         assert bool(early.sent) == (size == 0 or number > 0)
