@@ -1,4 +1,4 @@
-"""What the trials of a rank's packs have found out, and later packs rely on."""
+"""What the trials of a rank's packs have found out. Later packs rely on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 Key = tuple[Any, ...]
-ALONE = -1
+ALONE = -1  # in place of a rule's number: computed one micro-batch at a time
 
 
 class Way(NamedTuple):

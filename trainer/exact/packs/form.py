@@ -53,7 +53,7 @@ class Form:
         self.value = hash((self.value, *known))
 
     def _look_at(self, values: Any, known: list[Any], numbers: bool, used: set[int]) -> int:
-        """One pass through arguments, since it is made for every function: notes their form, and what there is."""
+        """Notes the form of arguments, and which kinds and parameters there are. One pass, as every call needs it."""
         found, tensors = 0, self._tensors
         if isinstance(values, Mapping):
             known += values
@@ -94,5 +94,5 @@ class Form:
 
 
 def _name_of(value: Any) -> Any:
-    """Stands for a number: Python gives -1 and -2 one hash."""
+    """What stands for a number in a form: Python gives -1 and -2 the same hash."""
     return -1.5 if value == -1 else value

@@ -37,9 +37,9 @@ class Kept:
 class Leaves:
     """Collects gradients while the backward of a pack goes through it.
 
-    A parameter goes to the sink as soon as all its uses have been met, so that memory is needed for the layers under
-    way and not for the whole model g times. Gradients of several uses are added in the order in which they come, as
-    autograd does.
+    A parameter goes to the sink as soon as the gradients of all its uses have come. So memory holds g gradients for the
+    layers under way only, not for the whole model. Gradients of several uses are added in the order in which they come,
+    as autograd does.
 
     Attributes:
         shared: parameters that get gradients both after the backward and in another way. Autograd would add them in an
@@ -56,7 +56,7 @@ class Leaves:
         self._like, self._g, self._sink = parameters[0], g, sink
         self._rows: dict[int, Tensor] = {}
         self._present: dict[int, list[bool] | None] = {}
-        self._cast: dict[int, Tensor] = {}  # what comes in another type than the parameter's
+        self._cast: dict[int, Tensor] = {}  # gradients of another type than the parameter's
         self._cast_by_use: set[int] = set()
         self._expected: dict[int, int] = {}
         self._held: set[int] = set()

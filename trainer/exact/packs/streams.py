@@ -23,8 +23,8 @@ class Streams:
         self._gpu = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
         self._keys: Sequence[int] = ()
         self._own: list[tuple[torch.Generator, torch.Generator | None] | None] = [None] * g
-        # A function that draws without its stream is found by the state at rest, which nothing else moves. On a GPU,
-        # states are swapped and not copied: that is allowed while a CUDA graph is recorded, too.
+        # Between draws, torch's generators are in a state of rest. If it moves, a function has drawn without a stream.
+        # On a GPU, states are swapped and not copied: that is allowed while a CUDA graph is recorded, too.
         self._usual: torch.Generator | None = None
         self._resting_gpu: torch.Generator | None = None
         self._recording = self._disturbed = False
