@@ -4,12 +4,13 @@
     python tests/exact/mutants.py                                # all mutants
     python tests/exact/mutants.py --number 100 --seed 3          # a random sample of them
     python tests/exact/mutants.py --module tree --jobs 2         # those of trainer/exact/tree.py
-    python tests/exact/mutants.py --module tree --list           # their names; runs nothing
+    python tests/exact/mutants.py --module checks/audit --list   # the names of those of checks/audit.py; runs nothing
 
 A mutant differs from the code in one place: another operator, comparison, number or sign, a condition negated, min for
 max (any for all, start for stop), or a call left out whose result nobody takes. A mutant is killed when a test fails,
 when the tests take far more processor time than without it, or when they wait forever. First the tests of the module
-run, in tests/exact/test_<module>.py, then the rest of tests/exact, then, with --ranks, a few whole runs.
+run (of checks/audit, tests/exact/checks/test_audit.py), then the rest of tests/exact, then, with --ranks, a few whole
+runs.
 
 Not changed are places that no program can see or that are no part of what the module computes: texts, annotations,
 assertions of our own invariants, decorators, and the bodies of protocols.

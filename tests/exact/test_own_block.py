@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.exact.packs import packed
 from tests.exact.test_step import B, Partly, copies, made
-from trainer.errors import RanksDifferError, TrainerError
+from trainer.errors import RanksDifferError, TrainerError, UserError
 from trainer.exact.checks.audit import Audit
 from trainer.exact.optional import early_exchange
 from trainer.exact.optional.graphs import Graphs
@@ -59,8 +59,10 @@ def audit_of(model: nn.Module) -> Audit:
     return Audit(Ranks(), ["here"], names, every_steps=1, total_steps=packed.STEPS, seed=0, alike=True)
 
 
-def run(size: int, graphs: Graphs | None = None, audited: bool = False, task: Any = None) -> tuple[list[Any], Any]:
-    """Everything that a short run finds, and its step. Size 0: no packs."""
+def run(
+    size: int | None, graphs: Graphs | None = None, audited: bool = False, task: Any = None
+) -> tuple[list[Any], Any]:
+    """Everything that a short run finds, and its step. Size 0: no packs; None: "auto"."""
     model, x = model_and_samples()
     marks: list[str] = []
     step, batches = packed.made(model, x, size, task=task)
@@ -96,6 +98,14 @@ def test_a_pack_of_one_is_computed_alone() -> None:
     found, step = run(1)
     assert found == expected
     assert step.block.packs.packed == 0
+
+
+def test_steps_are_timed_to_find_the_fastest_size() -> None:
+    """With "auto": three of the full steps have been timed with single micro-batches."""
+    expected, _ = run(0)
+    found, step = run(None)
+    assert found == expected
+    assert len(step.block.packs._choice._times[1]) == 3
 
 
 class FailsLater(packed.Task):
@@ -270,6 +280,19 @@ def test_what_cannot_be_computed_again_is_no_traceback() -> None:
     ):
         step(parts["batches"].at(1))
     assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+
+
+@pytest.mark.parametrize("error", [UserError("a message of its own"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_an_error_that_explains_itself_is_not_taken_for_kept_state(error: Exception) -> None:
+    step, parts = made()
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 4, every_steps=1, total_steps=9, seed=0, alike=True)
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    step.micro_batches.compute = fail  # type: ignore[method-assign]
+    with pytest.raises(type(error), match=str(error)):
+        step(parts["batches"].at(0))
 
 
 def test_an_audit_compares_statistics_too() -> None:
