@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.exact.packs import packed
-from tests.exact.test_step import B, Partly, copies, made
+from tests.exact.test_step import Partly, copies, made
 from trainer.errors import RanksDifferError, TrainerError, UserError
 from trainer.exact.checks.audit import Audit
 from trainer.exact.optional import early_exchange
@@ -98,6 +98,32 @@ def test_a_pack_of_one_is_computed_alone() -> None:
     found, step = run(1)
     assert found == expected
     assert step.block.packs.packed == 0
+
+
+@pytest.mark.parametrize("wrong", ["loss", "statistics", "gradients"])
+def test_a_pack_with_other_bits_in_its_trial_is_not_used(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """The trial compares with hashes of what was computed singly."""
+    expected, _ = run(0)
+    compute = Packs.compute
+
+    class Off:
+        def __init__(self, sink: Any) -> None:
+            self.sink = sink
+
+        def take(self, place: int, rows: Tensor, present: Any) -> None:
+            self.sink.take(place, rows + 1e-3, present)
+
+    def other(self: Packs, batch: Any, part: Any, scale: Tensor, sink: Any, *rest: Any) -> Any:
+        packs = compute(self, batch, part, scale, Off(sink) if wrong == "gradients" else sink, *rest)
+        off = {"loss": {"losses": packs.losses + 1}, "statistics": {"statistics": packs.statistics + 1}}
+        return packs._replace(**off.get(wrong, {}))
+
+    monkeypatch.setattr(Packs, "compute", other)
+    found, step = run(4)
+    assert found == expected
+    assert step.block.packs.packed == 0
+    reasons = {why.partition(" in packs of ")[0] for why in step.block.packs.refusals().values()}
+    assert reasons == {{"loss": "another loss"}.get(wrong, f"other {wrong}")}
 
 
 def test_steps_are_timed_to_find_the_fastest_size() -> None:
@@ -231,14 +257,15 @@ def test_a_pack_that_fails_after_something_was_sent(
 # What is computed again for the audit
 
 
-def test_losses_and_norms_are_those_of_the_micro_batches_in_order() -> None:
+@pytest.mark.parametrize("number", [0, 2])  # a full step, and an epoch's last
+def test_losses_and_norms_are_those_of_the_micro_batches_in_order(number: int) -> None:
     step, parts = made(measures_norms=True)
-    batch = parts["batches"].at(0)
+    batch = parts["batches"].at(number)
     losses, norms = [], []
     for start, stop in batch.bounds:
         chosen = {name: array[batch.indices[start:stop]] for name, array in parts["split"].arrays.items()}
         loss, _ = parts["task"].loss(parts["task"].forward(parts["model"], chosen), chosen)
-        gradients = torch.autograd.grad(loss / B, list(parts["model"].parameters()))
+        gradients = torch.autograd.grad(loss / batch.count, list(parts["model"].parameters()))
         losses.append(float(loss))
         norms.append(math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients)))
     result = step(batch)

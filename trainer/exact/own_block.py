@@ -119,7 +119,7 @@ class OwnBlock:
                 last = PackSum(self._sum, len(batch.bounds), (j,), self._measures_norms, None, sender)
             collected = own.statistics(number)
             loss, gradients = self._single(batch, j, arrays, collected, last)
-            # Noted before it is added: afterwards the sum holds no single micro-batch any more.
+            # Noted before it is added: `add` works in place, and afterwards the sum holds no single micro-batch.
             if audit is not None and j == audit.own:
                 audit.note_summed(loss, collected, gradients)
             if self._look is not None:

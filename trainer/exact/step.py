@@ -151,11 +151,11 @@ class ExactStep:
         audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
         if audit is not None:
             audit.choose(batch.step, M)
-        statistics.begin()
+        statistics.begin()  # until `settle`, the layers write to scratch memory
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
             self.block.add(batch, block, audit)
-            # After this rank's own block, so that what the second computation leaves behind changes no summand.
+            # After this rank's own block: what the second computation leaves in random generators changes nothing then.
             if audit is not None and audit.other is not None:
                 self.block.compute_again(batch, audit, audit.other)
             statistics.check(batch.step)
