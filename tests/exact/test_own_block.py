@@ -126,6 +126,16 @@ def test_a_pack_with_other_bits_in_its_trial_is_not_used(monkeypatch: pytest.Mon
     assert reasons == {{"loss": "another loss"}.get(wrong, f"other {wrong}")}
 
 
+@pytest.mark.parametrize(("size", "number"), [(0, 8), (4, 2)])
+def test_each_micro_batch_and_each_pack_marks_its_end(size: int, number: int) -> None:
+    step, batches = packed.made(*model_and_samples(), size)
+    step(batches.at(0))  # a trial
+    marks: list[str] = []
+    step.block._mark = marks.append
+    step(batches.at(1))
+    assert marks == ["compute"] * number
+
+
 def test_steps_are_timed_to_find_the_fastest_size() -> None:
     """With "auto": three of the full steps have been timed with single micro-batches."""
     expected, _ = run(0)
@@ -210,10 +220,12 @@ def test_records_of_a_later_block_begin_with_its_own_first_micro_batch(
 
 
 @pytest.mark.parametrize("size", [0, 2, 4])
+@pytest.mark.parametrize("graphs", [False, True])
 def test_buckets_are_sent_under_the_last_backward_with_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, size: int
+    monkeypatch: pytest.MonkeyPatch, size: int, graphs: bool
 ) -> None:
     plain, early = Part(monkeypatch), Part(monkeypatch, size, bucket_bytes=64)
+    early.step.block.graphs = WithoutGraphs() if graphs else None
     for number in (0, 1):
         early.sent.clear()
         assert early.add(number) == plain.add(number)

@@ -144,7 +144,7 @@ class GlobalBatches:
 # many small ones. The limit bounds the memory of a rank with many micro-batches.
 CHUNK_BYTES = 64 << 20
 # Memory from torch's allocators starts at a multiple of this. A piece of a chunk that starts at such a multiple is
-# as good as a fresh tensor. Any other piece is copied, since a math library may choose its kernel by alignment.
+# as good as a fresh tensor. Any other piece is copied, because a math library may choose its kernel by alignment.
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}
 
 

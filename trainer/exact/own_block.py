@@ -86,7 +86,7 @@ class OwnBlock:
         if self.graphs is not None:
             self.graphs.begin()
         packs = self.packs
-        # Ranks may choose other sizes than one another, since no size changes a bit.
+        # Each rank may choose its own size, because no size changes a bit.
         if packs is None or packs.begin(batch, block) == 1:
             self._add_singly(batch, block, block, audit)
         else:

@@ -1,4 +1,4 @@
-"""What a micro-batch sends to all ranks besides its gradient: one row of numbers, whose columns have names.
+"""What a micro-batch sends to all ranks besides its gradient: one row of numbers. Its columns have names.
 
 All ranks see the losses and statistics of all M micro-batches in order, so whatever is computed from them agrees.
 """

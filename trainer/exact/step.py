@@ -135,8 +135,8 @@ class ExactStep:
 
         Raises:
             NonFiniteError: on every rank; the parameters are those before this step.
-            RanksDifferError: likewise, if the audit finds two results for one micro-batch. On this rank alone, and
-                after the step, if another thread draws from torch's generators.
+            RanksDifferError: on every rank, with the parameters of before this step, if the audit finds two results for
+                one micro-batch. On this rank alone, after the step, if another thread draws from torch's generators.
         """
         statistics, own = self.statistics, self._own
         if asks_to_stop:

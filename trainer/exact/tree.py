@@ -183,7 +183,7 @@ def _rounds(merges: list[Merge]) -> list[list[Merge]]:
 
 @lru_cache(maxsize=1024)
 def pack_program(leaves: int, pack: tuple[int, ...]) -> PackProgram:
-    """How the leaves of a pack are added to one another, as far as they are neighbours in the tree.
+    """How the leaves of a pack are added to one another, where they are neighbours in the tree.
 
     Args:
         leaves: M.
@@ -202,7 +202,7 @@ def pack_program(leaves: int, pack: tuple[int, ...]) -> PackProgram:
 
 
 def _runs(merges: list[Merge]) -> list[Level]:
-    """The merges of one round, as few levels: each is one operation."""
+    """The merges of one round as a few levels, each of which is one operation."""
     runs: list[Level] = []
     for to, distance in sorted((merge.target, merge.source - merge.target) for merge in merges):
         last = runs[-1] if runs else None

@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
     """A part of a node.
 
     Attributes:
-        parameters: the places of those whose gradients lie in it.
+        parameters: the places of the parameters of which it holds the gradients.
         segments: where these lie in a node, in floats: (start, stop) each.
         last: whether it is sent last. What is complete only at the end travels with it.
     """

@@ -85,7 +85,7 @@ class EarlyExchange(Exchange):
         self.sent, self._leaves, self._under_way, self._failure = 0, leaves, [], None
 
     def send(self, nodes: Sequence[Tensor]) -> None:
-        """Sends the next bucket. Waits for nobody.
+        """Sends the next bucket. Does not wait for other ranks.
 
         Args:
             nodes: this rank's, in order, whole; those of the bucket are complete.

@@ -5,8 +5,8 @@ kernels with the memory that they read and write. One call launches it, and none
 what lies in that memory may change from step to step: samples, parameters, the loss's scale, and the seeds of random
 numbers. The following has no graph, and is computed as without this module:
 
-- a task whose forward or loss takes `progress`, since a graph would keep the first step's numbers;
-- what reads values on the host, since a GPU refuses to record it;
+- a task whose forward or loss takes `progress`, because a graph would keep the first step's numbers;
+- what reads values on the host, because a GPU refuses to record it;
 - what draws random numbers on the host.
 
 Nothing is assumed to be exact. In its first steps a shape is computed in both ways, and the bits are compared. The
@@ -49,7 +49,7 @@ class Draws(Protocol):
         ...
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
-        """A graph is recorded meanwhile."""
+        """A context in which a graph is recorded."""
         ...
 
     def host_drawn(self) -> bool:
@@ -170,7 +170,7 @@ class Graphs:
         unusable: why there are none at all; empty if there may be some.
 
     Args:
-        tensors: the model's parameters and buffers, whose memory graphs use.
+        tensors: the model's parameters and buffers. Graphs use their memory.
         follows_progress: whether the task's forward or loss takes the run's progress.
     """
 
@@ -182,7 +182,7 @@ class Graphs:
         self._pool: Any = None
 
     def begin(self) -> None:
-        """A step begins. If tensors of the model have moved in memory, graphs are recorded anew."""
+        """Begins a step. If tensors of the model have moved in memory, all graphs are recorded again."""
         # A graph reads parameters at the addresses that they had when it was recorded.
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:

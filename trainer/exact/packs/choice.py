@@ -16,7 +16,7 @@ class Choice:
     times counts, because other work only adds to it.
 
     Args:
-        device: of the model. A GPU is timed by events, which nobody waits for.
+        device: of the model. A GPU is timed by events, and the host does not wait for them.
     """
 
     STEPS = 3  # timed for each size; as many again for the two fastest

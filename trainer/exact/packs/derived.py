@@ -1,4 +1,4 @@
-"""What follows from trained parameters alone, as a tied or a normalised weight: a parameter of its own in a pack."""
+"""Tensors that follow from trained parameters alone, as a normalised weight: a pack takes them for parameters."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Derived:
     def _derive(
         self, graph: Tensor, roots: frozenset[int], at_once: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
+        """Makes a tensor that follows from parameters alone a parameter of its own, see `pass_on` for its gradients."""
         if graph.dtype != torch.float32 and graph.dtype not in LOW_PRECISION:
             raise RefusedError(f"what follows from parameters alone is {graph.dtype}")
         leaf = graph.detach().requires_grad_()

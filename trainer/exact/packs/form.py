@@ -87,7 +87,7 @@ class Form:
         return found
 
     def _was_there(self, tensor: Tensor) -> bool:
-        """Whether a tensor that nobody saw being made was given to calls in trials, too."""
+        """Whether a tensor that packs have not seen being made was an argument of calls in trials, too."""
         there = self._findings.outside.get(id(tensor))
         known = self._tensors.is_constant(tensor) or self._tensors.made_here(tensor)
         return known or (there is not None and there() is tensor)

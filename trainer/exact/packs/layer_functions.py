@@ -35,7 +35,7 @@ def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
 
 
 def _by_name(function: Callable[..., Any]) -> Callable[[Pack, Any, tuple[Any, ...], dict[str, Any]], Any]:
-    """Lets a function name its arguments, as torch's own does."""
+    """A rule that reads its arguments by position or by name, as torch's function does."""
     return lambda pack, func, args, kwargs: function(pack, *args, **kwargs)
 
 

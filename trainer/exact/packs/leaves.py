@@ -69,13 +69,13 @@ class Leaves:
         return self._like.device.type
 
     def expect(self, place: int) -> None:
-        """One more gradient of a parameter will come, unless its use leads to no loss."""
+        """Notes that one more gradient of a parameter will come. It does not come if its use leads to no loss."""
         if place in self._held:
             self.shared.add(place)
         self._expected[place] = self._expected.get(place, 0) + 1
 
     def expect_shape(self, place: int, like: Tensor) -> None:
-        """Something that follows from parameters gets a place, below 0."""
+        """Gives a tensor that follows from parameters a place, below 0."""
         self._shapes[place] = like.shape
         if like.dtype == torch.float32:
             self._cast_by_use.add(place)
@@ -85,7 +85,7 @@ class Leaves:
         return self._expected.get(place, 0) > 0
 
     def hold(self, places: set[int]) -> None:
-        """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
+        """Notes that these parameters get more gradients after the backward, see `pack.Pack.derived`."""
         self.shared |= {place for place in places if place in self._held or self._expected.get(place)}
         self._held |= places
 

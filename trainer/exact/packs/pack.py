@@ -105,7 +105,7 @@ class Pack(TorchFunctionMode):
 
     @contextlib.contextmanager
     def active(self, apart: Sequence[nn.Module]) -> Iterator[None]:
-        """Sees what is called meanwhile. `apart` are modules that are called for one micro-batch at a time."""
+        """A context in which the pack sees all calls. apart: modules that are called for one micro-batch at a time."""
         with (
             self,
             forwards_replaced(apart, self._apart_forward),
@@ -265,7 +265,7 @@ class Pack(TorchFunctionMode):
 
     @contextlib.contextmanager
     def now(self, k: int, random: bool = True, place: int | None = None) -> Iterator[None]:
-        """What is called meanwhile is called for micro-batch k alone.
+        """A context in which everything is called for micro-batch k alone.
 
         Args:
             k: the micro-batch.

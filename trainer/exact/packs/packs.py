@@ -234,7 +234,7 @@ class Packs:
         streams: Streams,
         traces: Sequence[Trace | None] = (),
     ) -> Packed:
-        """As `compute`, of samples at hand: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
+        """As `compute`, of given samples: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
         if any(p._backward_hooks for p in self._trained):
             raise RefusedError("a parameter's gradient has a hook, which would not be called")
         g = len(part)
@@ -287,7 +287,7 @@ class Packs:
     def try_out(
         self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singly: Callable[[Sequence[int]], list[Single]]
     ) -> None:
-        """Computes micro-batches one by one, as `singly` does, and as a pack, and notes whether the bits are the same.
+        """A trial: computes micro-batches one by one and as a pack, and notes whether the bits are the same.
 
         Args:
             batch, part, scale: as for `compute`.

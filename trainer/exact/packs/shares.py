@@ -66,7 +66,7 @@ class Shares:
         Args:
             value: the arguments.
             k: the micro-batch.
-            scaled: places of numbers that are those of all samples, as from `trace.scaled_numbers`.
+            scaled: places of numbers that stand for all samples, as from `trace.scaled_numbers`.
         """
         same: dict[int, Tensor] = {}
         if not scaled:

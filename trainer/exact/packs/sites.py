@@ -29,7 +29,7 @@ class Sites:
         g, leaves: as above.
         tensors: what each tensor is.
         shares: counts the uses of parameters.
-        streams: random numbers; what is drawn here is nobody's.
+        streams: random numbers. What is drawn here belongs to no micro-batch.
         findings: which rules are exact. A trial adds to it.
         checks: whether this is a trial.
     """

@@ -56,7 +56,7 @@ class Streams:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """A CUDA graph is recorded meanwhile: the states of the GPU's generators cannot be read."""
+        """A context in which a CUDA graph is recorded: the states of the GPU's generators cannot be read then."""
         self._recording = True
         try:
             yield
@@ -95,7 +95,7 @@ class Streams:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is drawn meanwhile is no micro-batch's."""
+        """A context for draws that belong to no micro-batch."""
         self._look()
         try:
             yield

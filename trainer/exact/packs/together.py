@@ -34,7 +34,7 @@ class Together:
         g: micro-batches in the pack.
         tensors: what each tensor is.
         shares: takes arguments apart.
-        streams: random numbers; what is drawn here is nobody's.
+        streams: random numbers. What is drawn here belongs to no micro-batch.
         findings: what differs is added to it.
         device_type: "cpu" or "cuda".
     """

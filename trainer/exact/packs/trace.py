@@ -79,7 +79,7 @@ class Call(NamedTuple):
     Attributes:
         func: the function.
         given: its arguments, as from `flat`, with (shape, tensor or None) in place of each tensor. The tensor is kept
-            if it was made where nobody saw it: it has to be the same one in a pack.
+            if the trace has not seen it being made: a pack has to get the same tensor.
         shapes: of the tensors that it returned.
         changes: whether it has changed one of its arguments.
         aliases: whether a tensor that it returned shares memory with one of its arguments.
@@ -138,7 +138,7 @@ class Trace(TorchFunctionMode):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Trace]:
-        """Notes what is called meanwhile."""
+        """A context in which calls are noted."""
         with self, self._modules(), custom_functions(self._call, ()):
             yield self
 

@@ -53,7 +53,7 @@ def cancelling_like(tensor: Tensor, signs: int | Sequence[int], parts: int = 1) 
 
 @lru_cache(maxsize=256)
 def _pairs(size: int, parts: int, sign: int) -> tuple[Tensor, Tensor]:
-    """For each place of a dimension: the place whose number it holds, and what that is multiplied with.
+    """For each place of a dimension: the place from which it takes its number, and the factor of that number.
 
     Pairs lie anywhere. If neighbours cancelled, every sum would be 0 on the way, in any order. A place without a
     partner is 0, unless it is the only one.
