@@ -311,6 +311,7 @@ LONG = {
     "config/keys.py": "every key of a config, and what contradicts what",
     "data/tables.py": "every kind of table is read by the same steps",
     "data/text.py": "tokenizers, from the text to padded rows",
+    "exact/packs/packs.py": "which packs are tried, used and refused is one story",
     "engine/deepspeed_engine.py": "the only file that imports deepspeed",
     "study/drawing.py": "one function a figure",
     "tasks/causal_lm.py": "a task is one file, as a user's own is",

@@ -81,7 +81,7 @@ def _early_steps(ranks: Ranks, config: Config, rounds: int, pack: int) -> tuple[
     whole = Exchange(step._sum, early._layout, leaves=leaves, **place)
     if pack > 1:
         model, parameters = pieces.engine.model, pieces.engine.parameters
-        step.block.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, pack, 10**6)
+        step.own_block.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, pack, 10**6)
     batches = iter(pieces.batches.starting_at(0))
     for _ in range(10):  # trials of packs, and warming up
         step(next(batches))
@@ -90,7 +90,7 @@ def _early_steps(ranks: Ranks, config: Config, rounds: int, pack: int) -> tuple[
         seconds = {}
         for name in ("early", "whole") if turn % 2 else ("whole", "early"):
             step._early, step._exchange = (early, early) if name == "early" else (None, whole)
-            step.block._early = step._early
+            step.own_block._early = step._early
             dist.barrier()
             began_s = time.perf_counter()
             for _ in range(STEPS_A_TURN // 2):

@@ -152,7 +152,7 @@ def sent_early(ranks: Ranks, config: Config) -> tuple[dict[str, int], str]:
     size = config.trainer.pack
     assert isinstance(size, int)
     parameters, model = pieces.engine.parameters, pieces.engine.model
-    step.block.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, size, 1000)
+    step.own_block.packs = Packs(step.micro_batches, parameters, model, step.statistics, pieces.device, size, 1000)
     for batch in batches[:4]:  # three steps of trials
         step(batch)
     found |= {"singly": sent[0], "in packs": sent[-1]}

@@ -4,12 +4,13 @@
     python tests/exact/mutants.py                                # all mutants
     python tests/exact/mutants.py --number 100 --seed 3          # a random sample of them
     python tests/exact/mutants.py --module tree --jobs 2         # those of trainer/exact/tree.py
-    python tests/exact/mutants.py --module tree --list           # their names; runs nothing
+    python tests/exact/mutants.py --module checks/audit --list   # the names of those of checks/audit.py; runs nothing
 
 A mutant differs from the code in one place: another operator, comparison, number or sign, a condition negated, min for
 max (any for all, start for stop), or a call left out whose result nobody takes. A mutant is killed when a test fails,
 when the tests take far more processor time than without it, or when they wait forever. First the tests of the module
-run, in tests/exact/test_<module>.py, then the rest of tests/exact, then, with --ranks, a few whole runs.
+run (of checks/audit, tests/exact/checks/test_audit.py), then the rest of tests/exact, then, with --ranks, a few whole
+runs.
 
 Not changed are places that no program can see or that are no part of what the module computes: texts, annotations,
 assertions of our own invariants, decorators, and the bodies of protocols.
@@ -65,6 +66,12 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "checks/audit Audit.__init__: self._shift = 0  ->  self._shift = 1",
         "checks/audit Audit.__init__: self._step = 0  ->  self._step = 1",
     ),
+    "begin() sets it before anyone reads it": (
+        "batch_norm RunningStatistics.__init__: self._trained = [False] * len(found)  ->  self._trained = [True] * len(found)",
+    ),
+    "a spare counter costs an operation, and nobody reads it": (
+        "batch_norm RunningStatistics.__init__: isinstance(module, nn.SyncBatchNorm) and counter is not None else None  ->  isinstance(module, nn.SyncBatchNorm) or counter is not None else None",
+    ),
     "any negative number says that a layer was not called": (
         "batch_norm : _NOT_CALLED = -3e+38  ->  _NOT_CALLED = -3e+38",
     ),
@@ -103,6 +110,16 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     ),
     "of() sets it before anyone reads it": (
         "order SampleRandom: _stream: int = 0  ->  _stream: int = 1",
+    ),
+    "begin() has kept a state exactly where the task draws": (
+        "checks/foreign_draws ForeignDraws.end: if not self._draws or self._state is None:  ->  if not self._draws and self._state is None:",
+    ),
+    "only the last bucket has two segments; the first begins at float 0, and nothing is placed after the second": (
+        "optional/early_exchange EarlyExchange._fill: place += stop - start  ->  place += stop + start",
+        "optional/early_exchange EarlyExchange._put: place += stop - start  ->  place += stop + start",
+    ),
+    "any tags will do that differ from one another and from 0": (
+        "optional/early_exchange EarlyExchange._begin_gather: begin_gather(gathered, piece, tag=1 + message.number))  ->  begin_gather(gathered, piece, tag=2 + message.number))",
     ),
     "a sum is finite where a difference is, up to an overflow": (
         "step ExactStep.__call__: health = records.losses.sum() + norm  ->  health = records.losses.sum() - norm",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import UserError
 from trainer.exact.batch_norm import RunningStatistics
 from trainer.exact.plan import rank_block
 
@@ -460,11 +461,65 @@ def test_statistics_that_come_with_another_momentum_are_noticed(momentum: float 
     statistics.settle()
 
 
-def test_a_feature_that_is_the_same_in_all_samples_spoils_nothing() -> None:
-    """Its variance is 0, which no layer writes by mistake."""
-    model = nn.Sequential(nn.BatchNorm1d(3, affine=False))
+def test_a_variance_of_zero_is_not_taken_for_lost_statistics() -> None:
+    """All samples of a micro-batch may be alike, for example empty images."""
+    model = nn.BatchNorm1d(3)
     statistics = RunningStatistics(model)
     statistics.begin()
     model(torch.ones(4, 3))
     assert statistics.lost() is None
+
+
+def test_a_pack_has_scratch_memory_for_each_of_its_micro_batches() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2))
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    blocks = statistics.scratch_blocks(4)
+    assert blocks.shape == (4 * statistics.size,) and bool((blocks < -1e30).all())
+    buffers = [model[0].running_mean, model[0].running_var, model[1].running_mean, model[1].running_var]
+    for number, (buffer, features) in enumerate(zip(buffers, (3, 3, 2, 2))):
+        piece = statistics.scratch_piece(buffer, blocks)
+        assert piece is not None and piece.shape == (4, features)
+        piece.copy_(torch.arange(4.0)[:, None] * 100 + 10 * number + torch.arange(features))
+    first = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0, 20.0, 21.0, 30.0, 31.0]
+    assert statistics.rows_of(blocks, 4).tolist() == [[100.0 * k + number for number in first] for k in range(4)]
+    part = statistics.scratch_piece(model[0].running_var[1:], blocks)
+    assert part is not None and part[0].tolist() == [11.0, 12.0]
+
+
+def test_what_is_no_statistic_has_no_scratch_memory() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    statistics = RunningStatistics(model)
+    own = model[0].running_mean
+    statistics.begin()
+    blocks = statistics.scratch_blocks(2)
+    mean = model[0].running_mean
+    for tensor in (torch.zeros(3), own, model[1].bias, mean.view(1, 3)):
+        assert statistics.scratch_piece(tensor, blocks) is None
+    without = RunningStatistics(nn.Linear(3, 1))
+    assert without.scratch_blocks(2).shape == (0,)
+    assert without.scratch_piece(mean, blocks) is None
+    assert without.rows_of(without.scratch_blocks(2), 2).shape == (2, 0)
+
+
+def test_an_instance_norm_beside_a_batch_norm_counts_no_batches() -> None:
+    """As in plain PyTorch."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True))
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    model(torch.randn(4, 3, 5))
+    row = torch.empty(1, statistics.size)
+    statistics.collect(row[0])
     statistics.settle()
+    statistics.apply(row)
+    assert [int(layer.num_batches_tracked) for layer in model] == [1, 0]
+
+
+def test_a_forward_that_changes_a_layers_mode_is_an_error_that_names_the_step() -> None:
+    model = nn.BatchNorm1d(3)
+    statistics = RunningStatistics(model)
+    statistics.begin()
+    statistics.check(6)  # no objection
+    model.eval()
+    with pytest.raises(UserError, match=r"^The task changes the mode of BatchNorm1d [\s\S]*\nStep 7 was not made\.$"):
+        statistics.check(6)

@@ -393,45 +393,29 @@ def test_no_batch_is_left_behind_the_end() -> None:
     assert list(batches.starting_at(8)) == list(batches.starting_at(9)) == list(batches.starting_at(20)) == []
 
 
-class GivesLosses(Task):
-    """With a loss a sample; `wrong` makes of them what it likes."""
-
-    def __init__(self, wrong: Any = None) -> None:
-        super().__init__()
-        self._wrong = wrong
-
-    def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
-        losses = (outputs * batch["y"][:, None]).sum(1)
-        return losses if self._wrong is None else self._wrong(losses)
-
-
-def test_the_loss_is_the_sum_of_losses_of_samples() -> None:
-    batch = batches_of(split_of()).at(0)
-    losses = GivesLosses().sample_losses
-    computed = made(GivesLosses()).compute(batch, 0)
-    assert computed.result[1] == m
-    assert torch.equal(computed.result[0], losses(computed.outputs, computed.arrays).sum())
+@pytest.mark.parametrize("part", [(0, 1), (0, 2), (0, 3), (1, 3)])
+def test_a_pack_has_the_samples_of_its_own_micro_batches(part: tuple[int, ...]) -> None:
+    """They need not be neighbours."""
+    split = split_of()
+    batch = batches_of(split, global_batch_size=16).at(0)
+    wanted = torch.cat([batch.indices[4 * j : 4 * j + 4] for j in part])
+    assert torch.equal(made(Task(), split).pack_samples(batch, part)["y"], wanted)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "got"),
+    ("returned", "said"),
     [
-        (lambda losses: losses.sum(), r"a tensor of shape \(\)"),
-        (lambda losses: losses[1:], r"a tensor of shape \(3,\)"),
-        (lambda losses: losses.tolist(), r"\["),
+        (torch.ones(()), r"it returned a tensor of shape \(\)"),
+        (torch.ones(4, 1), r"it returned a tensor of shape \(4, 1\)"),
+        ([1.0] * 4, r"it returned \[1.0, 1.0, 1.0, 1.0\]"),
     ],
-    ids=["a sum", "too few", "a list"],
 )
-def test_losses_of_samples_of_another_shape_are_an_error(wrong: Any, got: str) -> None:
-    batch = batches_of(split_of()).at(0)
-    with pytest.raises(UserError, match=rf"one number a sample, a tensor of shape \(4,\); it returned {got}"):
-        made(GivesLosses(wrong)).compute(batch, 0)
+def test_sample_losses_must_be_one_number_a_sample(returned: Any, said: str) -> None:
+    class Wrong(Task):
+        def sample_losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+            return returned
 
-
-@pytest.mark.parametrize("chunk", [[0, 1, 2], [0, 2], [2, 0], [1]])
-def test_micro_batches_that_are_no_neighbours_are_gathered_as_they_come(chunk: list[int]) -> None:
-    batch, micro_batches = batches_of(split_of()).at(0), made(Task())
-    found = micro_batches.samples(batch, chunk, together=False)
-    for j, arrays in zip(chunk, found, strict=True):
-        (alone,) = micro_batches.samples(batch, [j], together=False)
-        assert all(torch.equal(arrays[name], alone[name]) for name in alone)
+    split = split_of()
+    batch = batches_of(split).at(0)
+    with pytest.raises(UserError, match=rf"a tensor of shape \(4,\); {said}"):
+        made(Wrong(), split).compute(batch, 0)

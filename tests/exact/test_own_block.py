@@ -1,8 +1,9 @@
-"""A rank's own block: which micro-batches are computed in packs, which one at a time, and what an error does."""
+"""A rank's own block: one micro-batch at a time, in packs or as graphs, every way gives the same bits."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,21 +13,347 @@ from torch import Tensor, nn
 
 from tests.exact.packs import packed
 from tests.exact.test_step import Partly, copies, made
-from trainer.errors import RanksDifferError, TrainerError
-from trainer.exact import exchange
+from trainer.errors import RanksDifferError, TrainerError, UserError
 from trainer.exact.checks.audit import Audit
 from trainer.exact.optional import early_exchange
-from trainer.exact.optional.early_exchange import EarlyExchange
-from trainer.exact.optional.graphs import Computed, Work
+from trainer.exact.optional.graphs import Graphs
+from trainer.exact.packs.packs import Packs
 from trainer.exact.packs.verdicts import Packed, RefusedError
 from trainer.ranks.place import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one")
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+pytestmark = pytest.mark.usefixtures("one_thread", "group_of_one", "early_packs")
 
 
-class Packs:
+class Model(nn.Module):
+    """Has statistics and dropout, and a weight that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.spare = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class WithoutGraphs(Graphs):
+    """Computes as `Graphs` does where a task cannot have a graph, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__([], follows_progress=True)
+        self.steps, self.shapes = 0, set()  # type: ignore[var-annotated]
+
+    def begin(self) -> None:
+        self.steps += 1
+
+    def compute(self, work: Any, arrays: Any) -> Any:
+        self.shapes.add(work.shape)
+        return super().compute(work, arrays)
+
+
+def model_and_samples() -> tuple[Model, Tensor]:
+    torch.manual_seed(0)
+    return Model(), packed.floats(3)
+
+
+def audit_of(model: nn.Module) -> Audit:
+    names = [name for name, _ in model.named_parameters()]
+    return Audit(Ranks(), ["here"], names, every_steps=1, total_steps=packed.STEPS, seed=0, alike=True)
+
+
+def run(
+    size: int | None, graphs: Graphs | None = None, audited: bool = False, task: Any = None
+) -> tuple[list[Any], Any]:
+    """Everything that a short run finds, and its step. Size 0: no packs; None: "auto"."""
+    model, x = model_and_samples()
+    marks: list[str] = []
+    step, batches = packed.made(model, x, size, task=task)
+    step.own_block.graphs, step.own_block._mark = graphs, marks.append
+    step.audit = audit_of(model) if audited else None
+    found: list[Any] = []
+    for batch in batches.starting_at(0):
+        result = step(batch)
+        assert result.norms is not None
+        found += [result.losses.tolist(), float(result.norm), result.norms.tolist()]
+        found += [view.tolist() for view in step.gradient_views]
+    return found + [tensor.tolist() for tensor in model.state_dict().values()], step
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_packs_and_graphs_change_no_bit(audited: bool) -> None:
+    """With an audit, each way also tells it what was added of the audited micro-batch."""
+    expected, _ = run(0)
+    assert run(0, audited=audited)[0] == expected
+    found, step = run(4, audited=audited)
+    assert found == expected
+    assert step.own_block.packs.packed == 3 * 8, "three of the full steps; the first one and the small one are trials"
+    for size, shapes in ((0, {("one",)}), (4, {("pack", 4)})):
+        graphs = WithoutGraphs()
+        found, _ = run(size, graphs, audited)
+        assert found == expected
+        assert graphs.steps == packed.STEPS
+        assert shapes <= graphs.shapes
+
+
+def test_a_pack_of_one_is_computed_alone() -> None:
+    expected, _ = run(0)
+    found, step = run(1)
+    assert found == expected
+    assert step.own_block.packs.packed == 0
+
+
+@pytest.mark.parametrize("wrong", ["loss", "statistics", "gradients"])
+def test_a_pack_with_other_bits_in_its_trial_is_not_used(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """The trial compares with hashes of what was computed singly."""
+    expected, _ = run(0)
+    compute = Packs.compute
+
+    class Off:
+        def __init__(self, sink: Any) -> None:
+            self.sink = sink
+
+        def take(self, place: int, rows: Tensor, present: Any) -> None:
+            self.sink.take(place, rows + 1e-3, present)
+
+    def other(self: Packs, batch: Any, part: Any, scale: Tensor, sink: Any, *rest: Any) -> Any:
+        packs = compute(self, batch, part, scale, Off(sink) if wrong == "gradients" else sink, *rest)
+        off = {"loss": {"losses": packs.losses + 1}, "statistics": {"statistics": packs.statistics + 1}}
+        return packs._replace(**off.get(wrong, {}))
+
+    monkeypatch.setattr(Packs, "compute", other)
+    found, step = run(4)
+    assert found == expected
+    assert step.own_block.packs.packed == 0
+    reasons = {why.partition(" in packs of ")[0] for why in step.own_block.packs.refusals().values()}
+    assert reasons == {{"loss": "another loss"}.get(wrong, f"other {wrong}")}
+
+
+@pytest.mark.parametrize(("size", "number"), [(0, 8), (4, 2)])
+def test_each_micro_batch_and_each_pack_marks_its_end(size: int, number: int) -> None:
+    step, batches = packed.made(*model_and_samples(), size)
+    step(batches.at(0))  # a trial
+    marks: list[str] = []
+    step.own_block._mark = marks.append
+    step(batches.at(1))
+    assert marks == ["compute"] * number
+
+
+def test_steps_are_timed_to_find_the_fastest_size() -> None:
+    """With "auto": three of the full steps have been timed with single micro-batches."""
+    expected, _ = run(0)
+    found, step = run(None)
+    assert found == expected
+    assert len(step.own_block.packs._choice._times[1]) == 3
+
+
+class FailsLater(packed.Task):
+    """Its forward raises in a pack, from the third step on."""
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], progress: Any) -> Tensor:
+        if progress.step >= 2 and len(batch["x"]) > packed.m:
+            raise ValueError("too many samples")
+        return model(batch["x"])
+
+
+def test_a_pack_that_fails_is_computed_one_micro_batch_at_a_time() -> None:
+    """The shape has no packs from then on."""
+    expected, _ = run(0, task=FailsLater())
+    found, step = run(4, task=FailsLater())
+    assert found == expected
+    assert step.own_block.packs.packed == 8
+    (reason,) = set(step.own_block.packs.refusals().values())
+    assert "too many samples" in reason
+
+
+# The second of two ranks, whose block does not begin with micro-batch 0
+
+
+class Part:
+    """Rank 1 of 2: what it adds in one step, without any exchange. What is sent is noted by the latest `Part`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int = 0, bucket_bytes: int | None = None) -> None:
+        self.model, x = model_and_samples()
+        self.sent: list[int] = []
+        self.pieces: list[list[float]] = []
+
+        def begin_gather(out: Tensor, piece: Tensor, tag: int = 0) -> list[Any]:
+            self.sent.append(self.step._sum.left)  # how many of its micro-batches were not complete then
+            self.pieces.append(piece.tolist())
+            return []
+
+        made_step = packed.ExactStep
+
+        def on_rank_1(*arguments: Any, **options: Any) -> Any:
+            return made_step(*arguments, **options | {"ranks": Ranks(1, 2), "bucket_bytes": bucket_bytes})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "ExactStep", on_rank_1)
+            self.step, self.batches = packed.made(self.model, x, size)
+        monkeypatch.setattr(early_exchange, "begin_gather", begin_gather)
+
+    def add(self, number: int) -> list[list[float]]:
+        """The nodes and the records of the rank after its block of a full step."""
+        batch, step = self.batches.at(number), self.step
+        block = step._sum.start(8)
+        assert block == range(4, 8)
+        step._scale.fill_(1 / batch.count)
+        if step._early is not None:
+            step._early.begin(8)
+        step.statistics.begin()
+        try:
+            step.own_block.add(batch, block, None)
+        finally:
+            step.statistics.settle()
+        nodes = [node[: step._sum.numel].tolist() for node in step._sum.whole_nodes()]
+        return [*nodes, step._sum.head.tolist()]
+
+
+@pytest.mark.parametrize("size", [0, 2, 4])
+def test_records_of_a_later_block_begin_with_its_own_first_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    plain, other = Part(monkeypatch), Part(monkeypatch, size)
+    one_rank, batches = packed.made(*model_and_samples(), 0)
+    record = 1 + one_rank.statistics.size + 1 + 1  # loss, statistics, norm, flag
+    losses = one_rank(batches.at(0)).losses[4:].tolist()
+    assert plain.add(0)[-1][: 4 * record : record] == losses
+    assert other.add(0)[-1][: 4 * record : record] == losses
+    assert other.add(1) == plain.add(1)
+
+
+@pytest.mark.parametrize("size", [0, 2, 4])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_buckets_are_sent_under_the_last_backward_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, size: int, graphs: bool
+) -> None:
+    plain, early = Part(monkeypatch), Part(monkeypatch, size, bucket_bytes=64)
+    early.step.own_block.graphs = WithoutGraphs() if graphs else None
+    for number in (0, 1):
+        early.sent.clear()
+        assert early.add(number) == plain.add(number)
+        # In a trial nothing is sent before the end.
+        last = max(1, size)
+        assert early.sent == [last] * len(early.sent)
+        assert bool(early.sent) == (size == 0 or number > 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"), [(ValueError("mine"), True), (torch.OutOfMemoryError("CUDA out of memory."), False)]
+)
+def test_a_pack_that_fails_after_something_was_sent(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
+) -> None:
+    """What was sent may be wrong, so the run ends. Where only memory ran out it is right, and is not sent again."""
+    compute = Packs.compute
+    plain = Part(monkeypatch, 4, bucket_bytes=64)
+    plain.add(0)  # a trial: nothing is sent
+    *_, records = plain.add(1)
+    early = Part(monkeypatch, 4, bucket_bytes=64)
+    early.add(0)
+
+    def fails(self: Packs, *arguments: Any) -> Any:
+        compute(self, *arguments)
+        assert early.sent
+        raise error
+
+    monkeypatch.setattr(Packs, "compute", fails)
+    if ends:
+        with pytest.raises(TrainerError, match=r"could not be computed .*parts of its gradient had been sent"):
+            early.add(1)
+    else:
+        *_, found = early.add(1)
+        assert found == records
+        assert early.pieces == plain.pieces
+        assert early.step.own_block.packs is not None
+        assert early.step.own_block.packs.summary()["limited_by_memory_to"] == 2
+
+
+# What is computed again for the audit
+
+
+@pytest.mark.parametrize("number", [0, 2])  # a full step, and an epoch's last
+def test_losses_and_norms_are_those_of_the_micro_batches_in_order(number: int) -> None:
+    step, parts = made(measures_norms=True)
+    batch = parts["batches"].at(number)
+    losses, norms = [], []
+    for start, stop in batch.bounds:
+        chosen = {name: array[batch.indices[start:stop]] for name, array in parts["split"].arrays.items()}
+        loss, _ = parts["task"].loss(parts["task"].forward(parts["model"], chosen), chosen)
+        gradients = torch.autograd.grad(loss / batch.count, list(parts["model"].parameters()))
+        losses.append(float(loss))
+        norms.append(math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients)))
+    result = step(batch)
+    assert result.losses.tolist() == pytest.approx(losses, rel=1e-6)
+    assert result.norms is not None
+    assert result.norms.tolist() == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_step_that_computes_alike_passes_its_audit() -> None:
+    """With statistics, and whichever micro-batch is chosen."""
+    torch.manual_seed(5)
+    model = Partly()
+    step, parts = made(copy.deepcopy(model))
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=1, total_steps=9, seed=0, alike=True)
+    plain, others = made(model)
+    chosen = set()
+    for number in range(9):
+        step(parts["batches"].at(number))
+        plain(others["batches"].at(number))
+        chosen.add(step.audit.own)
+        assert all(torch.equal(a, b) for a, b in zip(parts["model"].buffers(), others["model"].buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(others["model"])))
+    assert chosen == {0, 1, 2}
+
+
+def test_what_cannot_be_computed_again_is_no_traceback() -> None:
+    """A list in a model that grows with each forward, say, and in a pack gets something of another shape."""
+    step, parts = made()
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=2, total_steps=9, seed=0, alike=True)
+    step(parts["batches"].at(0))
+    before = copies(parts["model"])
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("4 things instead of 3")
+
+    step.micro_batches.compute = fail  # type: ignore[method-assign]
+    with pytest.raises(
+        RanksDifferError, match=r"could not compute micro-batch \d again \(ValueError: 4 things instead"
+    ):
+        step(parts["batches"].at(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
+
+
+@pytest.mark.parametrize("error", [UserError("a message of its own"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_an_error_that_explains_itself_is_not_taken_for_kept_state(error: Exception) -> None:
+    step, parts = made()
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 4, every_steps=1, total_steps=9, seed=0, alike=True)
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    step.micro_batches.compute = fail  # type: ignore[method-assign]
+    with pytest.raises(type(error), match=str(error)):
+        step(parts["batches"].at(0))
+
+
+def test_an_audit_compares_statistics_too() -> None:
+    class Drifts(nn.BatchNorm1d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.calls += 1
+            self.running_mean.data.mul_(1.0 + self.calls)
+            return y
+
+    model = nn.Sequential(nn.Linear(5, 4), Drifts(4), nn.Linear(4, 1))
+    step, parts = made(model)
+    step.audit = Audit(Ranks(), ["here"], ["w"] * 6, every_steps=1, total_steps=9, seed=0, alike=True)
+    with pytest.raises(RanksDifferError, match="first in BatchNorm's statistics"):
+        step(parts["batches"].at(0))
+
+
+class NoPacks:
     """Stands in for `packs.Packs`: says what is known of packs, computes none, and notes what it is told."""
 
     def __init__(self, known: bool | None = True, error: Exception | None = None, may_try: bool = False) -> None:
@@ -66,190 +393,24 @@ class Packs:
 @pytest.mark.parametrize(
     ("packs", "told"),
     [
-        (Packs(known=False), []),
-        (Packs(known=None), [("try out", [0, 1], 2)]),
-        (Packs(error=RefusedError("depends on values")), [("refuse", [0, 1], "depends on values")]),
-        (Packs(error=RefusedError("new", untried=True), may_try=True), [("try out", [0, 1], 2)]),
-        (Packs(error=RefusedError("new", untried=True)), [("refuse", [0, 1], "new")]),
-        (Packs(error=RefusedError("values"), may_try=True), [("refuse", [0, 1], "values")]),
-        (Packs(error=OUT_OF_MEMORY), [("shrink", 2)]),
-        (Packs(error=IndexError("mine")), [("refuse", [0, 1], "mine")]),
+        (NoPacks(known=False), []),
+        (NoPacks(known=None), [("try out", [0, 1], 2)]),
+        (NoPacks(error=RefusedError("depends on values")), [("refuse", [0, 1], "depends on values")]),
+        (NoPacks(error=RefusedError("new", untried=True), may_try=True), [("try out", [0, 1], 2)]),
+        (NoPacks(error=RefusedError("new", untried=True)), [("refuse", [0, 1], "new")]),
+        (NoPacks(error=RefusedError("values"), may_try=True), [("refuse", [0, 1], "values")]),
+        (NoPacks(error=torch.OutOfMemoryError("CUDA out of memory")), [("shrink", 2)]),
+        (NoPacks(error=IndexError("mine")), [("refuse", [0, 1], "mine")]),
     ],
     ids=["refused", "unknown", "values", "new", "new, too late", "no new ones", "memory", "an error of the task"],
 )
-def test_what_is_no_pack_is_computed_singly(packs: Packs, told: list[Any]) -> None:
+def test_what_is_no_pack_is_computed_singly(packs: NoPacks, told: list[Any]) -> None:
     model = Partly()
     step, parts = made(copy.deepcopy(model))
     plain, others = made(model)
-    step.block.packs = packs  # type: ignore[assignment]
+    step.own_block.packs = packs  # type: ignore[assignment]
     result, expected = step(parts["batches"].at(0)), plain(others["batches"].at(0))
     assert result.losses.tolist() == expected.losses.tolist()
     assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(others["model"])))
     assert packs.told == [*told, "end"]
     assert packs.packed == 0
-
-
-@pytest.mark.parametrize("error", [RefusedError("of these values"), IndexError("mine")])
-def test_a_pack_that_is_given_up_after_parts_were_sent_ends_the_run(error: Exception) -> None:
-    """What was sent may be wrong. Memory that runs out is another matter: what was sent then is complete."""
-
-    class Sent:
-        sent = 1
-        begin = staticmethod(lambda leaves: None)
-
-    step, parts = made(Partly())
-    step.block.packs = Packs(error=error)  # type: ignore[assignment]
-    step.block._early = Sent()  # type: ignore[assignment]
-    step.block._sender = lambda count: None  # type: ignore[method-assign]
-    before = copies(parts["model"])
-    with pytest.raises(TrainerError, match=f"A pack of step 1 could not be computed .{error}.*had been sent"):
-        step(parts["batches"].at(0))
-    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
-
-
-def test_a_step_that_finds_one_pack_at_most_computes_singly() -> None:
-    """Packs of one micro-batch are single ones, and nobody asks for parts."""
-
-    class One(Packs):
-        def begin(self, batch: Any, block: range) -> int:
-            return 1
-
-        def parts(self, batch: Any, block: range) -> list[list[int]]:
-            raise AssertionError
-
-    step, parts = made()
-    step.block.packs = packs = One()  # type: ignore[assignment]
-    step(parts["batches"].at(0))
-    assert packs.told == ["end"]
-
-
-def audited(every_steps: int = 2) -> tuple[Any, Any]:
-    step, parts = made()
-    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=every_steps, total_steps=9, seed=0, alike=True)
-    return step, parts
-
-
-def test_what_cannot_be_computed_again_is_no_traceback() -> None:
-    """A list in a model that grows with each forward, say, and in a pack gets something of another shape."""
-    step, parts = audited()
-    step(parts["batches"].at(0))
-    before = copies(parts["model"])
-
-    def fail(*_: Any) -> Any:
-        raise ValueError("4 things instead of 3")
-
-    step.micro_batches.compute = fail
-    with pytest.raises(
-        RanksDifferError, match=r"could not compute micro-batch \d again \(ValueError: 4 things instead"
-    ):
-        step(parts["batches"].at(1))
-    assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
-
-
-@pytest.mark.parametrize("error", [TrainerError("says it all"), OUT_OF_MEMORY])
-def test_an_error_that_says_its_cause_is_not_explained_again(error: Exception) -> None:
-    step, parts = audited(every_steps=1)
-
-    def fail(*_: Any) -> Any:
-        raise error
-
-    step.micro_batches.compute = fail
-    with pytest.raises(type(error)) as caught:
-        step(parts["batches"].at(0))
-    assert caught.value is error
-
-
-# With CUDA graphs and with buckets, whose own parts are stood in for
-
-
-class Graphs:
-    """Stands in for `graphs.Graphs`: computes all work as it comes, and counts it."""
-
-    def __init__(self) -> None:
-        self.begun, self.shapes = 0, list[Any]()
-
-    def begin(self) -> None:
-        self.begun += 1
-
-    def compute(self, work: Work, arrays: dict[str, Tensor]) -> Computed:
-        self.shapes.append(work.shape)
-        work.draws.begin(work.keys)
-        try:
-            return work.function(arrays)
-        finally:
-            work.draws.end()
-
-
-class Drops(nn.Module):
-    """With dropout, BatchNorm, and a weight that no sample uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
-        self.spare = nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.dropout(self.norm(self.first(x)), 0.5, True))
-
-
-@pytest.mark.usefixtures("early_packs")
-@pytest.mark.parametrize(("size", "shape"), [(0, ("one",)), (4, ("pack", 4))])
-def test_work_for_graphs_gives_what_is_computed_without(size: int, shape: Any) -> None:
-    torch.manual_seed(3)
-    model, x = Drops(), packed.floats(3)
-    (step, batches), (plain, others) = packed.made(copy.deepcopy(model), x, size), packed.made(model, x, 0)
-    step.block.graphs = graphs = Graphs()  # type: ignore[assignment]
-    for batch, other in zip(batches.starting_at(0), others.starting_at(0)):
-        found, expected = step(batch), plain(other)
-        assert found.losses.tolist() == expected.losses.tolist() and found.norms is not None
-        assert found.norms.tolist() == expected.norms.tolist()
-        assert all(torch.equal(a, b) for a, b in zip(step.gradient_views, plain.gradient_views))
-    assert all(torch.equal(a, b) for a, b in zip(step.statistics._running, plain.statistics._running))
-    assert shape in graphs.shapes and graphs.begun == packed.STEPS
-
-
-def mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank of two sends what this one sends."""
-
-    def gather(out: Tensor, piece: Tensor) -> None:
-        out.view(2, -1).copy_(piece.expand(2, -1))
-
-    def begin_gather(out: Tensor, piece: Tensor, tag: int = 0) -> list[Any]:
-        gather(out, piece)
-        return []
-
-    monkeypatch.setattr(exchange, "all_gather_flat", gather)
-    monkeypatch.setattr(early_exchange, "begin_gather", begin_gather)
-
-
-@pytest.mark.usefixtures("early_packs")
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("size", [0, 2, 4])
-def test_what_is_sent_under_the_last_backward_is_what_is_sent_after_it(
-    monkeypatch: pytest.MonkeyPatch, size: int, graphs: bool
-) -> None:
-    """Buckets leave early only in the last part of a block; a trial of packs sends none."""
-    mirrored(monkeypatch)
-    torch.manual_seed(3)
-    model, x = Drops(), packed.floats(3)
-    options: dict[str, Any] = {"ranks": Ranks(0, 2)}
-    early, batches = packed.made(copy.deepcopy(model), x, size, bucket_bytes=4, **options)
-    whole, others = packed.made(model, x, 0, **options)
-    early.block.graphs = Graphs() if graphs else None  # type: ignore[assignment]
-    sent: list[int] = []
-    finish = EarlyExchange.__call__
-
-    def noted(self: EarlyExchange, leaves: int) -> Any:
-        sent.append(self.sent)
-        return finish(self, leaves)
-
-    monkeypatch.setattr(EarlyExchange, "__call__", noted)
-    for batch, other in zip(batches.starting_at(0), others.starting_at(0)):
-        found, expected = early(batch), whole(other)
-        assert found.losses.tolist() == expected.losses.tolist()
-        assert found.norms is not None and found.norms.tolist() == expected.norms.tolist()
-        assert all(torch.equal(a, b) for a, b in zip(early.gradient_views, whole.gradient_views))
-    buckets = len(early._early.buckets)  # type: ignore[union-attr]
-    # The last bucket has what is known only at the end.
-    assert sent[-2:] == [buckets - 1] * 2
-    assert (sent[0] == 0) == (size > 0), "the first step tries packs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -155,22 +154,6 @@ def test_a_gradient_below_the_limit_is_not_scaled_up() -> None:
     assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(other["model"])))
 
 
-def test_losses_and_norms_are_those_of_the_micro_batches_in_order() -> None:
-    step, parts = made(measures_norms=True)
-    batch = parts["batches"].at(0)
-    losses, norms = [], []
-    for start, stop in batch.bounds:
-        chosen = {name: array[batch.indices[start:stop]] for name, array in parts["split"].arrays.items()}
-        loss, _ = parts["task"].loss(parts["task"].forward(parts["model"], chosen), chosen)
-        gradients = torch.autograd.grad(loss / B, list(parts["model"].parameters()))
-        losses.append(float(loss))
-        norms.append(math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients)))
-    result = step(batch)
-    assert result.losses.tolist() == pytest.approx(losses, rel=1e-6)
-    assert result.norms is not None
-    assert result.norms.tolist() == pytest.approx(norms, rel=1e-5)
-
-
 def test_a_step_without_norms_has_none() -> None:
     step, parts = made()
     assert step(parts["batches"].at(0)).norms is None
@@ -255,10 +238,10 @@ class Wrong(OwnBlock):
 
 def test_an_audited_step_is_compared_before_it_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     step, parts = made()
-    step.block.__class__ = Wrong
+    step.own_block.__class__ = Wrong
     names = [name for name, _ in parts["model"].named_parameters()]
     step.audit = Audit(Ranks(), ["here"], names, every_steps=2, total_steps=9, seed=0, alike=True)
-    wrong: Any = step.block
+    wrong: Any = step.own_block
     step(parts["batches"].at(0))
     assert wrong.calls == 3  # not audited
     step(parts["batches"].at(1))
@@ -269,40 +252,6 @@ def test_an_audited_step_is_compared_before_it_is_applied(monkeypatch: pytest.Mo
     with pytest.raises(RanksDifferError, match=r"The audit of step 4 found two results for micro-batch \d"):
         step(parts["batches"].at(3))
     assert all(torch.equal(a, b) for a, b in zip(before, copies(parts["model"])))
-
-
-def test_a_step_that_computes_alike_passes_its_audit() -> None:
-    """With statistics, and whichever micro-batch is chosen."""
-    torch.manual_seed(5)
-    model = Partly()
-    step, parts = made(copy.deepcopy(model))
-    step.audit = Audit(Ranks(), ["here"], ["w"] * 7, every_steps=1, total_steps=9, seed=0, alike=True)
-    plain, others = made(model)
-    chosen = set()
-    for number in range(9):
-        step(parts["batches"].at(number))
-        plain(others["batches"].at(number))
-        chosen.add(step.audit.own)
-        assert all(torch.equal(a, b) for a, b in zip(parts["model"].buffers(), others["model"].buffers()))
-    assert all(torch.equal(a, b) for a, b in zip(copies(parts["model"]), copies(others["model"])))
-    assert chosen == {0, 1, 2}
-
-
-def test_an_audit_compares_statistics_too() -> None:
-    class Drifts(nn.BatchNorm1d):
-        calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            self.calls += 1
-            self.running_mean.data.mul_(1.0 + self.calls)
-            return y
-
-    model = nn.Sequential(nn.Linear(5, 4), Drifts(4), nn.Linear(4, 1))
-    step, parts = made(model)
-    step.audit = Audit(Ranks(), ["here"], ["w"] * 6, every_steps=1, total_steps=9, seed=0, alike=True)
-    with pytest.raises(RanksDifferError, match="first in BatchNorm's statistics"):
-        step(parts["batches"].at(0))
 
 
 def test_nothing_is_clipped_without_a_limit() -> None:

@@ -98,18 +98,20 @@ def launches(ranks: Ranks, config: Config, singly: bool, graph: bool = False) ->
         size, engine = config.trainer.pack, pieces.engine
         assert isinstance(size, int)
         engine.model.train()
-        step.block.packs = packs.Packs(
+        step.own_block.packs = packs.Packs(
             step.micro_batches, engine.parameters, engine.model, step.statistics, pieces.device, size, 1000
         )
-        step.block.packs._findings.sites = _Chosen(last=singly)
+        step.own_block.packs._findings.sites = _Chosen(last=singly)
         batch = pieces.batches.at(0)
         if graph:
-            step.block.graphs = Graphs([*engine.model.parameters(), *engine.model.buffers()], follows_progress=False)
+            step.own_block.graphs = Graphs(
+                [*engine.model.parameters(), *engine.model.buffers()], follows_progress=False
+            )
         for number in range(2 + (TRIALS if graph else 0)):  # the first steps have more to do
             gpu.reset()
             step(replace(batch, progress=replace(batch.progress, step=number)))
-        assert not step.block.packs.refusals(), step.block.packs.refusals()
-        assert not graph or step.block.graphs.summary() == {"shapes": 1}, step.block.graphs.summary()
+        assert not step.own_block.packs.refusals(), step.own_block.packs.refusals()
+        assert not graph or step.own_block.graphs.summary() == {"shapes": 1}, step.own_block.graphs.summary()
         ours = dict(+gpu.launches)
         optimizer = torch.optim.AdamW(engine.parameters, fused=True)
         for _ in range(2):  # likewise: it makes the optimizer's state

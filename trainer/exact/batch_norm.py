@@ -7,7 +7,7 @@ update leaves exactly those. They travel with the gradient exchange. After the s
 statistics of all M micro-batches.
 
 The M updates r <- (1 - a) r + a s_j, j = 0..M-1, are applied as one weighted sum,
-r <- (1 - a)^M r + sum_j a (1 - a)^(M-1-j) s_j. These are a few operations a step instead of M, which matters
+r <- (1 - a)^M r + sum_j a (1 - a)^(M-1-j) s_j. This takes a few operations a step instead of M, which matters
 when a rank has a single micro-batch. A micro-batch that does not call a layer leaves its statistics alone, as
 in plain PyTorch: the weights count only the micro-batches that called the layer. One thing differs from plain
 PyTorch: if one forward calls a layer twice, only the last call counts.
@@ -105,6 +105,7 @@ class RunningStatistics:
 
     def collect(self, out: Tensor) -> None:
         """Moves the statistics of the latest forward into `out`: (size,) float32."""
+        # Once a micro-batch, before the next forward: that one would write over them.
         out.copy_(self._scratch)
         self._scratch.fill_(_NOT_CALLED)
 
@@ -119,6 +120,7 @@ class RunningStatistics:
         if not self.size or buffer.dim() != 1:
             return None
         base = self._scratch
+        # A pack sees only the tensor that a layer hands to torch. So the buffer is recognised by its memory.
         place = buffer.data_ptr() - base.data_ptr()
         if not 0 <= place < base.numel() * base.element_size() or buffer.device != base.device:
             return None
@@ -139,10 +141,10 @@ class RunningStatistics:
         return blocks.narrow(0, g * self._starts[number], g * self._lengths[number]).view(g, -1)
 
     def objection(self) -> str | None:
-        """Between `begin` and `settle`: what a forward has done that spoils the statistics, in words; None if nothing.
+        """What a forward has done that spoils the statistics, in words; None if nothing. Between `begin` and `settle`.
 
-        A layer that leaves training mode reads scratch memory, and one that enters it writes its running statistics:
-        each rank those of its own micro-batches.
+        A layer that leaves training mode reads scratch memory. A layer that enters it writes its running statistics, on
+        each rank with those of the rank's own micro-batches.
         """
         for name, module, trained in zip(self._names, self._modules, self._trained):
             if module.training != trained:
@@ -160,7 +162,7 @@ class RunningStatistics:
         return None
 
     def lost(self) -> str | None:
-        """After a forward, before `collect`: what it has done to the statistics, in words; None if nothing.
+        """What a forward has done to the statistics, in words; None if nothing. After the forward, before `collect`.
 
         Waits for the device. A momentum other than 1 leaves a part of what scratch memory held.
         """
@@ -177,7 +179,7 @@ class RunningStatistics:
         return None
 
     def check(self, step: int) -> None:
-        """Raises UserError if there is an objection, before step `step` (from 0) changes anything."""
+        """Raises UserError if there is an objection. Call it before step `step` (counted from 0) changes anything."""
         if (objection := self.objection()) is not None:
             raise UserError(f"The task {objection}\nStep {step + 1:,} was not made.")
 
@@ -196,8 +198,8 @@ class RunningStatistics:
                 finite).
         """
         called = statistics.index_select(1, self._variance_at).ge_(0.0)  # (M, L)
-        # Calls after micro-batch j, and all calls. A matrix product may add in any order: sums of ones are exact in all
-        # of them. One product for both is one kernel less on a GPU.
+        # Calls after micro-batch j, and all calls. A matrix product may add in any order, but sums of ones are exact in
+        # every order. One product for both is one kernel less on a GPU.
         counts = self._later_than(len(statistics)) @ called  # (M + 1, L)
         after, calls = counts[:-1], counts[-1]  # (M, L), (L,)
         # A micro-batch's weight falls by (1 - a) with each later call; the old value's falls with every call.
@@ -214,7 +216,7 @@ class RunningStatistics:
         counted = calls if self._counts is None else calls * self._counts
         if skip is None:
             torch.add(running, change, out=self._running)
-        else:  # chosen on the device: asking the host would wait for it
+        else:  # chosen on the device: the host would have to wait for the flag
             skipped = skip > 0
             torch.where(skipped, self._running, running.add_(change), out=self._running)
             counted = counted.masked_fill(skipped, 0.0)

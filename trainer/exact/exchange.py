@@ -1,7 +1,7 @@
 """The exchange: ranks swap nodes of the tree, and make the remaining additions in the tree's order.
 
 Collectives only move bytes. An all-reduce would add in an order that the library chooses, so none is used. Addition is
-elementwise: cutting the flat gradient into shards changes no bit either.
+elementwise, so cutting the flat gradient into shards changes no bit either.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Exchange:
         most = max(counts)
         # Records and nodes lie side by side, so one contiguous piece is sent without a copy. Ranks with fewer nodes
         # send what else is in their buffers: pieces have one size, and `rows` leaves the surplus out.
-        received = self._gather(self._sum.storage[: head + most * size])
+        received = self._gather(self._sum.storage[: head + most * size])  # (W, head + most * size)
         by_rank = received[:, head:].view(W, most, size)
         # By rank, then position: the numbers that `exchange_program` uses.
         rows = [by_rank[r, k] for r, count in enumerate(counts) for k in range(count)]
@@ -113,9 +113,9 @@ class Exchange:
         counts = [len(cover(leaves, W, r)) for r in range(W)]
         # The size of a node is a multiple of W, see `GradientSum`.
         shard, mine = self._sum.size // W, counts[self._rank]
-        # (node, rank, shard) -> (rank, node, shard): all that is sent to one rank must lie together.
+        # (node, rank, shard) -> (rank, node, shard), because all that is sent to one rank must lie together.
         send = nodes[:mine].view(mine, W, shard).transpose(0, 1).contiguous().to(self._staging)
-        rows = self._memory("rows", sum(counts) * shard).view(-1, shard)
+        rows = self._memory("rows", sum(counts) * shard).view(-1, shard)  # (all nodes of all ranks, shard)
         dist.all_to_all_single(
             rows.view(-1),
             send.view(-1),
@@ -150,7 +150,7 @@ class Exchange:
         W, most, size = self._world_size, self._most_local, self._layout.size
         records = self._all_records[:leaves]
         table = heads[:, : most * size].unflatten(1, (most, size))
-        if leaves == W * most:  # every rank has as many micro-batches: one copy does it
+        if leaves == W * most:  # every rank has the same number of micro-batches, so one copy is enough
             records.view(table.shape).copy_(table)
             return records
         for rank in range(W):

@@ -1,4 +1,4 @@
-"""The ranks' flags: one that is raised anywhere is seen everywhere, in the same step."""
+"""The ranks' flags: if one rank raises its flag, all ranks see it in the same step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Flags:
 
     def read(self, flags: Tensor) -> bool:
         """Takes the flags of this step's micro-batches, (M,) float32. Returns whether to stop after this step."""
-        if not self._cuda:
+        if not self._cuda:  # on the CPU there is nothing to wait for
             return bool(flags.any())
         copied = torch.cuda.Event()
         host = torch.empty((), pin_memory=True).copy_(flags.max(), non_blocking=True)  # device to host, not waited for

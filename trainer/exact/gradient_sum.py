@@ -25,11 +25,11 @@ class GradientSum:
 
     In a step, call `start(M)`, then `add(j, gradients)` for each micro-batch of this rank's block, in any order, then
     `finish()`. Then `nodes` holds the nodes of the tree that cover the block. `exchange.Exchange` leaves the root in
-    `nodes[0]`, which is `gradient`. All buffers are made once; another order than the block's may need a few more.
+    `nodes[0]`, which is `gradient`. All buffers are made once. Only another order than the block's may need more.
 
     Attributes:
-        growing: the nodes of this rank at hand, by their buffers.
-        left: micro-batches of the block that have not been added.
+        growing: the nodes that this rank has now, and their buffers.
+        left: how many micro-batches of the block have not been added yet.
         starts: where each parameter's gradient begins in a node.
         numel: floats of the gradient, which is the same at every world size.
         size: floats of a node: the gradient, one count a parameter (see `unused`), and padding that depends on W.
@@ -108,6 +108,7 @@ class GradientSum:
         if there is None:
             missing.zero_()  # it still holds counts of an earlier micro-batch
         present = [g if g is not None else self._note_missing(i, missing) for i, g in enumerate(gradients)]
+        # One call for all parameters in both cases: on a GPU that is a few kernels instead of one a parameter.
         if there is None:
             torch._foreach_copy_(views, present)
             self.growing.arrive((0, j), place)
@@ -123,17 +124,17 @@ class GradientSum:
             self.buffer(merge.target)[0].add_(self.buffer(merge.source)[0])
 
     def note_added(self, count: int) -> None:
-        """So many micro-batches have been added by other means, see `packs.pack_sum`."""
+        """Notes that `count` micro-batches have been added in another way, see `packs.pack_sum`."""
         self.left -= count
 
     def finish(self) -> None:
-        """All micro-batches of the block have been added: brings what is left into `nodes`, in order."""
+        """Brings the nodes into `nodes`, in order. Call it when all micro-batches of the block have been added."""
         self._check_complete()
         for to, source in self.growing.in_order():
             self.buffer(to)[0].copy_(self.buffer(source)[0])
 
     def whole_nodes(self) -> list[Tensor]:
-        """All micro-batches of the block have been added: what is left, in order, wherever it lies: (size,) each."""
+        """The nodes in order, wherever they lie: (size,) each. Call it when the whole block has been added."""
         self._check_complete()
         return [self.buffer(self.growing.places[node])[0] for node in self.growing.nodes()]
 
@@ -141,9 +142,9 @@ class GradientSum:
         assert self.left == 0, f"{self.left} micro-batches are missing"
 
     def buffer(self, number: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """A buffer, whole, as one tensor a parameter, and its counts of missing gradients.
+        """A buffer in three forms: whole, as one tensor a parameter, and its counts of missing gradients.
 
-        Packs may need a few more than `nodes` has; these are made when they are first used.
+        Packs may need a few more buffers than `nodes` has. These are made when they are first used.
         """
         while number >= len(self._views):
             node = torch.zeros(self.size, device=self.storage.device)
@@ -163,7 +164,7 @@ class GradientSum:
         return zeros
 
     def unused(self) -> Tensor:
-        """After the exchange: which parameters no micro-batch of the step used, (parameters,) bool on the device."""
+        """Which parameters no micro-batch of the step used: (parameters,) bool on the device. After the exchange."""
         return self._missing[0] == self._leaves  # counts in float32 are exact up to 2^24 micro-batches
 
 

@@ -32,7 +32,7 @@ class GlobalBatch:
         bounds: its M micro-batches, as positions in `indices`.
         count: what the summed loss is divided by: samples, or valid tokens.
         longest: the longest sample of each micro-batch, for samples of different lengths.
-        tokens: the summed lengths of the samples; 0 where they have none.
+        tokens: the summed lengths of the samples; 0 if samples have no lengths.
         counts: what each micro-batch adds to `count`, in a run that measures the gradient noise scale; else None.
     """
 
@@ -101,7 +101,7 @@ class GlobalBatches:
     def starting_at(self, first_step: int) -> Iterator[GlobalBatch]:
         """The batches from a step on, to the end of the run."""
         split, B, lengths = self._split, self._B, self._lengths
-        # Sorting by length saves padding. Rows that are nearly all full, such as packed text, have none to save.
+        # Sorting by length saves padding. Rows that are nearly full, such as packed text, have no padding to save.
         uneven = lengths if lengths is not None and lengths.double().mean() < 0.98 * lengths.max() else None
         step = first_step
         for epoch in itertools.count(first_step // self.steps_per_epoch):
@@ -109,7 +109,7 @@ class GlobalBatches:
             if uneven is not None:
                 order = by_length(order, uneven, B, self._m)
             on_device = order.to(self._device)
-            # A resumed run starts inside an epoch: the permutation is made anew, and its used part is passed over.
+            # A resumed run starts inside an epoch: the permutation is made again, and its used part is skipped.
             for start in range(step % self.steps_per_epoch * B, self.steps_per_epoch * B, B):
                 if step >= self.total_steps:
                     return
@@ -140,11 +140,11 @@ class GlobalBatches:
         )
 
 
-# Samples are gathered for many micro-batches at a time, up to this many bytes: one large gather costs less than many
-# small ones. The limit bounds the memory of a rank with many micro-batches.
+# Samples are gathered for many micro-batches at a time, up to this many bytes, because one large gather costs less than
+# many small ones. The limit bounds the memory of a rank with many micro-batches.
 CHUNK_BYTES = 64 << 20
 # Memory from torch's allocators starts at a multiple of this. A piece of a chunk that starts at such a multiple is
-# as good as a fresh tensor. Any other piece is copied, since a math library may choose its kernel by alignment.
+# as good as a fresh tensor. Any other piece is copied, because a math library may choose its kernel by alignment.
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}
 
 
@@ -171,9 +171,11 @@ class MicroBatches:
     """Computes micro-batches: gather, augment, seed, forward, loss.
 
     The number of a rank's micro-batches depends on the world size. So nothing is computed for several of them at once:
-    a kernel may give an element other bits in a tensor of another size. There are three exceptions: gathers, which only
-    move values; augmentations of a task that declares them as harmless (`augment_in_chunks`); and packs, which have
-    been compared with single micro-batches (see `packs`).
+    a kernel may give an element other bits in a tensor of another size. There are three exceptions:
+
+    - gathers, which only move values;
+    - augmentations of a task that declares them as harmless (`augment_in_chunks`);
+    - packs, which have been compared with single micro-batches (see `packs`).
 
     Args:
         task: as in `tasks.protocol`.
@@ -229,13 +231,14 @@ class MicroBatches:
         return self.forward(batch, j, arrays)
 
     def forward_key(self, batch: GlobalBatch, j: int) -> int:
-        """Seeds what a micro-batch's forward and loss draw."""
+        """The seed of what a micro-batch's forward and loss draw."""
         return key(self._seed, "forward", batch.step, j)
 
     def pack_samples(self, batch: GlobalBatch, part: Sequence[int]) -> Batch:
         """The samples of a pack, gathered and augmented: (g m, ...) each."""
         if self._calls.augment is None or self.augments_in_chunks:
             together = self._gathered(batch, part, self.augments_in_chunks)[0]
+            # All micro-batches of a pack have one shape, so the first one's longest sample is as long as any other's.
             return together if batch.longest is None else self._split.cut(together, batch.longest[part[0]])
         pieces = self.samples(batch, part, False)
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -268,6 +271,7 @@ class MicroBatches:
                 return pack.summed(found)
             losses = []
             for k in range(pack.g):
+                # A task's loss may look at all samples that it gets, so it gets those of one micro-batch.
                 own, piece = pack.outputs_of(outputs, k), pack.samples_of(arrays, k)
                 with pack.now(k, random):
                     losses.append(self._result(own, piece, batch.progress)[0])
@@ -281,15 +285,16 @@ class MicroBatches:
         return arrays if self._calls.augment is None else self._augmented(arrays, indices, batch.progress)
 
     def forward(self, batch: GlobalBatch, j: int, arrays: Batch) -> Computed:
-        """Outputs and loss of samples that have been gathered and augmented: those of a micro-batch, for the step."""
-        # Dropout and the like draw from torch's generators. Seeded for each (step, micro-batch), they give the same
-        # numbers whichever rank computes it, and whatever that rank computed before.
+        """Outputs and loss of a micro-batch whose samples have been gathered and augmented. For the step."""
+        # Dropout and the like draw from torch's generators. They are seeded for each (step, micro-batch). So they give
+        # the same numbers on any rank, whatever that rank computed before.
         seed_generators(self.forward_key(batch, j), self._device)
         return self.seeded_forward(batch, arrays)
 
     def seeded_forward(self, batch: GlobalBatch, arrays: Batch) -> Computed:
-        """As `forward`, where torch's generators have been seeded by `forward_key`."""
+        """As `forward`, if torch's generators have been seeded with `forward_key` already."""
         with self._autocast():
+            # Both branches make the same calls. In a trial of packs, `watch` notes them.
             if self.watch is None:
                 outputs = self._calls.forward(self._model, arrays, batch.progress)
                 return Computed(arrays, outputs, self._result(outputs, arrays, batch.progress))
@@ -308,17 +313,18 @@ class MicroBatches:
             raise UserError(
                 f"sample_losses() must return one number a sample, a tensor of shape ({samples},); it returned {got}."
             )
-        # The sum is that of a pack of one micro-batch, see `packs.pack.Pack.summed`.
+        # The same operations as for a pack of one micro-batch, see `packs.pack.Pack.summed`: losses.sum() might add in
+        # another order.
         return losses.view(1, -1).sum(1)[0], samples
 
     def loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
-        """The result of the task's loss for outputs at hand. Not for the step: for looking at the task."""
+        """The result of the task's loss for given outputs. Not for the step: for looking at the task."""
         seed_generators(self.forward_key(batch, j), self._device)
         with torch.no_grad(), self._autocast():
             return self._calls.loss(outputs, arrays, batch.progress)
 
     def trained_loss(self, batch: GlobalBatch, j: int, outputs: Any, arrays: Batch) -> Any:
-        """As `loss`, but of what the step takes: the sum of sample_losses, where the task has it."""
+        """As `loss`, but of the loss that the step takes: the sum of sample_losses if the task has that method."""
         seed_generators(self.forward_key(batch, j), self._device)
         with torch.no_grad(), self._autocast():
             return self._result(outputs, arrays, batch.progress)
@@ -338,7 +344,8 @@ class MicroBatches:
                 # A task may draw from torch's generators instead of the `random` that it is given.
                 seed_generators(key(self._seed, "augment", batch.step, chunk[k]), self._device)
                 pieces[k] = self._augmented(pieces[k], batch.indices[start:stop], batch.progress)
-        # Cut last: augment() sees all positions, and the forward sees none that is padding in every sample.
+        # Padding is cut last. So augment() sees all positions, and the forward sees no position that is padding in
+        # every sample.
         if batch.longest is not None:
             pieces = [self._split.cut(piece, batch.longest[j]) for j, piece in zip(chunk, pieces)]
         return pieces
@@ -361,6 +368,7 @@ class MicroBatches:
         for name, array in arrays.items():
             split = array.split(sizes)
             row_bytes = array[0].numel() * array.element_size()
+            # The last size does not matter: no piece begins behind it.
             if any(size * row_bytes % self._alignment for size in sizes[:-1]) or not array.is_contiguous():
                 split = tuple(piece.clone() for piece in split)
             for piece, tensor in zip(pieces, split):

@@ -48,7 +48,7 @@ def nested_subset(samples: int, chosen: int) -> Tensor:
     """The same `chosen` of `samples` samples in every run: (chosen,) int64 on the CPU, in their original order.
 
     They are the first ones of a fixed pseudo-random order. So a smaller subset is part of a larger one, and all seeds
-    of a study train on the same data. The first rows of the file would not do: they may all be of one class.
+    of a study train on the same data. The first rows of the file would be a bad choice: they may all be of one class.
     """
     assert 1 <= chosen <= samples
     generator = torch.Generator().manual_seed(key(0, "train_samples"))
@@ -56,7 +56,7 @@ def nested_subset(samples: int, chosen: int) -> Tensor:
 
 
 def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batch_size: int) -> Tensor:
-    """The order with each global batch arranged so that samples of about the same length share a micro-batch.
+    """The order, arranged within each global batch: samples of about the same length share a micro-batch.
 
     A step has the same samples as before, and so the same gradient up to rounding, with less padding. For example, with
     questions of 13 tokens on average and 4 micro-batches of 8, a question takes 16 computed tokens instead of 21. The
@@ -73,7 +73,7 @@ def by_length(order: Tensor, lengths: Tensor, global_batch_size: int, micro_batc
     """
     parts = []
     for samples in order.split(global_batch_size):
-        # A stable sort: samples of equal length keep their order, whichever algorithm torch chooses.
+        # The sort must be stable. Then samples of equal length keep their order, whichever algorithm torch chooses.
         samples = samples[torch.argsort(lengths[samples], stable=True)]
         bounds = micro_batch_bounds(len(samples), micro_batch_size)
         # The sizes stay those of the plan: micro-batch j has sizes[j] samples, whatever their length.
@@ -93,6 +93,7 @@ def seed_generators(value: int, device: torch.device) -> None:
 
     This runs once a micro-batch, and is cheaper than torch.manual_seed, which visits every device.
     """
+    # Both, also on a GPU: a task may draw on the host there.
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(value)
@@ -138,7 +139,8 @@ def hashed_uniform(value: int, indices: Tensor, columns: int) -> Tensor:
         (B, columns) float32 on the device of `indices`, of 24 random bits each.
     """
     # The multiplier is odd and spreads indices over all 64 bits: 2^64 / x, where x^4 = x + 1 (Roberts 2018, R3).
-    column = torch.arange(columns, device=indices.device)
+    column = torch.arange(columns, device=indices.device)  # (columns,)
+    # (B, columns). Each number has a counter of its own, and no state: any rank can make any of them.
     counter = indices[:, None] * _signed(0xD1B54A32D192ED03) + column[None, :]
     # The upper 24 bits: float32 holds each such number exactly, and a multiplication by 2^-24 does not round.
     return _shift_right(mixed(counter + _signed(value)), 40).to(torch.float32) * (2.0**-24)
@@ -156,8 +158,8 @@ class SampleRandom:
     samples: int
     device: torch.device
     epoch: int = 0
-    # A stream with at most this many numbers for the whole split is drawn once an epoch, and then gathered
-    # by index: one operation a micro-batch instead of a dozen. The numbers are the same either way.
+    # A stream with at most this many numbers for the whole split is drawn once an epoch. Each micro-batch then gathers
+    # its own by index: one operation instead of a dozen. The numbers are the same either way.
     table_limit: int = 1 << 20
     _indices: Tensor | None = None
     _stream: int = 0
@@ -200,8 +202,8 @@ class SampleRandom:
 
     def normal(self, columns: int = 1) -> Tensor:
         """(B, columns) float32, standard normal (Box and Muller 1958)."""
-        # log1p and cos may give an element other bits in a tensor of another size. So no table of them is kept:
-        # they are computed for one micro-batch, as everything in `augment` is.
+        # log1p and cos may give an element other bits in a tensor of another size. So no table of normal numbers is
+        # kept: they are computed for one micro-batch, like everything in `augment`.
         radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(columns)))
         return radius * torch.cos(2.0 * torch.pi * self.uniform(columns))
 

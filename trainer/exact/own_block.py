@@ -45,7 +45,7 @@ class OwnBlock:
         added: the sum of the gradients.
         records: takes what a micro-batch tells all ranks.
         early: sends buckets of the gradient under the last backward; None where nothing is sent before its end.
-        foreign: notices other threads that draw random numbers.
+        foreign: notices if another thread draws random numbers.
         device: of the model.
         measures_norms: whether to measure the norm of each micro-batch's gradient.
         mark: called at the end of each phase of the step.
@@ -86,6 +86,7 @@ class OwnBlock:
         if self.graphs is not None:
             self.graphs.begin()
         packs = self.packs
+        # Each rank may choose its own size, because no size changes a bit.
         if packs is None or packs.begin(batch, block) == 1:
             self._add_singly(batch, block, block, audit)
         else:
@@ -103,6 +104,8 @@ class OwnBlock:
         try:
             audit.note_again(*self._again(batch, j))
         except Exception as error:
+            # A TrainerError says itself what is wrong, and memory that runs out says nothing about the task. Any other
+            # error does: the owner has computed this micro-batch.
             if isinstance(error, TrainerError) or out_of_memory(error):
                 raise
             raise audit.failed(error) from error
@@ -116,7 +119,7 @@ class OwnBlock:
                 last = PackSum(self._sum, len(batch.bounds), (j,), self._measures_norms, None, sender)
             collected = own.statistics(number)
             loss, gradients = self._single(batch, j, arrays, collected, last)
-            # Noted before it is added: `add` works in place, and the sum holds no single micro-batch.
+            # Noted before it is added: `add` works in place, and afterwards the sum holds no single micro-batch.
             if audit is not None and j == audit.own:
                 audit.note_summed(loss, collected, gradients)
             if self._look is not None:
@@ -135,9 +138,10 @@ class OwnBlock:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Loss and gradients of one micro-batch. Its statistics go to `collected`.
 
-        If `last` is given, it takes each gradient as soon as it is there, so that what is complete can be sent.
+        If `last` is given, it takes each gradient as soon as it is there, so that complete buckets can be sent.
         """
         statistics, parameters = self._statistics, self._parameters
+        # In a trial of packs (`_look`), calls are noted. A graph makes none: it only launches kernels.
         if self.graphs is not None and self._look is None:
             found = self.graphs.compute(self._one(batch, j), arrays)
             gradients: list[Tensor | None] = [None] * len(parameters)
@@ -154,6 +158,7 @@ class OwnBlock:
             own = self._gradients(loss)
         if last is not None:
             last.check(own)
+        # Before the next micro-batch's forward, which writes to the same scratch memory.
         if statistics.size:
             statistics.collect(collected)
         return loss, own
@@ -173,7 +178,7 @@ class OwnBlock:
         return Work(("one",), compute, self._one_stream, keys, batch.step)
 
     def _several(self, packs: Packs, batch: GlobalBatch, part: Sequence[int]) -> Work:
-        """A pack likewise."""
+        """A pack as work that may have a CUDA graph."""
         streams = self._streams.setdefault(len(part), Streams(len(part), self._device))
 
         def compute(arrays: Batch) -> Computed:
@@ -186,9 +191,9 @@ class OwnBlock:
     def _add_pack(
         self, packs: Packs, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None
     ) -> bool:
-        """Computes and adds micro-batches as a pack. False if that cannot be done: then nothing has changed."""
+        """Computes and adds micro-batches as a pack. False if that cannot be done: then the sum has not changed."""
         known = packs.known(batch, part)
-        if known is None:
+        if known is None:  # a trial: the micro-batches are computed singly, which is what is added, and as a pack
             packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
             return True
         if not known:
@@ -197,16 +202,16 @@ class OwnBlock:
             self._add_known_pack(packs, batch, block, part, audit)
             packs.packed += len(part)
             return True
-        except RefusedError as error:  # of these values; others may do
+        except RefusedError as error:  # with these values; a pack with other values may be possible
             if self._early is not None and self._early.sent:
                 raise given_up(batch.step, error) from error
             if error.untried and packs.may_try_more():
                 packs.try_out(batch, part, self._scale, lambda own: self._add_noted(batch, block, own, audit))
                 return True
             packs.refuse(batch, part, error)
-        except Exception as error:  # whatever a task's code does with more samples than in a trial
+        except Exception as error:  # a task's code may raise anything when it gets more samples than in a trial
             if out_of_memory(error):
-                packs.shrink(len(part))  # what has been sent is complete, and it is not sent again
+                packs.shrink(len(part))  # buckets that were sent are complete, and they are not sent again
             else:
                 if self._early is not None and self._early.sent:
                     raise given_up(batch.step, error) from error
@@ -234,7 +239,8 @@ class OwnBlock:
         self._mark("compute")
 
     def _sender(self, count: int) -> EarlyExchange | None:
-        """Sends buckets while the next `count` micro-batches are computed, if they are this rank's last ones."""
+        """What sends buckets under the next `count` micro-batches: None unless they are the rank's last ones."""
+        # Only the last ones complete the rank's sum.
         return self._early if self._sum.left == count and self._look is None else None
 
     def _add_noted(self, batch: GlobalBatch, block: range, part: Sequence[int], audit: Audit | None) -> list[Single]:
@@ -243,6 +249,7 @@ class OwnBlock:
         generator = torch.default_generator
 
         def look(j: int, loss: Tensor, statistics: Tensor, gradients: Sequence[Tensor | None]) -> None:
+            # Whether it drew at all: another state than that of a fresh generator of its seed.
             drawn = generator.get_state()
             generator.manual_seed(self._micro_batches.forward_key(batch, j))
             found.append(

@@ -124,7 +124,7 @@ def resolve(
             f"train_micro_batch_size_per_gpu ({m}) is larger than train_batch_size ({B}).\n"
             f"Try {', or '.join(remedies)}{at}."
         )
-    # A config that fixes all three keys fits a single world size.
+    # A config that fixes all three keys fits only one world size.
     if accumulation is not None and m * accumulation * W != B:
         raise UserError(_contradiction(B, m, accumulation, W))
     plan = BatchPlan("strong", B, m, W)

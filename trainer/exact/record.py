@@ -1,4 +1,4 @@
-"""What a micro-batch sends to all ranks besides its gradient: one row of numbers, whose columns have names.
+"""What a micro-batch sends to all ranks besides its gradient: one row of numbers. Its columns have names.
 
 All ranks see the losses and statistics of all M micro-batches in order, so whatever is computed from them agrees.
 """
@@ -90,6 +90,6 @@ class OwnRecords:
         torch._foreach_copy_(to, what)  # one call: on a GPU one kernel for some hundred tensors
 
     def raise_flag(self) -> None:
-        """From now on this rank's micro-batches carry a flag, which all ranks see in the same step."""
+        """Gives all later records of this rank a flag, which all ranks see in the same step."""
         # It is never lowered again: this rank keeps asking until the run stops.
         self._flags.fill_(1.0)

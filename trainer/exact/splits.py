@@ -26,8 +26,8 @@ class Split:
 
     Attributes:
         arrays: name -> tensor (samples, ...). All have the same first dimension, the samples.
-        counts: what each sample contributes to the loss's count, (samples,); None stands for 1 each.
-            A language model gives the valid tokens of each sample here, a weighted loss its weights.
+        counts: what each sample adds to the loss's count, (samples,); None stands for 1 each.
+            A language model gives the valid tokens of each sample here, a weighted loss gives its weights.
         lengths: for samples of different lengths: the positions of each sample that are not padding,
             (samples,) int64. None if all samples have one length.
         padded: the names of the arrays (samples, positions, ...) to which `lengths` applies. Each micro-batch of them
@@ -69,7 +69,7 @@ class Split:
         if self.lengths is None:
             return None
         lengths = self.lengths.index_select(0, indices).numpy()
-        # reduceat: one maximum for each piece, from one start to the next.
+        # reduceat: one maximum for each piece, from one start to the next. On the host: no GPU is waited for.
         return np.maximum.reduceat(lengths, [start for start, _ in bounds]).tolist()
 
     def tokens(self, indices: Tensor) -> int:
@@ -80,14 +80,15 @@ class Split:
         """A micro-batch without the padding behind its longest sample, as fresh tensors."""
         if longest is None:
             return batch
-        # A copy, since a slice of columns is not contiguous, and kernels may treat it in another way.
+        # A copy, because a slice of columns is not contiguous, and kernels may compute it in another way.
         return batch | {name: batch[name][:, :longest].clone() for name in self.padded}
 
     def count_of(self, indices: Tensor) -> float:
         """The summed count of the samples at `indices`, (B,) int64 on the CPU."""
         if self.counts is None:
             return float(len(indices))
-        # float64 sums whole counts up to 2^53 without rounding. Other weights round, in an order that only B decides.
+        # float64 adds whole counts up to 2^53 without rounding. Sums of other weights are rounded, in an order that
+        # depends on B alone.
         return float(self.counts.index_select(0, indices).to(torch.float64).sum())
 
     def counts_of(self, indices: Tensor, bounds: Sequence[tuple[int, int]]) -> list[float]:
@@ -156,7 +157,7 @@ def _check_counts(counts: Tensor | None, where: str) -> None:
         return
     if counts.ndim != 1 or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
         raise UserError(f"{where}: counts must be one number a sample, finite and not negative.")
-    # The loss of a split is its sum divided by this.
+    # The loss of a split is the sum of its losses divided by the sum of its counts.
     if float(counts.to(torch.float64).sum()) == 0:
         raise UserError(f"{where}: none of the {len(counts)} samples counts: their counts add up to 0.")
 

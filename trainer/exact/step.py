@@ -53,7 +53,7 @@ class ExactStep:
         audit: set in a bitwise run: in an audited step, a micro-batch is computed a second time.
         broken: () on the device; not 0 after a step whose loss or gradient was not finite. Used if `deferred`.
         deferred: whether the host learns of such a step only later, as on a GPU.
-        block: computes this rank's micro-batches. Packs and CUDA graphs are set there.
+        own_block: computes this rank's micro-batches. Packs and CUDA graphs are set there.
 
     Args:
         optimizer: applies the gradient.
@@ -64,8 +64,8 @@ class ExactStep:
         device: of the model.
         max_norm: the norm to which the gradient is clipped; 0 for no clipping.
         measures_norms: whether to measure the norm of each micro-batch's gradient.
-        bucket_bytes: ranks exchange the gradient in buckets of this size or more, under the last backward; None: whole,
-            after it.
+        bucket_bytes: the least size of the buckets in which ranks exchange the gradient under the last backward. None
+            to exchange it whole, after the backward.
         mark: called at the end of each phase of the step, so that phases can be timed.
     """
 
@@ -100,13 +100,13 @@ class ExactStep:
         self._early: EarlyExchange | None = None
         if W > 1 and bucket_bytes is not None:
             early = EarlyExchange(self._sum, layout, leaves=leaves, rank=rank, world_size=W, bucket_bytes=bucket_bytes)
-            if len(early.buckets) > 1:  # a single one would be sent at the end, too
+            if len(early.buckets) > 1:  # a single bucket would be sent at the end, as without buckets
                 self._exchange = self._early = early
         optimizer.use_gradient(self._sum.gradient, self._sum.gradient_views)
         self._scale = torch.zeros((), device=device)  # made once: a new tensor a step would be copied to the GPU
         self._flags = Flags(device)
         self._foreign = ForeignDraws(device)
-        self.block = OwnBlock(
+        self.own_block = OwnBlock(
             micro_batches,
             statistics,
             optimizer.parameters,
@@ -135,8 +135,8 @@ class ExactStep:
 
         Raises:
             NonFiniteError: on every rank; the parameters are those before this step.
-            RanksDifferError: likewise, if the audit finds two results for one micro-batch. Or on this rank, after the
-                step: another thread draws from torch's generators.
+            RanksDifferError: on every rank, with the parameters of before this step, if the audit finds two results for
+                one micro-batch. On this rank alone, after the step, if another thread draws from torch's generators.
         """
         statistics, own = self.statistics, self._own
         if asks_to_stop:
@@ -151,23 +151,24 @@ class ExactStep:
         audit = self.audit if self.audit is not None and self.audit.due(batch.step) else None
         if audit is not None:
             audit.choose(batch.step, M)
-        statistics.begin()
+        statistics.begin()  # until `settle`, the layers write to scratch memory
         try:
             # A rank adds its own block of the M micro-batches along the tree ...
-            self.block.add(batch, block, audit)
-            # After this rank's own block: what the second computation leaves in random generators changes nothing.
+            self.own_block.add(batch, block, audit)
+            # After this rank's own block: what the second computation leaves in random generators changes nothing then.
             if audit is not None and audit.other is not None:
-                self.block.compute_again(batch, audit, audit.other)
+                self.own_block.compute_again(batch, audit, audit.other)
             statistics.check(batch.step)
         finally:
             statistics.settle()  # after an error, too: the model must not keep the scratch buffers
-        self._foreign.begin()
+        self._foreign.begin()  # from here to `end`, nothing of the step draws random numbers
         # ... the ranks exchange the nodes of the tree, and finish the sum ...
         with meetings:  # where a rank waits for others: a watching thread measures for how long
             records = self._exchange(M)
             stop = self._flags.read(records.flags)
         if audit is not None:
             audit.compare()  # before the update, so that a wrong gradient is never applied
+        # Of the whole gradient, after the sum is complete: a sum of the shards' norms would depend on W.
         norm = torch.linalg.vector_norm(self._sum.gradient)
         self._mark("reduce")
 
@@ -181,8 +182,8 @@ class ExactStep:
         elif not math.isfinite(health.item()):  # device to host; on the CPU it is there already
             raise non_finite(batch.step, records.losses.tolist(), float(norm), statistics=self.statistics.size)
         if self._max_norm > 0.0:
-            # As torch.nn.utils.clip_grad_norm_ (from which the 1e-6 comes), on the flat gradient. Unconditional, as
-            # there: asking whether norm > max_norm would wait for the device.
+            # As torch.nn.utils.clip_grad_norm_ (the 1e-6 is from there), on the flat gradient. Always multiplied, as
+            # there: the host would have to wait for the device to learn whether norm > max_norm.
             self._sum.gradient.mul_((self._max_norm / (norm + 1e-6)).clamp_(max=1.0))
         rate = self._optimizer.set_learning_rate(rate_factor)
         self._optimizer.update(self._unused())
@@ -201,8 +202,8 @@ class ExactStep:
     def _unused(self) -> list[int]:
         """Positions of the parameters that no micro-batch of this step used. The optimizer leaves them alone.
 
-        On a GPU, the host has to wait to learn this. So if the first step used all parameters, later steps are
-        not asked.
+        On a GPU, the host has to wait to learn this. So if the first step used all parameters, later steps do not
+        look.
         """
         if not self._look_for_unused:
             return []

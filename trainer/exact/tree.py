@@ -40,9 +40,9 @@ class Merge:
 
 
 class Growing:
-    """The nodes of the tree that are at hand while more of it is added, and the places where they lie.
+    """The nodes that are there while the tree is added, and the places where they lie.
 
-    A node that arrives is merged with its neighbour if that one is here, and so on upwards. This works like carrying in
+    A node that arrives is merged with its neighbour if that one is there, and so on upwards. This works like a carry in
     a binary counter. Nodes may arrive in any order: a node is the sum of its two halves either way.
 
     Args:
@@ -68,7 +68,7 @@ class Growing:
         return list(itertools.islice((place for place in itertools.count() if place not in taken), count))
 
     def neighbour(self, node: Node) -> int | None:
-        """Where the node lies with which this one would be merged on arrival; None if it is not here."""
+        """Where the neighbour lies with which this node would be merged on arrival; None if it is not there."""
         level, index = self._lifted(node)
         return self.places.get((level, index ^ 1))
 
@@ -81,7 +81,7 @@ class Growing:
             if other is None:
                 self.places[level, index] = place
                 return merges
-            # The sum lies where the left half lay.
+            # The sum lies where the left half lay. a + b and b + a have the same bits, so only the place is a choice.
             target, source = (other, place) if index % 2 else (place, other)
             merges.append(Merge(target, source))
             node, place = (level + 1, index // 2), target
@@ -95,15 +95,16 @@ class Growing:
     def _lifted(self, node: Node) -> Node:
         """A left-hand node at the end of its level has no right neighbour: it moves up unchanged."""
         level, index = node
+        # Not node 0: at the end of its level it is the root, or covers all leaves as the root does.
         while index % 2 == 0 and 0 < index == (self._leaves - 1) >> level:
             level, index = level + 1, index // 2
-        # The root, and what covers all leaves as it does.
         return level, index
 
     def in_order(self) -> list[tuple[int, int]]:
         """Moves the nodes to the places 0, 1, ... in their order. Returns the copies to make, in order: (to, from)."""
         moves = []
         for to, node in enumerate(self.nodes()):
+            # Another node may lie at `to`. It is moved to a free place first, so that it is not written over.
             place = self.places[node]
             if place == to:
                 continue
@@ -117,7 +118,7 @@ class Growing:
         return moves
 
     def nodes(self) -> list[Node]:
-        """The nodes at hand, in order."""
+        """The nodes that are there, in the order of their first leaves."""
         return sorted(self.places, key=lambda node: node[1] << node[0])
 
 
@@ -165,9 +166,9 @@ class PackProgram(NamedTuple):
 
 
 def _rounds(merges: list[Merge]) -> list[list[Merge]]:
-    """Merges in rounds, each as early as both of its nodes are complete.
+    """Merges in rounds: each merge stands in the first round in which both of its nodes are complete.
 
-    So a round can be made in one operation, and no order of the additions within it could change a bit.
+    So one operation can make a round, and the order of the additions within it cannot change a bit.
     """
     ready: dict[int, int] = {}
     rounds: list[list[Merge]] = []
@@ -182,7 +183,7 @@ def _rounds(merges: list[Merge]) -> list[list[Merge]]:
 
 @lru_cache(maxsize=1024)
 def pack_program(leaves: int, pack: tuple[int, ...]) -> PackProgram:
-    """How the leaves of a pack are added to one another, as far as they are neighbours in the tree.
+    """How the leaves of a pack are added to one another, where they are neighbours in the tree.
 
     Args:
         leaves: M.
@@ -201,7 +202,7 @@ def pack_program(leaves: int, pack: tuple[int, ...]) -> PackProgram:
 
 
 def _runs(merges: list[Merge]) -> list[Level]:
-    """The merges of one round, as few levels: each is one operation."""
+    """The merges of one round as a few levels, each of which is one operation."""
     runs: list[Level] = []
     for to, distance in sorted((merge.target, merge.source - merge.target) for merge in merges):
         last = runs[-1] if runs else None
@@ -250,6 +251,7 @@ def buffers_needed(leaves: int, world_size: int, rank: int) -> int:
 
 def run_rounds(rounds: Sequence[Sequence[Merge]], rows: Sequence[Tensor]) -> None:
     """Makes the additions of an exchange program in place; rows[i] is node i."""
+    # Rounds in order: a round adds what earlier rounds have made.
     for merges in rounds:
         if len(merges) == 1:
             rows[merges[0].target].add_(rows[merges[0].source])

@@ -1,4 +1,4 @@
-"""What a step needs of whatever applies its gradient."""
+"""What a step needs from the object that applies its gradient."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ class Course:
 
     def tell(self) -> None:
         """Prints the notes of packs, such as that memory ran out. Rank 0."""
-        if isinstance(self.step, ExactStep) and self.step.block.packs is not None and self.pieces.ranks.first:
-            notes, self.step.block.packs.notes = self.step.block.packs.notes, []
+        if isinstance(self.step, ExactStep) and self.step.own_block.packs is not None and self.pieces.ranks.first:
+            notes, self.step.own_block.packs.notes = self.step.own_block.packs.notes, []
             say(*[f"note: {note}" for note in notes])
 
     def compare_ranks(self) -> None:
@@ -335,7 +335,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     if p.engine.zero_stage == 0 and not p.inexact and not p.config.trainer.compile and pack != 1:
         size = None if pack == "auto" else int(pack)
         assert isinstance(step, ExactStep)
-        step.block.packs = Packs(
+        step.own_block.packs = Packs(
             step.micro_batches,
             p.engine.parameters,
             p.engine.model,
@@ -347,7 +347,7 @@ def _rehearse(p: Pieces, step: ExactStep | ZeroStep, first_step: int) -> tuple[f
     if p.config.trainer.cuda_graph is not None and p.device.type == "cuda" and not p.inexact:
         assert isinstance(step, ExactStep)
         tensors = [*p.engine.model.parameters(), *p.engine.model.buffers()]
-        step.block.graphs = Graphs(tensors, step.micro_batches.follows_progress)
+        step.own_block.graphs = Graphs(tensors, step.micro_batches.follows_progress)
     notes = found.notes + remedies
     if first_step and found.kept and not found.findings:
         notes.append(

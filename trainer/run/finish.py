@@ -72,10 +72,10 @@ def finish(c: Course) -> dict[str, Any]:
         "time_to_first_step_s": c.time_to_first_step_s,
         "rehearsal_s": c.rehearsal_s,
     }
-    if isinstance(c.step, ExactStep) and c.step.block.packs is not None:
-        summary["pack"] = c.step.block.packs.summary()
-    if isinstance(c.step, ExactStep) and c.step.block.graphs is not None:
-        summary["cuda_graph"] = c.step.block.graphs.summary()
+    if isinstance(c.step, ExactStep) and c.step.own_block.packs is not None:
+        summary["pack"] = c.step.own_block.packs.summary()
+    if isinstance(c.step, ExactStep) and c.step.own_block.graphs is not None:
+        summary["cuda_graph"] = c.step.own_block.graphs.summary()
     summary |= _work(c) | _scaling(c, summary)
     c.record.conclude(_results(summary), done)
     _leave(c, summary)

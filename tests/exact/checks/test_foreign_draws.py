@@ -11,6 +11,18 @@ from trainer.exact.checks.foreign_draws import ForeignDraws
 CPU = torch.device("cpu")
 
 
+class Gpu:
+    """A GPU's generator, seeded with 5. Each draw moves its offset."""
+
+    offset = 0
+
+    def initial_seed(self) -> int:
+        return 5
+
+    def get_offset(self) -> int:
+        return self.offset
+
+
 def after_a_micro_batch(draws: bool) -> ForeignDraws:
     foreign = ForeignDraws(CPU)
     torch.manual_seed(5)
@@ -40,15 +52,6 @@ def test_a_task_that_draws_nothing_is_left_alone() -> None:
 
 
 def test_draws_on_a_gpu_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gpu:
-        offset = 0
-
-        def initial_seed(self) -> int:
-            return 5
-
-        def get_offset(self) -> int:
-            return self.offset
-
     gpu = Gpu()
     monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
     foreign = ForeignDraws(torch.device("cuda", 0))
@@ -63,10 +66,12 @@ def test_draws_on_a_gpu_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         foreign.end(1)
 
 
-def test_the_end_of_a_step_without_a_beginning_says_nothing() -> None:
-    """A step that raised before its own end, and the next one."""
-    foreign = ForeignDraws(CPU)
+def test_a_task_that_draws_nothing_on_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
+    foreign = ForeignDraws(torch.device("cuda", 0))
     torch.manual_seed(5)
-    torch.rand(3)
     foreign.after_one(5)
+    foreign.begin()
+    gpu.offset = 4
     foreign.end(0)

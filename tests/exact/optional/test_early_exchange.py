@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -145,9 +146,42 @@ def test_a_rank_that_is_gone_is_noticed_by_the_step_and_not_by_the_backward(monk
     assert rank.sum.left == 0  # the backward was not disturbed
 
 
-@pytest.mark.parametrize(("floats", "buckets"), [(80, 2), (81, 1)])
-def test_the_smallest_size_of_a_bucket_is_in_bytes(floats: int, buckets: int) -> None:
-    """Two parameters of 80 float32 each."""
-    added = GradientSum([torch.zeros(80), torch.zeros(80)], leaves={2}, rank=0, world_size=2, head_size=3)
-    place: dict[str, Any] = {"leaves": {2}, "rank": 0, "world_size": 2}
-    assert len(EarlyExchange(added, RecordLayout(1), bucket_bytes=4 * floats, **place).buckets) == buckets
+def test_a_bucket_has_at_least_so_many_bytes() -> None:
+    """Parameters of 64 bytes, in buckets of 132: two would be too few, so each bucket has three."""
+    total = GradientSum([torch.zeros(16)] * 7, leaves={2}, rank=0, world_size=2, head_size=4)
+    exchange = EarlyExchange(total, RecordLayout(1), leaves={2}, rank=0, world_size=2, bucket_bytes=132)
+    assert [len(bucket.parameters) for bucket in exchange.buckets] == [3, 3, 1]
+
+
+def test_on_a_gpu_the_step_waits_for_the_stream_of_the_exchange_before_it_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the optimizer might read a gradient before it has been added."""
+    happened: list[str] = []
+
+    class Stream:
+        device = torch.device("cpu")
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            happened.append(f"{self.name} waits for {other.name}")
+
+    def begin_gather(out: torch.Tensor, piece: torch.Tensor, tag: int = 0) -> list[Any]:
+        happened.append("sent")
+        out.view(2, -1).copy_(piece.expand(2, -1))
+        return []
+
+    def put(self: EarlyExchange, message: Any) -> None:
+        happened.append("read")
+
+    step_stream = Stream("step")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(early_exchange, "begin_gather", begin_gather)
+    monkeypatch.setattr(EarlyExchange, "_put", put)
+    rank = Rank(2, 0, {2}, 1 << 20)
+    rank.exchange._stream = Stream("exchange")  # type: ignore[assignment]
+    rank.step(random_gradients(2, 0))
+    assert happened == ["exchange waits for step", "sent", "step waits for exchange", "read"]

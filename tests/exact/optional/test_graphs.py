@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.pretended_gpu.device import PretendedGpu
 from trainer.exact.optional import graphs
-from trainer.exact.optional.graphs import TRIALS, Computed, Graphs, OneStream, Work
+from trainer.exact.optional.graphs import TRIALS, Computed, Graphs, OneStream, Work, _difference
+from trainer.exact.packs.streams import Streams
 
 GPU = torch.device("cuda", 0)
 
@@ -113,25 +114,60 @@ def test_a_task_that_follows_progress_has_none(gpu: PretendedGpu) -> None:
     assert rank.graphs.summary() == {"shapes": 0, "refused": ["the task's forward or loss takes `progress`"]}
 
 
-X, Y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+def test_bits_are_compared_in_three_steps(gpu: PretendedGpu) -> None:
+    """What the README promises."""
+    rank, x = Rank(), torch.ones(4, 3).to(GPU)
+    for seed in range(3):
+        assert rank.graphs.summary() == {"shapes": 0}
+        rank.compute(x, seed)
+    assert rank.graphs.summary() == {"shapes": 1}
 
 
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        ({}, ""),
-        ({"losses": Y}, "the loss has other bits"),
-        ({"statistics": Y}, "statistics have other bits"),
-        ({"gradients": [(0, Y, None), (1, X, [True, False])]}, "gradients have other bits"),
-        ({"gradients": [(0, X, None), (2, X, [True, False])]}, "gradients have other bits"),
-        ({"gradients": [(0, X, None), (1, X, [True, True])]}, "gradients have other bits"),
-        ({"gradients": [(0, X, None)]}, "gradients have other bits"),
-    ],
-)
-def test_losses_statistics_and_gradients_are_compared(change: dict[str, Any], difference: str) -> None:
-    alone = Computed(X, X, [(0, X, None), (1, X, [True, False])])
-    assert graphs._difference(alone, alone._replace(**change)) == difference
+@pytest.mark.parametrize("other", ["bits", "parameters"])
+def test_gradients_that_differ_refuse_a_graph(other: str) -> None:
+    alone = Computed(torch.ones(()), torch.zeros(2), [(0, torch.ones(3), None), (2, torch.ones(4), None)])
+    assert _difference(alone, alone) == ""
+    gradient, place = torch.ones(4), 2
+    if other == "bits":
+        gradient[3] = 1.0 + 2**-23
+    else:
+        place = 1
+    graph = alone._replace(gradients=[alone.gradients[0], (place, gradient, None)])
+    assert _difference(alone, graph) == "gradients have other bits"
 
 
-def test_three_steps_are_compared_before_a_graph_is_used() -> None:
-    assert TRIALS == 3
+def test_all_graphs_share_one_pool_of_memory(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one of them runs at a time, so each may use the memory of the others' activations."""
+    pools, record, handles = [], torch.cuda.graph, iter(range(7, 9))
+
+    def noted(graph: Any, *, pool: Any, **options: Any) -> Any:
+        pools.append(pool)
+        return record(graph, pool=pool, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", noted)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    rank = Rank()
+    for samples in (4, 2, 3):
+        rank.compute(torch.ones(samples, 3).to(GPU), 0)
+    assert pools == [7, 7, 7]
+
+
+def test_a_graph_may_draw_from_the_generators_of_a_packs_micro_batches(gpu: PretendedGpu) -> None:
+    """CUDA refuses to record draws from a generator that the graph does not know."""
+    streams, found = Streams(2, GPU), Graphs([], follows_progress=False)
+
+    def function(arrays: dict[str, Tensor]) -> Computed:
+        noise = []
+        for k in range(2):
+            with streams.of(k):
+                noise.append(torch.randn_like(arrays["x"]))
+        losses = torch.stack(noise).sum(1)
+        return Computed(losses, losses.new_empty(2, 0), [])
+
+    x = torch.zeros(3).to(GPU)
+    for step in range(TRIALS + 1):
+        keys = [10 + step, 20 + step]
+        losses = found.compute(Work(("pack",), function, streams, keys, step), {"x": x}).losses
+        wanted = [torch.randn(3, generator=torch.Generator().manual_seed(k)).sum() for k in keys]
+        assert losses.tolist() == torch.stack(wanted).tolist()
+    assert found.summary() == {"shapes": 1}

@@ -76,7 +76,7 @@ def made(
         bucket_bytes=bucket_bytes,
     )
     if size != 0:
-        step.block.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
+        step.own_block.packs = Packs(micro_batches, optimizer.parameters, model, statistics, CPU, size, steps=1000)
     return step, batches
 
 
@@ -89,7 +89,7 @@ def trained(model: nn.Module, x: Tensor, size: int | None, **options: Any) -> tu
         result = step(batch)
         found += [result.losses.tolist(), float(result.norm), result.norms.tolist()]
         found += [view.tolist() for view in step.gradient_views]
-    return found + [tensor.tolist() for tensor in model.state_dict().values()], step.block.packs
+    return found + [tensor.tolist() for tensor in model.state_dict().values()], step.own_block.packs
 
 
 def floats(*shape: int) -> Tensor:

@@ -358,9 +358,10 @@ def test_a_parameter_with_a_hook_has_no_packs() -> None:
     step, batches = made(model, floats(8), 4)
     for batch in batches.starting_at(0):
         step(batch)
-    assert step.block.packs is not None
+    assert step.own_block.packs is not None
     assert (
-        all("has a hook" in refusal for refusal in step.block.packs.refusals().values()) and step.block.packs.refusals()
+        all("has a hook" in refusal for refusal in step.own_block.packs.refusals().values())
+        and step.own_block.packs.refusals()
     )
 
 

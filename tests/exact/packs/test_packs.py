@@ -767,8 +767,8 @@ def test_texts_of_many_lengths_are_not_tried_for_ever(monkeypatch: pytest.Monkey
 @runs
 def test_a_short_run_does_not_look_for_the_fastest_size() -> None:
     step, batches = made(dense(), floats(3), None)
-    assert step.block.packs is not None
-    old = step.block.packs
+    assert step.own_block.packs is not None
+    old = step.own_block.packs
     packs = Packs(old._micro_batches, old._trained, old._model, old._statistics, old._device, None, steps=59)
     assert packs.begin(batches.at(0), range(8)) == 1
 
@@ -976,8 +976,8 @@ def after_trials(model: nn.Module, task: Any = None) -> tuple[Packs, GlobalBatch
     step, batches = made(model, floats(3), 4, task=task)
     for number in range(2):
         step(batches.at(number))
-    assert step.block.packs is not None
-    return step.block.packs, batches.at(3)
+    assert step.own_block.packs is not None
+    return step.own_block.packs, batches.at(3)
 
 
 def computed(packs: Packs, own: GlobalBatch) -> Kept:

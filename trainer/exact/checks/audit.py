@@ -87,7 +87,7 @@ class Audit:
 
     def due(self, step: int) -> bool:
         """Whether the next step is audited, after `step` steps."""
-        # The last step, too: otherwise nobody would look at the steps after the last regular audit.
+        # The last step, too: otherwise the steps after the last regular audit would never be checked.
         return (step + 1) % self.every_steps == 0 or step + 1 == self._total_steps
 
     def choose(self, step: int, leaves: int) -> None:
@@ -152,7 +152,7 @@ class Audit:
         self._passed = self._step + 1
 
     def failed(self, error: Exception) -> RanksDifferError:
-        """The error for the micro-batch `other`, which cannot be computed again, though its rank has computed it."""
+        """The error for a micro-batch `other` that cannot be computed again, although its rank has computed it."""
         return RanksDifferError(
             f"The audit of step {self._step + 1} could not compute micro-batch {self.other} again "
             f"({type(error).__name__}: {error}).\n"

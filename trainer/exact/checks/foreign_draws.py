@@ -1,7 +1,7 @@
 """Notices that another thread draws from torch's generators.
 
-Dropout and the like draw from them, and torch has only one a device. They are seeded for each micro-batch, so what a
-program draws between steps changes nothing. A thread that draws meanwhile takes numbers away from a micro-batch.
+Dropout and the like draw from them, and torch has only one generator a device. It is seeded for each micro-batch, so
+what a program draws between steps changes nothing. A thread that draws during a micro-batch takes numbers away from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ForeignDraws:
             self._draws = not torch.equal(self._host.get_state(), fresh) or (gpu is not None and gpu[1] != 0)
 
     def begin(self) -> None:
-        """From here to `end`, nothing of a step draws."""
+        """Notes the generators' state. From here to `end`, nothing of a step draws."""
         if self._draws:
             self._state, self._gpus = self._host.get_state(), self._of_gpu()
 

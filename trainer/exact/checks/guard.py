@@ -26,7 +26,7 @@ def compare_ranks(state: Mapping[str, Tensor], step: int) -> None:
     if len(set(hashes)) == 1:
         return
     by_tensor = gather_objects(hash_each(state))
-    usual = common_value(hashes)  # with two ranks, nobody can say which of them is right
+    usual = common_value(hashes)  # the most frequent one; with two ranks, nobody can say which of them is right
     wrong = [rank for rank, value in enumerate(hashes) if value != usual]
     tensor = next(
         (name for name in state if len({rank_hashes.get(name) for rank_hashes in by_tensor}) > 1), "an unnamed tensor"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..order import mixed
 
-# Tensors are hashed in pieces of this many words: it bounds the weights and the int64 copies that are held at a time.
+# Tensors are hashed in pieces of this many words. This bounds the memory of the weights and of the int64 copies.
 _CHUNK = 1 << 20
 _weights: dict[torch.device, Tensor] = {}
 
@@ -20,8 +20,8 @@ _weights: dict[torch.device, Tensor] = {}
 def _first_weights(count: int, device: torch.device) -> Tensor:
     """The first `count` of a fixed sequence of odd 64-bit numbers that look random: (count,) int64, count <= `_CHUNK`.
 
-    An odd weight has an inverse modulo 2^64, so a single flipped bit always changes the sum. Only as many weights are
-    made as are needed: for a small model, making all of them would take as long as several steps.
+    An odd weight has an inverse modulo 2^64, so a single flipped bit always changes the sum. Only the weights that are
+    needed are made: for a small model, making all of them would take as long as several steps.
     """
     weights = _weights.get(device)
     if weights is None or len(weights) < count:

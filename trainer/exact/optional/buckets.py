@@ -1,8 +1,8 @@
 """The gradient in buckets: a rank finishes its own sum bucket by bucket, while its last backward still runs.
 
 A backward goes through a model from its end to its beginning. So the gradients of the last parameters are complete
-first. Once the last micro-batch's are there, the additions above them in the tree are made for this bucket alone, and
-it can be sent. Addition is elementwise: where the gradient is cut changes no bit.
+first. When those of the last micro-batch are there, the additions above them in the tree are made for this bucket
+alone, and the bucket can be sent. Addition is elementwise, so it changes no bit where the gradient is cut.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Bucket(NamedTuple):
     """A part of a node.
 
     Attributes:
-        parameters: the places of those whose gradients lie in it.
+        parameters: the places of the parameters of which it holds the gradients.
         segments: where these lie in a node, in floats: (start, stop) each.
-        last: whether it is the last that is sent. What is complete at the end only travels with it.
+        last: whether it is sent last. What is complete only at the end travels with it.
     """
 
     parameters: range
@@ -36,10 +36,10 @@ class Bucket(NamedTuple):
 
 
 def in_buckets(total: GradientSum, floats: int) -> list[Bucket]:
-    """Cuts a gradient into buckets of at least so many floats, in the order in which they are sent.
+    """Cuts a gradient into buckets of at least `floats` floats, in the order in which they are sent.
 
-    The number of ranks has no effect on where it is cut. The last bucket holds the first parameters, what is left, and
-    the counts of missing gradients.
+    The number of ranks has no effect on where it is cut. The last bucket holds the first parameters, which may be fewer
+    floats, and the counts of missing gradients.
     """
     starts, end = total.starts, total.numel
     found: list[Bucket] = []
@@ -70,8 +70,8 @@ class Sender(Protocol):
 class LastPart:
     """The last additions of a rank in a step, bucket by bucket. Each bucket is sent as soon as it is complete.
 
-    Until `close` nothing is changed that counts, except in buckets that have been sent. So what computes the gradients
-    may be given up and done again.
+    Until `close`, the rank's sum is changed only in buckets that have been sent. So the gradients may be given up and
+    computed again.
 
     Args:
         total: the rank's sum.
@@ -81,6 +81,7 @@ class LastPart:
 
     def __init__(self, total: GradientSum, arrivals: Sequence[tuple[Node, int]], sender: Sender) -> None:
         self._total, self._sender, self._plan = total, sender, total.growing.copy()
+        # Planned on a copy of `growing`: if the pack is given up, the plan is thrown away and nothing has changed.
         self._merges = [merge for node, place in arrivals for merge in self._plan.arrive(node, place)]
         self._bucket_of = [number for number, b in enumerate(sender.buckets) for _ in b.parameters]
         self._bucket_of.reverse()  # buckets go from the last parameter to the first
@@ -97,6 +98,7 @@ class LastPart:
 
     def send(self) -> None:
         """Sends what is complete. The gradients are in their buffers."""
+        # Only in order, on every rank: a bucket that is complete before its turn waits for the ones before it.
         while self._complete():
             ((start, stop),) = self._sender.buckets[self._sender.sent].segments
             self._add(start, stop)
@@ -105,6 +107,7 @@ class LastPart:
     def close(self) -> None:
         """Adds what has not been sent. All gradients are in their buffers."""
         sent = self._sender.sent
+        # Buckets go from the end of a node to its beginning, so what has not been sent lies before the last one sent.
         self._add(0, self._sender.buckets[sent - 1].segments[0][0] if sent else self._total.numel)
         self._add(self._total.numel, self._total.size)
         self._total.growing = self._plan

@@ -1,8 +1,8 @@
 """The exchange in buckets, under the backward: what is complete is sent while the rest is still computed.
 
 The bits are those of `exchange.Exchange`. The nodes of a bucket are copied into memory of their own and sent from
-there. Received nodes stay in memory of their own, too, until the step asks for the sum. So this rank may go on adding,
-and may even do a part of its work again, while messages are under way.
+there. Received nodes stay in memory of their own, too, until the step asks for the sum. So this rank can go on adding,
+and can even do a part of its work again, while messages are under way.
 
 On the CPU, gloo's own threads move the bytes. On a GPU, collectives and the additions between them run on a stream
 beside that of the backward.
@@ -50,8 +50,8 @@ class _Message:
 class EarlyExchange(Exchange):
     """As `Exchange`, in buckets that may be sent before the rank's sum is complete.
 
-    In a step, call `begin(M)`, then `send` for each bucket that is complete early, or never, then the exchange itself:
-    it sends the rest. Every rank sends the same buckets in the same order, each when it can.
+    In a step, call `begin(M)`, then `send` for each bucket that is complete early (there may be none). Then call the
+    exchange itself, which sends the rest. Every rank sends the same buckets in the same order, each when it can.
 
     Attributes:
         buckets: in the order of sending.
@@ -73,7 +73,7 @@ class EarlyExchange(Exchange):
         bucket_bytes: int,
     ) -> None:
         super().__init__(gradient_sum, layout, leaves=leaves, rank=rank, world_size=world_size)
-        self.buckets = in_buckets(gradient_sum, max(1, bucket_bytes // 4))
+        self.buckets = in_buckets(gradient_sum, max(1, bucket_bytes // 4))  # a float32 has 4 bytes
         self.sent, self._leaves = 0, 0
         self._under_way: list[_Message] = []
         self._failure: RuntimeError | None = None
@@ -85,7 +85,7 @@ class EarlyExchange(Exchange):
         self.sent, self._leaves, self._under_way, self._failure = 0, leaves, [], None
 
     def send(self, nodes: Sequence[Tensor]) -> None:
-        """Sends the next bucket. Waits for nobody.
+        """Sends the next bucket. Does not wait for other ranks.
 
         Args:
             nodes: this rank's, in order, whole; those of the bucket are complete.
@@ -94,12 +94,13 @@ class EarlyExchange(Exchange):
         if self._failure is not None:
             return
         try:
+            # Only messages that have arrived: a wait here would hold up the backward.
             for message in self._under_way:
                 if message.gathered is None and all(work.is_completed() for work in message.works):
                     self._go_on(message)
             self._under_way.append(self._start(number, nodes))
         except RuntimeError as error:
-            # A rank is gone. Here this would be taken for an error of the backward, so it is raised by the step.
+            # A rank is gone. Raised here, it would look like an error of the backward. So the step raises it.
             self._failure = error
 
     def __call__(self, leaves: int) -> Records:
@@ -115,6 +116,7 @@ class EarlyExchange(Exchange):
                 self._go_on(message)
         for message in self._under_way:
             wait_for(message.works)
+        # The step's own stream must not read what the exchange's stream is still adding.
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         for message in self._under_way:
@@ -126,16 +128,17 @@ class EarlyExchange(Exchange):
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """What is launched meanwhile runs beside the backward, after what has been launched so far."""
+        """A context: what is launched in it runs beside the backward, after everything that was launched before it."""
         if self._stream is None:
             yield
             return
+        # The copies of the nodes were launched on the step's stream. They must be complete before they are sent.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             yield
 
     def _start(self, number: int, nodes: Sequence[Tensor]) -> _Message:
-        """Begins the first collective of a bucket. On a GPU all of them, as they wait for one another there."""
+        """Begins the first collective of a bucket. On a GPU it begins all of them: they wait for one another there."""
         bucket, W = self.buckets[number], self._world_size
         counts = [len(cover(self._leaves, W, r)) for r in range(W)]
         message = _Message(bucket, number, is_direct(self._leaves, W, bucket.size))
@@ -151,8 +154,8 @@ class EarlyExchange(Exchange):
             message.rows = [by_rank[r, k] for r, count in enumerate(counts) for k in range(count)]
             return message
         shard, mine = -(-bucket.size // W), len(nodes)
-        # (node, rank, shard) -> (rank, node, shard), as in `Exchange`. A bucket need not divide into W shards, so what
-        # is cut is longer; what lies behind the bucket has no meaning.
+        # (node, rank, shard) -> (rank, node, shard), as in `Exchange`. A bucket may not divide into W shards. So longer
+        # memory is cut, and what lies behind the bucket in it has no meaning.
         whole = self._memory(f"whole {number}", mine * W * shard).view(mine, W * shard)
         self._fill(whole, bucket, nodes)
         sent = self._memory(f"sent {number}", mine * W * shard).view(W, mine, shard)
@@ -191,6 +194,7 @@ class EarlyExchange(Exchange):
     def _begin_gather(self, message: _Message, piece: Tensor) -> tuple[Tensor, list[Any]]:
         """(length,) of each rank -> (W, length), and what is to be waited for."""
         W = self._world_size
+        # Several may be under way, so each bucket has a tag. 0 is left to collectives that are not in buckets.
         gathered = self._memory(f"gathered {message.number}", W * piece.numel())
         return gathered.view(W, -1), begin_gather(gathered, piece, tag=1 + message.number)
 

@@ -1,12 +1,12 @@
 """CUDA graphs: what a rank computes for a micro-batch or a pack is launched as one piece.
 
 For a small model the host takes longer to launch a kernel than the GPU takes to run it. A CUDA graph is a recording of
-kernels with the memory that they read and write. To launch it is one call, and none of the host's code runs again. So
-only what lies in that memory may change from step to step: samples, parameters, the loss's scale, and the seeds of
-random numbers. The following has no graph, and is computed as without this module:
+kernels with the memory that they read and write. One call launches it, and none of the host's code runs again. So only
+what lies in that memory may change from step to step: samples, parameters, the loss's scale, and the seeds of random
+numbers. The following has no graph, and is computed as without this module:
 
-- a task whose forward or loss takes `progress`, since a graph would keep the first step's numbers;
-- what reads values on the host, since a GPU refuses to record it;
+- a task whose forward or loss takes `progress`, because a graph would keep the first step's numbers;
+- what reads values on the host, because a GPU refuses to record it;
 - what draws random numbers on the host.
 
 Nothing is assumed to be exact. In its first steps a shape is computed in both ways, and the bits are compared. The
@@ -49,7 +49,7 @@ class Draws(Protocol):
         ...
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
-        """A graph is recorded meanwhile."""
+        """A context in which a graph is recorded."""
         ...
 
     def host_drawn(self) -> bool:
@@ -122,10 +122,12 @@ class _Graph:
 
     def __init__(self, work: Work, arrays: Batch, pool: Any) -> None:
         self._draws = work.draws
+        # Copies: a graph reads its samples from the same memory each time, so `replay` copies others there.
         self._arrays = {name: array.clone() for name, array in arrays.items()}
         self._graph = torch.cuda.CUDAGraph()
         self._draws.begin(work.keys)
         try:
+            # CUDA refuses to record draws from a generator that the graph does not know.
             for generator in self._draws.all_on_gpu():
                 self._graph.register_generator_state(generator)
             # Other threads may go on using the device: NCCL's watchdog asks for events.
@@ -142,6 +144,7 @@ class _Graph:
     def replay(self, arrays: Batch, keys: Sequence[int]) -> Computed:
         """Computes it for other samples. The next replay overwrites the result."""
         torch._foreach_copy_(list(self._arrays.values()), [arrays[name] for name in self._arrays])
+        # Seeds must be set before: a graph draws from its generators as they are when it is launched.
         self._draws.begin(keys)
         try:
             self._graph.replay()
@@ -167,7 +170,7 @@ class Graphs:
         unusable: why there are none at all; empty if there may be some.
 
     Args:
-        tensors: the model's parameters and buffers, whose memory graphs use.
+        tensors: the model's parameters and buffers. Graphs use their memory.
         follows_progress: whether the task's forward or loss takes the run's progress.
     """
 
@@ -179,7 +182,8 @@ class Graphs:
         self._pool: Any = None
 
     def begin(self) -> None:
-        """A step begins. If tensors of the model have moved in memory, graphs are recorded anew."""
+        """Begins a step. If tensors of the model have moved in memory, all graphs are recorded again."""
+        # A graph reads parameters at the addresses that they had when it was recorded.
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
             self._addresses = addresses
@@ -201,6 +205,7 @@ class Graphs:
             found = work.function(arrays)
         finally:
             work.draws.end()
+        # Trials are counted in steps. All packs of a step have the same parameters, which may be 0 in the first one.
         if not self.unusable and not known.refusal and known.step != work.step:
             known.step = work.step
             self._try_out(known, work, arrays, found)
@@ -212,10 +217,11 @@ class Graphs:
             return
         try:
             if known.graph is None:
+                # One pool for all graphs: only one runs at a time, and each keeps its results alive.
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 known.graph = _Graph(work, arrays, self._pool)
             difference = _difference(found, known.graph.replay(arrays, work.keys))
-        except Exception as error:  # whatever a GPU refuses to record, too little memory among it
+        except Exception as error:  # whatever a GPU refuses to record, or too little memory
             difference = str(error).strip().partition("\n")[0] or type(error).__name__
         if difference:
             known.graph, known.refusal = None, difference

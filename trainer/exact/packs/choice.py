@@ -9,17 +9,17 @@ import torch
 
 
 class Choice:
-    """Finds the fastest size while the run goes on: since it changes no bit, every step may try another.
+    """Finds the fastest size while the run goes on. No size changes a bit, so every step may try another.
 
-    Single micro-batches are measured, then packs from the largest down, as long as smaller ones are faster. The two
-    fastest are then measured again in turn, so that a machine that is busy for a while slows both. The shortest of a
-    size's times counts, as other work only adds to it.
+    Single micro-batches are measured, then packs from the largest down, while smaller ones are faster. The two fastest
+    are then measured again in turn: if the machine is busy for a while, both are slowed down. The shortest of a size's
+    times counts, because other work only adds to it.
 
     Args:
-        device: of the model. A GPU is timed by events, which nobody waits for.
+        device: of the model. A GPU is timed by events, and the host does not wait for them.
     """
 
-    STEPS = 3
+    STEPS = 3  # timed for each size; as many again for the two fastest
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -85,7 +85,7 @@ class Choice:
         return event
 
     def end(self, tried: bool) -> None:
-        """The step's micro-batches have been computed; `tried` if some were computed for a comparison only."""
+        """The step's micro-batches have been computed. tried: whether some were computed twice, for a comparison."""
         if self._measures and not tried:
             self._pending.append((self._now, self._work, self._began, self._mark()))
 
@@ -100,7 +100,7 @@ class Choice:
         while self._pending:
             size, work, began, ended = self._pending[0]
             if self._cuda:
-                if not ended.query():
+                if not ended.query():  # not reached yet: the host looks again in a later step, and does not wait
                     return
                 seconds = began.elapsed_time(ended) / 1e3
             else:

@@ -1,4 +1,4 @@
-"""Whether torch's compiler has to do with a model. It would take packs' own code for a part of it."""
+"""Whether a part of a model is compiled. Torch's compiler would take the packs' own code for a part of the model."""
 
 from __future__ import annotations
 

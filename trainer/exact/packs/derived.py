@@ -1,4 +1,4 @@
-"""What follows from trained parameters alone, as a tied or a normalised weight: a parameter of its own in a pack."""
+"""Tensors that follow from trained parameters alone, as a normalised weight: a pack takes them for parameters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Pair(NamedTuple):
 class Derived:
     """Tensors that follow from trained parameters alone.
 
-    A micro-batch's gradient of such a tensor comes first, and is passed on to the parameters in the end.
+    The backward of a pack ends at such a tensor, with one gradient a micro-batch. Afterwards these gradients are
+    passed on to the parameters.
 
     Args:
         tensors: what each tensor is.
@@ -70,7 +71,7 @@ class Derived:
             return found
         known = next((pair.leaf for pair in self.pairs if pair.graph is found), None)
         if known is not None and not is_in_place(func, kwargs):
-            return known  # as `.to()` gives it back if there is nothing to do
+            return known  # the function returned its argument, as `.to()` does if there is nothing to do
         if self._touches_graph((args, kwargs)):
             raise RefusedError(f"{name_of(func)} with parameters", tuple(i for i in used if i >= 0))
         return self._derive(found, self._roots(used))
@@ -102,7 +103,7 @@ class Derived:
     def _derive(
         self, graph: Tensor, roots: frozenset[int], at_once: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Makes what follows from parameters alone a parameter of its own, whose gradients are passed on in the end."""
+        """Makes a tensor that follows from parameters alone a parameter of its own, see `pass_on` for its gradients."""
         if graph.dtype != torch.float32 and graph.dtype not in LOW_PRECISION:
             raise RefusedError(f"what follows from parameters alone is {graph.dtype}")
         leaf = graph.detach().requires_grad_()
@@ -126,8 +127,8 @@ class Derived:
     def used_several_times(self) -> tuple[int, ...]:
         """After the losses: parameters from which several tensors follow that samples meet.
 
-        Each passes its gradients on by itself. Autograd adds those that meet on the way first, and in another order,
-        which shows only if they are not 0.
+        Each passes its gradients on by itself. Autograd would first add gradients that meet on the way. That is another
+        order, which shows only if they are not 0.
         """
         counts = Counter(
             place

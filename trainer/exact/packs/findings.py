@@ -1,4 +1,4 @@
-"""What the trials of a rank's packs have found out, and later packs rely on."""
+"""What the trials of a rank's packs have found out. Later packs rely on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 Key = tuple[Any, ...]
-ALONE = -1
+ALONE = -1  # in place of a rule's number: computed one micro-batch at a time
 
 
 class Way(NamedTuple):
@@ -17,7 +17,7 @@ class Way(NamedTuple):
 
     Attributes:
         together: whether the function is called once for all micro-batches.
-        scaled: places of numbers that are those of all samples.
+        scaled: places of numbers that stand for all samples.
         numbers: these numbers.
     """
 
@@ -35,7 +35,7 @@ class Findings:
             micro-batch at a time -> ALONE.
         checked: keys of layers and functions that trials have compared.
         calls: what is known about each call, named by the form that it makes, see `pack.Pack`.
-        outside: the tensors that calls have been given in trials and that nobody saw being made, by their ids.
+        outside: arguments of calls in trials that packs have not seen being made, by their ids.
     """
 
     sites: dict[Key, int] = field(default_factory=dict)

@@ -53,7 +53,7 @@ class Form:
         self.value = hash((self.value, *known))
 
     def _look_at(self, values: Any, known: list[Any], numbers: bool, used: set[int]) -> int:
-        """One pass through arguments, since it is made for every function: notes their form, and what there is."""
+        """Notes the form of arguments, and which kinds and parameters there are. One pass, as every call needs it."""
         found, tensors = 0, self._tensors
         if isinstance(values, Mapping):
             known += values
@@ -87,12 +87,12 @@ class Form:
         return found
 
     def _was_there(self, tensor: Tensor) -> bool:
-        """Whether a tensor that nobody saw being made was given to calls in trials, too."""
+        """Whether a tensor that packs have not seen being made was an argument of calls in trials, too."""
         there = self._findings.outside.get(id(tensor))
         known = self._tensors.is_constant(tensor) or self._tensors.made_here(tensor)
         return known or (there is not None and there() is tensor)
 
 
 def _name_of(value: Any) -> Any:
-    """Stands for a number: Python gives -1 and -2 one hash."""
+    """What stands for a number in a form: Python gives -1 and -2 the same hash."""
     return -1.5 if value == -1 else value

@@ -1,7 +1,7 @@
-"""What torch's functions mean for a pack: which have a rule, draw random numbers, or are read by the host.
+"""Functions of torch that a pack treats in a special way: they have a rule, draw random numbers, or read values.
 
-A function here is called as (pack, torch's function, its arguments). It returns NotImplemented where the function needs
-nothing special.
+Each function here is called with the pack, torch's function, and its arguments. It returns NotImplemented if torch's
+function needs nothing special.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def _call_dropout(
     on_cpu = input.device.type == "cpu"
     if p == 1.0 or not input.is_contiguous() or not (on_cpu or input.dtype == torch.float32):
         return pack.apart(F.dropout, (input, p, True), {}, random=True)
-    # As torch's dropout: only the draws are one micro-batch at a time.
+    # The same operations as torch's dropout. Only the draws are made for one micro-batch at a time.
     if not on_cpu:
-        # A GPU's kernel multiplies by 0 or 1, then by the scale. Of ones it gives what it multiplies by.
+        # A GPU's kernel multiplies by 0 or 1, then by the scale. Applied to ones, it returns these factors.
         ones = torch.ones_like(input[: len(input) // pack.g])
         return input * torch.cat([pack.drawn(k, F.dropout, ones, p, True) for k in range(pack.g)])
     noise = torch.empty_like(input)

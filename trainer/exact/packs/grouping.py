@@ -37,8 +37,8 @@ def parts_of(batch: GlobalBatch, block: range, size: int, anywhere: bool) -> Ite
 def _chunks(group: list[int], size: int) -> Iterator[list[int]]:
     """Micro-batches of one shape in parts.
 
-    Neighbours: from multiples of the size on, so that a part is a branch of the tree. Others: of powers of two, since
-    each size has to be tried.
+    Neighbours are cut at multiples of the size, so that a part is a branch of the tree. Others are cut into powers of
+    two, because each size has to be tried first.
     """
     neighbours, done = group[-1] - group[0] == len(group) - 1, 0
     while done < len(group):

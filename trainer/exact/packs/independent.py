@@ -1,8 +1,8 @@
 """Which functions treat the parts of a pack one by one, so that they may be called once for all of them.
 
 A pack's tensor has one part for each micro-batch, one after the other along its first dimension. A function is listed
-here if a part of what it returns depends on the same part of what it is given, and on nothing else. It needs to be
-clear from the arguments. Any other function is called for one micro-batch at a time.
+here if a part of its result depends on the same part of its arguments, and on nothing else, whatever the values are.
+This has to be clear from the arguments. Any other function is called for one micro-batch at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layers import name_of
 
 Parted = Callable[[Any], bool]  # whether a value is a tensor that has a part for each micro-batch
 
-# Functions of numbers. A task may let their numbers follow its progress, so these do not name a function's use.
+# Functions of numbers. A task may let these numbers follow its progress, so they are no part of the form of a call.
 ARITHMETIC = frozenset(
     (
         "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rtruediv",
@@ -232,7 +232,7 @@ def _is_product(args: tuple[Any, ...], kwargs: Mapping[str, Any], parted: Parted
     a, b = args
     if parted(a) and parted(b):
         return a.dim() == b.dim() >= 3 and a.size(0) == b.size(0)
-    if parted(a):  # its rows
+    if parted(a):  # its rows; b is the same for all of them
         return a.dim() >= 2 and (b.dim() <= 2 or (a.dim() == b.dim() and b.size(0) == 1))
     return b.dim() >= 3 and (1 <= a.dim() <= 2 or (a.dim() == b.dim() and a.size(0) == 1))
 

@@ -1,6 +1,6 @@
-"""Functions of torch that have a rule: what a pack needs to know of their arguments.
+"""Functions of torch that have a rule: each reads what the rule needs from its arguments.
 
-As in `functions`: each is called as (pack, torch's function, its arguments).
+As in `functions`: each is called with the pack, torch's function, and its arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _concerns(pack: Pack, x: Any, *parameters: Any) -> bool:
 
 
 def _by_name(function: Callable[..., Any]) -> Callable[[Pack, Any, tuple[Any, ...], dict[str, Any]], Any]:
-    """Lets a function name its arguments, as torch's own does."""
+    """A rule that reads its arguments by position or by name, as torch's function does."""
     return lambda pack, func, args, kwargs: function(pack, *args, **kwargs)
 
 
@@ -123,7 +123,7 @@ def _embedding(
 def _shared_embedding(
     pack: Pack, call: Callable[..., Tensor], indices: Tensor, weight: Tensor, options: dict[str, Any]
 ) -> Any:
-    """Of indices that no micro-batch has a part of, as positions."""
+    """An embedding of indices that all micro-batches share, such as positions."""
     place = pack.tensors.place(weight)
     if place is None or place < 0 or not torch.is_grad_enabled():
         return NotImplemented

@@ -42,8 +42,8 @@ class Rule(NamedTuple):
     Attributes:
         forward: (site, x, weight, bias) -> (output, tensors that backward needs).
         backward: (site, gradient of the output, x, weight, bias, those tensors) -> gradients.
-        needs_input: whether backward looks at x. One that does not lays the gradient out anew: it is only for a
-            gradient that lies in memory as the output does, since torch may take another way for others.
+        needs_input: whether backward looks at x. A rule that does not copies the gradient into a new layout. It is only
+            for gradients with the output's strides, because torch may take another way for others.
     """
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -108,7 +108,7 @@ class Site:
             like: how the gradient of the output lies in memory; None if as the output does.
         """
         if x.dtype in LOW_PRECISION:
-            # Sums in another order are rounded to the same bits nearly always. In float32 they show.
+            # In low precision, sums in another order are nearly always rounded to the same bits. In float32 they show.
             wide: list[Any] = [None if t is None else t.float() for t in (x, weight, bias)]
             with torch.autocast(x.device.type, enabled=False):
                 if self.differs(wide[0], wide[1], wide[2], None if like is None else like.float()):
@@ -201,7 +201,7 @@ class Layer(torch.autograd.Function):
         site: Site = ctx.site
         x, weight, bias, *saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            # A sum over samples goes through memory in the order of strides, so a trial looks at these, too.
+            # A sum over samples goes through memory in the order of strides. So a trial compares with these, too.
             if x is None and grad.stride() != ctx.strides:
                 site.sites.set_alone(site)
             if x is None or grad.stride() == ctx.strides or site.sites.holds(site, grad, x, weight, bias):
@@ -211,7 +211,7 @@ class Layer(torch.autograd.Function):
             for index, row in zip((site.weight, site.bias), rows):
                 if index is not None:
                     assert row is not None
-                    # What is left with the pack is added to in place, so it must be nobody else's memory.
+                    # The pack adds to these gradients in place, so nothing else may use their memory.
                     there = row.untyped_storage().data_ptr()
                     shared = any(
                         t is not None and t.untyped_storage().data_ptr() == there for t in (grad, dx, x, weight)
@@ -223,8 +223,8 @@ class Layer(torch.autograd.Function):
 def own_strides(tensor: Tensor, g: int) -> tuple[int, ...]:
     """The strides of a micro-batch's own tensor, if it is made as the pack's was.
 
-    Dimensions outside of the first lie over all samples, as the times of a recurrent layer's output do. Those of a
-    micro-batch are g times nearer to one another.
+    A dimension with a larger stride than the first goes over all samples, as the time steps of a recurrent layer's
+    output do. In a micro-batch's own tensor its stride is g times smaller.
     """
     first = tensor.stride(0)
     if first == 0 or tensor.is_contiguous():
@@ -263,7 +263,7 @@ def _copies(parts: Tensor, strides: tuple[int, ...], start: int) -> list[Tensor]
     shape = parts.shape[1:]
     for dim, stride in enumerate(strides, start=1):
         if stride == 0:
-            parts = parts.narrow(dim, 0, 1)  # expanded: there is one in memory, and so it will be
+            parts = parts.narrow(dim, 0, 1)  # expanded: memory holds it once, and so does the copy
     count, *sizes = parts.shape
     alignment = ALIGNMENT_BYTES[parts.device.type] // parts.element_size()
     span = start + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
@@ -271,7 +271,7 @@ def _copies(parts: Tensor, strides: tuple[int, ...], start: int) -> list[Tensor]
     room = torch.empty(count * distance, dtype=parts.dtype, device=parts.device)
     copies = room.as_strided((count, *sizes), (distance, *strides), start)
     copies.copy_(parts)
-    # Not as views, which torch would not allow a function to change in place.
+    # `.data`, so that they are no views: torch would not let a function change these in place.
     return [copy.expand(shape).data for copy in copies.unbind()]
 
 

@@ -37,9 +37,9 @@ class Kept:
 class Leaves:
     """Collects gradients while the backward of a pack goes through it.
 
-    A parameter goes to the sink as soon as all its uses have been met, so that memory is needed for the layers under
-    way and not for the whole model g times. Gradients of several uses are added in the order in which they come, as
-    autograd does.
+    A parameter goes to the sink as soon as the gradients of all its uses have come. So memory holds g gradients for the
+    layers under way only, not for the whole model. Gradients of several uses are added in the order in which they come,
+    as autograd does.
 
     Attributes:
         shared: parameters that get gradients both after the backward and in another way. Autograd would add them in an
@@ -56,7 +56,7 @@ class Leaves:
         self._like, self._g, self._sink = parameters[0], g, sink
         self._rows: dict[int, Tensor] = {}
         self._present: dict[int, list[bool] | None] = {}
-        self._cast: dict[int, Tensor] = {}  # what comes in another type than the parameter's
+        self._cast: dict[int, Tensor] = {}  # gradients of another type than the parameter's
         self._cast_by_use: set[int] = set()
         self._expected: dict[int, int] = {}
         self._held: set[int] = set()
@@ -69,13 +69,13 @@ class Leaves:
         return self._like.device.type
 
     def expect(self, place: int) -> None:
-        """One more gradient of a parameter will come, unless its use leads to no loss."""
+        """Notes that one more gradient of a parameter will come. It does not come if its use leads to no loss."""
         if place in self._held:
             self.shared.add(place)
         self._expected[place] = self._expected.get(place, 0) + 1
 
     def expect_shape(self, place: int, like: Tensor) -> None:
-        """Something that follows from parameters gets a place, below 0."""
+        """Gives a tensor that follows from parameters a place, below 0."""
         self._shapes[place] = like.shape
         if like.dtype == torch.float32:
             self._cast_by_use.add(place)
@@ -85,7 +85,7 @@ class Leaves:
         return self._expected.get(place, 0) > 0
 
     def hold(self, places: set[int]) -> None:
-        """These parameters get more gradients after the backward, see `pack.Pack.derived`."""
+        """Notes that these parameters get more gradients after the backward, see `pack.Pack.derived`."""
         self.shared |= {place for place in places if place in self._held or self._expected.get(place)}
         self._held |= places
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def flat(values: Any, found: list[Any]) -> list[Any]:
-    """The arguments of a function in one list: tensors, numbers, names, and how many there are of each."""
+    """The arguments of a function in one list, and in it the length of each list, tuple or dictionary among them."""
     if isinstance(values, Mapping):
         found += values
         values = values.values()

@@ -12,7 +12,7 @@ has something of its own:
 - a value that the host reads (`if mask.all():`): it has to be the same for all micro-batches of the pack.
 
 What cannot be taken apart raises `RefusedError`. `packs` then tries another way, and computes single micro-batches in
-the end. It also compares: no pack is used before its bits were those of single micro-batches.
+the end. It also compares: a pack is used only after its bits were found to be those of single micro-batches.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Pack(TorchFunctionMode):
 
     @contextlib.contextmanager
     def active(self, apart: Sequence[nn.Module]) -> Iterator[None]:
-        """Sees what is called meanwhile. `apart` are modules that are called for one micro-batch at a time."""
+        """A context in which the pack sees all calls. apart: modules that are called for one micro-batch at a time."""
         with (
             self,
             forwards_replaced(apart, self._apart_forward),
@@ -119,7 +119,7 @@ class Pack(TorchFunctionMode):
         return self._form.value
 
     def close(self) -> None:
-        """Lets go of all tensors. The graph refers to the pack, so that they would be freed late otherwise."""
+        """Lets go of all tensors. Without this they would be freed late, because the graph refers to the pack."""
         self.shares.begin_call()
         self.derived.close()
 
@@ -139,12 +139,12 @@ class Pack(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch instead of each of its functions."""
-        if func in LOOKS:
+        if func in LOOKS:  # tasks call these often, and they compute nothing
             return func(*args, **(kwargs or {}))
         return self._seen(func, args, kwargs or {})
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function returns: by a rule, one micro-batch at a time, or for the pack."""
+        """What a function returns. It is computed by a rule, for one micro-batch at a time, or once for the pack."""
         if func in HOOKS:
             raise RefusedError("a gradient has a hook, which would get that of all samples, or of a copy")
         if self._now is not None:
@@ -158,7 +158,7 @@ class Pack(TorchFunctionMode):
             if known is not None and (known.scaled, known.numbers) != (scaled, numbers):
                 raise RefusedError(f"{name_in(func)} gets a number that is that of all samples at times")
             self._findings.calls[self.form] = Way(True, scaled, numbers)
-            before = versions((args, kwargs))
+            before = versions((args, kwargs))  # whether the call changes them is compared below
         found = self._called(func, args, kwargs, given, used, scaled, own)
         if self._trial is not None and own is not None:
             if any(t.requires_grad for t in tensors_of(found)):
@@ -194,6 +194,7 @@ class Pack(TorchFunctionMode):
         scaled: frozenset[int],
         own: Call | None,
     ) -> Any:
+        # A rule first: a function that draws or has a parameter may also be in the list of `independent`.
         parted = bool(given & (PARTED | NUMBERS))
         rule = FUNCTIONS.get(func)
         if rule is not None and not scaled and (parted or used):
@@ -227,7 +228,7 @@ class Pack(TorchFunctionMode):
 
         Returns:
             Which kinds of tensors are among the arguments; the places of the parameters among them; the places of
-            numbers that are those of all samples, which a trial has to find.
+            numbers that stand for all samples (empty in a trial, which has to find them).
         """
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             raise RefusedError("what is saved for the backward goes through hooks, which would get that of all samples")
@@ -264,7 +265,7 @@ class Pack(TorchFunctionMode):
 
     @contextlib.contextmanager
     def now(self, k: int, random: bool = True, place: int | None = None) -> Iterator[None]:
-        """What is called meanwhile is called for micro-batch k alone.
+        """A context in which everything is called for micro-batch k alone.
 
         Args:
             k: the micro-batch.
@@ -305,6 +306,7 @@ class Pack(TorchFunctionMode):
                 )
             found = []
             self.shares.begin_call()
+            # The pack's own work is hidden from torch's modes. Only the module's forward is seen.
             for k in range(self.g):
                 with torch._C.DisableTorchFunction():
                     part = self.shares.part((args, kwargs), k, scaled)
@@ -379,6 +381,7 @@ class Pack(TorchFunctionMode):
             own = self.shares.part((args, kwargs), k)
             values.append(func(*own[0], **own[1]))
         if not all(isinstance(value, (bool, int, float, list)) and value == values[0] for value in values):
+            # With other samples, a bool or a whole number may be the same for all micro-batches.
             once = all(isinstance(value, (bool, int)) for value in values)
             raise RefusedError(f"{name_of(func)}: what is done next depends on values", once=once)
         return values[0]

@@ -14,14 +14,14 @@ from ..gradient_sum import GradientSum
 from ..optional.buckets import LastPart, Sender
 from ..tree import pack_program
 
-# Gradients of a pack are added up for many parameters at once, up to so many bytes; then their memory is free.
+# Gradients of a pack are added for many parameters at once, up to this many bytes. Then their memory is free.
 FLUSH_BYTES = 4 << 20
 
 
 class PackSum:
     """Adds the gradients of a pack along the tree, parameter by parameter. A sink, see `leaves.Sink`.
 
-    Until `close` nothing is changed that counts, so that a pack may be given up.
+    Until `close`, the rank's sum is changed only in buckets that have been sent. So a pack may be given up.
 
     Args:
         to: what the rank has.
@@ -64,6 +64,7 @@ class PackSum:
     def take(self, place: int, rows: Tensor, present: list[bool] | None) -> None:
         """As `leaves.Sink`."""
         self._taken.add(place)
+        # A copy: `rows` are added to in place.
         if self._audit is not None and (present is None or present[self._audit]):
             self._audited[place] = rows[self._audit].clone()
         if present is not None:
@@ -84,10 +85,12 @@ class PackSum:
         if not self._pending:
             return
         rows = [r for _, r in self._pending]
+        # Norms first: the additions below change the rows.
         if self._wants_norms:
             norms = torch._foreach_norm([row for r in rows for row in r.unbind()])
             for number, (place, _) in enumerate(self._pending):
                 self._norm_of[place] = list(norms[number * self._count : (number + 1) * self._count])
+        # Level by level: each adds what the one before has made.
         for first, stride, distance, count in self._program.levels:
             last = first + (count - 1) * stride + 1
             torch._foreach_add_(

@@ -1,9 +1,9 @@
-"""Which micro-batches share a pack, and that no pack changes a bit.
+"""Which micro-batches may be computed as a pack: it compares packs with single micro-batches.
 
-A shape that has not been met is tried first: its micro-batches are computed one by one, which is what counts, and as a
-pack. Losses, statistics and gradients are compared bit for bit. Layers that differ are computed one micro-batch at a
-time in later packs; where the whole differs, that shape has no packs. So a pack that is used has always been compared,
-on this device and with these kernels.
+A new shape is tried first. Its micro-batches are computed one by one, which is what counts, and as a pack. Losses,
+statistics and gradients are compared bit for bit. Layers that differ are computed one micro-batch at a time in later
+packs. If the whole differs, that shape has no packs. So a pack that is used has always been compared, on this device
+and with these kernels.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from .streams import Streams
 from .trace import Trace, same_calls
 from .verdicts import HashedSums, Packed, RefusedError, Single, Verdict, difference, out_of_memory, told
 
-# Steps in which packs of a shape are compared before they are used: in the first, weights may be 0 by design.
+# Steps in which packs of a shape are compared before they are used. More than one, because weights may be 0 by design
+# in the first step.
 TRIALS = 3
 _NO_MEMORY = "there is not enough memory"
-# So many sequences of functions are compared for a shape. A task with more calls others in nearly every step.
+# At most this many sequences of functions are compared for a shape. A task with more calls others in nearly every step.
 MOST_FORMS = 16
-# Trials of a shape that may end without a verdict.
+# How many trials of a shape may end without a verdict. Each costs time.
 MOST_POSTPONED = 20
-# With "auto", so many shapes are tried at once, and more only while trials take this share of the time.
+# With "auto", this many shapes are tried at once, and more only while trials take less than this share of the time.
 FREE_SHAPES, TRIAL_SHARE = 8, 0.05
-# The fewest steps for which it pays to look for the fastest size.
+# In a shorter run it does not pay to look for the fastest size.
 FEWEST_STEPS = 60
-# A rank's micro-batches may be added in another order than theirs if all their gradients take so many bytes at most.
+# A rank's micro-batches may be computed in another order if all their gradients take at most this many bytes: gradients
+# then wait for their neighbours in the tree.
 WAITING_BYTES = 256 << 20
 # Modules that take samples and parameters apart in ways of their own.
 _APART = (nn.RNNBase, nn.MultiheadAttention)
@@ -61,7 +63,7 @@ class Packs:
     Attributes:
         size: micro-batches of the packs of this step, at most.
         packed: how many micro-batches of all steps have been computed in packs, trials not counted.
-        notes: sentences for the person who watches the run; whoever prints them takes them out.
+        notes: sentences for the user; the code that prints them removes them.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Packs:
         """A step begins; `block` are this rank's micro-batches. Returns the size of its packs."""
         self._tried = False
         self._all += len(block)
+        # Asked in each step: a task may compile a function in its first one.
         self._compiled = self._compiled or compiler_was_at_work()
         if self._compiled:
             self.size = 1
@@ -134,10 +137,10 @@ class Packs:
             "changes the speed, and no bit."
         )
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what was reserved for the large pack is in pieces of no use to smaller ones
+            torch.cuda.empty_cache()  # smaller packs cannot use the pieces that were reserved for the large one
 
     def refuse(self, batch: GlobalBatch, part: Sequence[int], error: Exception) -> None:
-        """A pack could not be computed, though its shape can: where that was no chance, it is not tried again."""
+        """Notes that a pack could not be computed, although its shape can. Not tried again, unless it was by chance."""
         if not isinstance(error, RefusedError):
             error = RefusedError(told(error, self._model))
         if not error.once:
@@ -231,7 +234,7 @@ class Packs:
         streams: Streams,
         traces: Sequence[Trace | None] = (),
     ) -> Packed:
-        """As `compute`, of samples at hand: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
+        """As `compute`, of given samples: `arrays` as from `MicroBatches.pack_samples`. `streams` has begun."""
         if any(p._backward_hooks for p in self._trained):
             raise RefusedError("a parameter's gradient has a hook, which would not be called")
         g = len(part)
@@ -255,12 +258,14 @@ class Packs:
             with pack.active(self._modules_apart()):
                 losses = self._micro_batches.pack_losses(batch, pack, arrays, random=random, apart=self._losses_apart)
             pack.end_of_losses()
+            # Before the backward: what it leaves may be sent at once.
             if several := {*leaves.shared, *pack.derived.used_several_times()}:
                 raise RefusedError("a parameter is used in several ways", tuple(several))
             known = {} if verdict is None else verdict.trials
             if not traces and known.get(pack.form, 0) < TRIALS:
                 raise RefusedError("it calls other functions than in its trials", untried=True)
             inputs = [*self._trained, *pack.derived.inputs]
+            # Every gradient goes to `leaves` on the way. One that arrives here took a way that the pack does not know.
             found = torch.autograd.grad(losses, inputs, scale.expand(g), allow_unused=True)
             if any(gradient is not None for gradient in found):
                 raise RefusedError("a parameter is used where packs do not see it")
@@ -282,7 +287,7 @@ class Packs:
     def try_out(
         self, batch: GlobalBatch, part: Sequence[int], scale: Tensor, singly: Callable[[Sequence[int]], list[Single]]
     ) -> None:
-        """Computes micro-batches one by one, as `singly` does, and as a pack, and notes whether the bits are the same.
+        """A trial: computes micro-batches one by one and as a pack, and notes whether the bits are the same.
 
         Args:
             batch, part, scale: as for `compute`.
@@ -313,9 +318,10 @@ class Packs:
         refusal: str | None = None
         own: list[Trace | None] = list(traces)
         if len(traces) > 2 and not same_calls(traces[0], traces[-1]):
-            own[0] = None  # the first of all makes what later ones find at hand
+            own[0] = None  # the first of all may make what later ones find already there
             del traces[0]
         trials = {} if before is None else dict(before.trials)
+        # Each further round computes more layers, or the losses, one micro-batch at a time.
         for _ in range(len(self._owners) + 4):
             sums = HashedSums(len(part))
             self._verdicts[key] = Verdict(None, random)
@@ -339,7 +345,7 @@ class Packs:
                 if error.once or not self._set_losses_apart():
                     break
                 continue
-            except Exception as error:  # whatever a task's code does with more samples than it expects
+            except Exception as error:  # a task's code may raise anything when it gets more samples than it expects
                 if out_of_memory(error):
                     refusal = _NO_MEMORY
                     break
@@ -354,7 +360,7 @@ class Packs:
                 if len(trials) > MOST_FORMS:
                     refusal = "other functions are called in nearly every step"
                 break
-            # Layers that differ may have been found meanwhile: then once more, without their rules.
+            # If layers that differ have been found in this round, there is another round, without their rules.
             if len(self._findings.alone()) == known and not self._set_losses_apart():
                 break
         self._verdicts[key] = Verdict(refusal, random, trials, batch.step)
@@ -362,7 +368,7 @@ class Packs:
             self.shrink(len(part))
 
     def _may_be_postponed(self, key: Key, before: Verdict | None) -> bool:
-        """Leaves a verdict open, as micro-batches had different values; not for ever, since trials cost time."""
+        """Leaves a verdict open, because micro-batches had different values. Not for ever, because trials cost time."""
         self._postponed[key] = self._postponed.get(key, 0) + 1
         if self._postponed[key] > MOST_POSTPONED:
             return False
@@ -376,15 +382,16 @@ class Packs:
             self._verdicts[key] = before
 
     def _set_losses_apart(self) -> bool:
-        """Has the task's loss called for one micro-batch at a time from now on. False if it is already."""
+        """Makes packs call the task's loss for one micro-batch at a time from now on. False if they do already."""
         changed, self._losses_apart = not self._losses_apart, True
         return changed
 
     def _set_apart(self, error: RefusedError) -> bool:
-        """Has the module behind a refusal computed one micro-batch at a time from now on. False if there is none."""
+        """Makes packs call the refusing module for one micro-batch at a time from now on. False if there is none."""
         owners = [self._owners[place][0] for place in error.parameters if place in self._owners]
         if not owners:
             return False
+        # The innermost module that has all these parameters.
         paths = [owner.split(".") for owner in owners]
         common: list[str] = []
         for names in zip(*paths):

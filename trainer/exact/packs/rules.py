@@ -1,8 +1,9 @@
 """How layers are computed for several micro-batches at once, so that each keeps the bits of being computed alone.
 
-A pack lays g micro-batches of one shape one after the other along the first dimension. Whatever treats each sample by
-itself needs no rule. What adds over samples does: the gradients of parameters, and BatchNorm. A rule's forward and its
-gradient for the input are one operation for the pack. Its gradients for parameters are one a micro-batch, (g, *shape).
+A pack lays g micro-batches of one shape one after the other along the first dimension. An operation that treats each
+sample by itself needs no rule. An operation that adds over samples does: the gradients of parameters, and BatchNorm. A
+rule computes its forward and its gradient for the input in one operation for the pack. It gives one gradient of each
+parameter a micro-batch, (g, *shape).
 
 Nothing here is assumed to be exact. In a trial each rule is compared with its layer applied to one micro-batch at a
 time, on the same inputs (`Site.check_*`), and what differs is computed one at a time from then on. See `pack`.
@@ -25,7 +26,7 @@ def _linear_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def _linear_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
     out, into = grad.shape[-1], x.shape[-1]
-    d, i = grad.reshape(site.g, -1, out), x.reshape(site.g, -1, into)
+    d, i = grad.reshape(site.g, -1, out), x.reshape(site.g, -1, into)  # (g, rows, out), (g, rows, into)
     dx = grad.reshape(-1, out).mm(weight).view(x.shape) if x.requires_grad else None
     dw = torch.bmm(d.transpose(1, 2), i) if site.weight is not None else None
     return dx, dw, d.sum(1) if site.bias is not None else None
@@ -50,7 +51,7 @@ def _convolution_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, b
     mask = [False, site.weight is not None, site.bias is not None]
     if not any(mask):
         return dx, None, None
-    # The weight's gradient one micro-batch at a time, by plain's own kernel.
+    # The weight's gradient for one micro-batch at a time, by the kernel that is used without packs.
     parts = [back(d, i, weight, *rest, mask) for d, i in zip(cut(grad, site.g), cut(x, site.g))]
     dw = torch.stack([part[1] for part in parts]) if mask[1] else None
     return dx, dw, torch.stack([part[2] for part in parts]) if mask[2] else None
@@ -68,8 +69,8 @@ def _grouped_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias:
     mask = [False, site.weight is not None, site.bias is not None]
     if not any(mask):
         return dx, None, None
-    # The weight's gradient as that of a convolution in which each micro-batch has channels of its own.
-    # Of the weight only the shape is looked at.
+    # A convolution in which each micro-batch has channels of its own: one kernel gives the weight's gradients of all.
+    # Only the shape of the weight matters here, so `wide` holds no values.
     wide = weight.new_empty(g * weight.size(0), *weight.shape[1:])
     _, dw, db = back(_beside(grad, g), _beside(x, g), wide, sizes, *rest, g * o["groups"], mask)
     return dx, dw.view(g, *weight.shape) if mask[1] else None, db.view(g, -1) if mask[2] else None
@@ -80,7 +81,7 @@ def _grouped_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias:
 
 def _embedding_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
     (V, _), g, o = weight.shape, site.g, site.options
-    # A table g times as long, of which each micro-batch has its own part.
+    # A table g times as long, in which each micro-batch has its own V rows.
     rows = x.reshape(g, -1) + torch.arange(g, device=x.device)[:, None] * V
     wide = torch.ops.aten.embedding_dense_backward(
         grad.reshape(g, -1, grad.shape[-1]), rows, g * V, -1, o["scale_grad_by_freq"]
@@ -129,7 +130,7 @@ def _two_step_rms_norm_forward(site: Site, x: Tensor, weight: Tensor, bias: None
 
 
 def _two_step_rms_norm_backward(site: Site, grad: Tensor, x: Tensor, weight: Tensor, bias: None) -> Gradients:
-    # Where there is no fused kernel, torch scales last, too.
+    # Without a fused kernel, torch multiplies by the weight last, too.
     with torch.enable_grad():
         own = x.detach().requires_grad_(x.requires_grad)
         scaled = F.rms_norm(own, site.options["shape"], None, site.options["eps"])
@@ -151,7 +152,7 @@ def _group_norm_backward(
 ) -> Gradients:
     back, g, sizes = torch.ops.aten.native_group_norm_backward, site.g, (x.size(1), x[0, 0].numel())
     groups, mask = site.options["groups"], [False, site.weight is not None, site.bias is not None]
-    # The kernel reads the gradient as one piece of memory.
+    # The kernel reads the gradient as if it were contiguous.
     grad = grad.contiguous()
     dx = None
     if x.requires_grad:
@@ -191,7 +192,7 @@ def _batch_norm_forward(
     x = _beside(x, g)
     y, mean, rstd = torch.ops.aten.native_batch_norm(x, w, b, *own, True, o["momentum"], o["eps"])
     saved = (x, mean, rstd) if w is None else (x, mean, rstd, w)
-    # Not a view: it may be changed in place.
+    # A copy and not a view, because the task may change it in place.
     return _apart(y, g), saved
 
 

@@ -49,7 +49,8 @@ class Shares:
     def __init__(self, g: int, tensors: Tensors, leaves: Leaves, statistics: RunningStatistics) -> None:
         self._g, self._tensors, self._leaves, self._statistics = g, tensors, leaves, statistics
         self.scratch = statistics.scratch_blocks(g)
-        # Those of the present call: each use of a tensor gives it a gradient of its own, as in a micro-batch alone.
+        # The pieces of the present call only. Each use of a tensor gives it a gradient of its own, as in a micro-batch
+        # alone: pieces that several calls shared would add their gradients in another order.
         self._cuts: dict[tuple[int, bool], tuple[Tensor, int, tuple[Tensor, ...]]] = {}
         self.ends: dict[Any, Any] = {}
         self._low_uses: dict[int, bool] = {}  # with autocast: whether a parameter is used for one at a time
@@ -65,7 +66,7 @@ class Shares:
         Args:
             value: the arguments.
             k: the micro-batch.
-            scaled: places of numbers that are those of all samples, as from `trace.scaled_numbers`.
+            scaled: places of numbers that stand for all samples, as from `trace.scaled_numbers`.
         """
         same: dict[int, Tensor] = {}
         if not scaled:
@@ -91,6 +92,7 @@ class Shares:
 
     def _piece(self, value: Tensor, k: int) -> Tensor:
         trained = value.requires_grad and torch.is_grad_enabled()
+        # Cut again if the tensor has been changed in place since.
         known = self._cuts.get((id(value), trained))
         if known is None or known[1] != value._version:
             pieces = Cut.apply(value, self._g) if trained else tuple(cut(value, self._g))
@@ -151,10 +153,10 @@ class Shares:
         return first
 
     def note_low_use(self, place: int, alone: bool) -> None:
-        """With autocast: a parameter has one use more, by a layer with a rule, or for one micro-batch at a time.
+        """Under autocast, notes one more use of a parameter: by a layer with a rule, or for one micro-batch at a time.
 
-        Autocast casts a parameter once a forward, and the gradients of all uses are added in its type. Here each use
-        for one micro-batch at a time has a cast of its own.
+        Autocast casts a parameter once a forward, and the gradients of all uses are added in the type of the cast. Here
+        each use for one micro-batch at a time has a cast of its own. So several uses refuse if one of them is such.
         """
         if place >= 0 and torch.is_autocast_enabled(self._leaves.device_type):
             before = self._low_uses.get(place)

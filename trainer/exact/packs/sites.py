@@ -29,7 +29,7 @@ class Sites:
         g, leaves: as above.
         tensors: what each tensor is.
         shares: counts the uses of parameters.
-        streams: random numbers; what is drawn here is nobody's.
+        streams: random numbers. What is drawn here belongs to no micro-batch.
         findings: which rules are exact. A trial adds to it.
         checks: whether this is a trial.
     """
@@ -68,7 +68,7 @@ class Sites:
         tensors = [x, weight, bias]
         if casts and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            # The casts are made here, so that the layer's backward meets what its forward used.
+            # The casts are made here, so that the backward gets the same tensors as the forward.
             tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
         sites = [Site(self, rule, call, key, *places, **options) for rule in rules]
         if self._checks and key not in self._findings.sites:
@@ -99,7 +99,7 @@ class Sites:
         return None if chosen == ALONE else sites[chosen]
 
     def set_alone(self, site: Site) -> NoReturn:
-        """A layer's rule is none for the gradient that came: from now on it is computed one micro-batch at a time."""
+        """Gives up a rule that does not fit the gradient: its layer is computed one micro-batch at a time then."""
         if self._checks:
             self._findings.sites[site.key] = ALONE
         name = site.key[0]

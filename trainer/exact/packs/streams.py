@@ -23,8 +23,8 @@ class Streams:
         self._gpu = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
         self._keys: Sequence[int] = ()
         self._own: list[tuple[torch.Generator, torch.Generator | None] | None] = [None] * g
-        # A function that draws without its stream is found by the state at rest, which nothing else moves. On a GPU,
-        # states are swapped and not copied: that is allowed while a CUDA graph is recorded, too.
+        # Between draws, torch's generators are in a state of rest. If it moves, a function has drawn without a stream.
+        # On a GPU, states are swapped and not copied: that is allowed while a CUDA graph is recorded, too.
         self._usual: torch.Generator | None = None
         self._resting_gpu: torch.Generator | None = None
         self._recording = self._disturbed = False
@@ -56,7 +56,7 @@ class Streams:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """A CUDA graph is recorded meanwhile: the states of the GPU's generators cannot be read."""
+        """A context in which a CUDA graph is recorded: the states of the GPU's generators cannot be read then."""
         self._recording = True
         try:
             yield
@@ -95,7 +95,7 @@ class Streams:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is drawn meanwhile is no micro-batch's."""
+        """A context for draws that belong to no micro-batch."""
         self._look()
         try:
             yield

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .nested import tensors_of
 
-# Kinds of tensors: with a part for each micro-batch, one after the other along the first dimension; with one number for
-# each; and those that are the same for all of them. Tensors that were there before have no kind.
+# Kinds of tensors. PARTED: with a part for each micro-batch, one after the other along the first dimension, (g m, ...).
+# NUMBERS: with one number for each micro-batch, (g,). SAME: the same for all of them. Tensors that were made before the
+# pack have no kind.
 PARTED, NUMBERS, SAME = 1, 2, 4
 
 
@@ -30,9 +31,9 @@ class Tensors:
         self._parameters, self._constants = parameters, constants
         self.derived: dict[int, int] = {}
         self._count = 0  # of tensors that were made
-        # Marks on tensors. Nobody else has these objects, so that a tensor of an earlier pack is none of this one.
+        # Marks on tensors. They are objects of this pack alone, so that it does not know a tensor of an earlier pack.
         self._marks = {kind: (kind,) for kind in (PARTED, NUMBERS, SAME)}
-        # Tensors that are made for one micro-batch have a mark, too: they are of no use to another.
+        # Tensors that are made for one micro-batch have a mark, too: another micro-batch must not use them.
         self._scope = object()
         for array in arrays.values():
             self.mark(array, PARTED)
@@ -72,7 +73,7 @@ class Tensors:
         return ("parameter", place) if place is not None else getattr(tensor, "_made", None)
 
     def mark_here(self, tensor: Tensor) -> None:
-        """Notes that a tensor is of use only to the micro-batch that is computed alone."""
+        """Notes that a tensor belongs only to the micro-batch that is computed alone now."""
         tensor._scope = self._scope  # type: ignore[attr-defined]
 
     def made_here(self, tensor: Tensor) -> bool:
@@ -80,7 +81,7 @@ class Tensors:
         return getattr(tensor, "_scope", None) is self._scope
 
     def leave_scope(self) -> None:
-        """What is marked from now on belongs to another micro-batch."""
+        """Another micro-batch begins: tensors that were marked before do not belong to it."""
         self._scope = object()
 
     def is_constant(self, tensor: Tensor) -> bool:

@@ -34,7 +34,7 @@ class Together:
         g: micro-batches in the pack.
         tensors: what each tensor is.
         shares: takes arguments apart.
-        streams: random numbers; what is drawn here is nobody's.
+        streams: random numbers. What is drawn here belongs to no micro-batch.
         findings: what differs is added to it.
         device_type: "cpu" or "cuda".
     """
@@ -80,7 +80,7 @@ class Together:
     def _differs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function gives other bits for a pack than one micro-batch at a time, of random values."""
         wide = self._widened((args, kwargs))
-        if wide is not None:  # as in `Site.differs`
+        if wide is not None:  # in float32 another order shows, which low precision would hide: as in `Site.differs`
             with torch.autocast(self._device_type, enabled=False):
                 if self._differs(func, *wide):
                     return True
@@ -117,7 +117,7 @@ class Together:
                         if not all(same_bits(a, b) for a, b in parted):
                             return True
             except RuntimeError:
-                return False  # not a function of these shapes alone: the comparison of the whole tells
+                return False  # it cannot be called with random values; the comparison of the whole pack decides
             compared += together.numel() if signs is None else 0
             if compared > ENOUGH_VALUES:
                 break

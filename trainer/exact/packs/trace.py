@@ -1,4 +1,4 @@
-"""What a micro-batch computed alone calls, so that a pack can be compared with it call by call."""
+"""Notes the calls of a micro-batch that is computed alone. A pack is compared with them call by call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layers import name_of
 from .nested import flat, tensors_of
 from .verdicts import RefusedError
 
-# Functions that only look at a tensor's form. Tasks call many of them.
+# Functions that only look at a tensor's form. They compute nothing, and tasks call them often, so they are not noted.
 LOOKS = frozenset(
     (
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")),
@@ -48,7 +48,7 @@ class Custom:
 def custom_functions(
     seen: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any], own: tuple[type, ...]
 ) -> Iterator[None]:
-    """Functions with a backward of their own are called through `seen`, which torch's modes do not see.
+    """A context: functions with a backward of their own are called through `seen`. Torch's modes do not see them.
 
     Args:
         seen: called with the function, its arguments, and those with names.
@@ -61,7 +61,7 @@ def custom_functions(
         # Inside of torch's own functions no mode is active.
         if issubclass(cls, own) or torch._C._len_torch_function_stack() == 0:
             return call(*args, **kwargs)
-        if own and cls is BackwardHookFunction:  # in a pack
+        if own and cls is BackwardHookFunction:  # only in a pack: `own` is empty while one micro-batch is traced
             raise RefusedError("a module has a backward hook, which would get the gradient of all samples")
         with torch._C.DisableTorchFunction():
             return seen(Custom(cls, call), args, kwargs)
@@ -79,7 +79,7 @@ class Call(NamedTuple):
     Attributes:
         func: the function.
         given: its arguments, as from `flat`, with (shape, tensor or None) in place of each tensor. The tensor is kept
-            if it was made where nobody saw it: it has to be the same one in a pack.
+            if the trace has not seen it being made: a pack has to get the same tensor.
         shapes: of the tensors that it returned.
         changes: whether it has changed one of its arguments.
         aliases: whether a tensor that it returned shares memory with one of its arguments.
@@ -138,7 +138,7 @@ class Trace(TorchFunctionMode):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Trace]:
-        """Notes what is called meanwhile."""
+        """A context in which calls are noted."""
         with self, self._modules(), custom_functions(self._call, ()):
             yield self
 
@@ -227,7 +227,7 @@ class Trace(TorchFunctionMode):
 def forwards_replaced(
     modules: Sequence[nn.Module], replaced: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Modules' forwards are replaced meanwhile. One that a user has put into a module itself is put there again."""
+    """A context in which modules' forwards are replaced. A forward that a user has set on a module is restored."""
     before = [(module, module.__dict__.get("forward")) for module in modules]
     for module in modules:
         module.forward = replaced(module, module.forward)
@@ -273,7 +273,7 @@ def scaled_numbers(func: Any, given: list[Any], own: Call, g: int, parts: Callab
             if tuple(a.shape) != expected:
                 raise RefusedError(f"{name} gets a tensor whose size does not follow from the micro-batches")
         elif isinstance(a, (int, float)) and isinstance(b, (int, float)):
-            if a == b or a != a:
+            if a == b or a != a:  # nan counts as the same
                 continue
             if isinstance(a, bool) or not isinstance(a, int) or a != g * b:
                 raise RefusedError(f"{name} gets a number that depends on how many samples there are")

@@ -59,7 +59,7 @@ class Trial:
         self._uses, self._several = Counter[Any](), dict[Any, str]()
 
     def end_of_forward(self) -> None:
-        """The task's forward has returned: it has to have called as much as that of a micro-batch."""
+        """Checks, after the task's forward, that it made as many calls as for a micro-batch alone."""
         if self.position != self._trace.forward_calls:
             raise RefusedError("forward() calls fewer functions than with a micro-batch alone")
 
@@ -71,7 +71,7 @@ class Trial:
             self._alone = trace.calls[trace.forward_calls :] if place is None else trace.calls[place].inner
 
     def compared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, frozenset[int]]:
-        """This call of a micro-batch alone, and the places of numbers that are those of all samples."""
+        """The same call of a micro-batch alone, and the places of numbers that stand for all samples."""
         if self.position >= len(self._trace.calls):
             raise RefusedError(f"{name_of(func)} is not called for a micro-batch alone")
         own, given = self._trace.calls[self.position], flat((args, kwargs), [])
@@ -159,10 +159,11 @@ class Trial:
                 self._several.setdefault(named, name_in(func))
 
     def check_order(self) -> None:
-        """After the losses: whether memory is shared, and gradients are added, as in a micro-batch alone.
+        """Checks, after the losses, that memory is shared and gradients are added as for a micro-batch alone.
 
-        A call that is made for one micro-batch at a time adds those of its own uses of a tensor first. Where the tensor
-        has others, too, that is another order, which shows only if they are not 0.
+        A call that is made for one micro-batch at a time adds the gradients of its own uses of a tensor first. If the
+        tensor has other uses, too, that is another order. It shows only if these gradients are not 0, so a comparison
+        of bits may miss it.
         """
         if self._copied and self._changed:
             raise RefusedError(f"tensors are changed in place, and {self._copied} gives a copy or a view, unlike alone")

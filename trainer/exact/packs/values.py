@@ -1,9 +1,9 @@
 """Random values for trials, and how results are compared.
 
-Sums in another order differ in a few of a hundred values, and in bfloat16 in one of a million, since the result is
-rounded once more. Where large terms cancel, what is left of a sum is its rounding errors alone: then nearly every value
-shows the order. So trials draw such values, too. In each dimension places are paired. In EVEN tensors both places of a
-pair hold the same number, in ODD ones opposite numbers. A sum over products of an EVEN and an ODD tensor cancels.
+Sums in another order differ in a few of a hundred values. In bfloat16 they differ in one of a million, because the
+result is rounded once more. If large terms cancel, only rounding errors are left of a sum, and nearly every value shows
+the order. So trials draw such values, too. In each dimension places are paired. In EVEN tensors both places of a pair
+hold the same number, in ODD ones opposite numbers. A sum over products of an EVEN and an ODD tensor cancels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..micro_batches import ALIGNMENT_BYTES
 
-# A difference in the last bit shows in a few of a hundred values. So many are compared: drawn anew where a tensor is
-# small.
+# A difference in the last bit shows in a few of a hundred values. So ENOUGH_VALUES are compared: for a small tensor,
+# values are drawn again, at most MOST_DRAWS times.
 ENOUGH_VALUES, MOST_DRAWS = 4096, 128
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 EVEN, ODD = 1, -1
@@ -53,9 +53,10 @@ def cancelling_like(tensor: Tensor, signs: int | Sequence[int], parts: int = 1) 
 
 @lru_cache(maxsize=256)
 def _pairs(size: int, parts: int, sign: int) -> tuple[Tensor, Tensor]:
-    """For each place of a dimension: the place whose number it holds, and what that is multiplied with.
+    """For each place of a dimension: the place from which it takes its number, and the factor of that number.
 
-    Pairs lie anywhere: where neighbours cancel, every sum is 0 on the way, whatever the order. The third of three is 0.
+    Pairs lie anywhere. If neighbours cancelled, every sum would be 0 on the way, in any order. A place without a
+    partner is 0, unless it is the only one.
     """
     length = size // parts
     order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
@@ -72,15 +73,15 @@ def _pairs(size: int, parts: int, sign: int) -> tuple[Tensor, Tensor]:
 def drawn_like(tensor: Tensor) -> Tensor:
     """Random values of a tensor's shape, type and layout in memory; itself if it holds no floating-point numbers.
 
-    Some features are 0 in all samples, as behind a ReLU: kernels that differ in nothing else give such a feature's sums
-    another sign.
+    Some features are 0 in all samples, as behind a ReLU. Some kernels differ only there: they give the sums of such a
+    feature another sign.
     """
     if not tensor.is_floating_point():
         return tensor
     own = _laid_out_like(tensor).normal_()
     for dim in _features(own):
         own.mul_(_chosen(own, dim, 0.75))
-    # Not as a view: torch's matmul takes another way for one that was made without a graph.
+    # `.data`, so that it is not a view: torch's matmul takes another way for a view that was made without a graph.
     return own.expand(tensor.shape).data.requires_grad_(tensor.requires_grad)
 
 

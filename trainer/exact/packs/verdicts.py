@@ -16,9 +16,9 @@ class RefusedError(Exception):
     """This pack cannot be computed as one.
 
     Attributes:
-        parameters: of the function that refuses; their module may be computed one micro-batch at a time instead.
-        once: only this pack: the next may have no such trouble.
-        untried: it calls other functions than the packs that were compared, so it has to be compared first.
+        parameters: of the function that refuses. Their module may be computed one micro-batch at a time instead.
+        once: whether only this pack refuses. The next one may be possible.
+        untried: whether the pack calls other functions than those that were compared. Then it has to be compared first.
     """
 
     def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False, *, untried: bool = False) -> None:
