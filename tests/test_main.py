@@ -15,6 +15,7 @@ import trainer.run.run
 from trainer import main as program
 from trainer.errors import LostRankError, NonFiniteError, RanksDifferError, Stopped, TrainerError, UserError
 from trainer.main import main
+from trainer.ranks import speech
 from trainer.ranks.place import Ranks
 from trainer.ranks.stopping import EndedBySignal
 from trainer.run.claim import Resume
@@ -118,6 +119,8 @@ def test_what_cannot_work_is_said_before_a_run_begins(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
 ) -> None:
     calls = ending(monkeypatch, None)
+    # An earlier test of this process may have claimed to speak for this launch.
+    monkeypatch.setattr(speech, "first_to_speak", lambda ranks: True)
     monkeypatch.setenv("WORLD_SIZE", "9")
     assert main(["--ds_config", config]) == 2
     assert "WORLD_SIZE is 9, but RANK is not set" in capsys.readouterr().err

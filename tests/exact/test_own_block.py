@@ -165,13 +165,35 @@ def test_a_pack_that_fails_is_computed_one_micro_batch_at_a_time() -> None:
     assert "too many samples" in reason
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_a_pack_that_refuses_later_is_computed_one_micro_batch_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, once: bool
+) -> None:
+    """For good, or only in the step whose values do not allow it."""
+    expected, _ = run(0)
+    compute = Packs.compute
+
+    def refuses(self: Packs, batch: Any, *rest: Any) -> Any:
+        if batch.step == 3:
+            raise RefusedError("not these values", once=once)
+        return compute(self, batch, *rest)
+
+    monkeypatch.setattr(Packs, "compute", refuses)
+    found, step = run(4)
+    assert found == expected
+    assert step.block.packs.packed == (2 if once else 1) * 8
+    assert bool(step.block.packs.refusals()) != once
+
+
 # The second of two ranks, whose block does not begin with micro-batch 0
 
 
 class Part:
     """Rank 1 of 2: what it adds in one step, without any exchange. What is sent is noted by the latest `Part`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int = 0, bucket_bytes: int | None = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, size: int = 0, bucket_bytes: int | None = None, task: Any = None
+    ) -> None:
         self.model, x = model_and_samples()
         self.sent: list[int] = []
         self.pieces: list[list[float]] = []
@@ -188,7 +210,7 @@ class Part:
 
         with monkeypatch.context() as patch:
             patch.setattr(packed, "ExactStep", on_rank_1)
-            self.step, self.batches = packed.made(self.model, x, size)
+            self.step, self.batches = packed.made(self.model, x, size, task=task)
         monkeypatch.setattr(early_exchange, "begin_gather", begin_gather)
 
     def add(self, number: int) -> list[list[float]]:
@@ -238,7 +260,12 @@ def test_buckets_are_sent_under_the_last_backward_with_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"), [(ValueError("mine"), True), (torch.OutOfMemoryError("CUDA out of memory."), False)]
+    ("error", "ends"),
+    [
+        (ValueError("mine"), True),
+        (RefusedError("mine"), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+    ],
 )
 def test_a_pack_that_fails_after_something_was_sent(
     monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
@@ -266,6 +293,46 @@ def test_a_pack_that_fails_after_something_was_sent(
         assert early.pieces == plain.pieces
         assert early.step.own_block.packs is not None
         assert early.step.own_block.packs.summary()["limited_by_memory_to"] == 2
+
+
+class InnerBackward(torch.autograd.Function):
+    """Its backward computes the gradient of a parameter that the loss does not use."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, model: Model) -> Tensor:
+        ctx.model = model
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            torch.autograd.grad(ctx.model.spare.sum(), ctx.model.spare)
+        return grad, None
+
+
+class UsesInnerBackward(packed.Task):
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return InnerBackward.apply(super().forward(model, batch), model)  # type: ignore[no-any-return]
+
+
+def test_a_gradient_from_a_backward_of_the_tasks_own_is_not_sent_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    early = Part(monkeypatch, bucket_bytes=64, task=UsesInnerBackward())
+    with pytest.raises(TrainerError, match=r"inside of a backward of the task's own[\s\S]*exchange_bucket_mib=null"):
+        early.add(0)
+
+
+def test_draws_of_another_thread_are_noticed_if_the_task_draws() -> None:
+    """In its first micro-batch the block finds out that the model has dropout."""
+    step, batches = packed.made(*model_and_samples(), 0)
+    exchange: Any = step._exchange
+
+    def disturbed(leaves: int) -> Any:
+        torch.rand(1)  # as another thread would
+        return exchange(leaves)
+
+    step._exchange = disturbed  # type: ignore[assignment]
+    with pytest.raises(RanksDifferError, match="Another thread of this process draws"):
+        step(batches.at(0))
 
 
 # What is computed again for the audit

@@ -145,6 +145,7 @@ class Derived:
             if found is None:
                 continue
             rows, present = found
+            # Not if the tensor has been changed in place since: `at_once` knows the gradient of the lookup alone.
             if pair.at_once is not None and present is None and pair.graph._version == pair.version:
                 (root,) = pair.roots
                 self._leaves.put(root, pair.at_once(rows))
@@ -152,6 +153,7 @@ class Derived:
             for k, row in enumerate(rows):
                 if present is not None and not present[k]:
                     continue
+                # The graph is kept, because it is used once for each micro-batch.
                 own = torch.autograd.grad(pair.graph, trained, row, retain_graph=True, allow_unused=True)
                 for place, gradient in enumerate(own):
                     if gradient is not None:

@@ -81,6 +81,7 @@ class Form:
             elif isinstance(value, np.generic):
                 known.append(value.item() if numbers else type(value))
             elif isinstance(value, (int, float)):
+                # In arithmetic only one number counts: that of the pack's samples, which a micro-batch would not have.
                 known.append(_name_of(value) if numbers else (type(value), value == self._rows))
             else:
                 known.append(type(value))

@@ -133,7 +133,7 @@ class Leaves:
             present[k] = True
 
     def _count(self, place: int) -> None:
-        if place < 0 or place in self._held:
+        if place < 0 or place in self._held:  # complete only after the backward, see `finish`
             return
         self._expected[place] -= 1
         if self._expected[place] == 0:

@@ -23,6 +23,7 @@ class RefusedError(Exception):
 
     def __init__(self, what: str, parameters: Sequence[int] = (), once: bool = False, *, untried: bool = False) -> None:
         super().__init__(what)
+        # What has not been tried says nothing about the next pack.
         self.parameters, self.once, self.untried = tuple(parameters), once or untried, untried
 
 
@@ -73,7 +74,7 @@ def told(error: Exception, model: nn.Module) -> str:
     """An error of a forward or loss as one line, with the innermost module in which it was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     place, frame = "", error.__traceback__
-    while frame is not None:
+    while frame is not None:  # from the outermost call to the innermost, so that the last module found is the innermost
         module = frame.tb_frame.f_locals.get("self")
         if isinstance(module, nn.Module) and names.get(id(module)):
             place = f" in {names[id(module)]} ({type(module).__name__})"
