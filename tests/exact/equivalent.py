@@ -231,6 +231,49 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "plan nearest_possible: largest = -(-B // m) if B is not None and m is  ->  largest = -(-B * m) if B is not None and m is",
         "plan nearest_possible: range(max(world_size, largest) + 1):  ->  range(max(world_size, largest) + 2):",
     ),
+    "torch's own does nothing": (
+        "packs/pack Pack.__init__: super().__init__()  ->  None",
+    ),
+    "all micro-batches make the same graph": (
+        "packs/pack Pack.apart: if k == 0 and self._trial is not None  ->  if k != 0 and self._trial is not None",
+        "packs/pack Pack.apart: if k == 0 and self._trial is not None  ->  if k == 1 and self._trial is not None",
+        "packs/pack Pack._apart_forward.call: if k == 0 and trial is not None:  ->  if k != 0 and trial is not None:",
+        "packs/pack Pack._apart_forward.call: if k == 0 and trial is not None:  ->  if k == 1 and trial is not None:",
+    ),
+    "nobody reads it of a module": (
+        "packs/pack Pack._apart_forward.call: self._findings.calls[self.form] = Way(False, scaled, ())  ->  self._findings.calls[self.form] = Way(True, scaled, ())",
+    ),
+    "it matters only while torch traces a function": (
+        "packs/pack Pack._note: torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  ->  torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:",
+    ),
+    "a call of a micro-batch alone is known in trials only": (
+        "packs/pack Pack._seen: if self._trial is not None and own is not None:  ->  if self._trial is not None or own is not None:",
+    ),
+    "what is called without a word about it draws nothing": (
+        "packs/pack Pack.apart: dict[str, Any], random: bool=False, scaled: frozenset[int]=frozenset  ->  dict[str, Any], random: bool=True, scaled: frozenset[int]=frozenset",
+    ),
+    "one use beside the call's own is as good as several": (
+        "packs/pack Pack.outputs_of: if k == 0 and self._trial is not None  ->  if k != 0 and self._trial is not None",
+        "packs/pack Pack.outputs_of: if k == 0 and self._trial is not None  ->  if k == 1 and self._trial is not None",
+    ),
+    "all micro-batches give values of one type, and the same": (
+        "packs/pack Pack.read:  list)) and value == values[0] for value in values)):  ->   list)) and value == values[1] for value in values)):",
+        "packs/pack Pack.read: once = all((isinstance(value, (bool, int  ->  once = any((isinstance(value, (bool, int",
+        "packs/pack Pack.read: return values[0]  ->  return values[1]",
+    ),
+    "of a parameter's modules only the first is read": (
+        "packs/packs Packs.__init__: model.named_modules(remove_duplicate=False):  ->  model.named_modules(remove_duplicate=True):",
+    ),
+    "begin() sets it before end() reads it": (
+        "packs/packs Packs.__init__: self._tried = False  ->  self._tried = True",
+    ),
+    "where the last two differ, the trial refuses in any case": (
+        "packs/packs Packs._compare: same_calls(traces[0], traces[-1])):  ->  same_calls(traces[0], traces[-2])):",
+    ),
+    "all micro-batches of a pack have one shape": (
+        "packs/packs Packs._key: part), *shape_of(batch, part[0]))  ->  part), *shape_of(batch, part[1]))",
+        "packs/packs Packs.compute_samples: rows = g * shape_of(batch, part[0])[0]  ->  rows = g * shape_of(batch, part[1])[0]",
+    ),
 }
 
 # What of a GPU they need -> names. These count as survived.

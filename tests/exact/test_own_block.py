@@ -181,8 +181,8 @@ def test_a_pack_that_refuses_later_is_computed_one_micro_batch_at_a_time(
     monkeypatch.setattr(Packs, "compute", refuses)
     found, step = run(4)
     assert found == expected
-    assert step.block.packs.packed == (2 if once else 1) * 8
-    assert bool(step.block.packs.refusals()) != once
+    assert step.own_block.packs.packed == (2 if once else 1) * 8
+    assert bool(step.own_block.packs.refusals()) != once
 
 
 # The second of two ranks, whose block does not begin with micro-batch 0
