@@ -25,7 +25,9 @@ def table(cls: type, prefix: str = "", skipped: tuple[str, ...] = ()) -> str:
         skipped: names of fields that are left out.
     """
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{key}` | {default} | {values} | {doc} |" for key, default, values, doc in _rows(cls, prefix, skipped)]
+    for row in _rows(cls, prefix, skipped):
+        key, *cells = [cell.replace("|", r"\|") for cell in row]  # a bar would begin another cell
+        rows.append(f"| `{key}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -171,9 +171,10 @@ class MicroBatches:
     """Computes micro-batches: gather, augment, seed, forward, loss.
 
     The number of a rank's micro-batches depends on the world size. So nothing is computed for several of them at once:
-    a kernel may give an element other bits in a tensor of another size. There are three exceptions:
+    a kernel may give an element other bits in a tensor of another size. There are four exceptions:
 
     - gathers, which only move values;
+    - random numbers of samples, which are drawn for the whole split (see `order.SampleRandom`);
     - augmentations of a task that declares them as harmless (`augment_in_chunks`);
     - packs, which have been compared with single micro-batches (see `packs`).
 

@@ -95,7 +95,7 @@ class Growing:
     def _lifted(self, node: Node) -> Node:
         """A left-hand node at the end of its level has no right neighbour: it moves up unchanged."""
         level, index = node
-        # Not node 0: at the end of its level it is the root, or covers all leaves as the root does.
+        # Node 0 is never lifted: where it is the last one of its level, it covers all leaves, so it is the root.
         while index % 2 == 0 and 0 < index == (self._leaves - 1) >> level:
             level, index = level + 1, index // 2
         return level, index
