@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from trainer.errors import UserError
 from trainer.exact.plan import resolve
@@ -71,3 +74,29 @@ def test_an_error_of_the_file_system_is_the_folders(tmp_path: Path) -> None:
     assert "There is no checkpoint yet, so the run has to begin again" in str(explained(missing, PLAN, folder))
     assert explained(missing, PLAN, None) is None
     assert explained(ValueError("no"), PLAN, folder) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda: F.cross_entropy(torch.randn(4, 2), torch.zeros(4)), "got Float.\nUsually inputs have to be float32"),
+        (lambda: F.cross_entropy(torch.randn(4, 2), torch.zeros(4, dtype=torch.int32)), 'y.astype("int64")'),
+        (lambda: nn.Linear(3, 2)(torch.zeros(4, 3, dtype=torch.float64)), 'x.astype("float32")'),
+        (lambda: nn.Conv1d(3, 2, 1)(torch.zeros(4, 3, 5, dtype=torch.float64)), 'x.astype("float32")'),
+        (lambda: nn.Embedding(3, 2)(torch.zeros(4, 3)), "tokens int64"),
+        (lambda: F.cross_entropy(torch.randn(4, 2), torch.full((4,), 7)), "Count classes from 0"),
+    ],
+    ids=["float classes", "int32 classes", "float64", "float64 in a convolution", "float tokens", "a class too large"],
+)
+def test_types_that_numpy_gives_by_itself_are_explained_with_the_line_of_the_task(function: Any, words: str) -> None:
+    said = explained(raised(function), PLAN, None)
+    assert isinstance(said, UserError)
+    assert "test_failures.py, line" in str(said) and words in str(said)
+
+
+def test_other_errors_of_a_task_are_its_own() -> None:
+    def wrong_shape() -> None:
+        torch.randn(4, 3) @ torch.randn(4, 3)
+
+    assert explained(raised(wrong_shape), PLAN, None) is None
+    assert explained(raised(lambda: [][1]), PLAN, None) is None

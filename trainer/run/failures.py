@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from pathlib import Path
 
 import torch
 
-from ..errors import TrainerError
+from ..errors import TrainerError, UserError
 from ..exact.plan import BatchPlan
 from ..record.checkpoints import way_on
 from ..record.folder import OutputFolder
@@ -16,6 +17,10 @@ from ..rehearsal.refused import refusal
 
 # Exceptions of gloo or NCCL come from these modules. Most are plain RuntimeErrors, so their type does not show it.
 _COLLECTIVES = ("torch.distributed.", "trainer.ranks.collectives", "deepspeed.comm.")
+
+# What torch says of tensors of two types, and of classes that are too large. Its errors have no types of their own.
+_TYPES = re.compile(r"\bdtype\b|scalar types?|should be the same|can't be cast")
+_TARGET = re.compile(r"^Target .* out of bounds")
 
 
 def of_a_collective(error: BaseException) -> bool:
@@ -44,7 +49,29 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
             f"{advice} trainer.gradient_checkpointing=true, which keeps the bits. "
             "Another micro-batch size changes the bits: it is another model."
         )
-    return refusal(error, _line_of_the_task(error)) or of_the_folder(error, folder)
+    where = _line_of_the_task(error)
+    return refusal(error, where) or _of_types(error, where) or of_the_folder(error, folder)
+
+
+def _of_types(error: BaseException, where: str) -> UserError | None:
+    """The message for arrays of a type or with values that torch does not take, in a task's own code; else None.
+
+    numpy and pandas give float64 and int32 by themselves, so this is the first error that many people meet.
+    """
+    if not where:
+        return None
+    says = str(error).strip().partition("\n")[0]
+    if isinstance(error, IndexError) and _TARGET.search(says):
+        return UserError(
+            f"{where} fails: {says}\nA class goes beyond the outputs. Count classes from 0, and give the model one "
+            "output for each class."
+        )
+    if isinstance(error, RuntimeError) and _TYPES.search(says):
+        return UserError(
+            f"{where} gets a tensor of the wrong type: {says}.\nUsually inputs have to be float32, and classes and "
+            'tokens int64. In splits(), convert them: x.astype("float32"), y.astype("int64").'
+        )
+    return None
 
 
 def _line_of_the_task(error: BaseException) -> str:
