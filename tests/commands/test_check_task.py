@@ -92,3 +92,20 @@ def test_a_loss_that_averages_is_an_error(task: str, capsys: pytest.CaptureFixtu
 def test_a_task_that_cannot_run_is_an_error(task: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-task", f"{BAD}:{task}"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_class_of_another_type_is_explained_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As numpy and pandas give them on some machines."""
+    (tmp_path / "typed.py").write_text(
+        "import torch\nimport torch.nn.functional as F\n\n\nclass Typed:\n"
+        "    def splits(self):\n"
+        "        return {'train': {'x': torch.randn(64, 3), 'y': torch.zeros(64, dtype=torch.int32)}}\n\n"
+        "    def model(self):\n        return torch.nn.Linear(3, 2)\n\n"
+        "    def forward(self, model, batch):\n        return model(batch['x'])\n\n"
+        "    def loss(self, outputs, batch):\n"
+        "        return F.cross_entropy(outputs, batch['y'], reduction='sum'), len(batch['y'])\n\n"
+        "    def metrics(self, outputs, batch):\n        return {}\n"
+    )
+    assert main(["check-task", f"{tmp_path}/typed.py:Typed"]) == 2
+    err = capsys.readouterr().err
+    assert "typed.py, line 16, in loss(), gets a tensor of the wrong type" in err and "int64" in err

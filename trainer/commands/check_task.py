@@ -123,6 +123,19 @@ def _few_steps(config: Config, samples: int) -> str | None:
 
 
 def _examine(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """As `_rehearsed`, with a message of its own for arrays of the wrong type."""
+    from ..run.failures import of_types
+
+    try:
+        return _rehearsed(ranks, config)
+    except Exception as error:
+        known = of_types(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _rehearsed(ranks: Ranks, config: Config) -> dict[str, Any]:
     """Rehearses the task at one rank. Returns problems and notes, the micro-batch sizes, and the training samples."""
     from ..record.console import DeepSpeedLog
     from ..rehearsal.rehearse import refused_on_gpus, rehearse

@@ -49,15 +49,15 @@ def explained(error: BaseException, plan: BatchPlan, folder: OutputFolder | None
             f"{advice} trainer.gradient_checkpointing=true, which keeps the bits. "
             "Another micro-batch size changes the bits: it is another model."
         )
-    where = _line_of_the_task(error)
-    return refusal(error, where) or _of_types(error, where) or of_the_folder(error, folder)
+    return refusal(error, _line_of_the_task(error)) or of_types(error) or of_the_folder(error, folder)
 
 
-def _of_types(error: BaseException, where: str) -> UserError | None:
+def of_types(error: BaseException) -> UserError | None:
     """The message for arrays of a type or with values that torch does not take, in a task's own code; else None.
 
     numpy and pandas give float64 and int32 by themselves, so this is the first error that many people meet.
     """
+    where = _line_of_the_task(error)
     if not where:
         return None
     says = str(error).strip().partition("\n")[0]
