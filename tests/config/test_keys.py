@@ -514,3 +514,14 @@ def test_every_field_is_read_outside_the_schema() -> None:
         if (block, field.name) not in reads
     }
     assert not unread
+
+
+def test_a_wrong_override_is_named_beside_the_file(tmp_path: Path) -> None:
+    """It does not stand in the file, where people would look for it."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(base(trainer={"task": "digits"})))
+    with pytest.raises(UserError, match=r'mine\.json with trainer\.epoch=3: unknown key "trainer\.epoch"'):
+        config.load_config(file, {"trainer.seed": 1, "trainer.epoch": 3})
+    file.write_text(json.dumps(base(trainer={"task": "digits", "epoch": 3})))
+    with pytest.raises(UserError, match=r'mine\.json: unknown key "trainer\.epoch"'):
+        config.load_config(file, {"trainer.seed": 1})

@@ -289,7 +289,16 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     values = read_json(Path(path))
     for key, value in (overrides or {}).items():
         lay_over(values, key, value)
-    return parse(values, str(path))
+    try:
+        return parse(values, str(path))
+    except UserError as error:
+        # A wrong override is not in the file, where people would look for it.
+        words = str(error).removeprefix(f"{path}: ")
+        given = next((key for key in overrides or {} if f'"{key}"' in words), None)
+        if given is None:
+            raise
+        text = json.dumps((overrides or {})[given], default=str)
+        raise UserError(f"{path} with {given}={text[:60]}: {words}") from None
 
 
 def parse(values: dict[str, Any], source: str = "config") -> Config:
