@@ -361,7 +361,9 @@ def test_a_ready_config_is_found_by_its_name(
     said = f"strong.json is not in this folder, so the trainer's own is used: {ready.folder() / 'strong.json'}\n"
     assert capsys.readouterr() == ("", said)
     for quiet in (True, False):
-        with pytest.raises(UserError, match=r'strong\.json: unknown key "trainer\.epoch"'):  # so it has been read
+        with pytest.raises(
+            UserError, match=r'strong\.json with trainer\.epoch=3: unknown key "trainer\.epoch"'
+        ):  # so it has been read
             train(Path("strong.json"), overrides={"trainer.epoch": 3}, quiet=quiet)
         assert capsys.readouterr() == ("", "" if quiet else said)
     with pytest.raises(UserError, match=r"does not exist\. The trainer has a ready one: type strong\.json$"):
