@@ -247,7 +247,7 @@ def _summed_to(by: Tensor, weight: Tensor, first: int) -> Tensor:
 
 
 # For each kind of layer the rules that may do, the one with the fewest operators first. A trial takes the fastest of
-# those that are exact; where there was none, the last is taken.
+# those that are exact. Where none is, the layer is computed one micro-batch at a time.
 LINEAR = (Rule(_linear_forward, _linear_backward),)
 ADDMM = (Rule(_linear_forward, _addmm_backward),)
 CONVOLUTION = (Rule(_linear_forward, _grouped_backward), Rule(_linear_forward, _convolution_backward))
